@@ -1,0 +1,130 @@
+"""Errors and warnings of the plugin: one class per family, one grammar for every message.
+
+A message names the argument, says what was expected and what came, and ends with what to do. Each family has a page
+in the documentation (``docs/errors/``).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "ArgumentError",
+    "AttackError",
+    "CEPluginError",
+    "CEPluginWarning",
+    "DesignError",
+    "FileError",
+    "InferenceError",
+    "InputError",
+    "ModelError",
+    "NoChangeWarning",
+    "NormalizationWarning",
+    "OutcomeError",
+    "ProbabilityWarning",
+    "SaturationWarning",
+    "TargetError",
+    "UnitError",
+    "UnknownNameError",
+    "expected",
+    "unknown_name",
+]
+
+
+class CEPluginError(Exception):
+    """Base class of every error that the plugin raises on purpose."""
+
+
+class ArgumentError(CEPluginError, ValueError):
+    """An option has a value that it cannot take."""
+
+
+class InputError(CEPluginError, ValueError):
+    """The images (or other inputs) cannot be used: empty, not finite, of integer type, of unequal length ..."""
+
+
+class UnitError(CEPluginError, ValueError):
+    """The units cannot be used: a mask of the wrong arity or shape, fractional ids, windows that do not fit ..."""
+
+
+class TargetError(CEPluginError, ValueError):
+    """The target is missing where it is needed, of the wrong form, or out of range."""
+
+
+class OutcomeError(CEPluginError, ValueError):
+    """The outcome does not fit what the model returns."""
+
+
+class ModelError(CEPluginError, TypeError):
+    """The model (``forward_func``) returns something that cannot be explained, or cannot be run here."""
+
+
+class AttackError(CEPluginError, ValueError):
+    """An attack cannot be built or run with these settings."""
+
+
+class DesignError(CEPluginError, ValueError):
+    """A design cannot produce the trials that it is asked for."""
+
+
+class InferenceError(CEPluginError, ValueError):
+    """A question of inference (p-values, significance) was put to a result without sampling error."""
+
+
+class UnknownNameError(CEPluginError, ValueError):
+    """A name (of a layer, attack, outcome, fill, design ...) is not known."""
+
+
+class FileError(CEPluginError, OSError):
+    """A file cannot be read or must not be overwritten."""
+
+
+class CEPluginWarning(UserWarning):
+    """Base class of every warning that the plugin gives."""
+
+
+class NoChangeWarning(CEPluginWarning):
+    """An intervention changed nothing, so that every effect is zero by construction."""
+
+
+class NormalizationWarning(CEPluginWarning):
+    """Inputs seem to be normalised twice."""
+
+
+class ProbabilityWarning(CEPluginWarning):
+    """The model's outputs already are probabilities, and a softmax or sigmoid is put on top."""
+
+
+class SaturationWarning(CEPluginWarning):
+    """Intervals on saturated probabilities are not reliable."""
+
+
+def expected(argument: str, wanted: str, got: object, todo: str = "") -> str:
+    """The one grammar of error messages.
+
+    Args:
+        argument: name of the argument as the user wrote it.
+        wanted: what it should have been ("a float in (0, 1)").
+        got: what came; printed as it is.
+        todo: a sentence that says what to do, where that is not plain.
+
+    Example:
+        >>> expected("p", "a float in (0, 1)", 1.5, "Write 0.1 for ten per cent.")
+        'Expected argument `p` to be a float in (0, 1), but got 1.5. Write 0.1 for ten per cent.'
+    """
+    return f"Expected argument `{argument}` to be {wanted}, but got {got}.{' ' + todo if todo else ''}"
+
+
+def unknown_name(argument: str, name: object, known: Iterable[str]) -> UnknownNameError:
+    """An error for a name that is not known, with the nearest one that is.
+
+    Example:
+        >>> print(unknown_name("outcome", "logits", ["margin", "logit"]))
+        Expected argument `outcome` to be one of 'logit', 'margin', but got 'logits'. Did you mean 'logit'?
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    shown = names if len(names) <= 20 else [*difflib.get_close_matches(str(name), names, n=8, cutoff=0.0), "..."]
+    todo = f"Did you mean {close[0]!r}?" if close else ""
+    return UnknownNameError(expected(argument, "one of " + ", ".join(map(repr, shown)), repr(name), todo))

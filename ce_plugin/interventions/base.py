@@ -1,0 +1,106 @@
+"""What every intervention is: a rule that supplies the counterfactual value x' which ``do`` sets."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar, cast
+
+import torch
+from captum.robust import Perturbation
+from torch import Tensor
+
+from ce_plugin.randomness import generator
+
+__all__ = ["Context", "Inputs", "Intervention"]
+
+Inputs = TypeVar("Inputs", bound="Tensor | tuple[Tensor, ...]")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an intervention may know about the examples whose counterfactual values it supplies.
+
+    Args:
+        ids: one id per example, (N,); equal ids get equal random numbers.
+        seed: seed of the run.
+        target: class index of each example, (N,), where one is known: the explained class, or the predicted one.
+        position: which tensor of a tuple of inputs this is.
+        variant: which of the intervention's alternative values is wanted, in ``range(n_variants)``.
+        mask: for interventions with ``per_trial``: what this trial sets, broadcastable to the clean value.
+    """
+
+    ids: tuple[int, ...]
+    seed: int = 0
+    target: Tensor | None = None
+    position: int = 0
+    variant: int = 0
+    mask: Tensor | None = None
+
+    def generator(self, example: int, stream: str) -> torch.Generator:
+        """A fresh CPU generator for one example: the same numbers whatever was drawn before."""
+        return generator(self.seed, self.ids[example], stream, self.position, self.variant)
+
+    def select(self, examples: slice | Sequence[int]) -> Context:
+        """The context of some of the examples."""
+        index = range(len(self.ids))[examples] if isinstance(examples, slice) else examples
+        target = None if self.target is None else self.target[list(index)]
+        return replace(self, ids=tuple(self.ids[i] for i in index), target=target)
+
+
+class Intervention(Perturbation):  # type: ignore[misc]
+    """An intervention variable F_u with values {idle, do(x'_u)}: it says what x' is, a design says when it is set.
+
+    Subclasses write :meth:`values`. Being a :class:`captum.robust.Perturbation`, an intervention is callable on
+    inputs, which sets *all* units, and so works in Captum's ``AttackComparator`` and ``MinParamPerturbation``.
+
+    Attributes:
+        n_variants: number of alternative values x'. With several, effects are averages over them.
+        per_trial: True where x' depends on what a trial sets (an in-painter that looks at the hole); the
+            runner then asks for values batch by batch with ``context.mask`` set.
+
+    Source: Yang et al., ICIP 2019 (arXiv 1902.03380), Eq. 3; Pearl 2009, Eq. 3.8.
+    """
+
+    n_variants: int = 1
+    per_trial: bool = False
+
+    @abstractmethod
+    def values(self, clean: Tensor, context: Context) -> Tensor:
+        """The counterfactual value x' of the whole site.
+
+        Args:
+            clean: value of the site, (N, ...), in model units.
+            context: see :class:`Context`.
+
+        Returns:
+            A tensor of the shape, device and dtype of ``clean``. ``clean`` is not changed.
+        """
+
+    def perturb(
+        self,
+        inputs: Inputs,
+        *,
+        target: Tensor | None = None,
+        ids: Sequence[int] | None = None,
+        seed: int = 0,
+        variant: int = 0,
+    ) -> Inputs:
+        """The inputs with every unit set to its counterfactual value.
+
+        Args:
+            inputs: (N, ...), or a tuple of such.
+            target: class index per example, (N,), for interventions that need one.
+            ids: one id per example; None gives every example the same random numbers.
+            seed: seed of what is random.
+            variant: which alternative, for interventions with several.
+
+        Returns:
+            The perturbed inputs, in the form in which they came.
+        """
+        tensors: tuple[Tensor, ...] = inputs if isinstance(inputs, tuple) else (inputs,)
+        names = tuple(ids) if ids is not None else (0,) * len(tensors[0])
+        base = Context(ids=names, seed=seed, target=target, variant=variant)
+        out = tuple(self.values(x, replace(base, position=i)) for i, x in enumerate(tensors))
+        return cast(Inputs, out if isinstance(inputs, tuple) else out[0])

@@ -1,0 +1,241 @@
+"""F_i, pixel-wise masking: the counterfactual value of a masked pixel."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Union, cast
+
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
+
+from ce_plugin.errors import ArgumentError, UnitError, expected, unknown_name
+from ce_plugin.interventions.base import Context, Inputs, Intervention
+from ce_plugin.interventions.normalization import Normalization, NormalizationLike
+
+__all__ = ["PixelMask"]
+
+Infill = Callable[..., Tensor]
+Fill = Union[str, float, Tensor, Infill]
+Region = Union[Tensor, "tuple[int, int, int, int]"]
+
+_NAMES = ("zero", "mean", "blur", "noise")
+
+
+class PixelMask(Intervention):
+    """Pixel masking: x' is a fill that carries no evidence of its own.
+
+    Args:
+        fill: the counterfactual value, in *image units*:
+
+            - ``"zero"``: 0 (black), ``"mean"``: each example's mean per channel, ``"blur"``: the image blurred by
+              a Gaussian of ``sigma`` pixels, ``"noise"``: per pixel N(mean, std) of the example's channel, from
+              ``(seed, id)``;
+            - a number, or a tensor that broadcasts to the input;
+            - a callable ``infill(images) -> images``, or an in-painter ``infill(images, masks) -> images`` that
+              looks at the hole of each trial (masks: bool, True where the pixel is to be painted);
+            - a tuple of these: the effect is averaged over them (trials of random designs use them in turn).
+        normalization: pair ``(mean, std)`` saying what was done to the image before the model:
+            ``model = (image - mean) / std``. None: model and image units are the same.
+        region: a bool mask that broadcasts to the input, or a box ``(left, top, right, bottom)`` in pixels (right
+            and bottom exclusive): outside of it nothing is changed (condition II of the paper: mask the known
+            evidence of a class).
+        sigma: standard deviation of the blur in pixels; None means a sixteenth of the shorter side.
+
+    Raises:
+        UnknownNameError: a fill of unknown name.
+        ArgumentError: an empty tuple of fills, sigma not positive.
+        UnitError: a box that is empty or a mask that is not boolean.
+
+    Example:
+        >>> x = torch.tensor([[[[1.0, 2.0], [3.0, 6.0]]]])
+        >>> PixelMask("mean")(x).flatten().tolist()
+        [3.0, 3.0, 3.0, 3.0]
+        >>> PixelMask(0.0, normalization=(127.0, 128.0))(x)[0, 0, 0, 0].item()
+        -0.9921875
+        >>> PixelMask("zero", region=(0, 0, 1, 2))(x).flatten().tolist()
+        [0.0, 2.0, 0.0, 6.0]
+
+    Source: F_i of Yang et al., ICIP 2019 (arXiv 1902.03380), section 3.3.
+    """
+
+    def __init__(
+        self,
+        fill: Fill | tuple[Fill, ...] = "zero",
+        *,
+        normalization: NormalizationLike = None,
+        region: Region | None = None,
+        sigma: float | None = None,
+    ) -> None:
+        self.fills: tuple[Fill, ...] = tuple(fill) if isinstance(fill, tuple) else (fill,)
+        if not self.fills:
+            raise ArgumentError(expected("fill", "at least one fill", "an empty tuple"))
+        for one in self.fills:
+            if isinstance(one, str) and one not in _NAMES:
+                raise unknown_name("fill", one, _NAMES)
+            if not isinstance(one, (str, int, float, Tensor)) and not callable(one):
+                raise ArgumentError(expected("fill", "a name, number, tensor or callable", type(one).__name__))
+        if sigma is not None and not sigma > 0:
+            raise ArgumentError(expected("sigma", "a positive number of pixels", sigma))
+        self.normalization = Normalization.of(normalization)
+        self.region = _checked_region(region)
+        self.sigma = sigma
+        self.n_variants = len(self.fills)
+        self.per_trial = any(callable(one) and _wants_mask(one) for one in self.fills)
+
+    def values(self, clean: Tensor, context: Context) -> Tensor:
+        """x' for the whole input: the fill inside the region, the input itself outside.
+
+        Args:
+            clean: (N, ...), model units.
+            context: ids and seed for ``"noise"``; ``variant`` picks the fill.
+
+        Returns:
+            A tensor like ``clean``.
+        """
+        fill = self.fills[context.variant]
+        filled = self.normalization.to_model(self._fill(fill, self.normalization.to_image(clean), context))
+        try:
+            filled = filled.to(clean).expand_as(clean)
+        except RuntimeError as error:
+            wanted = f"a fill that broadcasts to the input's shape {tuple(clean.shape)}"
+            raise ArgumentError(expected("fill", wanted, f"shape {tuple(filled.shape)}")) from error
+        if self.region is None:
+            return filled
+        return torch.where(_region_mask(self.region, clean), filled, clean)
+
+    def _fill(self, fill: Fill, image: Tensor, context: Context) -> Tensor:
+        if isinstance(fill, Tensor):
+            return fill.to(image)
+        if isinstance(fill, (int, float)):
+            return torch.full_like(image, float(fill))
+        if callable(fill):
+            if not _wants_mask(fill):
+                return fill(image)
+            mask = torch.ones_like(image, dtype=torch.bool) if context.mask is None else context.mask
+            return fill(image, mask.expand_as(image))
+        if fill == "zero":
+            return torch.zeros_like(image)
+        if fill == "blur":
+            return _blur(image, self.sigma)
+        mean = _channel_mean(image)
+        if fill == "mean":
+            return mean.expand_as(image)
+        std = _channel_mean((image - mean) ** 2).sqrt()
+        noise = [torch.randn(image.shape[1:], generator=context.generator(i, "fill")) for i in range(len(image))]
+        return mean + std * torch.stack(noise).to(image)
+
+    def perturb(
+        self,
+        inputs: Inputs,
+        *,
+        target: Tensor | None = None,
+        ids: Sequence[int] | None = None,
+        seed: int = 0,
+        variant: int = 0,
+        p: float | None = None,
+    ) -> Inputs:
+        """The inputs with every pixel set to its fill, or, with ``p``, each pixel with probability p (the paper's
+        PWM masks 10 % of the area: ``p=0.1``), shared across channels.
+
+        Args:
+            inputs: (N, ...), or a tuple of such.
+            p: share of the pixels that are masked, in [0, 1]; None masks all.
+            target: not used; every intervention takes it.
+            ids: one id per example; None gives every example the same pixels.
+            seed: seed of the pixels and of ``"noise"``.
+            variant: which fill, where there are several.
+
+        Returns:
+            The masked inputs, in the form in which they came.
+        """
+        if p is not None and not 0 <= p <= 1:
+            raise ArgumentError(expected("p", "a share in [0, 1]", p))
+        filled = super().perturb(inputs, target=target, ids=ids, seed=seed, variant=variant)
+        if p is None:
+            return filled
+        clean: tuple[Tensor, ...] = inputs if isinstance(inputs, tuple) else (inputs,)
+        changed: tuple[Tensor, ...] = filled if isinstance(filled, tuple) else (filled,)
+        out = []
+        for position, (x, do) in enumerate(zip(clean, changed, strict=True)):
+            context = Context(ids=tuple(ids) if ids is not None else (0,) * len(x), seed=seed, position=position)
+            shape = (1, *x.shape[2:]) if x.dim() > 2 else tuple(x.shape[1:])
+            draws = torch.stack([torch.rand(shape, generator=context.generator(i, "pwm")) for i in range(len(x))])
+            out.append(torch.where((draws < p).to(x.device), do, x))
+        return cast(Inputs, tuple(out) if isinstance(inputs, tuple) else out[0])
+
+    def __repr__(self) -> str:
+        shown = [repr(f) if isinstance(f, (str, int, float)) else _describe(f) for f in self.fills]
+        parts = [shown[0] if len(shown) == 1 else "(" + ", ".join(shown) + ")"]
+        if not self.normalization.is_identity:
+            parts.append(f"normalization=({self.normalization.mean}, {self.normalization.std})")
+        if self.region is not None:
+            parts.append(f"region={self.region if isinstance(self.region, tuple) else 'mask'}")
+        if self.sigma is not None:
+            parts.append(f"sigma={self.sigma}")
+        return f"PixelMask({', '.join(parts)})"
+
+
+def _describe(fill: Tensor | Infill) -> str:
+    if isinstance(fill, Tensor):
+        return f"tensor{tuple(fill.shape)}"
+    return str(getattr(fill, "__name__", type(fill).__name__))
+
+
+def _wants_mask(infill: Infill) -> bool:
+    """True for an in-painter: a callable with two positional parameters that have no default."""
+    try:
+        parameters: Sequence[inspect.Parameter] = list(inspect.signature(infill).parameters.values())
+    except (TypeError, ValueError):  # some built-ins have no signature
+        return False
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters) >= 2
+
+
+def _channel_mean(image: Tensor) -> Tensor:
+    dims = list(range(2, image.dim())) if image.dim() > 2 else list(range(1, image.dim()))
+    return image.mean(dim=dims, keepdim=True) if dims else image
+
+
+def _blur(image: Tensor, sigma: float | None) -> Tensor:
+    if image.dim() != 4:
+        raise ArgumentError(
+            expected("fill", "'zero', 'mean' or a number for inputs that are not images (N, C, H, W)", "'blur'")
+        )
+    height, width = image.shape[-2:]
+    if min(height, width) < 2:
+        return image.clone()
+    spread = sigma if sigma is not None else min(height, width) / 16
+    # The kernel reaches 3 sigma, but reflection padding allows no more than the image holds.
+    radius = min(max(1, round(3 * spread)), min(height, width) - 1)
+    blurred: Tensor = gaussian_blur(image, [2 * radius + 1, 2 * radius + 1], [spread, spread])
+    return blurred
+
+
+def _checked_region(region: Region | None) -> Region | None:
+    if region is None:
+        return None
+    if isinstance(region, Tensor):
+        if region.dtype != torch.bool:
+            raise UnitError(expected("region", "a boolean mask", f"dtype {region.dtype}", "Write `mask > 0`."))
+        return region
+    if len(region) != 4 or not (region[0] < region[2] and region[1] < region[3]):
+        raise UnitError(expected("region", "a box (left, top, right, bottom) with left < right, top < bottom", region))
+    left, top, right, bottom = region
+    return (left, top, right, bottom)
+
+
+def _region_mask(region: Region, clean: Tensor) -> Tensor:
+    if isinstance(region, Tensor):
+        try:
+            return region.to(clean.device).expand_as(clean)
+        except RuntimeError as error:
+            wanted = f"a mask that broadcasts to the input's shape {tuple(clean.shape)}"
+            raise UnitError(expected("region", wanted, f"shape {tuple(region.shape)}")) from error
+    left, top, right, bottom = region
+    if clean.dim() < 3 or left < 0 or top < 0 or right > clean.shape[-1] or bottom > clean.shape[-2]:
+        raise UnitError(expected("region", f"a box inside the input's shape {tuple(clean.shape)}", region))
+    mask = torch.zeros(clean.shape[-2:], dtype=torch.bool, device=clean.device)
+    mask[top:bottom, left:right] = True
+    return mask.expand_as(clean)
