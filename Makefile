@@ -1,0 +1,69 @@
+# Every target does all its own set-up: Python >= 3.10 with its venv module is all that has to be there.
+#   make help           what there is
+#   make demo PYTHON=python3.12   another interpreter (used when .venv is made)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+OUT := ce-plugin-demo
+ARGS :=
+METADATA := setup.cfg pyproject.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format docs benchmark clean distclean
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+# A stamp per set of extras: it is made again when the metadata change, so that a second call starts at once.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "ce-plugin needs Python >= 3.10, but $(PYTHON) is not. Say which one to take: make PYTHON=python3.12 ..."; exit 1; }
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
+	  { echo "$(PYTHON) -m venv failed: install Python's venv module (Debian: apt-get install python3-venv)."; exit 1; }
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.created $(METADATA)
+	$(PIP) install --quiet --editable '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.installed-demo  ## explain two photographs with a real network; says where the report is
+	$(BIN)/ce-plugin demo --out $(OUT) --force $(ARGS)
+	@echo "The report is $(abspath $(OUT))/report.html: open it in a browser."
+
+test: $(VENV)/.installed-demo $(VENV)/.installed-test  ## all tests, doctests of the package and the docs included (ARGS="-k name")
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.installed-demo $(VENV)/.installed-test  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(VENV)/.installed-test  ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-test  ## let ruff write what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-docs  ## the documentation, in docs/_build/html; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
+	@echo "The documentation is $(abspath docs/_build/html)/index.html."
+
+benchmark: $(VENV)/.installed-demo $(VENV)/.installed-benchmark  ## list the benchmarks; RUN=name runs one (ARGS="..." goes to it)
+ifdef RUN
+	$(BIN)/python benchmarks/$(RUN:.py=).py $(ARGS)
+else
+	@echo "Run one by name, for example: make benchmark RUN=$(firstword $(basename $(notdir $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))))"
+	@for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do \
+	  printf '  %-24s %s\n' "$$(basename $$script .py)" "$$(sed -n '1s/^"""//;1s/"""$$//;1p' $$script)"; done
+endif
+
+clean:  ## remove what was built (not .venv, not a report)
+	rm -rf build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find ce_plugin tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## remove .venv too
+	rm -rf $(VENV) *.egg-info
