@@ -1,0 +1,206 @@
+"""Photographs: from a file to the tensor that a network expects."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Union
+
+import torch
+from torch import Tensor
+
+from ce_plugin.errors import ArgumentError, FileError, InputError, expected
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Framing", "as_batch", "read_image", "sample_photographs"]
+
+FilePath = Union[str, "PathLike[str]"]
+
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How a photograph of any size becomes the square that a network sees: resize the shorter side, crop the centre.
+
+    Args:
+        size: height and width of the square, in pixels.
+        resize: what the shorter side is resized to before the crop; at least ``size``. None means ``size``.
+        interpolation: ``"bilinear"``, ``"bicubic"`` or ``"nearest"``; antialiased.
+
+    Raises:
+        ArgumentError: a size below 1, a resize below the size, or an unknown interpolation.
+
+    Example:
+        >>> Framing(224, resize=256)(torch.zeros(3, 427, 640, dtype=torch.uint8)).shape
+        torch.Size([3, 224, 224])
+    """
+
+    size: int = 224
+    resize: int | None = None
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ArgumentError(expected("size", "a positive number of pixels", self.size))
+        if self.resize is not None and self.resize < self.size:
+            raise ArgumentError(
+                expected("resize", f"None or at least size = {self.size}", self.resize, "A crop cannot be larger.")
+            )
+        if self.interpolation not in _INTERPOLATIONS:
+            raise ArgumentError(expected("interpolation", f"one of {_INTERPOLATIONS}", repr(self.interpolation)))
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Resize and crop one image.
+
+        Args:
+            image: (C, H, W), integers or floats.
+
+        Returns:
+            (C, size, size), of the same dtype.
+
+        Raises:
+            InputError: the image is not of the form (C, H, W).
+        """
+        from torchvision.transforms.v2 import InterpolationMode
+        from torchvision.transforms.v2 import functional as transform
+
+        if image.dim() != 3 or 0 in image.shape:
+            raise InputError(expected("image", "of shape (C, H, W)", tuple(image.shape)))
+        resized = transform.resize(
+            image, [self.resize or self.size], interpolation=InterpolationMode(self.interpolation), antialias=True
+        )
+        framed: Tensor = transform.center_crop(resized, [self.size, self.size])
+        return framed
+
+
+def read_image(path: FilePath) -> Tensor:
+    """Read one picture as eight-bit RGB, turned upright.
+
+    The EXIF orientation is applied; grayscale and palettes become RGB; what is transparent is shown on white; 16-bit
+    pictures are scaled to eight bits; of an animation the first frame is read.
+
+    Args:
+        path: a file in any format that Pillow reads (JPEG, PNG, WebP, TIFF, BMP, GIF ...).
+
+    Returns:
+        (3, H, W), uint8, values 0 to 255.
+
+    Raises:
+        FileError: there is no such file, it is a directory, it is not a picture, or it is truncated.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "red.png")
+        ...     Image.new("RGB", (4, 2), "red").save(file)
+        ...     read_image(file)[:, 0, 0]
+        tensor([255,   0,   0], dtype=torch.uint8)
+    """
+    from torchvision.transforms.v2 import functional as transform
+
+    file = Path(path)
+    if not file.exists():
+        raise FileError(expected("image", "an existing file", repr(str(file)), "Check the spelling and the folder."))
+    if file.is_dir():
+        raise FileError(
+            expected("image", "a picture file", f"the folder {str(file)!r}", f"Name its files: {file / '*.jpg'}")
+        )
+    pixels: Tensor = transform.pil_to_tensor(_decode(file))
+    return pixels
+
+
+def _decode(file: Path) -> Image:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            # Large photographs are welcome; what would exhaust memory still raises DecompressionBombError.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(file) as opened:
+                opened.load()
+                return _to_rgb(ImageOps.exif_transpose(opened))
+    except UnidentifiedImageError as error:
+        todo = "Convert it to JPEG or PNG, or leave it out."
+        raise FileError(expected("image", "a picture in a known format", repr(str(file)), todo)) from error
+    except PermissionError as error:
+        raise FileError(expected("image", "a readable file", repr(str(file)), "Check its permissions.")) from error
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        # Pillow's decoders report damage with all of these (PNG: SyntaxError; TIFF, WebP: ValueError, EOFError).
+        todo = "The file is truncated or damaged: fetch it again, or leave it out."
+        raise FileError(expected("image", "a complete picture", f"{str(file)!r} ({error})", todo)) from error
+
+
+def _to_rgb(image: Image) -> Image:
+    from PIL import Image as Pillow
+
+    if image.mode.startswith("I") or image.mode == "F":
+        import numpy as np
+
+        # Pillow's own conversion clips 16-bit values at 255, which turns most pictures white.
+        values = np.asarray(image, dtype=np.float64)
+        top = 1.0 if image.mode == "F" and values.max(initial=0.0) <= 1.0 else 65535.0
+        return Pillow.fromarray(np.clip(values / top * 255.0, 0, 255).round().astype(np.uint8)).convert("RGB")
+    if "A" in image.mode or "transparency" in image.info:
+        shown = image.convert("RGBA")
+        white = Pillow.new("RGBA", shown.size, "white")
+        return Pillow.alpha_composite(white, shown).convert("RGB")
+    return image.convert("RGB")
+
+
+def as_batch(
+    images: Sequence[Tensor], framing: Framing | None = None, *, value_range: tuple[float, float] = (0.0, 1.0)
+) -> Tensor:
+    """Eight-bit pictures of any sizes as one float batch in image units.
+
+    Args:
+        images: pictures as :func:`read_image` returns them, each (3, H, W), uint8.
+        framing: how each is resized and cropped; None means 224 x 224.
+        value_range: image units: what 0 and 255 become.
+
+    Returns:
+        (N, 3, size, size), float32, within ``value_range``.
+
+    Raises:
+        InputError: no image, or one that is not uint8.
+        ArgumentError: the range is empty.
+
+    Example:
+        >>> as_batch([torch.full((3, 8, 10), 255, dtype=torch.uint8)], Framing(4), value_range=(0, 255)).max()
+        tensor(255.)
+    """
+    low, high = value_range
+    if not low < high:
+        raise ArgumentError(expected("value_range", "(low, high) with low < high", value_range))
+    if len(images) == 0:
+        raise InputError(expected("images", "at least one picture", "none"))
+    frame = framing or Framing()
+    framed = []
+    for image in images:
+        if image.dtype != torch.uint8:
+            raise InputError(expected("images", "of type uint8, values 0 to 255", image.dtype, "Use `read_image`."))
+        framed.append(frame(image))
+    return torch.stack(framed).float() / 255.0 * (high - low) + low
+
+
+def sample_photographs() -> dict[str, Tensor]:
+    """scikit-learn's two photographs, which are installed with it: a daisy and a Chinese palace.
+
+    Returns:
+        ``{"flower.jpg": (3, 427, 640), "china.jpg": (3, 427, 640)}``, uint8.
+
+    Example:
+        >>> {name: tuple(image.shape) for name, image in sample_photographs().items()}
+        {'flower.jpg': (3, 427, 640), 'china.jpg': (3, 427, 640)}
+    """
+    from sklearn.datasets import load_sample_image
+
+    return {
+        name: torch.from_numpy(load_sample_image(name).copy()).permute(2, 0, 1) for name in ("flower.jpg", "china.jpg")
+    }

@@ -1,0 +1,151 @@
+"""Photographs become tensors; whatever cannot be read says so and says what to do."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ce_plugin.datasets import Framing, as_batch, read_image, sample_photographs
+from ce_plugin.errors import ArgumentError, FileError, InputError
+
+
+def _save(image: Image.Image, path: Path, **options: object) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def test_rgb_png_is_read_exactly(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    read = read_image(_save(Image.fromarray(pixels), tmp_path / "a.png"))
+    assert read.dtype == torch.uint8
+    assert (read.permute(1, 2, 0).numpy() == pixels).all()
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    # Orientation 6: the camera was turned; the stored top row is the right column of the upright picture.
+    stored = np.zeros((2, 4, 3), dtype=np.uint8)
+    stored[0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    read = read_image(_save(Image.fromarray(stored), tmp_path / "a.png", exif=exif))
+    assert read.shape == (3, 4, 2)
+    assert (read[:, :, 1] == 255).all()
+    assert (read[:, :, 0] == 0).all()
+
+
+def test_grayscale_becomes_three_equal_channels(tmp_path: Path) -> None:
+    read = read_image(_save(Image.new("L", (3, 2), 77), tmp_path / "a.png"))
+    assert (read == 77).all()
+    assert read.shape == (3, 2, 3)
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
+    deep = Image.fromarray(np.full((2, 2), 257 * 100, dtype=np.uint16))
+    assert (read_image(_save(deep, tmp_path / "a.png")) == 100).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_shown_on_white(tmp_path: Path, mode: str) -> None:
+    clear = Image.new("RGBA", (2, 2), (10, 20, 30, 0))
+    if mode == "P":
+        flat = Image.new("P", (2, 2), 0)
+        flat.putpalette([10, 20, 30])
+        file = _save(flat, tmp_path / "a.png", transparency=0)
+    else:
+        file = _save(clear.convert(mode), tmp_path / "a.png")
+    assert (read_image(file) == 255).all()
+
+
+def test_cmyk_is_read(tmp_path: Path) -> None:
+    read = read_image(_save(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), tmp_path / "a.jpg"))
+    assert (read > 250).all()
+
+
+@pytest.mark.parametrize("cut", [20, 150, 400])
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff", "gif"])
+def test_truncated_files_are_refused_for_every_format(tmp_path: Path, kind: str, cut: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format=kind)
+    file = tmp_path / f"a.{kind}"
+    file.write_bytes(buffer.getvalue()[:cut])
+    with pytest.raises(FileError, match=r"Expected argument `image` to be a .*picture.*a\."):
+        read_image(file)
+
+
+def test_missing_file_folder_and_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"an existing file, but got .*none.jpg"):
+        read_image(tmp_path / "none.jpg")
+    with pytest.raises(FileError, match=r"the folder .*Name its files"):
+        read_image(tmp_path)
+    text = tmp_path / "notes.jpg"
+    text.write_text("not a picture")
+    with pytest.raises(FileError, match=r"a picture in a known format.*notes.jpg.*Convert it"):
+        read_image(text)
+    empty = tmp_path / "empty.png"
+    empty.touch()
+    with pytest.raises(FileError, match=r"empty\.png"):
+        read_image(empty)
+
+
+def test_framing_keeps_the_centre() -> None:
+    image = torch.zeros(3, 20, 40, dtype=torch.uint8)
+    image[:, :, 10:30] = 200
+    assert (Framing(20, interpolation="nearest")(image) == 200).all()
+
+
+def test_framing_resizes_the_shorter_side() -> None:
+    wide, high = torch.zeros(3, 30, 60), torch.zeros(3, 60, 30)
+    assert Framing(8, resize=10)(wide).shape == Framing(8, resize=10)(high).shape == (3, 8, 8)
+    # A constant picture stays constant, whatever the interpolation.
+    for interpolation in ("bilinear", "bicubic", "nearest"):
+        assert (Framing(8, 10, interpolation)(torch.full((3, 31, 57), 9, dtype=torch.uint8)) == 9).all()
+
+
+def test_framing_enlarges_small_pictures() -> None:
+    assert Framing(32)(torch.zeros(3, 5, 4)).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 0}, "`size` to be a positive"),
+        ({"size": 8, "resize": 4}, "`resize` to be None or at least size = 8, but got 4"),
+        ({"interpolation": "cubic"}, "`interpolation` to be one of"),
+    ],
+)
+def test_framing_refuses(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        Framing(**options)  # type: ignore[arg-type]
+
+
+def test_framing_refuses_other_shapes() -> None:
+    with pytest.raises(InputError, match=r"of shape \(C, H, W\), but got \(4, 4\)"):
+        Framing(2)(torch.zeros(4, 4))
+
+
+def test_batch_is_in_image_units() -> None:
+    black, white = torch.zeros(3, 6, 6, dtype=torch.uint8), torch.full((3, 9, 4), 255, dtype=torch.uint8)
+    batch = as_batch([black, white], Framing(4), value_range=(-1.0, 3.0))
+    assert batch.shape == (2, 3, 4, 4)
+    assert batch.dtype == torch.float32
+    assert torch.equal(batch[0], torch.full((3, 4, 4), -1.0))
+    assert torch.equal(batch[1], torch.full((3, 4, 4), 3.0))
+    with pytest.raises(InputError, match=r"at least one picture"):
+        as_batch([])
+    with pytest.raises(InputError, match=r"uint8.*torch.float32"):
+        as_batch([torch.zeros(3, 4, 4)])
+    with pytest.raises(ArgumentError, match=r"low < high"):
+        as_batch([black], value_range=(1.0, 1.0))
+
+
+def test_sample_photographs_are_the_two_of_scikit_learn() -> None:
+    photographs = sample_photographs()
+    assert list(photographs) == ["flower.jpg", "china.jpg"]
+    assert all(image.dtype == torch.uint8 and image.shape == (3, 427, 640) for image in photographs.values())
+    photographs["china.jpg"][:] = 0  # a copy: scikit-learn's own array is read-only
