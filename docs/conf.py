@@ -1,0 +1,52 @@
+"""How Sphinx builds this documentation (``make docs``)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from ce_plugin._version import __version__  # noqa: E402
+
+project = "ce_plugin"
+author = "The ce-plugin contributors"
+copyright = "2026, the ce-plugin contributors"
+version = release = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
+myst_heading_anchors = 3
+# A benchmark's result is a page of its own elsewhere; included here, its headings start one level too deep.
+suppress_warnings = ["myst.header"]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = f"ce_plugin {__version__}"
+html_show_sourcelink = False
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_class_signature = "mixed"
+# Captum's docstrings are Captum's: a method without one of its own shows none.
+autodoc_inherit_docstrings = False
+autodoc_default_options = {"members": True, "show-inheritance": True}
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+
+def include_results(app: Any, docname: str, source: list[str]) -> None:
+    """Let the page on benchmarks end with every result that lies in benchmarks/results."""
+    if docname != "benchmarks":
+        return
+    results = sorted((HERE.parent / "benchmarks" / "results").glob("*.md"))
+    pages = [f"```{{include}} ../benchmarks/results/{result.name}\n```\n" for result in results]
+    source[0] += "\n" + ("\n".join(pages) if pages else "No results have been recorded yet.\n")
+
+
+def setup(app: Any) -> None:
+    """Called by Sphinx."""
+    app.connect("source-read", include_results)
