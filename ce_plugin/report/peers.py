@@ -1,0 +1,94 @@
+"""Captum's Grad-CAM and saliency, for the eye to compare with: they are gradients, not experiments."""
+
+from __future__ import annotations
+
+import torch
+from captum.attr import LayerAttribution, LayerGradCam, Saliency
+from torch import Tensor, nn
+
+from ce_plugin.guard import state_guard
+
+__all__ = ["grad_cam", "last_conv_layer", "saliency"]
+
+
+def last_conv_layer(model: nn.Module, inputs: Tensor) -> tuple[str, nn.Module] | None:
+    """The last convolution that still sees a plane: the layer that Grad-CAM is meant for.
+
+    Args:
+        model: any network.
+        inputs: one or more examples, (N, C, H, W).
+
+    Returns:
+        Name and module of the last ``Conv2d`` in order of execution whose output is larger than 1 x 1; None where there
+        is none, or only one at the very start (the patch embedding of a transformer summarises nothing).
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.AdaptiveAvgPool2d(1))
+        >>> last_conv_layer(net, torch.zeros(1, 3, 8, 8))[0]
+        '2'
+    """
+    seen: list[tuple[str, nn.Module, bool]] = []
+
+    def note(name: str, module: nn.Module) -> None:
+        def hook(_: nn.Module, __: object, output: object) -> None:
+            plane = isinstance(module, nn.Conv2d) and isinstance(output, Tensor) and output.shape[-2:].numel() > 1
+            seen.append((name, module, plane))
+
+        module.register_forward_hook(hook)
+
+    with state_guard(model), torch.no_grad():  # the guard takes the hooks away again
+        for name, module in model.named_modules():
+            if not list(module.children()):
+                note(name, module)
+        model(inputs[:1])
+    planes = [(step, name, module) for step, (name, module, plane) in enumerate(seen) if plane]
+    if not planes or (planes[-1][0] == 0 and len(seen) > 4):
+        return None
+    return planes[-1][1], planes[-1][2]
+
+
+def grad_cam(model: nn.Module, layer: nn.Module, inputs: Tensor, target: int) -> Tensor:
+    """Grad-CAM at a layer, enlarged to the size of the input.
+
+    Args:
+        model: the network.
+        layer: one of its convolutions; see :func:`last_conv_layer`.
+        inputs: (N, C, H, W).
+        target: class index.
+
+    Returns:
+        (N, H, W), not negative.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> grad_cam(net, net[0], torch.rand(2, 3, 8, 8), target=1).shape
+        torch.Size([2, 8, 8])
+
+    Source: Selvaraju et al. 2017 (arXiv 1610.02391), as ``captum.attr.LayerGradCam``.
+    """
+    with state_guard(model):
+        small = LayerGradCam(model, layer).attribute(inputs.clone(), target=target, relu_attributions=True)
+    enlarged: Tensor = LayerAttribution.interpolate(small, tuple(inputs.shape[-2:]), "bilinear")
+    return enlarged.detach()[:, 0].cpu()
+
+
+def saliency(model: nn.Module, inputs: Tensor, target: int) -> Tensor:
+    """The size of the gradient: the greatest over the channels.
+
+    Args:
+        model: the network.
+        inputs: (N, C, H, W).
+        target: class index.
+
+    Returns:
+        (N, H, W), not negative.
+
+    Example:
+        >>> saliency(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(1, 3, 2, 2), target=0).shape
+        torch.Size([1, 2, 2])
+
+    Source: Simonyan et al. 2013 (arXiv 1312.6034), as ``captum.attr.Saliency``.
+    """
+    with state_guard(model):
+        gradient: Tensor = Saliency(model).attribute(inputs.clone().requires_grad_(), target=target)
+    return gradient.detach().amax(dim=1).cpu()

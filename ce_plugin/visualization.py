@@ -1,0 +1,259 @@
+"""Pictures of effects: overlays through Captum's visualiser, outlines of significant units, magnified perturbations.
+
+Every function returns a :class:`matplotlib.figure.Figure` or plain numbers. Neither pyplot's state nor its backend is
+touched, so the functions work on a server, in a notebook and in a thread alike.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ce_plugin.errors import ArgumentError, InputError, expected
+
+if TYPE_CHECKING:
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+__all__ = ["NEGATIVE", "POSITIVE", "contribution_colors", "data_uri", "magnify", "outlines", "overlay"]
+
+POSITIVE = "#e8590c"
+"""Colour of what supports the class: orange."""
+NEGATIVE = "#1c6fd1"
+"""Colour of what speaks against the class: blue. The pair stays apart for colour-blind readers."""
+
+_DPI = 100
+Pixels = npt.NDArray[np.float64]
+
+
+def contribution_colors(share: float = 1.0) -> Colormap:
+    """The colours of signed contributions: blue against the class, clear at zero, orange for it.
+
+    Args:
+        share: how much of the full colours to use, in (0, 1]: a map whose greatest value is a third of the common
+            scale gets a third of the colours.
+
+    Example:
+        >>> float(contribution_colors()(0.5)[3])  # alpha at zero: the photograph shines through
+        0.0
+    """
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
+
+    steps = np.linspace(-share, share, 257)
+    colors = []
+    for value in steps:
+        red, green, blue = to_rgb(POSITIVE if value >= 0 else NEGATIVE)
+        # A root lifts small values a little, so that a weak patch is seen and a zero one is still clear.
+        colors.append((red, green, blue, 0.88 * abs(float(value)) ** 0.8))
+    return LinearSegmentedColormap.from_list("contribution", colors, N=257)
+
+
+def overlay(
+    attribution: Tensor,
+    image: Tensor,
+    *,
+    scale: float | None = None,
+    significant: Tensor | None = None,
+    sign: str = "all",
+    width: int = 300,
+    title: str | None = None,
+) -> Figure:
+    """An attribution laid over the grayscale picture, by Captum's ``visualize_image_attr``.
+
+    Args:
+        attribution: (H, W), or (C, H, W), whose channels are averaged.
+        image: (C, H, W), values in [0, 1], C = 1 or 3.
+        scale: the value that gets the full colour; None means the greatest absolute value. A common scale makes
+            several maps comparable.
+        significant: (H, W) boolean; the outlines of the true regions are drawn, white around dark.
+        sign: ``"all"`` (orange supports, blue opposes) or ``"positive"`` (orange only).
+        width: of the figure, in pixels.
+        title: written above the picture.
+
+    Returns:
+        A figure without axes.
+
+    Raises:
+        InputError: attribution and image do not have the same height and width.
+        ArgumentError: the scale is not positive, or the sign is unknown.
+
+    Example:
+        >>> figure = overlay(torch.eye(8), torch.rand(3, 8, 8), significant=torch.eye(8) > 0)
+        >>> figure.get_size_inches().tolist()
+        [3.0, 3.0]
+
+    Source: the blended heat map of ``captum.attr.visualization``.
+    """
+    from captum.attr import visualization as captum_pictures
+
+    values = _plane(attribution)
+    shown = _channels_last(image)
+    if values.shape != shown.shape[:2]:
+        raise InputError(expected("attribution", f"of the image's size {shown.shape[:2]}", values.shape))
+    if scale is not None and not scale > 0:
+        raise ArgumentError(expected("scale", "None or a positive number", scale))
+    if sign not in ("all", "positive"):
+        raise ArgumentError(expected("sign", "'all' or 'positive'", repr(sign)))
+    if sign == "positive":
+        values = values.clip(min=0)
+    figure, axes = _frame(values.shape, width, title)
+    # Lifted, so that the colours can be told apart on dark parts as well.
+    gray = 0.3 + 0.65 * np.repeat(shown.mean(axis=2, keepdims=True), 3, axis=2)
+    greatest = float(np.abs(values).max(initial=0.0))
+    if greatest == 0.0:
+        # Captum divides by the greatest value; a map of zeros is the photograph alone.
+        axes.imshow(gray, vmin=0, vmax=1)
+    else:
+        full = scale or greatest
+        clipped = values.clip(-full, full)
+        share = min(greatest / full, 1.0)
+        # Captum scales each map to its own maximum. A common scale is kept by cutting the colours instead.
+        colors = contribution_colors(share)
+        captum_pictures.visualize_image_attr(
+            (clipped / np.abs(clipped).max())[:, :, None],
+            gray * 255.0,
+            method="blended_heat_map",
+            sign="all",
+            plt_fig_axis=(figure, axes),
+            outlier_perc=1e-6,  # with 0, rounding can leave Captum without any value above its threshold
+            cmap=colors,
+            alpha_overlay=None,  # type: ignore[arg-type, unused-ignore] # the colours carry their own
+            use_pyplot=False,
+        )
+        axes.images[0].set_clim(0, 255)  # Captum stretches a dull photograph to full contrast
+    _draw_outlines(axes, significant, values)
+    axes.set_axis_off()
+    return figure
+
+
+def magnify(perturbation: Tensor) -> tuple[Tensor, float]:
+    """A perturbation made visible: multiplied, and laid on middle gray.
+
+    Args:
+        perturbation: (C, H, W), in units of the picture's range (a change from black to white is 1).
+
+    Returns:
+        The picture (C, H, W) with values in [0, 1], and the factor: 0.5 + factor * perturbation. The factor is the
+        largest whole number that clips nothing (or 0.5, for a perturbation of more than half of the range).
+
+    Example:
+        >>> shown, factor = magnify(torch.tensor([[[0.02, -0.02]]]))
+        >>> factor, [round(v, 2) for v in shown.flatten().tolist()]
+        (25.0, [1.0, 0.0])
+    """
+    greatest = float(perturbation.abs().max()) if perturbation.numel() else 0.0
+    factor = 1.0 if greatest == 0 else max(float(np.floor(0.5 / greatest * (1 + 1e-5))), 0.5)
+    return (0.5 + factor * perturbation.detach().float().cpu()).clamp(0, 1), factor
+
+
+def outlines(region: Tensor) -> npt.NDArray[np.float64]:
+    """The borders of a region, along the edges of its pixels.
+
+    Args:
+        region: (H, W) boolean.
+
+    Returns:
+        (S, 2, 2): line segments ((x0, y0), (x1, y1)) in the coordinates of ``imshow``, each as long as its straight
+        piece of border.
+
+    Example:
+        >>> outlines(torch.ones(2, 3, dtype=torch.bool)).shape  # a rectangle has four sides
+        (4, 2, 2)
+    """
+    inside = np.pad(region.detach().cpu().numpy().astype(np.int8), 1)
+    segments: list[tuple[tuple[float, float], tuple[float, float]]] = []
+    for swap in (False, True):
+        # Steps down the rows are horizontal borders; of the transpose, vertical ones.
+        steps = np.diff(inside.T if swap else inside, axis=0)
+        for row in np.flatnonzero(steps.any(axis=1)):
+            line = np.concatenate(([0], steps[row], [0]))
+            changes = np.flatnonzero(np.diff(line))
+            for start, stop in itertools.pairwise(changes):
+                if line[start + 1] != 0:
+                    along, across = (float(start) - 1.5, float(stop) - 1.5), float(row) - 0.5
+                    ends = ((along[0], across), (along[1], across))
+                    segments.append(tuple((y, x) for x, y in ends) if swap else ends)  # type: ignore[arg-type]
+    return np.array(segments, dtype=np.float64).reshape(-1, 2, 2)
+
+
+def data_uri(shown: Figure | Tensor) -> str:
+    """A figure or a picture as text that a page can hold: ``data:image/...;base64,...``.
+
+    Args:
+        shown: a figure, which becomes a JPEG; or a picture (C, H, W) with values in [0, 1] and C = 1 or 3, which
+            becomes, pixel for pixel, a PNG or a JPEG, whichever is smaller.
+
+    Example:
+        >>> data_uri(torch.zeros(3, 8, 8))[:22]
+        'data:image/png;base64,'
+    """
+    from PIL import Image
+
+    if isinstance(shown, Tensor):
+        pixels = (_channels_last(shown) * 255).round().astype(np.uint8)
+        image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+        return min((_encoded(image, "png"), _encoded(image, "jpeg")), key=len)
+    buffer = io.BytesIO()
+    shown.savefig(buffer, format="png", dpi=_DPI)
+    return _encoded(Image.open(buffer).convert("RGB"), "jpeg")
+
+
+def _encoded(image: Any, kind: str) -> str:
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {"optimize": True} if kind == "png" else {"quality": 90, "subsampling": 0}
+    image.save(buffer, format=kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def _plane(attribution: Tensor) -> Pixels:
+    values = attribution.detach().double().cpu()
+    if values.dim() == 3:
+        values = values.mean(dim=0)
+    if values.dim() != 2 or not bool(torch.isfinite(values).all()):
+        raise InputError(expected("attribution", "finite, of shape (H, W) or (C, H, W)", tuple(attribution.shape)))
+    plane: Pixels = values.numpy()
+    return plane
+
+
+def _channels_last(image: Tensor) -> Pixels:
+    if image.dim() != 3 or image.shape[0] not in (1, 3):
+        todo = "`VisionModel.pictures` turns a batch of inputs into such pictures."
+        raise InputError(expected("image", "of shape (1 or 3, H, W)", tuple(image.shape), todo))
+    shown: Pixels = image.detach().double().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
+    return shown
+
+
+def _frame(shape: tuple[int, ...], width: int, title: str | None) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    inches = width / _DPI
+    height = inches * shape[0] / shape[1]
+    head = 0.3 if title else 0.0
+    figure = Figure(figsize=(inches, height + head), dpi=_DPI)
+    axes = figure.add_axes((0.0, 0.0, 1.0, height / (height + head)))
+    if title:
+        figure.text(0.5, 1 - 0.5 * head / (height + head), title, ha="center", va="center", fontsize=9)
+    return figure, axes
+
+
+def _draw_outlines(axes: Any, significant: Tensor | None, values: Pixels) -> None:
+    from matplotlib.collections import LineCollection
+
+    if significant is None:
+        return
+    if tuple(significant.shape) != values.shape:
+        raise InputError(expected("significant", f"of the map's size {values.shape}", tuple(significant.shape)))
+    lines = list(outlines(significant))
+    # A light line under a dark one is seen on any photograph.
+    for color, thickness in (("white", 2.4), ("#111111", 1.1)):
+        axes.add_collection(LineCollection(lines, colors=color, linewidths=thickness, capstyle="projecting"))
+    height, breadth = values.shape
+    axes.set_xlim(-0.5, breadth - 0.5)
+    axes.set_ylim(height - 0.5, -0.5)
