@@ -40,21 +40,21 @@ class Design(ABC):
         """Number of trials for one example with ``n_units`` units, the reference not counted."""
 
     @abstractmethod
-    def assignments(self, n_units: int, *, id: int = 0, grid: Grid | None = None) -> Tensor:
+    def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
         """All trials of one example.
 
         Args:
             n_units: number of units U.
-            id: the example's id: equal ids get equal assignments.
+            example: the example's id: equal ids get equal assignments.
             grid: (rows, columns) where the units are the cells of a grid, row by row.
 
         Returns:
             bool (T, U).
         """
 
-    def rows(self, n_units: int, start: int, stop: int, *, id: int = 0, grid: Grid | None = None) -> Tensor:
+    def rows(self, n_units: int, start: int, stop: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
         """Some of the trials, (stop - start, U); designs with many units make them without the others."""
-        return self.assignments(n_units, id=id, grid=grid)[start:stop]
+        return self.assignments(n_units, example=example, grid=grid)[start:stop]
 
     def blocks(self, n_trials: int) -> Tensor | None:
         """For each trial the block of dependent trials it belongs to, (T,); None where trials are independent."""
@@ -81,10 +81,10 @@ class OneAtATime(Design):
     def n_trials_for(self, n_units: int) -> int:
         return n_units
 
-    def assignments(self, n_units: int, *, id: int = 0, grid: Grid | None = None) -> Tensor:
+    def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
         return self.rows(n_units, 0, n_units)
 
-    def rows(self, n_units: int, start: int, stop: int, *, id: int = 0, grid: Grid | None = None) -> Tensor:
+    def rows(self, n_units: int, start: int, stop: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
         """Trials ``start`` to ``stop`` only: U x U assignments of a pixel grid would not fit into memory."""
         return torch.arange(start, min(stop, n_units))[:, None] == torch.arange(n_units)[None, :]
 
@@ -102,7 +102,7 @@ class LeaveOneIn(OneAtATime):
 
     reference = "all"
 
-    def rows(self, n_units: int, start: int, stop: int, *, id: int = 0, grid: Grid | None = None) -> Tensor:
+    def rows(self, n_units: int, start: int, stop: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
         """Trials ``start`` to ``stop`` only."""
         return ~super().rows(n_units, start, stop)
 
@@ -149,7 +149,7 @@ class Joint(Design):
     def n_trials_for(self, n_units: int) -> int:
         return len(self.groups)
 
-    def assignments(self, n_units: int, *, id: int = 0, grid: Grid | None = None) -> Tensor:
+    def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
         largest = max(max(group) for group in self.groups)
         if largest >= n_units:
             raise DesignError(expected("groups", f"indices below the number of units, {n_units}", largest))
@@ -220,8 +220,8 @@ class RandomMask(Design):
         """Antithetic pairs; None otherwise."""
         return torch.arange(n_trials) // 2 if self.antithetic else None
 
-    def assignments(self, n_units: int, *, id: int = 0, grid: Grid | None = None) -> Tensor:
-        draw = generator(self.seed, id, "assignments")
+    def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
+        draw = generator(self.seed, example, "assignments")
         if self.balanced and self.antithetic:
             return self._balanced_pairs(n_units, draw)
         if self.balanced:

@@ -1,0 +1,7 @@
+"""Interventions: what ``do`` sets."""
+
+from ce_plugin.interventions.base import Context, Intervention
+from ce_plugin.interventions.masking import PixelMask
+from ce_plugin.interventions.normalization import Normalization
+
+__all__ = ["Context", "Intervention", "Normalization", "PixelMask"]

@@ -1,0 +1,130 @@
+"""How many rows go through the network at once: as many as memory allows, no more than is fast."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["BatchSize", "bytes_per_row", "free_memory", "learned"]
+
+_START, _LARGEST = 8, 4096
+# Shorter batches than this are dominated by fixed costs, so that a larger batch always pays.
+_SHORT_SECONDS = 0.004
+
+_LEARNED: WeakKeyDictionary[nn.Module, dict[object, object]] = WeakKeyDictionary()
+
+
+def learned(modules: list[nn.Module]) -> dict[object, object]:
+    """What earlier runs learned about this network (best batch size, memory format); forgotten with the network."""
+    return _LEARNED.setdefault(modules[0], {}) if modules else {}
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as info:
+        line = next(line for line in info if line.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return 4 << 30
+
+
+def _nbytes(value: object) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, (tuple, list)):
+        return sum(map(_nbytes, value))
+    return 0
+
+
+@contextlib.contextmanager
+def bytes_per_row(modules: list[nn.Module], rows: int, inputs: tuple[Tensor, ...]) -> Iterator[list[int]]:
+    """Measure during a forward pass what one row takes at its peak; the list's one entry is valid afterwards.
+
+    The peak of inference is where some operation holds its input and output; residual connections keep a few more
+    such tensors alive, hence the factor. Scripted and compiled modules are not hooked (a hook would recompile them).
+    """
+    row = max(sum(map(_nbytes, inputs)) // max(rows, 1), 1)
+    result = [64 * row]
+    largest = [0]
+
+    def hook(module: nn.Module, args: object, output: object) -> None:
+        largest[0] = max(largest[0], _nbytes(args) + _nbytes(output))
+
+    opaque = (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)
+    leaves = [m for root in modules if not isinstance(root, opaque) for m in root.modules() if not list(m.children())]
+    handles = [leaf.register_forward_hook(hook) for leaf in leaves if not isinstance(leaf, opaque)]
+    try:
+        yield result
+    finally:
+        for handle in handles:
+            handle.remove()
+    if largest[0]:
+        result[0] = 4 * row + 3 * largest[0] // max(rows, 1)
+
+
+class BatchSize:
+    """Chooses the number of rows per pass: doubles it while a row gets cheaper and memory allows.
+
+    On a CPU large batches are *slower* (they fall out of the caches and their memory is handed back to the system
+    after each operation), so that time is measured, on trials that have to be run anyway.
+
+    Args:
+        limit: largest number of rows that memory allows.
+        fixed: a number of rows that the user wants; nothing is measured then.
+        start: what an earlier run learned.
+    """
+
+    def __init__(self, limit: int, fixed: int | None = None, start: int | None = None) -> None:
+        self.limit = max(1, min(limit, _LARGEST))
+        self.settled = fixed is not None or start is not None
+        self.rows = fixed if fixed is not None else min(start or _START, self.limit)
+        self._best: tuple[float, int] | None = None
+        self._seen: list[float] = []
+
+    @contextlib.contextmanager
+    def timed(self, rows: int, device: torch.device) -> Iterator[None]:
+        """Time one pass of ``rows`` rows and learn from it."""
+        if self.settled or rows != self.rows:
+            yield
+            return
+        _synchronize(device)
+        start = time.perf_counter()
+        yield
+        _synchronize(device)
+        self._learn(time.perf_counter() - start)
+
+    def _learn(self, seconds: float) -> None:
+        self._seen.append(seconds)
+        if seconds > _SHORT_SECONDS and len(self._seen) < 2:
+            return
+        # The faster of two: other work on the machine only ever adds time.
+        per_row = min(self._seen) / self.rows
+        better = self._best is None or per_row < 0.98 * self._best[0]
+        if better:
+            self._best = (per_row, self.rows)
+        self._seen = []
+        if (better or seconds <= _SHORT_SECONDS) and 2 * self.rows <= self.limit:
+            self.rows *= 2
+            return
+        self.settled = True
+        self.rows = self._best[1] if self._best else self.rows
+
+    def halve(self) -> None:
+        """After running out of memory."""
+        self.rows = max(1, self.rows // 2)
+        self.limit = self.rows
+        self.settled = True
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

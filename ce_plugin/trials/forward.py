@@ -1,0 +1,90 @@
+"""One way to call whatever the user explains: a module, a function, an ART classifier; one head or several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+from torch.futures import Future
+
+from ce_plugin._art import is_art_classifier, unwrap
+from ce_plugin.errors import ModelError, expected
+from ce_plugin.guard import modules_of
+
+__all__ = ["Forward", "OutputSelector"]
+
+OutputSelector = Union[str, int, Callable[[Any], Tensor], Sequence[str], None]
+
+
+class Forward:
+    """Calls a forward function and returns its output heads as tensors.
+
+    Args:
+        forward_func: a module, any callable, or an ART ``PyTorchClassifier``, whose model and preprocessing are used.
+        output: which part of the output is explained: a key of a dict or ModelOutput, an index of a tuple, a
+            callable on the output, or a list of keys (several heads). None takes a tensor as it is and all tensors of
+            a dict as heads.
+
+    Attributes:
+        modules: the networks that were found in ``forward_func``.
+        clip_values: of an ART classifier, else None.
+
+    Example:
+        >>> forward = Forward(lambda x: {"a": x + 1, "b": x * 2})
+        >>> sorted(forward((torch.ones(1, 2),)))
+        ['a', 'b']
+        >>> Forward(lambda x: {"a": x + 1, "b": x * 2}, output="b")((torch.ones(1, 2),))
+        {'': tensor([[2., 2.]])}
+    """
+
+    def __init__(self, forward_func: Callable[..., Any], output: OutputSelector = None) -> None:
+        self.clip_values = None
+        if is_art_classifier(forward_func):
+            forward_func, self.clip_values = unwrap(forward_func)
+        if not callable(forward_func):
+            raise ModelError(expected("forward_func", "a callable or an ART classifier", type(forward_func).__name__))
+        self.forward_func = forward_func
+        self.output = output
+        self.modules = modules_of(forward_func)
+
+    def __call__(self, inputs: tuple[Tensor, ...], args: tuple[object, ...] = ()) -> dict[str, Tensor]:
+        """The heads of the output by name; a single head has the name ``""``."""
+        return self._heads(self.forward_func(*inputs, *args))
+
+    def _heads(self, output: Any) -> dict[str, Tensor]:
+        if isinstance(output, Future):
+            todo = "Wait for it inside forward_func: `lambda x: model(x).wait()`."
+            raise ModelError(
+                expected("forward_func", "a callable that returns a tensor", "one that returns a Future", todo)
+            )
+        if callable(self.output):
+            return {"": _tensor(self.output(output))}
+        if isinstance(self.output, (str, int)):
+            return {"": _tensor(self._part(output, self.output))}
+        if self.output is not None:
+            return {key: _tensor(self._part(output, key)) for key in self.output}
+        if isinstance(output, Mapping):
+            heads = {str(key): value for key, value in output.items() if isinstance(value, Tensor)}
+            return heads if len(heads) != 1 else {"": next(iter(heads.values()))}
+        return {"": _tensor(output)}
+
+    @staticmethod
+    def _part(output: Any, key: str | int) -> Any:
+        try:
+            return output[key]
+        except (KeyError, IndexError, TypeError) as error:
+            have = list(output) if isinstance(output, Mapping) else type(output).__name__
+            raise ModelError(expected("output", f"a part of what the model returns ({have})", repr(key))) from error
+
+
+def _tensor(value: object) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (int, float)):
+        return torch.tensor(float(value))
+    todo = "Name the part to explain with `output=` (a key, an index or a callable)."
+    raise ModelError(
+        expected("forward_func", "a callable that returns a tensor or a dict of tensors", type(value).__name__, todo)
+    )
