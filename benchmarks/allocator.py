@@ -59,14 +59,15 @@ def main() -> None:
     text = [
         "### Allocator",
         "",
-        f"EfficientNet-lite0, forward passes of 224 x 224 images in channels-last layout, with and without `{settings}`.",
+        "EfficientNet-lite0, forward passes of 224 x 224 images in channels-last layout, with and without",
+        f"`{settings}`.",
         f"Median of {options.pairs} interleaved pairs (smallest to largest ratio in brackets), a process each.",
         "",
         "| batch | images/s, as it is | images/s, memory kept | ratio |",
         "|---|---|---|---|",
         *rows,
         "",
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, "
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.system()}, "
         f"{' '.join(platform.libc_ver())}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads. Script: `benchmarks/allocator.py`.",
     ]
