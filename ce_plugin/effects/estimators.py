@@ -1,0 +1,289 @@
+"""From the outcomes of trials to effects and their standard errors: pure functions on plain tensors.
+
+Every estimator takes the outcomes (T, C) of T trials and returns effects (U, C) of all units on all classes at once,
+by matrix products in float64. An effect is the outcome under ``do`` minus the outcome when idle (Eq. 1 of Yang et
+al., ICIP 2019); in random designs it is averaged over the other units' random assignment (Eq. 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ce_plugin.effects.leave_out import block_index, block_sizes, block_square_sum, gathered, leave_out_fit, score_mean
+from ce_plugin.errors import ArgumentError, DesignError, UnitError, expected
+
+__all__ = ["RIDGE", "Effects", "adjusted", "difference_in_means", "exact_difference", "interactions"]
+
+RIDGE = 0.25
+"""Penalty of the adjusting regression, in multiples of U p (1 - p); see :func:`adjusted`."""
+
+
+class Effects(NamedTuple):
+    """Effects of all units on all classes, with what is known about their errors.
+
+    Attributes:
+        effect: (U, C), outcome under ``do`` minus outcome when idle.
+        std_error: (U, C), or None for exact designs.
+        dof: degrees of freedom of the t quantiles, (U, C), or None for exact designs.
+    """
+
+    effect: Tensor
+    std_error: Tensor | None = None
+    dof: Tensor | None = None
+
+
+def exact_difference(outcomes: Tensor, reference: Tensor) -> Effects:
+    """Outcome of each trial minus the reference outcome: the effect itself, without sampling error.
+
+    Args:
+        outcomes: (R, C), one trial per row (one unit, window or group under ``do``).
+        reference: (C,) or (R, C), the outcome that each trial is compared with.
+
+    Returns:
+        Effects (R, C) in float64 without standard errors.
+
+    Raises:
+        UnitError: where the shapes do not go together.
+
+    Example:
+        >>> import torch
+        >>> exact_difference(torch.tensor([[0.2], [0.9]]), torch.tensor([0.7])).effect.round(decimals=6)
+        tensor([[-0.5000],
+                [ 0.2000]], dtype=torch.float64)
+
+    Source: Yang et al., ICIP 2019 (arXiv 1902.03380), Eq. 1.
+    """
+    if outcomes.dim() != 2 or reference.shape not in (outcomes.shape, outcomes.shape[1:]):
+        wanted = f"of shape (C,) or (R, C) for outcomes {tuple(outcomes.shape)}"
+        raise UnitError(expected("reference", wanted, f"shape {tuple(reference.shape)}"))
+    return Effects(_double(outcomes) - _double(reference))
+
+
+def difference_in_means(assignments: Tensor, outcomes: Tensor, blocks: Tensor | None = None) -> Effects:
+    """Mean outcome of the trials that flip a unit minus the mean of those that do not.
+
+        effect_u = mean(y_t | a_tu = 1) - mean(y_t | a_tu = 0),   SE_u = sqrt(s_1^2 / n_1 + s_0^2 / n_0)
+
+    with Welch's degrees of freedom. In antithetic designs the two trials of a pair depend on each other; then the error
+    comes from the pairs' influence values, which for p = 1/2 is the paired t test.
+
+    Args:
+        assignments: (T, U) boolean, True where the trial sets the unit.
+        outcomes: (T, C).
+        blocks: (T,) integers, equal within an antithetic pair; None where trials are independent.
+
+    Returns:
+        Effects (U, C). A unit that is flipped in no trial, or in all, has effect NaN; one that is flipped (or idle)
+        only once has an infinite error.
+
+    Raises:
+        UnitError: where the shapes do not go together.
+        DesignError: for fewer than two trials (or pairs).
+
+    Example:
+        >>> import torch
+        >>> a = torch.tensor([[True], [True], [False], [False]])
+        >>> y = torch.tensor([[3.0], [5.0], [1.0], [1.0]])
+        >>> effects = difference_in_means(a, y)
+        >>> effects.effect.item(), effects.std_error.item(), effects.dof.item()
+        (3.0, 1.0, 1.0)
+
+    Source: Neyman 1923; Welch 1947.
+    """
+    a, y = _checked(assignments, outcomes)
+    index = block_index(blocks, len(a))
+    trials = len(a)
+    n1 = a.sum(dim=0)[:, None]
+    n0 = trials - n1
+    total, total_square = y.sum(dim=0), y.square().sum(dim=0)
+    sum1, square1 = a.T @ y, a.T @ y.square()
+    mean1, mean0 = sum1 / n1, (total - sum1) / n0
+    error1 = (square1 - n1 * mean1.square()).clamp_min(0) / (n1 - 1) / n1
+    error0 = (total_square - square1 - n0 * mean0.square()).clamp_min(0) / (n0 - 1) / n0
+    variance = error1 + error0
+    dof = variance.square() / (error1.square() / (n1 - 1) + error0.square() / (n0 - 1))
+    dof = torch.where(variance > 0, dof, (n1 + n0 - 2).expand_as(dof))
+    if blocks is not None:
+        variance = _paired_variance(a, y, index, mean1, mean0)
+        dof = dof.clamp(max=len(index) - 1)
+    once = torch.minimum(n1, n0) == 1
+    variance = torch.where(once, torch.inf, variance)
+    dof = torch.where(once, 1.0, dof)
+    effect = mean1 - mean0
+    return Effects(effect, torch.where(effect.isnan(), torch.nan, variance.sqrt()), dof)
+
+
+def adjusted(
+    assignments: Tensor,
+    outcomes: Tensor,
+    p: float | Tensor,
+    blocks: Tensor | None = None,
+    *,
+    ridge: float = RIDGE,
+) -> Effects:
+    """Differences in means, with what the other units explain taken out by a regression that has not seen the trial.
+
+        effect_u = mean over t of [ beta_u^(-t) + e_t^(-t) (a_tu - p_u) / (p_u (1 - p_u)) ],   SE_u = sd / sqrt(T)
+
+    where beta^(-t) is the ridge regression (intercept not penalised) of the outcomes on the assignments of all trials
+    but t, and e_t^(-t) what it mispredicts on trial t. The estimate is unbiased for *every* network and every penalty
+    that is fixed beforehand, because the flip probability is known and trial t is independent of the fit; the
+    regression only takes variance out. It is valid with fewer trials than units. All T fits cost one: deleted residuals
+    and coefficients follow from the full fit (hat matrix), which is solved in its smaller form (T x T or U x U).
+
+    The penalty is ``ridge * U p (1 - p)``: with independent effects of equal variance this is the best one where main
+    effects explain 1 / (1 + ridge) of the outcome's variance, whatever its scale; 1/4, four fifths, had the smallest
+    errors over planted networks with interactions (``benchmarks/coverage.py``, table of penalties).
+
+    The t quantiles take Satterthwaite's degrees of freedom from the kurtosis of the scores: at most T - 1 at p = 1/2,
+    about 0.86 p T at p = 0.1, fewer where few trials carry the effect.
+
+    Args:
+        assignments: (T, U) boolean, True where the trial sets the unit.
+        outcomes: (T, C).
+        p: flip probability, one for all units or (U,); for a balanced design the fraction that was realised. In
+            balanced designs trials depend on each other: a bias of about effect / T remains.
+        blocks: (T,) integers, equal within an antithetic pair, which is then left out as a whole; None where trials
+            are independent.
+        ridge: penalty in multiples of U p (1 - p); 0 is ordinary least squares, which needs more trials than units.
+
+    Returns:
+        Effects (U, C) with standard errors.
+
+    Raises:
+        ArgumentError: for p outside (0, 1), or a penalty that leaves the regression undetermined.
+        UnitError: where the shapes do not go together.
+        DesignError: for fewer than two trials (or pairs).
+
+    Example:
+        >>> import torch
+        >>> a = torch.rand(400, 3, generator=torch.Generator().manual_seed(0)) < 0.3
+        >>> y = a.double() @ torch.tensor([[1.0], [0.5], [-2.0]], dtype=torch.double)
+        >>> adjusted(a, y, 0.3).effect.flatten().round(decimals=3).tolist()
+        [1.0, 0.5, -2.0]
+
+    Source: leave-one-out potential outcomes (Wu and Gagnon-Bartsch 2018), regression adjustment (Lin 2013).
+    """
+    a, y = _checked(assignments, outcomes)
+    index = block_index(blocks, len(a))
+    z, scale = _standardised(a, p)
+    smoother, slopes, residuals = leave_out_fit(z, y, index, ridge)
+    weights = z - block_sizes(index, len(a), z) * smoother
+    mean, error, dof = score_mean(weights, residuals, index, _weight_kurtosis(_probability(p, a)))
+    return Effects((slopes + mean) / scale, error / scale, dof)
+
+
+def interactions(
+    assignments: Tensor,
+    outcomes: Tensor,
+    pairs: Sequence[tuple[int, int]] | Tensor,
+    p: float | Tensor,
+    blocks: Tensor | None = None,
+    *,
+    ridge: float = RIDGE,
+) -> Effects:
+    """Average interaction of pairs of units: by how much the effect of u changes when v is flipped too.
+
+        interaction_uv = E[ y(1, 1) - y(1, 0) - y(0, 1) + y(0, 0) ]
+                       = E[ e_t^(-t) w_tu w_tv ],   w_tu = (a_tu - p_u) / (p_u (1 - p_u))
+
+    over the other units' random assignment. As in :func:`adjusted` the main effects are taken out by a regression that
+    has not seen trial t; they do not bias it, because weights of different units are independent.
+
+    Args:
+        assignments: (T, U) boolean, True where the trial sets the unit.
+        outcomes: (T, C).
+        pairs: (P, 2) unit indices; the two units of a pair differ.
+        p: flip probability, one for all units or (U,).
+        blocks: (T,) integers, equal within an antithetic pair; None where trials are independent.
+        ridge: penalty of the regression, as in :func:`adjusted`.
+
+    Returns:
+        Effects (P, C) with standard errors; about p^2 T trials flip both, so small p needs many trials.
+
+    Raises:
+        UnitError: for a pair out of range or of a unit with itself.
+        ArgumentError, DesignError: as in :func:`adjusted`.
+
+    Example:
+        >>> import torch
+        >>> a = torch.rand(4000, 2, generator=torch.Generator().manual_seed(0)) < 0.5
+        >>> y = 3.0 * (a[:, :1] & a[:, 1:])
+        >>> round(interactions(a, y, [(0, 1)], 0.5).effect.item(), 1)
+        3.0
+    """
+    a, y = _checked(assignments, outcomes)
+    index = block_index(blocks, len(a))
+    where = torch.as_tensor(pairs, dtype=torch.long, device=a.device).reshape(-1, 2)
+    bad = (where < 0) | (where >= a.shape[1])
+    if bool(bad.any()) or bool((where[:, 0] == where[:, 1]).any()):
+        wanted = f"pairs of different units in range({a.shape[1]})"
+        raise UnitError(expected("pairs", wanted, where.tolist()[:8]))
+    z, scale = _standardised(a, p)
+    _, _, residuals = leave_out_fit(z, y, index, ridge)
+    weights = (z / scale.T)[:, where].prod(dim=2)
+    kurtosis = _weight_kurtosis(_probability(p, a))[where].prod(dim=1)
+    return Effects(*score_mean(weights, residuals, index, kurtosis))
+
+
+def _double(x: Tensor) -> Tensor:
+    """Float64 on the tensor's device, or on the CPU where the device has no such numbers."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def _checked(assignments: Tensor, outcomes: Tensor) -> tuple[Tensor, Tensor]:
+    """Assignments and centred outcomes in float64; constant outcomes become exact zeros."""
+    if assignments.dim() != 2 or outcomes.dim() != 2 or len(assignments) != len(outcomes):
+        got = f"shapes {tuple(assignments.shape)} and {tuple(outcomes.shape)}"
+        raise UnitError(expected("assignments", "of shape (T, U), with outcomes (T, C)", got))
+    if len(outcomes) < 2:
+        raise DesignError(expected("n_trials", "at least 2", len(outcomes), "Errors need repeated trials."))
+    # The first row goes first: the mean of equal numbers need not be that number in floating point.
+    y = _double(outcomes)
+    y = y - y[0]
+    return _double(assignments), y - y.mean(dim=0)
+
+
+def _probability(p: float | Tensor, assignments: Tensor) -> Tensor:
+    """Flip probability of each unit, (U,)."""
+    units = assignments.shape[1]
+    values = torch.as_tensor(p, dtype=torch.float64, device=assignments.device).expand(units)
+    if not bool(((values > 0) & (values < 1)).all()):
+        raise ArgumentError(
+            expected("p", "in (0, 1)", p, "A unit that is always or never flipped has no effect to compare.")
+        )
+    return values
+
+
+def _standardised(a: Tensor, p: float | Tensor) -> tuple[Tensor, Tensor]:
+    """(a - p) / sqrt(p (1 - p)), and the scale sqrt(p (1 - p)) as (U, 1)."""
+    probability = _probability(p, a)
+    scale = (probability * (1 - probability)).sqrt()
+    return (a - probability) / scale, scale[:, None]
+
+
+def _paired_variance(a: Tensor, y: Tensor, index: Tensor, mean1: Tensor, mean0: Tensor) -> Tensor:
+    """Variance of a difference in means from the influence values of whole blocks, (U, C)."""
+    n1, n0 = a.sum(dim=0), (1 - a).sum(dim=0)
+    gain = a / n1 - (1 - a) / n0
+    flipped, idle = gathered(a, index).sum(dim=1), gathered(1 - a, index).sum(dim=1)
+    up, down = mean1 / n1[:, None], mean0 / n0[:, None]
+    own1, own0 = torch.zeros_like(a), torch.zeros_like(a)
+    for column in index.T:
+        real = column < len(a)
+        own1[column[real]], own0[column[real]] = flipped[real], idle[real]
+    # (block sum of gain y - flipped up + idle down)^2, summed over blocks and multiplied out into matrix products.
+    square = block_square_sum(gain, y, index)
+    square += -2 * up * ((gain * own1).T @ y) + 2 * down * ((gain * own0).T @ y)
+    square += up.square() * flipped.square().sum(0)[:, None] + down.square() * idle.square().sum(0)[:, None]
+    square -= 2 * up * down * (flipped * idle).sum(0)[:, None]
+    return square.clamp_min(0) * (len(index) / (len(index) - 1))
+
+
+def _weight_kurtosis(p: Tensor) -> Tensor:
+    """E w^4 / (E w^2)^2 of the weights w = (a - p) / (p (1 - p))."""
+    return (1 - 3 * p + 3 * p * p) / (p * (1 - p))

@@ -1,0 +1,142 @@
+"""What the estimators rest on: blocks of dependent trials, and regressions that leave one block out, in closed form.
+
+A block is an antithetic pair, or a single trial where trials are independent. Blocks are held as an index (B, m) of
+trials, filled with T (one past the end) where a block has fewer than m. All tensors are float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ce_plugin.errors import ArgumentError, DesignError, UnitError, expected
+
+__all__ = ["block_index", "block_sizes", "block_square_sum", "gathered", "leave_out_fit", "score_mean"]
+
+
+def block_index(blocks: Tensor | None, trials: int) -> Tensor:
+    """Trials of each block, (B, m).
+
+    Args:
+        blocks: (T,) integers, equal within a block; None for blocks of one trial.
+        trials: T.
+
+    Raises:
+        UnitError: where ``blocks`` has another length.
+        DesignError: for fewer than two blocks.
+
+    Example:
+        >>> block_index(torch.tensor([0, 0, 1]), 3).tolist()
+        [[0, 1], [2, 3]]
+    """
+    if blocks is None:
+        return torch.arange(trials)[:, None]
+    if blocks.shape != (trials,):
+        raise UnitError(expected("blocks", f"of shape ({trials},)", f"shape {tuple(blocks.shape)}"))
+    _, inverse, counts = torch.unique(blocks.cpu(), return_inverse=True, return_counts=True)
+    if len(counts) < 2:
+        raise DesignError(expected("blocks", "at least 2 pairs", len(counts), "Errors need repeated trials."))
+    order = torch.argsort(inverse, stable=True)
+    position = torch.arange(trials) - (counts.cumsum(0) - counts)[inverse[order]]
+    index = torch.full((len(counts), int(counts.max())), trials)
+    index[inverse[order], position] = order
+    return index
+
+
+def gathered(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of each block, (B, m, ...); rows that only fill up are 0."""
+    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[index.to(x.device)]
+
+
+def block_sizes(index: Tensor, trials: int, like: Tensor) -> Tensor:
+    """Size of the block that each trial is in, (T, 1), of the dtype and device of ``like``."""
+    sizes = torch.zeros(trials + 1, dtype=torch.long)
+    sizes[index] = (index < trials).sum(dim=1, keepdim=True).expand(index.shape)
+    return sizes[:trials, None].to(like)
+
+
+def block_square_sum(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
+    """sum over blocks of (sum over the block's trials of left_tu right_tc)^2, (U, C), without a (B, U, C) tensor."""
+    rows, columns = gathered(left, index), gathered(right, index)
+    out = left.new_zeros(left.shape[1], right.shape[1])
+    for i in range(index.shape[1]):
+        for j in range(i + 1):
+            product = (rows[:, i] * rows[:, j]).T @ (columns[:, i] * columns[:, j])
+            out += product if i == j else 2 * product
+    return out
+
+
+def leave_out_fit(z: Tensor, y: Tensor, index: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Ridge regression, intercept not penalised, of y on z, and how it mispredicts blocks that it has not seen.
+
+    One factorisation, of the smaller of (U, U) and (T, T): leaving out block B changes the slopes by
+    - smoother_B' e and gives the residuals e = (I - H_BB)^-1 (those of the full fit), H the hat matrix.
+
+    Args:
+        z: regressors with variance about 1, (T, U).
+        y: centred outcomes, (T, C).
+        index: (B, m), from :func:`block_index`.
+        ridge: penalty in multiples of U.
+
+    Returns:
+        smoother (T, U), slopes (U, C) = smoother' y, and left-out residuals (T, C).
+
+    Raises:
+        ArgumentError: for a penalty that is negative, or 0 where the trials do not determine the regression.
+
+    Source: Cook 1977; Hastie, Tibshirani and Friedman 2009, section 7.10, for single trials.
+    """
+    trials, units = z.shape
+    if not ridge >= 0 or (ridge == 0 and trials <= units + index.shape[1]):
+        todo = "Without a penalty the regression needs more trials than units." if ridge == 0 else ""
+        raise ArgumentError(expected("ridge", "above 0", ridge, todo))
+    centred = z - z.mean(dim=0)
+    primal = units <= trials
+    gram = centred.T @ centred if primal else centred @ centred.T
+    gram.diagonal().add_(ridge * units)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if int(failed) != 0:
+        raise ArgumentError(expected("ridge", "above 0", ridge, "These assignments do not determine the regression."))
+    right = centred.T if primal else centred
+    solved = torch.cholesky_solve(right, factor)
+    smoother: Tensor = solved.T if primal else solved
+    slopes = smoother.T @ y
+    residuals = y - centred @ slopes
+    hat = torch.einsum("bmu,bnu->bmn", gathered(smoother, index), gathered(centred, index))
+    real = (index < trials).to(z.device)
+    # Rows that only fill up stand alone: H = 0 there, so that I - H can be inverted.
+    hat = (hat + 1 / trials) * real[:, :, None] * real[:, None, :]
+    rest = torch.eye(index.shape[1], dtype=z.dtype, device=z.device) - hat
+    left_out = torch.linalg.solve(rest, gathered(residuals, index))
+    out = torch.empty_like(residuals)
+    out[index.to(z.device)[real]] = left_out[real]
+    return smoother, slopes, out
+
+
+def score_mean(weights: Tensor, residuals: Tensor, index: Tensor, kurtosis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean over trials of the scores w_tu e_tc with its standard error and degrees of freedom, each (U, C).
+
+    The degrees of freedom are Satterthwaite's, 2 n / (2 + excess kurtosis) - 1 for n blocks: those of a chi-square with
+    the variance of the mean of squares. The kurtosis is the scores' own, but at least the one that the design's weights
+    give to normal residuals, because a sample shows too little of its tails.
+
+    Args:
+        weights: (T, U).
+        residuals: (T, C).
+        index: (B, m), from :func:`block_index`.
+        kurtosis: E w^4 / (E w^2)^2 of each unit's weights by design, (U,).
+    """
+    trials, blocks = len(weights), len(index)
+    size = block_sizes(index, trials, weights)
+    mean = weights.T @ residuals / trials
+    # sum over blocks of (block sum - block size * mean)^2: equal sizes give the ordinary variance.
+    square = block_square_sum(weights, residuals, index) - 2 * mean * ((size * weights).T @ residuals)
+    square = (square + mean.square() * size.sum()).clamp_min(0)
+    error = (square * (blocks / (blocks - 1))).sqrt() / trials
+
+    powers = [weights.pow(k).T @ residuals.pow(k) / trials for k in (2, 3, 4)]
+    second = (powers[0] - mean**2).clamp_min(0)
+    fourth = powers[2] - 4 * mean * powers[1] + 6 * mean**2 * powers[0] - 3 * mean**4
+    own = torch.where(second.square() > 0, fourth / second.square(), 0.0)
+    excess = torch.maximum(own - 3, 3 * (kurtosis[:, None] - 1)) * (blocks / trials)
+    return mean, error, (2 * blocks / (2 + excess) - 1).clamp_min(1.0)
