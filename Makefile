@@ -10,6 +10,11 @@ OUT := ce-plugin-demo
 ARGS :=
 METADATA := setup.cfg pyproject.toml
 
+# glibc returns large blocks to the system after every operation, which slows convolutional networks down on a CPU
+# (docs/performance.md); other C libraries take no notice of these.
+demo test test-slow: export MALLOC_MMAP_MAX_ = 0
+demo test test-slow: export MALLOC_TRIM_THRESHOLD_ = 20000000000
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow check format docs benchmark clean distclean
 
