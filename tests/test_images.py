@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ce_plugin.datasets import Framing, as_batch, read_image, sample_photographs
+from ce_plugin.datasets import read_image, sample_photographs
 from ce_plugin.errors import ArgumentError, FileError, InputError
+from ce_plugin.models import Framing, as_batch
 
 
 def _save(image: Image.Image, path: Path, **options: object) -> Path:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ce_plugin.datasets import Framing, sample_photographs
+from ce_plugin.datasets import sample_photographs
 from ce_plugin.errors import (
     ArgumentError,
     FileError,
@@ -18,7 +18,7 @@ from ce_plugin.errors import (
     UnknownNameError,
 )
 from ce_plugin.interventions.normalization import Normalization
-from ce_plugin.models import VisionModel, efficientnet_lite0, imagenet_classes, load_model, load_weights
+from ce_plugin.models import Framing, VisionModel, efficientnet_lite0, imagenet_classes, load_model, load_weights
 
 
 def _tiny() -> nn.Module:
@@ -96,7 +96,7 @@ def test_every_torchvision_classifier_has_a_preparation() -> None:
 
 def test_factories_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_networks.py").write_text(
-        "import torch\nfrom ce_plugin.models import VisionModel\n"
+        "import torch\nfrom ce_plugin.models import Framing, VisionModel\n"
         "def plain(): return torch.nn.Flatten().train()\n"
         "def full(): return VisionModel(torch.nn.Flatten(), name='mine')\n"
         "def wrong(): return 3\n"

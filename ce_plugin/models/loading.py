@@ -12,9 +12,9 @@ from typing import Any, Union
 import torch
 from torch import nn
 
-from ce_plugin.datasets.images import Framing
 from ce_plugin.errors import ArgumentError, FileError, ModelError, UnknownNameError, expected, unknown_name
 from ce_plugin.interventions.normalization import Normalization
+from ce_plugin.models.framing import Framing
 from ce_plugin.models.vision import VisionModel
 
 __all__ = ["load_model", "load_weights"]

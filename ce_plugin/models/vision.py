@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ce_plugin.datasets.images import Framing, as_batch
 from ce_plugin.errors import ArgumentError, TargetError, expected, unknown_name
 from ce_plugin.interventions.normalization import Normalization
+from ce_plugin.models.framing import Framing, as_batch
 
 __all__ = ["VisionModel"]
 
