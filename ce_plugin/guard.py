@@ -6,7 +6,7 @@ import functools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import CellType, CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ _HOOKS = (
     "_backward_pre_hooks",
 )
 _DEPTH = 4
+_PLAIN = (Tensor, np.ndarray, type, ModuleType, CodeType, str, bytes, int, float, complex, type(None))
 
 
 def modules_of(forward_func: object) -> list[nn.Module]:
@@ -55,7 +56,7 @@ def _look(thing: object, found: dict[int, nn.Module], seen: set[int], depth: int
     if isinstance(thing, nn.Module):
         found[id(thing)] = thing
         return
-    if depth < 0 or id(thing) in seen or isinstance(thing, (Tensor, np.ndarray, type, str, bytes, int, float)):
+    if depth < 0 or id(thing) in seen or isinstance(thing, _PLAIN):
         return
     seen.add(id(thing))
     for part in _parts(thing):
@@ -82,7 +83,7 @@ def _parts(thing: object) -> Iterator[object]:
             # Functions of other files are not followed: from an imported library one would get anywhere.
             if isinstance(value, nn.Module) or getattr(value, "__globals__", None) is thing.__globals__:
                 yield value
-    elif callable(thing):
+    else:
         yield getattr(thing, "model", None)
         yield from getattr(thing, "__dict__", {}).values()
 
