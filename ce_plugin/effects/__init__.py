@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ce_plugin.effects.estimate import Estimate
 from ce_plugin.effects.estimators import (
     RIDGE,
     Effects,
@@ -17,6 +18,7 @@ __all__ = [
     "OUTCOMES",
     "RIDGE",
     "Effects",
+    "Estimate",
     "Outcome",
     "adjusted",
     "benjamini_hochberg",

@@ -13,10 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ce_plugin.effects.leave_out import block_index, block_sizes, block_square_sum, gathered, leave_out_fit, score_mean
+from ce_plugin.effects.leave_out import block_index, block_sizes, leave_out_fit, paired_variance, score_mean
 from ce_plugin.errors import ArgumentError, DesignError, UnitError, expected
 
-__all__ = ["RIDGE", "Effects", "adjusted", "difference_in_means", "exact_difference", "interactions"]
+__all__ = [
+    "RIDGE",
+    "Effects",
+    "adjusted",
+    "difference_in_means",
+    "exact_difference",
+    "interactions",
+    "joint_interaction",
+]
 
 RIDGE = 0.25
 """Penalty of the adjusting regression, in multiples of U p (1 - p); see :func:`adjusted`."""
@@ -108,7 +116,7 @@ def difference_in_means(assignments: Tensor, outcomes: Tensor, blocks: Tensor | 
     dof = variance.square() / (error1.square() / (n1 - 1) + error0.square() / (n0 - 1))
     dof = torch.where(variance > 0, dof, (n1 + n0 - 2).expand_as(dof))
     if blocks is not None:
-        variance = _paired_variance(a, y, index, mean1, mean0)
+        variance = paired_variance(a, y, index, mean1, mean0)
         dof = dof.clamp(max=len(index) - 1)
     once = torch.minimum(n1, n0) == 1
     variance = torch.where(once, torch.inf, variance)
@@ -170,10 +178,10 @@ def adjusted(
     """
     a, y = _checked(assignments, outcomes)
     index = block_index(blocks, len(a))
-    z, scale = _standardised(a, p)
+    z, scale, kurtosis = _standardised(a, p)
     smoother, slopes, residuals = leave_out_fit(z, y, index, ridge)
     weights = z - block_sizes(index, len(a), z) * smoother
-    mean, error, dof = score_mean(weights, residuals, index, _weight_kurtosis(_probability(p, a)))
+    mean, error, dof = score_mean(weights, residuals, index, kurtosis)
     return Effects((slopes + mean) / scale, error / scale, dof)
 
 
@@ -223,11 +231,39 @@ def interactions(
     if bool(bad.any()) or bool((where[:, 0] == where[:, 1]).any()):
         wanted = f"pairs of different units in range({a.shape[1]})"
         raise UnitError(expected("pairs", wanted, where.tolist()[:8]))
-    z, scale = _standardised(a, p)
+    z, scale, kurtosis = _standardised(a, p)
     _, _, residuals = leave_out_fit(z, y, index, ridge)
     weights = (z / scale.T)[:, where].prod(dim=2)
-    kurtosis = _weight_kurtosis(_probability(p, a))[where].prod(dim=1)
-    return Effects(*score_mean(weights, residuals, index, kurtosis))
+    return Effects(*score_mean(weights, residuals, index, kurtosis[where].prod(dim=1)))
+
+
+def joint_interaction(effect: Tensor, groups: Sequence[tuple[int, ...]]) -> Tensor:
+    """Joint effect of each group minus the sum of the single effects of its units; 0 for groups of one unit.
+
+    Args:
+        effect: (..., G, C), exact effects of the groups.
+        groups: the units of each group; every unit is also a group of its own.
+
+    Returns:
+        A tensor of the shape of ``effect``.
+
+    Raises:
+        DesignError: where single units are missing.
+
+    Example:
+        >>> import torch
+        >>> joint_interaction(torch.tensor([[1.0], [2.0], [5.0]]), [(0,), (1,), (0, 1)]).flatten().tolist()
+        [0.0, 0.0, 2.0]
+    """
+    single = {group[0]: g for g, group in enumerate(groups) if len(group) == 1}
+    missing = sorted({u for group in groups for u in group} - set(single))
+    if missing:
+        todo = "Add them as groups of one unit, as Joint.pairs(units) does."
+        raise DesignError(expected("groups", "the single units of every group too", f"none for {missing[:8]}", todo))
+    parts = torch.zeros(len(groups), len(groups), dtype=effect.dtype, device=effect.device)
+    for g, group in enumerate(groups):
+        parts[g, [single[u] for u in group]] = 1
+    return effect - parts @ effect
 
 
 def _double(x: Tensor) -> Tensor:
@@ -248,42 +284,11 @@ def _checked(assignments: Tensor, outcomes: Tensor) -> tuple[Tensor, Tensor]:
     return _double(assignments), y - y.mean(dim=0)
 
 
-def _probability(p: float | Tensor, assignments: Tensor) -> Tensor:
-    """Flip probability of each unit, (U,)."""
-    units = assignments.shape[1]
-    values = torch.as_tensor(p, dtype=torch.float64, device=assignments.device).expand(units)
-    if not bool(((values > 0) & (values < 1)).all()):
-        raise ArgumentError(
-            expected("p", "in (0, 1)", p, "A unit that is always or never flipped has no effect to compare.")
-        )
-    return values
-
-
-def _standardised(a: Tensor, p: float | Tensor) -> tuple[Tensor, Tensor]:
-    """(a - p) / sqrt(p (1 - p)), and the scale sqrt(p (1 - p)) as (U, 1)."""
-    probability = _probability(p, a)
-    scale = (probability * (1 - probability)).sqrt()
-    return (a - probability) / scale, scale[:, None]
-
-
-def _paired_variance(a: Tensor, y: Tensor, index: Tensor, mean1: Tensor, mean0: Tensor) -> Tensor:
-    """Variance of a difference in means from the influence values of whole blocks, (U, C)."""
-    n1, n0 = a.sum(dim=0), (1 - a).sum(dim=0)
-    gain = a / n1 - (1 - a) / n0
-    flipped, idle = gathered(a, index).sum(dim=1), gathered(1 - a, index).sum(dim=1)
-    up, down = mean1 / n1[:, None], mean0 / n0[:, None]
-    own1, own0 = torch.zeros_like(a), torch.zeros_like(a)
-    for column in index.T:
-        real = column < len(a)
-        own1[column[real]], own0[column[real]] = flipped[real], idle[real]
-    # (block sum of gain y - flipped up + idle down)^2, summed over blocks and multiplied out into matrix products.
-    square = block_square_sum(gain, y, index)
-    square += -2 * up * ((gain * own1).T @ y) + 2 * down * ((gain * own0).T @ y)
-    square += up.square() * flipped.square().sum(0)[:, None] + down.square() * idle.square().sum(0)[:, None]
-    square -= 2 * up * down * (flipped * idle).sum(0)[:, None]
-    return square.clamp_min(0) * (len(index) / (len(index) - 1))
-
-
-def _weight_kurtosis(p: Tensor) -> Tensor:
-    """E w^4 / (E w^2)^2 of the weights w = (a - p) / (p (1 - p))."""
-    return (1 - 3 * p + 3 * p * p) / (p * (1 - p))
+def _standardised(a: Tensor, p: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(a - p) / sqrt(p (1 - p)), the scale sqrt(p (1 - p)) as (U, 1), and the kurtosis of these weights, (U,)."""
+    prob = torch.as_tensor(p, dtype=torch.float64, device=a.device).expand(a.shape[1])
+    if not bool(((prob > 0) & (prob < 1)).all()):
+        todo = "A unit that is always or never flipped has no effect to compare."
+        raise ArgumentError(expected("p", "in (0, 1)", p, todo))
+    variance = prob * (1 - prob)
+    return (a - prob) / variance.sqrt(), variance.sqrt()[:, None], 1 / variance - 3

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from ce_plugin.errors import ArgumentError, DesignError, UnitError, expected
 
-__all__ = ["block_index", "block_sizes", "block_square_sum", "gathered", "leave_out_fit", "score_mean"]
+__all__ = [
+    "block_index",
+    "block_sizes",
+    "block_square_sum",
+    "gathered",
+    "leave_out_fit",
+    "paired_variance",
+    "score_mean",
+]
 
 
 def block_index(blocks: Tensor | None, trials: int) -> Tensor:
@@ -140,3 +148,21 @@ def score_mean(weights: Tensor, residuals: Tensor, index: Tensor, kurtosis: Tens
     own = torch.where(second.square() > 0, fourth / second.square(), 0.0)
     excess = torch.maximum(own - 3, 3 * (kurtosis[:, None] - 1)) * (blocks / trials)
     return mean, error, (2 * blocks / (2 + excess) - 1).clamp_min(1.0)
+
+
+def paired_variance(a: Tensor, y: Tensor, index: Tensor, mean1: Tensor, mean0: Tensor) -> Tensor:
+    """Variance of a difference in means from the influence values of whole blocks, (U, C)."""
+    n1, n0 = a.sum(dim=0), (1 - a).sum(dim=0)
+    gain = a / n1 - (1 - a) / n0
+    flipped, idle = gathered(a, index).sum(dim=1), gathered(1 - a, index).sum(dim=1)
+    up, down = mean1 / n1[:, None], mean0 / n0[:, None]
+    own1, own0 = torch.zeros_like(a), torch.zeros_like(a)
+    for column in index.T:
+        real = column < len(a)
+        own1[column[real]], own0[column[real]] = flipped[real], idle[real]
+    # (block sum of gain y - flipped up + idle down)^2, summed over blocks and multiplied out into matrix products.
+    square = block_square_sum(gain, y, index)
+    square += -2 * up * ((gain * own1).T @ y) + 2 * down * ((gain * own0).T @ y)
+    square += up.square() * flipped.square().sum(0)[:, None] + down.square() * idle.square().sum(0)[:, None]
+    square -= 2 * up * down * (flipped * idle).sum(0)[:, None]
+    return square.clamp_min(0) * (len(index) / (len(index) - 1))

@@ -1,0 +1,298 @@
+"""Estimate: the effects of all units on all classes for N examples, with what is known about their errors."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ce_plugin.effects import inference
+from ce_plugin.effects.estimators import interactions, joint_interaction
+from ce_plugin.effects.files import read_result, same_values, write_result
+from ce_plugin.effects.frame import describe, to_dataframe
+from ce_plugin.errors import ArgumentError, DesignError, InferenceError, SaturationWarning, expected
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Estimate"]
+
+_EXACT = "exact designs have no sampling error. Only random designs (RandomMask) or a data set have one"
+# One row per example; the rest belongs to all examples.
+_BY_EXAMPLE = ("effect", "std_error", "dof", "reference", "n_units", "target", "predicted", "assignments", "outcomes")
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Estimate:
+    """Effects of N examples: the outcome under ``do`` minus the outcome when idle, for every unit and class.
+
+    Signs are those of Eq. 1: removing a unit that supports the class has a *negative* effect. ``contribution`` is minus
+    the effect and reads like other maps: positive supports the class.
+
+    Attributes:
+        effect: (N, U, C); NaN beyond an example's own units.
+        std_error: (N, U, C) for random designs, None for exact ones.
+        reference: (N, C), the outcome with all units idle (under the same evidence).
+        dof: degrees of freedom of the t quantiles, (N, U, C), or None for normal quantiles.
+        n_units: (N,), number of units of each example.
+        class_shape: trailing shape of the model's output; C is its size, or 1 where a target was given.
+        target: (N, ...) where only the target's output was computed; None for all classes.
+        n_trials: trials per example.
+        unit_labels: U names, or one list of names per example.
+        outcome, design, intervention, evidence: what was done, as text.
+        seed: seed of the design.
+        predicted: (N,), predicted class, where the model returns classes.
+        cost: forward passes of one example that were spent.
+        settings: what else reproduces the run, JSON-able.
+        peeked: True where ``until=`` chose the number of trials; p-values do not cover that.
+        p: flip probability of a random design.
+        groups: the groups of a :class:`~ce_plugin.designs.Joint` design; unit g of the effects is group g.
+        assignments, outcomes, blocks: the trials themselves, (N, T, U), (N, T, C) and (T,), where they were kept.
+
+    Example:
+        >>> import torch
+        >>> estimate = Estimate(
+        ...     effect=torch.tensor([[[-0.4], [0.0]]]), reference=torch.tensor([[0.9]]), class_shape=(1,),
+        ...     std_error=torch.tensor([[[0.1], [0.1]]]), unit_labels=["left", "right"], outcome="probability",
+        ... )
+        >>> estimate.significant(fdr=0.05).flatten().tolist()
+        [True, False]
+        >>> estimate.to_dataframe()[["label", "effect", "significant"]]
+           label  effect  significant
+        0   left    -0.4         True
+        1  right     0.0        False
+
+    Source: Yang et al., ICIP 2019 (arXiv 1902.03380), Eqs. 1 and 2.
+    """
+
+    effect: Tensor
+    reference: Tensor
+    class_shape: tuple[int, ...]
+    std_error: Tensor | None = None
+    dof: Tensor | None = None
+    n_units: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    target: Tensor | None = None
+    n_trials: int = 0
+    unit_labels: list[str] | list[list[str]] = field(default_factory=list)
+    outcome: str = ""
+    design: str = ""
+    intervention: str = ""
+    evidence: str = "none"
+    seed: int = 0
+    predicted: Tensor | None = None
+    cost: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+    peeked: bool = False
+    p: float | None = None
+    groups: tuple[tuple[int, ...], ...] | None = None
+    assignments: Tensor | None = None
+    outcomes: Tensor | None = None
+    blocks: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n, units, _ = self.effect.shape
+        if not len(self.n_units):
+            self.n_units = torch.full((n,), units)
+        if not self.unit_labels:
+            self.unit_labels = [str(u) for u in range(units)]
+
+    @property
+    def contribution(self) -> Tensor:
+        """Minus the effect, (N, U, C): positive where the unit supports the class."""
+        return -self.effect
+
+    @property
+    def saturated(self) -> Tensor:
+        """Where a probability is above 0.99 or below 0.01 with all units idle, (N, C): intervals cover too little."""
+        if self.outcome not in ("probability", "sigmoid"):
+            return torch.zeros_like(self.reference, dtype=torch.bool)
+        return (self.reference > 0.99) | (self.reference < 0.01)
+
+    def half_width(self, level: float = 0.95) -> Tensor:
+        """Half the width of the confidence interval, (N, U, C)."""
+        return inference.half_width(*self._errors(), level)
+
+    def confidence_interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Two-sided t intervals (low, high), each (N, U, C), of each effect by itself.
+
+        Raises:
+            InferenceError: for exact designs.
+
+        Warns:
+            SaturationWarning: for probabilities next to 0 or 1 (see :attr:`saturated`), of the target or the predicted
+                class, or of any class where neither is known.
+        """
+        return inference.t_interval(self.effect, *self._errors(), level)
+
+    def p_values(self) -> Tensor:
+        """Two-sided p-values of "the effect is zero", (N, U, C), each by itself, not corrected for many units.
+
+        A standard error of 0 gives p = 1 for an effect of 0 (a unit that changes nothing) and p = 0 for any other.
+        Where :attr:`peeked` is set they do not cover the choice of the number of trials.
+
+        Raises:
+            InferenceError: for exact designs.
+
+        Warns:
+            SaturationWarning: as :meth:`confidence_interval`.
+        """
+        return inference.p_values(self.effect, *self._errors())
+
+    def significant(self, fdr: float = 0.05) -> Tensor:
+        """Which effects are not zero, at this false discovery rate over the units of each example and class.
+
+        Args:
+            fdr: expected share of false discoveries, in (0, 1).
+
+        Returns:
+            bool (N, U, C); False beyond an example's own units.
+
+        Raises:
+            InferenceError: for exact designs.
+            ArgumentError: for a rate outside (0, 1).
+
+        Source: Benjamini and Hochberg 1995.
+        """
+        if not 0 < fdr < 1:
+            raise ArgumentError(expected("fdr", "in (0, 1)", fdr, "Write 0.05 for five per cent."))
+        return inference.benjamini_hochberg(inference.p_values(self.effect, *self._errors()), axis=1) <= fdr
+
+    @property
+    def interaction(self) -> Tensor:
+        """Joint effect of each group minus the sum of its units' single effects, (N, G, C); for Joint designs.
+
+        Raises:
+            DesignError: where the design is not joint, or does not hold a group's units as groups of their own.
+        """
+        if self.groups is None:
+            raise DesignError(expected("design", "Joint(groups)", self.design, "Write Joint.pairs(units)."))
+        return joint_interaction(self.effect, self.groups)
+
+    def pairs(self, pairs: Sequence[tuple[int, int]]) -> Estimate:
+        """Average interactions of pairs of units, from the trials of a random design.
+
+        Args:
+            pairs: unit indices, for example ``[(0, 1), (0, 2)]``.
+
+        Returns:
+            An estimate whose units are the pairs: by how much the effect of one is larger when the other is flipped.
+
+        Raises:
+            DesignError: where the trials were not kept, or the design is not random with a known flip probability.
+            UnitError: for a unit out of range.
+        """
+        if self.assignments is None or self.outcomes is None or self.p is None:
+            todo = "Run a RandomMask design with keep_trials=True, or read .interaction of a Joint design."
+            raise DesignError(
+                expected("design", "a random one whose trials were kept", self.design or "no trials", todo)
+            )
+        found = [
+            interactions(a[:, : int(u)], y, pairs, self.p, self.blocks)
+            for a, y, u in zip(self.assignments, self.outcomes, self.n_units, strict=True)
+        ]
+        labels = [[f"{own[u]} x {own[v]}" for u, v in pairs] for own in map(self.labels_of, range(len(self)))]
+        dropped: dict[str, Any] = dict.fromkeys(("assignments", "outcomes", "blocks", "groups"))
+        return replace(
+            self,
+            effect=torch.stack([f.effect for f in found]).to(self.effect),
+            std_error=torch.stack([f.std_error for f in found if f.std_error is not None]).to(self.effect),
+            dof=torch.stack([f.dof for f in found if f.dof is not None]).to(self.effect),
+            n_units=torch.full_like(self.n_units, len(pairs)),
+            unit_labels=labels,
+            **dropped,
+        )
+
+    def to_dataframe(self, level: float = 0.95, fdr: float = 0.05) -> pd.DataFrame:
+        """A tidy frame with one row per example, unit and class.
+
+        Columns: example, unit, label, class, effect, std_error, ci_low, ci_high (at ``level``), p_value, significant (at
+        ``fdr``), reference. What exact designs do not have is missing there (NaN, NA).
+        """
+        return to_dataframe(self, level, fdr)
+
+    def plot(self, *args: Any, **kwargs: Any) -> Any:
+        """A picture; arguments and result are those of :func:`ce_plugin.visualization.plot_estimate`."""
+        # The one stated exception to the order of the layers: a result can draw itself.
+        from ce_plugin.visualization import plot_estimate
+
+        return plot_estimate(self, *args, **kwargs)
+
+    def labels_of(self, example: int) -> list[str]:
+        """The names of one example's units."""
+        own = self.unit_labels[example] if isinstance(self.unit_labels[0], list) else self.unit_labels
+        return [str(label) for label in own][: int(self.n_units[example])]
+
+    def to(self, device: torch.device | str) -> Estimate:
+        """The same on another device."""
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+    def __len__(self) -> int:
+        return len(self.effect)
+
+    def __getitem__(self, examples: int | slice | Sequence[int]) -> Estimate:
+        """Some of the examples; N stays a dimension."""
+        if isinstance(examples, int) and not -len(self) <= examples < len(self):
+            raise IndexError(f"example {examples} of an estimate of {len(self)}")
+        index = range(len(self))[examples] if isinstance(examples, slice) else examples
+        chosen = [index] if isinstance(index, int) else [int(i) for i in index]
+        some: dict[str, Any] = {k: getattr(self, k)[chosen] for k in _BY_EXAMPLE if getattr(self, k) is not None}
+        if isinstance(self.unit_labels[0], list):
+            some["unit_labels"] = [self.unit_labels[i] for i in chosen]
+        return replace(self, **some)
+
+    def __repr__(self) -> str:
+        return describe(self)
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write everything into one file, whole or not at all.
+
+        Raises:
+            FileError: where the file exists and ``force`` is not set.
+        """
+        return write_result(path, "Estimate", vars(self), force=force)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Estimate:
+        """Read what :meth:`save` wrote; runs no code from the file.
+
+        Raises:
+            FileError: where the file is missing or holds something else.
+        """
+        values = read_result(path, "Estimate")
+        known = {f.name for f in fields(cls)}
+        values = {name: value for name, value in values.items() if name in known}
+        values["class_shape"] = tuple(values["class_shape"])
+        if values["groups"] is not None:
+            values["groups"] = tuple(map(tuple, values["groups"]))
+        return cls(**values)
+
+    def equals(self, other: Estimate) -> bool:
+        """Whether everything is the same, NaN equal to NaN."""
+        return same_values(vars(self), vars(other))
+
+    def _errors(self) -> tuple[Tensor, Tensor | None]:
+        """Standard errors and degrees of freedom, or an error for exact designs; warns where they mislead."""
+        if self.std_error is None:
+            raise InferenceError(
+                f"This estimate comes from {self.design or 'an exact design'}: {_EXACT}. Read .effect itself, or "
+                "explain with RandomMask(...)."
+            )
+        asked = self.saturated
+        if self.target is None and self.predicted is not None and self.class_shape == asked.shape[1:]:
+            asked = asked.gather(1, self.predicted.view(-1, 1).to(asked.device))
+        where = asked.any(dim=1).nonzero().flatten().tolist()
+        if where:
+            warnings.warn(
+                f"Probabilities next to 0 or 1 (examples {where[:8]}): few trials carry all of the variation, so "
+                'intervals and p-values promise more than they keep. Write outcome="log_odds".',
+                SaturationWarning,
+                stacklevel=3,
+            )
+        return self.std_error, self.dof
