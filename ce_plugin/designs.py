@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 from ce_plugin.errors import DesignError, expected
 from ce_plugin.randomness import generator
 
-__all__ = ["Design", "Joint", "LeaveOneIn", "OneAtATime", "RandomMask"]
+__all__ = ["Design", "EveryUnit", "Joint", "LeaveOneIn", "OneAtATime", "RandomMask"]
 
 Grid = tuple[int, int]
 
@@ -64,6 +65,12 @@ class Design(ABC):
         """Probability that a unit flips, where the design knows it."""
         return None
 
+    def reseeded(self, seed: int) -> Design:
+        """The same design with another seed."""
+        other = copy.copy(self)
+        other.seed = seed
+        return other
+
 
 class OneAtATime(Design):
     """Each unit flips alone: its exact effect with all other units idle. With zero fill this is FeatureAblation.
@@ -108,6 +115,27 @@ class LeaveOneIn(OneAtATime):
 
     def __repr__(self) -> str:
         return "LeaveOneIn()"
+
+
+class EveryUnit(Design):
+    """One trial in which all units flip: what :class:`LeaveOneIn` is compared with.
+
+    Example:
+        >>> EveryUnit().assignments(3).int().tolist()
+        [[1, 1, 1]]
+    """
+
+    exact = True
+    estimator = "exact"
+
+    def n_trials_for(self, n_units: int) -> int:
+        return 1
+
+    def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
+        return torch.ones(1, n_units, dtype=torch.bool)
+
+    def __repr__(self) -> str:
+        return "EveryUnit()"
 
 
 class Joint(Design):

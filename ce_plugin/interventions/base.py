@@ -59,12 +59,15 @@ class Intervention(Perturbation):  # type: ignore[misc]
         n_variants: number of alternative values x'. With several, effects are averages over them.
         per_trial: True where x' depends on what a trial sets (an in-painter that looks at the hole); the
             runner then asks for values batch by batch with ``context.mask`` set.
+        forward_equivalents: what x' of one example costs, in forward passes of the network (a backward pass counts
+            as two).
 
     Source: Yang et al., ICIP 2019 (arXiv 1902.03380), Eq. 3; Pearl 2009, Eq. 3.8.
     """
 
     n_variants: int = 1
     per_trial: bool = False
+    forward_equivalents: int = 0
 
     @abstractmethod
     def values(self, clean: Tensor, context: Context) -> Tensor:

@@ -149,11 +149,9 @@ def batches(setting: Setting, wanted: list[Wanted], size: BatchSize) -> Iterator
         held.append(segment)
         count += len(segment)
         while count >= size.rows:
-            joined = _join(held)
-            yield joined[: size.rows] if count > size.rows else joined
-            rest = count - size.rows
-            held = [joined[count - rest :]] if rest > 0 else []
-            count = max(rest, 0)
+            joined, take = _join(held), size.rows  # the size may change while the batch runs
+            held, count = [joined[take:]], count - take
+            yield joined[:take]
     if count:
         yield _join(held)
 

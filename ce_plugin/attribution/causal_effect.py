@@ -1,0 +1,309 @@
+"""CausalEffect: Captum's face of causal effects at the input."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from captum.attr import PerturbationAttribution
+from captum.log import log_usage
+from torch import Tensor, nn
+
+from ce_plugin.attribution.experiment import Experiment
+from ce_plugin.attribution.inputs import (
+    Baselines,
+    Given,
+    Target,
+    as_args,
+    as_baseline,
+    as_evidences,
+    as_ids,
+    as_inputs,
+)
+from ce_plugin.designs import Design, Joint, OneAtATime
+from ce_plugin.effects import Outcome, resolve_outcome
+from ce_plugin.effects.outcomes import OutcomeFunction
+from ce_plugin.errors import ArgumentError, InferenceError, ModelError, NormalizationWarning, expected
+from ce_plugin.interventions import Intervention, Normalization, PixelMask
+from ce_plugin.interventions.normalization import NormalizationLike
+from ce_plugin.sites import InputSite, Masks, Strides, Units, Windows
+from ce_plugin.trials import Cost, Forward
+from ce_plugin.trials.forward import OutputSelector
+
+__all__ = ["CausalEffect"]
+
+Inputs = TypeVar("Inputs", bound="Tensor | tuple[Tensor, ...]")
+
+
+class CausalEffect(PerturbationAttribution):  # type: ignore[misc]
+    """Causal effects of interventions on the input: what the output does when units are set to another value.
+
+    Args:
+        forward_func: a module, any callable that returns a tensor (or a dict of tensors), or an ART
+            ``PyTorchClassifier``.
+        intervention: supplies the value x' that ``do`` sets; None picks the default for the inputs (below).
+        design: which units are set in each trial; None picks the default for the inputs (below).
+        outcome: what is measured: ``"probability"`` (softmax), ``"sigmoid"``, ``"logit"``, ``"log_odds"``,
+            ``"margin"``, ``"prediction_weighted"``, None (the output as it is), or a callable
+            ``outcome(output, reference_output)``.
+        normalization: pair ``(mean, std)`` saying what was done to the images *before* the model; fills of the
+            default intervention are then in image units.
+        output: which part of the output to explain, where the model returns a dict, a ModelOutput or a tuple: a key,
+            an index, a callable, or a list of keys (several heads).
+        seed: of random fills and attacks; designs have a seed of their own.
+        memory_budget: bytes that a pass may take beyond model and inputs; None means half of what is free.
+
+    Raises:
+        ModelError: ``forward_func`` is not callable.
+        UnknownNameError: an outcome of unknown name.
+
+    Warns:
+        NormalizationWarning: ``normalization`` is given and the model holds a ``Normalize`` as well.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Linear(3, 2)
+        >>> x = torch.ones(1, 3)
+        >>> contribution = CausalEffect(net, outcome="logit").attribute(x, target=0)
+        >>> bool(torch.allclose(contribution, net.weight[:1] * x, atol=1e-6))
+        True
+
+    Source: Yang et al., ICIP 2019 (arXiv 1902.03380), Eqs. 1-3; the interface is that of captum's FeatureAblation.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        intervention: Intervention | None = None,
+        design: Design | None = None,
+        *,
+        outcome: str | Outcome | OutcomeFunction | None = "probability",
+        normalization: NormalizationLike = None,
+        output: OutputSelector = None,
+        seed: int = 0,
+        memory_budget: int | None = None,
+    ) -> None:
+        for name, value, kind in (("intervention", intervention, Intervention), ("design", design, Design)):
+            if value is not None and not isinstance(value, kind):
+                raise ArgumentError(expected(name, f"a {kind.__name__} or None", type(value).__name__))
+        self.forward = Forward(forward_func, output)
+        super().__init__(forward_func)
+        self.intervention = intervention
+        self.design = design
+        self.outcome = resolve_outcome(outcome)
+        self.normalization = Normalization.of(normalization)
+        self.seed = int(seed)
+        self.memory_budget = memory_budget
+        _warn_twice_normalized(self.forward.modules, self.normalization)
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """False: the map is a difference of outcomes, not a slope; captum's infidelity reads this."""
+        return False
+
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self,
+        inputs: Inputs,
+        baselines: Baselines = None,
+        target: Target = None,
+        additional_forward_args: Any = None,
+        feature_mask: Masks = None,
+        perturbations_per_eval: int | None = None,
+        show_progress: bool = False,
+        *,
+        sliding_window_shapes: Windows = None,
+        strides: Strides = None,
+        given: Given = None,
+        ids: Sequence[int] | Tensor | None = None,
+        significant_only: bool | float | None = None,
+    ) -> Inputs:
+        """The contribution of each unit (minus its effect: positive supports the class), as a map.
+
+        Args:
+            inputs: (N, ...), or a tuple of such, of a floating-point type.
+            baselines: as in captum, in model units; replaces the fill.
+            target: as in captum; None explains each example's predicted class (given the evidence).
+            additional_forward_args: as in captum; tensors with N rows go with their example.
+            feature_mask: integer ids that broadcast to the inputs; equal ids are one unit.
+            perturbations_per_eval: trials of each example per forward pass; None chooses it by memory and speed.
+            show_progress: a progress bar.
+            sliding_window_shapes: windows as units, as in captum's Occlusion.
+            strides: of the windows.
+            given: evidence that holds in all trials and in the reference.
+            ids: one integer per example; examples with equal ids (None: all of them) get equal assignments.
+            significant_only: set units to zero whose effect is not significant: True at a false discovery rate of
+                0.05, or the rate itself.
+
+        Returns:
+            Tensors of the inputs' shapes: each unit's contribution wherever it is, the mean over units that overlap.
+            For a model that returns one value per batch the leading dimension is 1.
+
+        Raises:
+            InputError, UnitError, TargetError, OutcomeError, ModelError, DesignError, ArgumentError: before any
+                trial is run; see the documentation's pages on errors.
+            InferenceError: ``significant_only`` with a design that has no sampling error.
+
+        Example:
+            >>> import torch
+            >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+            >>> CausalEffect(net).attribute(torch.rand(2, 1, 2, 2)).shape
+            torch.Size([2, 1, 2, 2])
+        """
+        experiment = self._experiment(
+            inputs, baselines, target, additional_forward_args, feature_mask, perturbations_per_eval, show_progress,
+            sliding_window_shapes, strides, given, ids, predicted_only=True,
+        )  # fmt: skip
+        if significant_only and experiment.design.exact and experiment.n_draws == 1:
+            todo = "Only random designs or a data set have sampling error: use RandomMask(...), or leave it out."
+            raise InferenceError(
+                expected("significant_only", f"None for {experiment.design!r}", significant_only, todo)
+            )
+        estimates = experiment.run()
+        if len(estimates) > 1:
+            todo = "Name one with `output=`, or call `estimate`, which returns them all."
+            raise ModelError(expected("forward_func", "a model with one output head", sorted(estimates), todo))
+        estimate = next(iter(estimates.values()))
+        values = estimate.contribution[..., 0]
+        if significant_only:
+            keep = estimate.significant(0.05 if significant_only is True else float(significant_only))[..., 0]
+            values = values * keep
+        maps = spread(experiment.setting.units, experiment.design, values)
+        return maps if isinstance(inputs, tuple) else maps[0]  # type: ignore[return-value]
+
+    def estimate(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        baselines: Baselines = None,
+        target: Target = None,
+        additional_forward_args: Any = None,
+        feature_mask: Masks = None,
+        perturbations_per_eval: int | None = None,
+        show_progress: bool = False,
+        *,
+        sliding_window_shapes: Windows = None,
+        strides: Strides = None,
+        given: Given = None,
+        ids: Sequence[int] | Tensor | None = None,
+        until: float | None = None,
+        keep_trials: bool = False,
+    ) -> Any:
+        """Effects of all units on all classes, with standard errors where the design is random.
+
+        Args:
+            inputs, baselines, target, additional_forward_args, feature_mask, perturbations_per_eval, show_progress,
+                sliding_window_shapes, strides, given, ids: as in :meth:`attribute`; without a target all classes.
+            until: stop an example's trials when all its 95 % intervals are at most this half-width; the design's
+                number of trials is the most that is run. p-values do not cover such peeking, and are marked.
+            keep_trials: keep assignments and outcomes, for :meth:`Estimate.pairs`.
+
+        Returns:
+            An :class:`~ce_plugin.effects.Estimate`: effects (N, U, C) with the signs of Eq. 1 (removing a unit that
+            supports a class has a negative effect). A dict of them by name, where the model has several heads.
+
+        Raises:
+            As :meth:`attribute`.
+
+        Example:
+            >>> import torch
+            >>> net = nn.Linear(3, 2)
+            >>> CausalEffect(net, outcome="logit").estimate(torch.ones(1, 3)).effect.shape
+            torch.Size([1, 3, 2])
+        """
+        experiment = self._experiment(
+            inputs, baselines, target, additional_forward_args, feature_mask, perturbations_per_eval, show_progress,
+            sliding_window_shapes, strides, given, ids, until=until, keep_trials=keep_trials,
+        )  # fmt: skip
+        estimates = experiment.run()
+        return estimates[""] if list(estimates) == [""] else estimates
+
+    def estimate_cost(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: Any = None,
+        feature_mask: Masks = None,
+        *,
+        sliding_window_shapes: Windows = None,
+        strides: Strides = None,
+        given: Given = None,
+    ) -> Cost:
+        """What :meth:`estimate` with these arguments would cost; only one example is passed through the model.
+
+        Example:
+            >>> import torch
+            >>> CausalEffect(nn.Linear(3, 2)).estimate_cost(torch.ones(2, 3)).trials
+            6
+        """
+        experiment = self._experiment(
+            inputs, None, target, additional_forward_args, feature_mask, None, False,
+            sliding_window_shapes, strides, given, None,
+        )  # fmt: skip
+        return experiment.cost()
+
+    def _experiment(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        baselines: Baselines,
+        target: Target,
+        additional_forward_args: Any,
+        feature_mask: Masks,
+        perturbations_per_eval: int | None,
+        show_progress: bool,
+        sliding_window_shapes: Windows,
+        strides: Strides,
+        given: Given,
+        ids: Sequence[int] | Tensor | None,
+        **options: Any,
+    ) -> Experiment:
+        tensors = as_inputs(inputs)
+        site = InputSite(feature_mask, sliding_window_shapes, strides)
+        grid = feature_mask is None and sliding_window_shapes is None and len(tensors) == 1 and tensors[0].dim() == 4
+        if baselines is not None and self.intervention is not None and not isinstance(self.intervention, PixelMask):
+            todo = "Baselines replace the fill of a mask; leave them out."
+            raise ArgumentError(expected("baselines", f"None with {self.intervention!r}", "baselines", todo))
+        intervention = self.intervention or self._default_intervention(grid)
+        return Experiment(
+            forward=self.forward,
+            inputs=tensors,
+            args=as_args(additional_forward_args),
+            site=site,
+            intervention=intervention if baselines is None else as_baseline(baselines, tensors),
+            design=self.design or self._default_design(grid),
+            outcome=self.outcome,
+            evidences=as_evidences(given),
+            ids=as_ids(ids, len(tensors[0])),
+            seed=self.seed,
+            target=target,
+            perturbations_per_eval=perturbations_per_eval,
+            show_progress=show_progress,
+            memory_budget=self.memory_budget,
+            **options,
+        )
+
+    def _default_intervention(self, grid: bool) -> Intervention:
+        return PixelMask("zero", normalization=self.normalization)
+
+    @staticmethod
+    def _default_design(grid: bool) -> Design:
+        return OneAtATime()
+
+
+def spread(units: Units, design: Design, values: Tensor) -> tuple[Tensor, ...]:
+    """Maps of unit values, (N, U); the groups of a joint design give each unit the mean over the groups it is in."""
+    if isinstance(design, Joint):
+        member = design.assignments(units.width).to(values)
+        values = values @ member / member.sum(0).clamp(min=1)
+    return units.spread(values)
+
+
+def _warn_twice_normalized(modules: list[nn.Module], normalization: Normalization) -> None:
+    inside = any(type(m).__name__ == "Normalize" for root in modules for m in root.modules())
+    if inside and not normalization.is_identity:
+        warnings.warn(
+            "The model holds a Normalize, and `normalization=` says that the inputs were normalised before it. Leave "
+            "`normalization` out unless both are true.",
+            NormalizationWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,226 @@
+"""One call of ``estimate``: from checked arguments through trials to an :class:`~ce_plugin.effects.Estimate`."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ce_plugin.attribution.estimation import Answer, answers, average
+from ce_plugin.attribution.inputs import Target
+from ce_plugin.attribution.measured import Measured
+from ce_plugin.designs import Design, EveryUnit, Joint
+from ce_plugin.effects import Estimate, Outcome, half_width
+from ce_plugin.errors import ArgumentError, ModelError, NoChangeWarning, expected
+from ce_plugin.guard import state_guard
+from ce_plugin.interventions import Context, Intervention
+from ce_plugin.sites import Evidence, InputSite
+from ce_plugin.trials import Cost, Forward, Runner, Setting
+from ce_plugin.trials.batching import free_memory
+from ce_plugin.trials.runner import AggregateError, run_aggregated
+
+__all__ = ["Experiment"]
+
+# Trials before the first look at the intervals of a run that may stop early, and between two looks.
+_FIRST, _ROUND = 100, 50
+
+
+@dataclass
+class Experiment:
+    """Everything that one run needs; the arguments are those of :class:`ce_plugin.CausalEffect`, checked and resolved.
+
+    Making one checks all that can be checked without running the model.
+    """
+
+    forward: Forward
+    inputs: tuple[Tensor, ...]
+    args: tuple[object, ...]
+    site: InputSite
+    intervention: Intervention
+    design: Design
+    outcome: Outcome
+    evidences: list[Evidence]
+    ids: tuple[int, ...]
+    seed: int
+    target: Target = None
+    predicted_only: bool = False
+    perturbations_per_eval: int | None = None
+    memory_budget: int | None = None
+    show_progress: bool = False
+    until: float | None = None
+    keep_trials: bool = False
+
+    def __post_init__(self) -> None:
+        if self.until is not None and (self.design.exact or not self.until > 0):
+            wanted = "a positive half-width, for a random design"
+            raise ArgumentError(expected("until", wanted, f"{self.until} for {self.design!r}"))
+        per_eval = self.perturbations_per_eval
+        if per_eval is not None and (not isinstance(per_eval, int) or per_eval < 1):
+            raise ArgumentError(expected("perturbations_per_eval", "None or a positive integer", per_eval))
+        context = Context(ids=self.ids, seed=self.seed)
+        self.setting = Setting(
+            self.inputs, self.args, self.site.units(self.inputs), self.design, self.intervention, context
+        )
+        self.n = self.setting.n
+        self.n_draws = max((evidence.n_draws for evidence in self.evidences), default=1)
+        self.runner = Runner(
+            self.forward, None if per_eval is None else per_eval * self.n, self.memory_budget, self.show_progress
+        )
+        self.used = [self.setting.n_trials(i) for i in range(self.n)]
+        # A design that does not fit the units says so when it is asked for a trial.
+        self.setting.assignments(0, 0, 1)
+
+    @property
+    def trials(self) -> int:
+        """Trials of the whole run."""
+        return self.n_draws * self.setting.repeats * sum(self.used)
+
+    def cost(self) -> Cost:
+        """Trials and passes of the run; one example passes once, to see how many outcomes it has."""
+        first = replace(self, inputs=tuple(x[:1] for x in self.inputs), args=self.setting.args_of(torch.tensor([0])))
+        with state_guard(self.forward.forward_func, *self.forward.modules):
+            heads = self.runner.evaluate(first.inputs, first.args)
+        one = self.target is not None or self.predicted_only or not self.outcome.per_class
+        outcomes = sum(1 if one else head.numel() for head in heads.values())
+        extra = sum(i.forward_equivalents for i in (self.intervention, *(e.intervention for e in self.evidences)))
+        passes = self.trials + self.n_draws * self.n * (1 + extra)
+        return Cost(self.trials, passes, "full", 4 * outcomes * self.n * max(self.used))
+
+    def run(self) -> dict[str, Estimate]:
+        """The estimates of all heads; the model and the random state are afterwards as they were."""
+        started = time.perf_counter()
+        with state_guard(self.forward.forward_func, *self.forward.modules):
+            draws = [self._draw(draw) for draw in range(self.n_draws)]
+        seconds = time.perf_counter() - started
+        return {name: self._estimate([draw[name] for draw in draws], seconds) for name in draws[0]}
+
+    def _draw(self, draw: int) -> dict[str, Answer]:
+        """The effects under one draw of the random evidence; assignments are drawn anew for each."""
+        context = replace(self.setting.context, seed=self.seed + draw)
+        design = self.design if draw == 0 else self.design.reseeded(self.design.seed + draw)
+        setting = replace(self.setting, inputs=self._evident(draw), context=context, design=design)
+        self._warn_unchanged(setting)
+        try:
+            heads = self.runner.reference(setting.inputs, self.args, self.trials)
+            measured = Measured(heads, self.outcome, self.target, self.predicted_only)
+            self._check_memory(measured)
+            if self.until is not None:
+                return self._until(setting, measured)
+            outcomes = self.runner.run(setting, 0, max(self.used), measured)
+            compared = measured.reference
+            if design.reference == "all":
+                every = self.runner.run(replace(setting, design=EveryUnit()), 0, 1, measured)
+                compared = {name: outcome[:, 0] for name, outcome in every.items()}
+            return answers(setting, outcomes, compared, measured, self.used, self.keep_trials)
+        except AggregateError:
+            return self._aggregated(setting)
+
+    def _until(self, setting: Setting, measured: Measured) -> dict[str, Answer]:
+        """Rounds of trials; an example leaves when all its intervals are narrow enough."""
+        outcomes: dict[str, Tensor] = {}
+        active, used, done = list(range(self.n)), list(self.used), 0
+        found: dict[str, Answer] = {}
+        while active and done < max(self.used):
+            stop = min(max(self.used), _FIRST if done == 0 else done + _ROUND)
+            new = self.runner.run(setting, done, stop, measured, active)
+            outcomes = {name: torch.cat([outcomes[name], new[name]], 1) if outcomes else new[name] for name in new}
+            used = [stop if i in active else used[i] for i in range(self.n)]
+            done = stop
+            found = answers(setting, outcomes, measured.reference, measured, used, self.keep_trials)
+            widths = [
+                half_width(a.std_error, a.dof, 0.95).flatten(1) for a in found.values() if a.std_error is not None
+            ]
+            widest = torch.cat(widths, 1).nan_to_num(0.0).amax(1)
+            active = [i for i in active if float(widest[i]) > (self.until or 0.0)]
+        return found
+
+    def _aggregated(self, setting: Setting) -> dict[str, Answer]:
+        """A network that returns one value for the batch makes the batch one example."""
+        shared = len(set(self.ids)) == 1 and isinstance(setting.units.labels[0], str)
+        if self.until is not None or not shared:
+            todo = "Leave out `until=`, `ids=` and masks that differ between examples."
+            wanted = "a model that returns one value per example for these options"
+            raise ModelError(expected("forward_func", wanted, "one value per batch", todo))
+        heads = {k: v.reshape(1, -1) for k, v in self.runner.evaluate(setting.inputs, self.args).items()}
+        measured = Measured(heads, self.outcome, self.target, self.predicted_only)
+        outcomes = run_aggregated(self.runner, setting, measured)
+        compared = measured.reference
+        if setting.design.reference == "all":
+            every = run_aggregated(self.runner, replace(setting, design=EveryUnit()), measured)
+            compared = {name: outcome[:, 0] for name, outcome in every.items()}
+        return answers(setting, outcomes, compared, measured, self.used[:1], self.keep_trials)
+
+    def _evident(self, draw: int) -> tuple[Tensor, ...]:
+        """The inputs with their evidence set, one evidence after the other."""
+        inputs = self.inputs
+        for evidence in self.evidences:
+            units = evidence.site.units(inputs)
+            chosen = [evidence.assignment(int(units.n_units[i]), self.ids[i], draw) for i in range(self.n)]
+            rows = torch.stack([pad(row, (0, units.width - len(row))) for row in chosen])
+            masks = [mask.to(inputs[0].device) for mask in units.masks(rows, torch.arange(self.n))]
+            context = Context(ids=self.ids, seed=self.seed + draw)
+            values = [
+                evidence.intervention.values(x, replace(context, position=k, mask=mask))
+                for k, (x, mask) in enumerate(zip(inputs, masks, strict=True))
+            ]
+            inputs = tuple(torch.where(m, v, x) for m, v, x in zip(masks, values, inputs, strict=True))
+        return inputs
+
+    def _warn_unchanged(self, setting: Setting) -> None:
+        if self.intervention.per_trial or self.intervention.forward_equivalents:
+            return  # unknown before the trials, or too dear to ask for twice (attacks warn by themselves)
+        unchanged = torch.zeros(self.n, dtype=torch.bool)
+        for variant in range(self.intervention.n_variants):
+            same = torch.ones(self.n, dtype=torch.bool)
+            for position, x in enumerate(setting.inputs):
+                do = self.intervention.values(x, replace(setting.context, position=position, variant=variant))
+                same &= (do == x).flatten(1).all(1).cpu()
+            unchanged |= same
+        if bool(unchanged.any()):
+            warnings.warn(
+                f"{self.intervention!r} changes nothing in example(s) {unchanged.nonzero()[:5, 0].tolist()}, so that "
+                "their effects are zero by construction. Check its fill or region, and `normalization=`.",
+                NoChangeWarning,
+                stacklevel=5,
+            )
+
+    def _check_memory(self, measured: Measured) -> None:
+        size = sum(r.shape[1] * r.element_size() for r in measured.reference.values()) * self.n * max(self.used)
+        free = free_memory(self.setting.device)
+        if size > free:
+            got = f"{size / 2**30:.1f} GiB ({self.n} examples x {max(self.used)} trials x all classes)"
+            todo = "Pass `target=`, fewer examples, or coarser units."
+            raise ArgumentError(expected("inputs", f"few enough for {free / 2**30:.1f} GiB of outcomes", got, todo))
+
+    def _estimate(self, draws: list[Answer], seconds: float) -> Estimate:
+        answer = average(draws)
+        units = self.setting.units
+        groups = self.design.groups if isinstance(self.design, Joint) else None
+        n = len(answer.effect)
+        labels: Any = units.labels if groups is None else ["+".join(map(str, group)) for group in groups]
+        counts = units.n_units[:n].clone() if groups is None else torch.full((n,), len(groups))
+        return Estimate(
+            **{k: getattr(answer, k) for k in ("effect", "std_error", "dof", "reference", "target", "predicted")},
+            class_shape=answer.class_shape,
+            n_units=counts,
+            unit_labels=labels,
+            groups=groups,
+            n_trials=int(answer.n_trials.max()),
+            outcome=self.outcome.name,
+            design=repr(self.design),
+            intervention=repr(self.intervention),
+            evidence=", ".join(map(repr, self.evidences)) or "none",
+            seed=self.seed,
+            cost=self.runner.passes,
+            peeked=self.until is not None,
+            settings={"seconds": seconds, "trials_per_example": answer.n_trials.tolist()},
+            p=self.design.flip_probability(),
+            assignments=answer.assignments,
+            outcomes=answer.outcomes,
+            blocks=None if answer.outcomes is None else self.design.blocks(answer.outcomes.shape[1]),
+        )
