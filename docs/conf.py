@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,20 @@ def include_results(app: Any, docname: str, source: list[str]) -> None:
     source[0] += "\n" + ("\n".join(pages) if pages else "No results have been recorded yet.\n")
 
 
+def plain_signs(app: Any, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    """Docstrings are written to be read as they are: |x| and (B, *K) are mathematics there, not markup."""
+    text = re.sub(r"^( +[\w, ]+,)\n +([\w, ]+: )", r"\1 \2", "\n".join(lines), flags=re.M)
+    lines[:] = [line if line.lstrip().startswith((">>>", "...")) else _escaped(line) for line in text.split("\n")]
+
+
+def _escaped(line: str) -> str:
+    """The line with its bars and lone stars escaped, outside of ``code``, `names` and *emphasis*."""
+    parts = re.split(r"(``.*?``|`.*?`|(?<![\w*])\*\w[^*]*(?<=\w)\*(?![\w*]))", line)
+    return "".join(part if i % 2 else re.sub(r"(?<!\\)([*|])", r"\\\1", part) for i, part in enumerate(parts))
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
+    # Before napoleon, which turns sections into field lists, at the usual 500.
+    app.connect("autodoc-process-docstring", plain_signs, priority=400)
     app.connect("source-read", include_results)
