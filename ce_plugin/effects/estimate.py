@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Estimate"]
 
-_EXACT = "exact designs have no sampling error. Only random designs (RandomMask) or a data set have one"
 # One row per example; the rest belongs to all examples.
-_BY_EXAMPLE = ("effect", "std_error", "dof", "reference", "n_units", "target", "predicted", "assignments", "outcomes")
+_BY_EXAMPLE = (
+    *("effect", "std_error", "dof", "reference", "n_units", "n_trials"),
+    *("target", "predicted", "assignments", "outcomes"),
+)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -43,7 +45,7 @@ class Estimate:
         n_units: (N,), number of units of each example.
         class_shape: trailing shape of the model's output; C is its size, or 1 where a target was given.
         target: (N, ...) where only the target's output was computed; None for all classes.
-        n_trials: trials per example.
+        n_trials: trials of each example; (N,) where ``until=`` ended them at different numbers.
         unit_labels: U names, or one list of names per example.
         outcome, design, intervention, evidence: what was done, as text.
         seed: seed of the design.
@@ -78,7 +80,7 @@ class Estimate:
     dof: Tensor | None = None
     n_units: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     target: Tensor | None = None
-    n_trials: int = 0
+    n_trials: int | Tensor = 0
     unit_labels: list[str] | list[list[str]] = field(default_factory=list)
     outcome: str = ""
     design: str = ""
@@ -97,10 +99,8 @@ class Estimate:
 
     def __post_init__(self) -> None:
         n, units, _ = self.effect.shape
-        if not len(self.n_units):
-            self.n_units = torch.full((n,), units)
-        if not self.unit_labels:
-            self.unit_labels = [str(u) for u in range(units)]
+        self.n_units = self.n_units if len(self.n_units) else torch.full((n,), units)
+        self.unit_labels = self.unit_labels or [str(u) for u in range(units)]
 
     @property
     def contribution(self) -> Tensor:
@@ -181,7 +181,7 @@ class Estimate:
             pairs: unit indices, for example ``[(0, 1), (0, 2)]``.
 
         Returns:
-            An estimate whose units are the pairs: by how much the effect of one is larger when the other is flipped.
+            An estimate whose units are the pairs: by how much one's effect is larger when the other is flipped.
 
         Raises:
             DesignError: where the trials were not kept, or the design is not random with a known flip probability.
@@ -192,10 +192,11 @@ class Estimate:
             raise DesignError(
                 expected("design", "a random one whose trials were kept", self.design or "no trials", todo)
             )
-        found = [
-            interactions(a[:, : int(u)], y, pairs, self.p, self.blocks)
-            for a, y, u in zip(self.assignments, self.outcomes, self.n_units, strict=True)
-        ]
+        found = []
+        for i, (a, y) in enumerate(zip(self.assignments, self.outcomes, strict=True)):
+            own = int(self.n_trials[i]) if isinstance(self.n_trials, Tensor) else len(a)
+            blocks = None if self.blocks is None else self.blocks[:own]
+            found.append(interactions(a[:own, : int(self.n_units[i])], y[:own], pairs, self.p, blocks))
         labels = [[f"{own[u]} x {own[v]}" for u, v in pairs] for own in map(self.labels_of, range(len(self)))]
         dropped: dict[str, Any] = dict.fromkeys(("assignments", "outcomes", "blocks", "groups"))
         return replace(
@@ -211,8 +212,8 @@ class Estimate:
     def to_dataframe(self, level: float = 0.95, fdr: float = 0.05) -> pd.DataFrame:
         """A tidy frame with one row per example, unit and class.
 
-        Columns: example, unit, label, class, effect, std_error, ci_low, ci_high (at ``level``), p_value, significant (at
-        ``fdr``), reference. What exact designs do not have is missing there (NaN, NA).
+        Columns: example, unit, label, class, effect, std_error, ci_low, ci_high (at ``level``), p_value, significant
+        (at ``fdr``), reference. What exact designs do not have is missing there (NaN, NA).
         """
         return to_dataframe(self, level, fdr)
 
@@ -226,7 +227,7 @@ class Estimate:
     def labels_of(self, example: int) -> list[str]:
         """The names of one example's units."""
         own = self.unit_labels[example] if isinstance(self.unit_labels[0], list) else self.unit_labels
-        return [str(label) for label in own][: int(self.n_units[example])]
+        return [str(label) for label in own[: int(self.n_units[example])]]
 
     def to(self, device: torch.device | str) -> Estimate:
         """The same on another device."""
@@ -242,7 +243,7 @@ class Estimate:
             raise IndexError(f"example {examples} of an estimate of {len(self)}")
         index = range(len(self))[examples] if isinstance(examples, slice) else examples
         chosen = [index] if isinstance(index, int) else [int(i) for i in index]
-        some: dict[str, Any] = {k: getattr(self, k)[chosen] for k in _BY_EXAMPLE if getattr(self, k) is not None}
+        some: dict[str, Any] = {k: v[chosen] for k, v in vars(self).items() if k in _BY_EXAMPLE and torch.is_tensor(v)}
         if isinstance(self.unit_labels[0], list):
             some["unit_labels"] = [self.unit_labels[i] for i in chosen]
         return replace(self, **some)
@@ -281,8 +282,8 @@ class Estimate:
         """Standard errors and degrees of freedom, or an error for exact designs; warns where they mislead."""
         if self.std_error is None:
             raise InferenceError(
-                f"This estimate comes from {self.design or 'an exact design'}: {_EXACT}. Read .effect itself, or "
-                "explain with RandomMask(...)."
+                f"This estimate comes from {self.design or 'an exact design'}: exact designs have no sampling error. "
+                "Only random designs or a data set have one. Read .effect itself, or explain with RandomMask(...)."
             )
         asked = self.saturated
         if self.target is None and self.predicted is not None and self.class_shape == asked.shape[1:]:

@@ -118,11 +118,11 @@ def difference_in_means(assignments: Tensor, outcomes: Tensor, blocks: Tensor | 
     if blocks is not None:
         variance = paired_variance(a, y, index, mean1, mean0)
         dof = dof.clamp(max=len(index) - 1)
-    once = torch.minimum(n1, n0) == 1
-    variance = torch.where(once, torch.inf, variance)
-    dof = torch.where(once, 1.0, dof)
-    effect = mean1 - mean0
-    return Effects(effect, torch.where(effect.isnan(), torch.nan, variance.sqrt()), dof)
+    fewest = torch.minimum(n1, n0)
+    never = torch.where(fewest == 0, torch.nan, 0.0)
+    variance = torch.where(fewest == 1, torch.inf, variance)
+    dof = torch.where(fewest == 1, 1.0, dof)
+    return Effects(mean1 - mean0 + never, variance.sqrt() + never, dof + never)
 
 
 def adjusted(
