@@ -37,6 +37,7 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_use_rtype = False
 
 
 def include_results(app: Any, docname: str, source: list[str]) -> None:
@@ -51,6 +52,8 @@ def include_results(app: Any, docname: str, source: list[str]) -> None:
 def plain_signs(app: Any, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
     """Docstrings are written to be read as they are: |x| and (B, *K) are mathematics there, not markup."""
     text = re.sub(r"^( +[\w, ]+,)\n +([\w, ]+: )", r"\1 \2", "\n".join(lines), flags=re.M)
+    # "Raises: As :meth:`attribute`." names no error of its own, and is a sentence then.
+    text = re.sub(r"^( *)Raises:\n +(As :meth:.*)$", r"\1Raises: \2", text, flags=re.M)
     lines[:] = [line if line.lstrip().startswith((">>>", "...")) else _escaped(line) for line in text.split("\n")]
 
 
