@@ -25,8 +25,8 @@ __all__ = ["Estimate"]
 
 # One row per example; the rest belongs to all examples.
 _BY_EXAMPLE = (
-    *("effect", "std_error", "dof", "reference", "n_units", "n_trials"),
-    *("target", "predicted", "assignments", "outcomes"),
+    *("effect", "std_error", "dof", "reference"),
+    *("n_units", "target", "predicted", "assignments", "outcomes"),
 )
 
 
@@ -45,7 +45,7 @@ class Estimate:
         n_units: (N,), number of units of each example.
         class_shape: trailing shape of the model's output; C is its size, or 1 where a target was given.
         target: (N, ...) where only the target's output was computed; None for all classes.
-        n_trials: trials of each example; (N,) where ``until=`` ended them at different numbers.
+        n_trials: trials of each example, the largest number where ``until=`` ended them at different ones.
         unit_labels: U names, or one list of names per example.
         outcome, design, intervention, evidence: what was done, as text.
         seed: seed of the design.
@@ -80,7 +80,7 @@ class Estimate:
     dof: Tensor | None = None
     n_units: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     target: Tensor | None = None
-    n_trials: int | Tensor = 0
+    n_trials: int = 0
     unit_labels: list[str] | list[list[str]] = field(default_factory=list)
     outcome: str = ""
     design: str = ""
@@ -194,7 +194,7 @@ class Estimate:
             )
         found = []
         for i, (a, y) in enumerate(zip(self.assignments, self.outcomes, strict=True)):
-            own = int(self.n_trials[i]) if isinstance(self.n_trials, Tensor) else len(a)
+            own = int((~y.isnan().all(dim=1)).sum())  # with `until=` examples may have fewer trials: the rest is NaN
             blocks = None if self.blocks is None else self.blocks[:own]
             found.append(interactions(a[:own, : int(self.n_units[i])], y[:own], pairs, self.p, blocks))
         labels = [[f"{own[u]} x {own[v]}" for u, v in pairs] for own in map(self.labels_of, range(len(self)))]

@@ -64,11 +64,9 @@ def describe(estimate: Estimate) -> str:
     """What was estimated and how, and the largest effect of the first examples."""
     n, units, classes = estimate.effect.shape
     what = "the target's output" if estimate.target is not None else f"{classes} class{'es' * (classes > 1)}"
-    trials = estimate.n_trials
-    spent = f"{int(trials.min())} to {int(trials.max())}" if isinstance(trials, Tensor) else str(trials)
     lines = [
         f"Estimate of {estimate.outcome or 'outcome'}: {n} example{'s' * (n > 1)}, {units} units, {what}",
-        f"  {estimate.intervention}, {estimate.design}, {spent} trials, evidence: {estimate.evidence}",
+        f"  {estimate.intervention}, {estimate.design}, {estimate.n_trials} trials, evidence: {estimate.evidence}",
     ]
     for i in range(min(n, 3)):
         values = estimate.effect[i].nan_to_num(0.0)

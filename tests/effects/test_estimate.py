@@ -178,10 +178,12 @@ def test_pairs_are_the_estimator_on_the_kept_trials() -> None:
 
 
 def test_pairs_use_only_the_trials_that_were_run() -> None:
-    estimate = random_estimate(n_trials=torch.tensor([20, 12]))
+    estimate = random_estimate()
     assert estimate.outcomes is not None
+    assert estimate.assignments is not None
     estimate.outcomes[1, 12:] = math.nan
-    assert bool(estimate.pairs([(0, 1)]).effect.isfinite().all())
+    want = interactions(estimate.assignments[1, :12, :2], estimate.outcomes[1, :12], [(0, 1)], 0.5)
+    torch.testing.assert_close(estimate.pairs([(0, 1)]).effect[1], want.effect.float())
 
 
 def test_interaction_of_joint_groups() -> None:
