@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
@@ -17,7 +20,7 @@ author = "The ce-plugin contributors"
 copyright = "2026, the ce-plugin contributors"
 version = release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 # A benchmark's result is a page of its own elsewhere; included here, its headings start one level too deep.
@@ -25,6 +28,7 @@ suppress_warnings = ["myst.header"]
 exclude_patterns = ["_build"]
 
 html_theme = "furo"
+html_math_renderer = "mathml"
 html_title = f"ce_plugin {__version__}"
 html_show_sourcelink = False
 
@@ -63,8 +67,36 @@ def _escaped(line: str) -> str:
     return "".join(part if i % 2 else re.sub(r"(?<!\\)([*|])", r"\\\1", part) for i, part in enumerate(parts))
 
 
+def short_names(
+    app: Any, what: str, name: str, thing: object, options: object, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Signatures without the names of modules, where a default such as <factory> keeps Sphinx from shortening them."""
+    return tuple(None if text is None else re.sub(r"~(\w+\.)+", "", text) for text in (signature, returns))
+
+
+def skip_fields(app: Any, what: str, name: str, thing: object, skip: bool, options: object) -> bool | None:
+    """Fields of a named tuple are described where the class is."""
+    return True if str(getattr(thing, "__doc__", "")).startswith("Alias for field number") else None
+
+
+def inline_math(writer: Any, node: nodes.Element) -> None:
+    """Formulas as MathML, which browsers draw by themselves: the pages need no script from elsewhere."""
+    writer.body.append(tex2mathml(node.astext(), as_block=False))
+    raise nodes.SkipNode
+
+
+def block_math(writer: Any, node: nodes.Element) -> None:
+    """As :func:`inline_math`, on a line of its own."""
+    formula = tex2mathml(node.astext(), as_block=True).replace("<math ", '<math displaystyle="true" ', 1)
+    writer.body.append(f'<div class="math" style="padding: 0.4em 0">{formula}</div>')
+    raise nodes.SkipNode
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
+    app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
+    app.connect("autodoc-process-signature", short_names)
+    app.connect("autodoc-skip-member", skip_fields)
     # Before napoleon, which turns sections into field lists, at the usual 500.
     app.connect("autodoc-process-docstring", plain_signs, priority=400)
     app.connect("source-read", include_results)
