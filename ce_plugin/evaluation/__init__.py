@@ -1,0 +1,1 @@
+"""Is an explanation right? Ground truth, and measures of faithfulness."""
