@@ -225,6 +225,11 @@ class InputSite:
     strides: Strides = None
     cells: int = 14
 
+    def is_grid(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Whether the units are the cells of a grid: one tensor of images (N, C, H, W), no mask and no windows."""
+        plain = self.feature_mask is None and self.sliding_window_shapes is None
+        return plain and len(inputs) == 1 and inputs[0].dim() == 4
+
     def units(self, inputs: tuple[Tensor, ...]) -> Units:
         """The units of these inputs: patches for images (N, C, H, W), each scalar for anything else."""
         if self.sliding_window_shapes is not None:
@@ -245,7 +250,7 @@ class InputSite:
             masks.append(mask + offset)
             offset += int(mask.max()) + 1 if mask.numel() else 0
         grid = None
-        if len(inputs) == 1 and inputs[0].dim() == 4:
+        if self.is_grid(inputs):
             grid = (min(inputs[0].shape[2], self.cells), min(inputs[0].shape[3], self.cells))
         return MaskUnits(inputs, tuple(masks), grid)
 

@@ -21,7 +21,7 @@ from ce_plugin.attribution.inputs import (
     as_ids,
     as_inputs,
 )
-from ce_plugin.designs import Design, Joint, OneAtATime
+from ce_plugin.designs import Design, Joint, OneAtATime, RandomRegions
 from ce_plugin.effects import Outcome, resolve_outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
 from ce_plugin.errors import ArgumentError, InferenceError, ModelError, NormalizationWarning, expected
@@ -32,6 +32,9 @@ from ce_plugin.trials import Cost, Forward
 from ce_plugin.trials.forward import OutputSelector
 
 __all__ = ["CausalEffect"]
+
+# Below this many pixels a side there are so few units that each can be asked for by itself.
+_SMALLEST_GRID = 5
 
 Inputs = TypeVar("Inputs", bound="Tensor | tuple[Tensor, ...]")
 
@@ -259,7 +262,7 @@ class CausalEffect(PerturbationAttribution):  # type: ignore[misc]
     ) -> Experiment:
         tensors = as_inputs(inputs)
         site = InputSite(feature_mask, sliding_window_shapes, strides)
-        grid = feature_mask is None and sliding_window_shapes is None and len(tensors) == 1 and tensors[0].dim() == 4
+        grid = site.is_grid(tensors) and min(tensors[0].shape[2:]) >= _SMALLEST_GRID
         if baselines is not None and self.intervention is not None and not isinstance(self.intervention, PixelMask):
             todo = "Baselines replace the fill of a mask; leave them out."
             raise ArgumentError(expected("baselines", f"None with {self.intervention!r}", "baselines", todo))
@@ -283,11 +286,11 @@ class CausalEffect(PerturbationAttribution):  # type: ignore[misc]
         )
 
     def _default_intervention(self, grid: bool) -> Intervention:
-        return PixelMask("zero", normalization=self.normalization)
+        return PixelMask(("zero", "mean", "blur") if grid else "zero", normalization=self.normalization)
 
     @staticmethod
     def _default_design(grid: bool) -> Design:
-        return OneAtATime()
+        return RandomRegions() if grid else OneAtATime()
 
 
 def spread(units: Units, design: Design, values: Tensor) -> tuple[Tensor, ...]:

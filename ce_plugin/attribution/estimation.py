@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from ce_plugin.attribution.measured import Measured
 from ce_plugin.effects.estimators import Effects, adjusted, difference_in_means, exact_difference
+from ce_plugin.effects.smooth import smooth
 from ce_plugin.errors import DesignError, expected
 from ce_plugin.trials import Setting
 
@@ -104,7 +105,12 @@ def _effects(setting: Setting, drawn: Tensor | None, outcomes: Tensor, compared:
             wanted = "a design that knows its flip probability for the adjusted estimator"
             raise DesignError(expected("design", wanted, repr(design), "Write `flip_probability`."))
         return adjusted(own, outcomes, p, blocks)
-    raise DesignError(expected("design.estimator", "'exact', 'adjusted' or 'difference_in_means'", design.estimator))
+    if design.estimator == "smooth":
+        if setting.units.grid is None:
+            raise DesignError(expected("design", "one for units that are not a grid", repr(design)))
+        return smooth(own, outcomes, setting.units.grid, setting.variants(0, len(own)))
+    known = "'exact', 'adjusted', 'difference_in_means' or 'smooth'"
+    raise DesignError(expected("design.estimator", known, repr(design.estimator)))
 
 
 def average(draws: list[Answer]) -> Answer:

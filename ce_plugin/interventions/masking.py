@@ -41,7 +41,8 @@ class PixelMask(Intervention):
         region: a bool mask that broadcasts to the input, or a box ``(left, top, right, bottom)`` in pixels (right
             and bottom exclusive): outside of it nothing is changed (condition II of the paper: mask the known
             evidence of a class).
-        sigma: standard deviation of the blur in pixels; None means a sixteenth of the shorter side.
+        sigma: standard deviation of the blur in pixels; None means a ninth of the shorter side
+            (25 pixels of 224).
 
     Raises:
         UnknownNameError: a fill of unknown name.
@@ -206,7 +207,7 @@ def _blur(image: Tensor, sigma: float | None) -> Tensor:
     height, width = image.shape[-2:]
     if min(height, width) < 2:
         return image.clone()
-    spread = sigma if sigma is not None else min(height, width) / 16
+    spread = sigma if sigma is not None else min(height, width) / 9
     # The kernel reaches 3 sigma, but reflection padding allows no more than the image holds.
     radius = min(max(1, round(3 * spread)), min(height, width) - 1)
     blurred: Tensor = gaussian_blur(image, [2 * radius + 1, 2 * radius + 1], [spread, spread])
