@@ -71,7 +71,7 @@ def short_names(
     app: Any, what: str, name: str, thing: object, options: object, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
     """Signatures without the names of modules, where a default such as <factory> keeps Sphinx from shortening them."""
-    return tuple(None if text is None else re.sub(r"~(\w+\.)+", "", text) for text in (signature, returns))
+    return re.sub(r"~(\w+\.)+", "", signature or "") or None, re.sub(r"~(\w+\.)+", "", returns or "") or None
 
 
 def skip_fields(app: Any, what: str, name: str, thing: object, skip: bool, options: object) -> bool | None:
