@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from ce_plugin._art import is_art_classifier
-from ce_plugin.errors import AttackError, InputError, expected, unknown_name
+from ce_plugin.errors import AttackError, expected, unknown_name
 from ce_plugin.interventions.attacks import (
     PRESETS,
     AttackRecipe,
@@ -19,7 +19,7 @@ from ce_plugin.interventions.attacks import (
     resolve_clip_values,
 )
 from ce_plugin.interventions.base import Context, Inputs, Intervention
-from ce_plugin.interventions.crafting import Victim, craft
+from ce_plugin.interventions.crafting import Victim, craft, example_ids, only_tensor
 from ce_plugin.interventions.normalization import Normalization, NormalizationLike
 
 __all__ = ["Adversarial"]
@@ -69,7 +69,7 @@ class Adversarial(Intervention):
         >>> attack.perturb(torch.full((1, 1, 2, 2), 0.5)).flatten().tolist()
         [0.25, 0.25, 0.75, 0.75]
 
-    Source: Yang et al., ICIP 2019 (arXiv 1902.03380), section 3.2 (eps 0.3 in L-inf, 10 iterations).
+    Source: Yang et al., ICIP 2019 (arXiv 1902.03380): F_j, eps 0.3 in L-inf, 10 iterations.
     """
 
     def __init__(
@@ -98,19 +98,8 @@ class Adversarial(Intervention):
         recipe.check(self.clip_values)
         self.recipe = recipe if targeted_class is None or multi_label else recipe.aimed()
         self.normalization = Normalization.of(normalization)
-        self.targeted_class = targeted_class
-        self.batch_size = batch_size
-        self._victim = Victim(
-            victim,
-            self.normalization,
-            self.clip_values,
-            targeted_class=targeted_class,
-            multi_label=multi_label,
-            probabilities=probabilities,
-            output=output,
-            mask=mask,
-            batch_size=batch_size,
-        )
+        options = (targeted_class, multi_label, probabilities, output, mask, batch_size)
+        self._victim = Victim(victim, self.normalization, self.clip_values, *options)
 
     @classmethod
     def fgsm(
@@ -144,11 +133,9 @@ class Adversarial(Intervention):
         """Basic iterative method: ``max_iter`` gradient-sign steps of ``eps_step``, kept within eps of x.
 
         Args:
-            model: see :class:`Adversarial`.
-            eps: largest change of a value, in image units.
+            model, eps, clip_values: see :meth:`fgsm`.
             eps_step: change per step; None is 2.5 eps / max_iter, at most eps.
             max_iter: number of steps.
-            clip_values: (0, 1) where neither this nor the model, an ART classifier, says otherwise.
             options: those of :class:`Adversarial` and of ART's ``BasicIterativeMethod``.
 
         Source: Kurakin, Goodfellow, Bengio, 2017 (arXiv 1607.02533).
@@ -171,12 +158,8 @@ class Adversarial(Intervention):
         """Projected gradient descent: :meth:`bim` from a random point of the eps-ball (ART's own default is none).
 
         Args:
-            model: see :class:`Adversarial`.
-            eps: largest change, in image units.
-            eps_step: change per step; None is 2.5 eps / max_iter, at most eps.
-            max_iter: number of steps.
+            model, eps, eps_step, max_iter, clip_values: see :meth:`bim`.
             num_random_init: random starts, drawn from (seed, id); 0 starts at x, which is BIM.
-            clip_values: (0, 1) where neither this nor the model, an ART classifier, says otherwise.
             options: those of :class:`Adversarial` and of ART's ``ProjectedGradientDescent``.
 
         Source: Madry et al., 2018 (arXiv 1706.06083).
@@ -200,12 +183,11 @@ class Adversarial(Intervention):
         ART takes the two largest gradients at each step, not Papernot's search over pairs.
 
         Args:
-            model: see :class:`Adversarial`.
+            model, clip_values: see :meth:`fgsm`.
             eps: change of a value in one step, ART's ``theta``; a value may be raised again.
-            max_iter: number of pairs of values that may change. It bounds gamma by 2 max_iter / (values of an image),
-                since ART's own default, every value, takes hours on large images. About two passes each.
-            gamma: largest share of values that may change, in place of ``max_iter``.
-            clip_values: (0, 1) where neither this nor the model, an ART classifier, says otherwise.
+            max_iter: number of steps, each of about three passes. ART itself bounds only the share of values that
+                change, which on large images takes hours; 25 steps at 224 x 224 take a few seconds on a CPU.
+            gamma: largest share of values that may change, besides; None is no bound.
             options: those of :class:`Adversarial`.
 
         Source: Papernot et al., 2016 (arXiv 1511.07528).
@@ -260,8 +242,8 @@ class Adversarial(Intervention):
         Raises:
             AttackError: eps is negative, beyond the clip range, or the attack has none.
         """
-        clean = _only(inputs)
-        context = Context(ids=_ids(ids, len(clean)), seed=seed, target=target, variant=variant)
+        clean = only_tensor(inputs)
+        context = Context(ids=example_ids(ids, len(clean)), seed=seed, target=target, variant=variant)
         adversarial = craft(self._victim, self._sized(eps), clean, context).clipped
         return cast(Inputs, (adversarial,) if isinstance(inputs, tuple) else adversarial)
 
@@ -272,9 +254,7 @@ class Adversarial(Intervention):
 
         Args:
             inputs: (N, ...), in model units.
-            target: classes to move away from, (N,); None is what the network answers.
-            ids: one id per example, which names its random numbers; None gives every example the same.
-            seed: seed of what is random.
+            target, ids, seed: see :meth:`perturb`.
 
         Example:
             >>> import torch
@@ -285,8 +265,8 @@ class Adversarial(Intervention):
             >>> Adversarial.fgsm(model, eps=0.25).run(torch.tensor([[[[0.6, 0.6], [0.5, 0.5]]]]))
             AttackResult(fgsm, eps=0.25, success=1 of 1, l_inf<=0.25)
         """
-        clean = _only(inputs)
-        return craft(self._victim, self.recipe, clean, Context(_ids(ids, len(clean)), seed, target))
+        clean = only_tensor(inputs)
+        return craft(self._victim, self.recipe, clean, Context(example_ids(ids, len(clean)), seed, target))
 
     def sweep(
         self,
@@ -299,8 +279,8 @@ class Adversarial(Intervention):
     ) -> dict[float, AttackResult]:
         """:meth:`run` for several sizes: a result for each, in the order given; all are checked before any work."""
         recipes = {float(size): self._sized(size) for size in eps}
-        clean = _only(inputs)
-        context = Context(_ids(ids, len(clean)), seed, target)
+        clean = only_tensor(inputs)
+        context = Context(example_ids(ids, len(clean)), seed, target)
         return {size: craft(self._victim, recipe, clean, context) for size, recipe in recipes.items()}
 
     def __repr__(self) -> str:
@@ -321,16 +301,3 @@ class Adversarial(Intervention):
         recipe = self.recipe.resized(float(eps))
         recipe.check(self.clip_values)
         return recipe
-
-
-def _only(inputs: Tensor | tuple[Tensor, ...]) -> Tensor:
-    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
-    if len(tensors) != 1:
-        raise InputError(expected("inputs", "one tensor, as attacks know one input", f"{len(tensors)} tensors"))
-    return tensors[0]
-
-
-def _ids(ids: Sequence[int] | None, n: int) -> tuple[int, ...]:
-    if ids is not None and len(ids) != n:
-        raise InputError(expected("ids", f"one per example, {n}", f"{len(ids)}"))
-    return (0,) * n if ids is None else tuple(int(i) for i in ids)

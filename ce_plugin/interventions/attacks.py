@@ -157,16 +157,21 @@ class AttackRecipe:
             settings["eps_step"] = float(step) * eps / self.size
         return AttackRecipe(self.source, settings, self.label)
 
-    def make(self, estimator: Any, n_features: int) -> Any:
-        """The attack for one image (or batch) of ``n_features`` values each."""
+    @property
+    def step_limit(self) -> int | None:
+        """Number of steps that ART does not bound by itself; such an attack takes one image at a time."""
+        return self.settings.get("max_iter") if self.label == "jsma" else None
+
+    def make(self, estimator: Any) -> Any:
+        """The attack on an estimator."""
         quiet = {"verbose": False}
         if self.is_instance:
             return copy_attack(self.source, estimator, {**self.settings, **quiet})
         maker = attack_class(self.source) if isinstance(self.source, str) else self.source
         settings = dict(self.settings)
         if self.label == "jsma":
-            pairs = settings.pop("max_iter")
-            settings["gamma"] = min(1.0, 2 * pairs / n_features) if settings["gamma"] is None else settings["gamma"]
+            del settings["max_iter"]
+            settings = {name: value for name, value in settings.items() if value is not None}
         elif settings.get("eps_step", 0.0) is None:
             settings["eps_step"] = min(1.0, 2.5 / settings.get("max_iter", 1)) * settings["eps"]
         if "verbose" in _parameters(maker):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ce_plugin._art import BinaryProblem, ImageNetwork, build_classifier, unwrap
+from ce_plugin._art import build_classifier, limit_steps, unwrap
 from ce_plugin.errors import (
     AttackError,
     InputError,
@@ -26,9 +26,10 @@ from ce_plugin.guard import modules_of, state_guard
 from ce_plugin.interventions.attacks import AttackRecipe, AttackResult, aims, takes_mask
 from ce_plugin.interventions.base import Context
 from ce_plugin.interventions.normalization import Normalization
+from ce_plugin.interventions.problems import BinaryProblem, ImageNetwork
 from ce_plugin.randomness import generator
 
-__all__ = ["Victim", "craft"]
+__all__ = ["Victim", "craft", "example_ids", "only_tensor"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -83,7 +84,9 @@ class Victim:
     def ready(self) -> Iterator[None]:
         """Eval mode, gradients on whatever mode the caller is in, and all as before afterwards."""
         modules = modules_of(self.model)
-        with torch.inference_mode(False), torch.enable_grad(), state_guard(*modules):
+        # Compiled backward passes can be walked once only, ART walks them again; and nothing need be compiled anew.
+        eager = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
+        with torch.inference_mode(False), torch.enable_grad(), eager, state_guard(*modules):
             for parameter in {p for module in modules for p in module.parameters() if p.is_leaf}:
                 # Only the gradient of the image is wanted.
                 parameter.requires_grad_(False)
@@ -143,7 +146,8 @@ class _Task:
 
     def attack(self, images: Array) -> Array:
         """What the attack returns, (N, ...), in image units."""
-        step = 1 if self.binary else self.victim.batch_size
+        alone = self.binary or self.recipe.step_limit is not None
+        step = 1 if alone else self.victim.batch_size
         found = [self._attack(images, slice(i, min(i + step, len(images)))) for i in range(0, len(images), step)]
         return np.concatenate(found)
 
@@ -151,7 +155,10 @@ class _Task:
         context, x = self.context, images[rows].copy()
         key = (context.ids[rows.start], "attack", context.position, context.variant)
         with state_guard(seed=generator(context.seed, *key).initial_seed()):
-            attack = self.recipe.make(self._estimator(rows.start, x.shape[1:]), int(np.prod(x.shape[1:])))
+            estimator = self._estimator(rows.start, x.shape[1:])
+            if self.recipe.step_limit is not None:
+                estimator = limit_steps(estimator, self.recipe.step_limit, int(self._labels(rows, aiming=True)[0]))
+            attack = self.recipe.make(estimator)
             labels = self._labels(rows, aims(attack))
             mask = _mask(self.victim.mask, x)
             options = {"mask": mask} if mask is not None and takes_mask(attack) else {}
@@ -273,3 +280,16 @@ def _to_model(found: Array, images: Array, clean: Tensor, normalization: Normali
     adversarial = normalization.to_model(torch.from_numpy(found).to(clean.device)).to(clean.dtype)
     changed = torch.from_numpy(found != images).to(clean.device)
     return torch.where(changed, adversarial, clean)
+
+
+def only_tensor(inputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    if len(tensors) != 1:
+        raise InputError(expected("inputs", "one tensor, as attacks know one input", f"{len(tensors)} tensors"))
+    return tensors[0]
+
+
+def example_ids(ids: Sequence[int] | None, n: int) -> tuple[int, ...]:
+    if ids is not None and len(ids) != n:
+        raise InputError(expected("ids", f"one per example, {n}", f"{len(ids)}"))
+    return (0,) * n if ids is None else tuple(int(i) for i in ids)
