@@ -5,24 +5,35 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import weakref
 from collections.abc import Iterator
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BatchSize", "bytes_per_row", "free_memory", "learned"]
+__all__ = ["BatchSize", "bytes_per_row", "free_memory", "is_opaque", "learned"]
 
 _START, _LARGEST = 8, 4096
 # Shorter batches than this are dominated by fixed costs, so that a larger batch always pays.
 _SHORT_SECONDS = 0.004
 
-_LEARNED: WeakKeyDictionary[nn.Module, dict[object, object]] = WeakKeyDictionary()
+# By identity: modules may define what equality means for them, and then need not be hashable.
+_LEARNED: dict[int, dict[object, object]] = {}
 
 
-def learned(modules: list[nn.Module]) -> dict[object, object]:
+def learned(module: nn.Module) -> dict[object, object]:
     """What earlier runs learned about this network (best batch size, memory format); forgotten with the network."""
-    return _LEARNED.setdefault(modules[0], {}) if modules else {}
+    key = id(module)
+    if key not in _LEARNED:
+        weakref.finalize(module, _LEARNED.pop, key, None).atexit = False
+        _LEARNED[key] = {}
+    return _LEARNED[key]
+
+
+def is_opaque(module: nn.Module) -> bool:
+    """Scripted and compiled modules: a hook or another memory layout would make them compile again."""
+    compiled = (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)
+    return isinstance(module, compiled) or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def free_memory(device: torch.device) -> int:
@@ -50,7 +61,7 @@ def bytes_per_row(modules: list[nn.Module], rows: int, inputs: tuple[Tensor, ...
     """Measure during a forward pass what one row takes at its peak; the list's one entry is valid afterwards.
 
     The peak of inference is where some operation holds its input and output; residual connections keep a few more
-    such tensors alive, hence the factor. Scripted and compiled modules are not hooked (a hook would recompile them).
+    such tensors alive, hence the factor. Scripted and compiled modules are not hooked.
     """
     row = max(sum(map(_nbytes, inputs)) // max(rows, 1), 1)
     result = [64 * row]
@@ -59,9 +70,8 @@ def bytes_per_row(modules: list[nn.Module], rows: int, inputs: tuple[Tensor, ...
     def hook(module: nn.Module, args: object, output: object) -> None:
         largest[0] = max(largest[0], _nbytes(args) + _nbytes(output))
 
-    opaque = (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)
-    leaves = [m for root in modules if not isinstance(root, opaque) for m in root.modules() if not list(m.children())]
-    handles = [leaf.register_forward_hook(hook) for leaf in leaves if not isinstance(leaf, opaque)]
+    leaves = [m for root in modules if not is_opaque(root) for m in root.modules() if not list(m.children())]
+    handles = [leaf.register_forward_hook(hook) for leaf in leaves if not is_opaque(leaf)]
     try:
         yield result
     finally:
@@ -81,12 +91,17 @@ class BatchSize:
         limit: largest number of rows that memory allows.
         fixed: a number of rows that the user wants; nothing is measured then.
         start: what an earlier run learned.
+
+    Attributes:
+        rows: the number of rows to take now.
+        fastest: the number of rows that proved fastest, once it is known; None where memory was what decided.
     """
 
     def __init__(self, limit: int, fixed: int | None = None, start: int | None = None) -> None:
         self.limit = max(1, min(limit, _LARGEST))
         self.settled = fixed is not None or start is not None
         self.rows = fixed if fixed is not None else min(start or _START, self.limit)
+        self.fastest: int | None = None
         self._best: tuple[float, int] | None = None
         self._seen: list[float] = []
 
@@ -103,6 +118,8 @@ class BatchSize:
         self._learn(time.perf_counter() - start)
 
     def _learn(self, seconds: float) -> None:
+        if self.settled:
+            return  # memory has run out during this very pass
         self._seen.append(seconds)
         if seconds > _SHORT_SECONDS and len(self._seen) < 2:
             return
@@ -112,16 +129,19 @@ class BatchSize:
         if better:
             self._best = (per_row, self.rows)
         self._seen = []
-        if (better or seconds <= _SHORT_SECONDS) and 2 * self.rows <= self.limit:
+        more = better or seconds <= _SHORT_SECONDS
+        if more and 2 * self.rows <= self.limit:
             self.rows *= 2
             return
         self.settled = True
         self.rows = self._best[1] if self._best else self.rows
+        if not more or self.limit == _LARGEST:
+            self.fastest = self.rows
 
-    def halve(self) -> None:
-        """After running out of memory."""
-        self.rows = max(1, self.rows // 2)
-        self.limit = self.rows
+    def halve(self, rows: int) -> None:
+        """After ``rows`` rows did not fit into memory."""
+        self.limit = max(1, min(self.limit, rows // 2))
+        self.rows = min(self.rows, self.limit)
         self.settled = True
 
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.futures import Future
 
 from ce_plugin._art import is_art_classifier, unwrap
 from ce_plugin.errors import ModelError, expected
 from ce_plugin.guard import modules_of
+from ce_plugin.trials.batching import learned
 
 __all__ = ["Forward", "OutputSelector"]
 
@@ -30,6 +31,8 @@ class Forward:
     Attributes:
         modules: the networks that were found in ``forward_func``.
         clip_values: of an ART classifier, else None.
+        learned: what runs learned about speed; shared by all that explain the same module, but not by functions that
+            happen to run it, since what they do before and after may not bear the same.
 
     Example:
         >>> forward = Forward(lambda x: {"a": x + 1, "b": x * 2})
@@ -48,6 +51,9 @@ class Forward:
         self.forward_func = forward_func
         self.output = output
         self.modules = modules_of(forward_func)
+        self.learned: dict[object, object] = {}
+        if isinstance(forward_func, nn.Module) and not callable(output):
+            self.learned = learned(forward_func)
 
     def __call__(self, inputs: tuple[Tensor, ...], args: tuple[object, ...] = ()) -> dict[str, Tensor]:
         """The heads of the output by name; a single head has the name ``""``."""

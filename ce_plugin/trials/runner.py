@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ce_plugin.trials.batching import BatchSize, bytes_per_row, free_memory, learned
+from ce_plugin.trials.batching import BatchSize, bytes_per_row, free_memory, is_opaque
 from ce_plugin.trials.forward import Forward
-from ce_plugin.trials.setting import Rows, Setting, Wanted, batches, rows_of_args
+from ce_plugin.trials.setting import Rows, Setting, batches, rows_of_args
+from ce_plugin.trials.values import Counterfactuals, Values, chunks, values_of_trials
 
 __all__ = ["Measure", "Runner"]
 
 # From the heads' outputs of B rows and the rows' examples (B,) to each head's outcomes (B, C).
 Measure: TypeAlias = Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]]
-# For each example and each alternative value the counterfactual inputs, (1, ...) each.
-Values: TypeAlias = "dict[int, list[tuple[Tensor, ...]]]"
-
-_VALUES_BYTES = 256 << 20
 _REFERENCE_ROWS = 16
 # A run must have this many trials before it is worth trying another memory layout.
 _MANY = 32
@@ -54,14 +50,18 @@ class Runner:
         self.passes = 0
         self._row_bytes = 1
         self._channels_last = False
+        self._values = Counterfactuals(self._laid_out)
 
     def evaluate(self, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> dict[str, Tensor]:
-        """One pass in inference mode; what leaves it are ordinary tensors."""
+        """One pass in inference mode; what leaves it are ordinary tensors on the inputs' device."""
         with torch.inference_mode():
             heads = self.forward(tuple(self._laid_out(x) for x in inputs), args)
-        self.passes += len(inputs[0])
+        rows, device = len(inputs[0]), inputs[0].device
+        self.passes += rows
         # A clone made outside of inference mode is an ordinary tensor: autograd and in-place writes work on it.
-        return {name: head.clone() for name, head in heads.items()}
+        found = {name: head.to(device).clone() for name, head in heads.items()}
+        # For one row "one value per row" and "one value per batch" are the same; networks that squeeze look alike.
+        return {name: as_one_row(head) for name, head in found.items()} if rows == 1 else found
 
     def reference(self, inputs: tuple[Tensor, ...], args: tuple[object, ...], trials: int) -> dict[str, Tensor]:
         """The outputs of the inputs as they are, (N, ...) for each head; learns memory and layout for ``trials``.
@@ -71,16 +71,26 @@ class Runner:
         """
         if trials >= _MANY:
             self._channels_last = self._likes_channels_last(inputs, args)
-        n = len(inputs[0])
+        n, start, most = len(inputs[0]), 0, self.rows or _REFERENCE_ROWS
         parts = []
-        for start in range(0, n, self.rows or _REFERENCE_ROWS):
-            examples = torch.arange(start, min(start + (self.rows or _REFERENCE_ROWS), n))
+        # The first example goes alone, since it shows how much memory the others will take.
+        step = self.rows or 1
+        while start < n:
+            examples = torch.arange(start, min(start + step, n))
             some = tuple(x[examples.to(x.device)] for x in inputs)
-            with bytes_per_row(self.forward.modules, len(examples), some) as measured:
-                heads = self.evaluate(some, rows_of_args(args, n, examples))
+            try:
+                with bytes_per_row(self.forward.modules, len(examples), some) as measured:
+                    heads = self.evaluate(some, rows_of_args(args, n, examples))
+            except torch.OutOfMemoryError:
+                if len(examples) == 1:
+                    raise
+                most = step = len(examples) // 2
+                continue
             self._row_bytes = max(self._row_bytes, measured[0])
             _check_rows(heads, len(examples))
             parts.append(heads)
+            start += len(examples)
+            step = min(self.rows or self._affordable(inputs[0].device), most)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def run(
@@ -107,38 +117,27 @@ class Runner:
         store = _Store(setting, start, stop)
         total = setting.repeats * sum(last - first for _, first, last in wanted)
         with tqdm(total=total, desc="trials", unit="trial", disable=not self.show_progress) as bar:
-            for chunk in _chunks(setting, wanted):
-                values = self._values(setting, [i for i, _, _ in chunk])
+            for chunk in chunks(setting, wanted):
+                values = self._values.of(setting, [i for i, _, _ in chunk])
                 for rows in batches(setting, chunk, size):
                     with size.timed(len(rows), setting.device):
                         heads = self._pass(setting, rows, values, size)
                     store.add(measure(heads, rows.examples.to(setting.device)), rows)
                     bar.update(len(rows))
-        if self.rows is None and size.settled:
-            learned(self.forward.modules)[_key("rows", setting.inputs)] = size.rows
+        if size.fastest is not None:
+            self.forward.learned[_key("rows", setting.inputs, setting.args)] = size.fastest
         return store.means()
+
+    def _affordable(self, device: torch.device) -> int:
+        """How many rows the memory budget allows."""
+        budget = self.memory_budget if self.memory_budget is not None else free_memory(device) // 2
+        return max(1, budget // self._row_bytes)
 
     def _batch_size(self, setting: Setting) -> BatchSize:
         if self.rows is not None:
             return BatchSize(self.rows, fixed=self.rows)
-        budget = self.memory_budget if self.memory_budget is not None else free_memory(setting.device) // 2
-        known = learned(self.forward.modules).get(_key("rows", setting.inputs))
-        return BatchSize(budget // self._row_bytes, start=known if isinstance(known, int) else None)
-
-    def _values(self, setting: Setting, examples: list[int]) -> Values | None:
-        """Counterfactual values of some examples; None where they depend on the trial."""
-        if setting.intervention.per_trial:
-            return None
-        context = setting.context.select(examples)
-        every = []
-        for variant in range(setting.intervention.n_variants):
-            clean = (x[examples] for x in setting.inputs)
-            at = [replace(context, variant=variant, position=k) for k in range(len(setting.inputs))]
-            every.append([setting.intervention.values(x, c) for x, c in zip(clean, at, strict=True)])
-        return {
-            example: [tuple(self._laid_out(x[k : k + 1]) for x in variant) for variant in every]
-            for k, example in enumerate(examples)
-        }
+        known = self.forward.learned.get(_key("rows", setting.inputs, setting.args))
+        return BatchSize(self._affordable(setting.device), start=known if isinstance(known, int) else None)
 
     def _pass(self, setting: Setting, rows: Rows, values: Values | None, size: BatchSize) -> dict[str, Tensor]:
         """The outputs of one batch; in halves where it does not fit into memory."""
@@ -147,12 +146,14 @@ class Runner:
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise
-            size.halve()
-            middle = len(rows) // 2
-            halves = [self._pass(setting, rows[part], values, size) for part in (slice(middle), slice(middle, None))]
-            return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
-        _check_rows(heads, len(rows))
-        return heads
+        else:
+            _check_rows(heads, len(rows))
+            return heads
+        # Outside of the handler, because the error holds on to the tensors that did not fit.
+        size.halve(len(rows))
+        middle = len(rows) // 2
+        halves = [self._pass(setting, rows[part], values, size) for part in (slice(middle), slice(middle, None))]
+        return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
 
     def _intervened(self, setting: Setting, rows: Rows, values: Values | None) -> tuple[Tensor, ...]:
         """where(assignment, x', clean) for each input."""
@@ -165,7 +166,7 @@ class Runner:
             here = mask.to(x.device)
             clean = self._laid_out(x[keys[0][0] : keys[0][0] + 1] if one_example else x[rows.examples.to(x.device)])
             if values is None:
-                do = _per_trial(setting, rows, clean.expand(len(keys), *x.shape[1:]), here, position)
+                do = values_of_trials(setting, rows, clean.expand(len(keys), *x.shape[1:]), here, position)
             elif one_key:
                 do = values[keys[0][0]][keys[0][1]][position]
             else:
@@ -182,27 +183,33 @@ class Runner:
         On CPUs convolutions are 1.3 to 2.7 times faster there. Networks that insist on another layout raise an
         error, which is why one example is tried, once for each network and shape.
         """
-        modules = self.forward.modules
+        roots = [root for root in self.forward.modules if not is_opaque(root)]
         images = all(x.device.type == "cpu" and x.dim() == 4 for x in inputs)
-        if not (images and any(isinstance(m, nn.Conv2d) for root in modules for m in root.modules())):
+        if not (images and any(isinstance(m, nn.Conv2d) for root in roots for m in root.modules())):
             return False
-        key = _key("channels_last", inputs)
-        if key not in learned(modules):
-            learned(modules)[key] = self._same_in_channels_last(inputs, args)
-        return bool(learned(modules)[key])
+        key = _key("channels_last", inputs, args)
+        if key not in self.forward.learned:
+            self.forward.learned[key] = self._same_in_channels_last(inputs, args)
+        return bool(self.forward.learned[key])
 
     def _same_in_channels_last(self, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> bool:
         first = torch.zeros(1, dtype=torch.int64)
-        some, rest = tuple(x[:1] for x in inputs), rows_of_args(args, len(inputs[0]), first)
-        plain = self.evaluate(some, rest)
+        # Copies, because a network may write to its input.
+        some, rest = tuple(x[:1].clone() for x in inputs), rows_of_args(args, len(inputs[0]), first)
+        plain = self.evaluate(tuple(x.clone() for x in some), rest)
         self._channels_last = True
         try:
             other = self.evaluate(some, rest)
-        except RuntimeError:
+        except (RuntimeError, ValueError, AssertionError):  # the ways in which networks refuse a layout
             return False
         finally:
             self._channels_last = False
         return all(torch.allclose(plain[k].float(), other[k].float(), rtol=1e-3, atol=1e-4) for k in plain)
+
+
+def as_one_row(head: Tensor) -> Tensor:
+    """(1, *K), also where the network left the 1 out."""
+    return head if head.dim() and len(head) == 1 else head[None]
 
 
 def run_aggregated(runner: Runner, setting: Setting, measure: Measure) -> dict[str, Tensor]:
@@ -211,7 +218,7 @@ def run_aggregated(runner: Runner, setting: Setting, measure: Measure) -> dict[s
     All examples share the assignments, since they share the outcome.
     """
     everyone = torch.arange(setting.n)
-    values = runner._values(setting, everyone.tolist())
+    values = runner._values.of(setting, everyone.tolist())
     outcomes: list[dict[str, Tensor]] = []
     for trial in range(setting.n_trials(0)):
         row = setting.assignments(0, trial, trial + 1).expand(setting.n, -1)
@@ -220,7 +227,7 @@ def run_aggregated(runner: Runner, setting: Setting, measure: Measure) -> dict[s
             variant = torch.tensor(repeat) if setting.repeats > 1 else setting.variants(trial, trial + 1)
             rows = Rows(everyone, row, variant.expand(setting.n), torch.full((setting.n,), trial))
             heads = runner.evaluate(runner._intervened(setting, rows, values), setting.args)
-            parts.append(measure({k: v.reshape(1, -1) for k, v in heads.items()}, everyone[:1]))
+            parts.append(measure({k: as_one_row(v) for k, v in heads.items()}, everyone[:1]))
         outcomes.append({k: torch.stack([part[k] for part in parts]).mean(0) for k in parts[0]})
     return {name: torch.stack([one[name] for one in outcomes], dim=1) for name in outcomes[0]}
 
@@ -246,29 +253,12 @@ class _Store:
         return {name: sums / self.count[..., None].to(sums.dtype) for name, sums in self.sums.items()}
 
 
-def _chunks(setting: Setting, wanted: list[Wanted]) -> Iterator[list[Wanted]]:
-    """Examples in groups whose counterfactual values fit into a fixed amount of memory."""
-    each = sum(x[0].numel() * x.element_size() for x in setting.inputs) * setting.intervention.n_variants
-    step = max(1, _VALUES_BYTES // max(each, 1))
-    for first in range(0, len(wanted), step):
-        yield wanted[first : first + step]
-
-
-def _per_trial(setting: Setting, rows: Rows, clean: Tensor, mask: Tensor, position: int) -> Tensor:
-    """Values that depend on the hole, for each alternative value in one call."""
-    context = replace(setting.context.select(rows.examples.tolist()), position=position)
-    do = clean.clone()
-    for variant in sorted(set(rows.variants.tolist())):
-        here = (rows.variants == variant).nonzero()[:, 0]
-        part = replace(context.select(here.tolist()), variant=variant, mask=mask[here.to(mask.device)])
-        do[here.to(do.device)] = setting.intervention.values(clean[here.to(do.device)], part)
-    return do
-
-
 def _check_rows(heads: dict[str, Tensor], rows: int) -> None:
     if any(head.dim() == 0 or len(head) != rows for head in heads.values()):
         raise AggregateError
 
 
-def _key(what: str, inputs: tuple[Tensor, ...]) -> object:
-    return (what, tuple((tuple(x.shape[1:]), x.dtype, str(x.device)) for x in inputs))
+def _key(what: str, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> object:
+    """What a network was given when something was learned about it: other arguments may take other ways through it."""
+    shown = (arg if isinstance(arg, (str, int, float, bool, type(None))) else type(arg).__name__ for arg in args)
+    return (what, tuple((tuple(x.shape[1:]), x.dtype, str(x.device)) for x in inputs), tuple(shown))
