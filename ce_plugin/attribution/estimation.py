@@ -9,12 +9,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ce_plugin.attribution.measured import Measured
+from ce_plugin.designs import Design
 from ce_plugin.effects.estimators import Effects, adjusted, difference_in_means, exact_difference
 from ce_plugin.effects.smooth import smooth
 from ce_plugin.errors import DesignError, expected
 from ce_plugin.trials import Setting
 
-__all__ = ["Answer", "answers", "average"]
+__all__ = ["Answer", "answers", "average", "check_design"]
+
+# Of random designs; exact ones need none.
+_ESTIMATORS = ("adjusted", "difference_in_means", "smooth")
+_FEW = 20
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,27 @@ class Answer:
     n_trials: Tensor
     assignments: Tensor | None = None
     outcomes: Tensor | None = None
+
+
+def check_design(setting: Setting) -> None:
+    """Whether a design fits the units of every example and an estimator fits the design.
+
+    Raises:
+        DesignError: it does not.
+    """
+    design = setting.design
+    if not design.exact and design.estimator not in _ESTIMATORS:
+        raise DesignError(expected("design.estimator", f"one of {_ESTIMATORS}", f"{design.estimator!r} for {design!r}"))
+    if not design.exact and design.estimator == "adjusted":
+        _flip_probability(design)
+    counts = setting.units.n_units.tolist()
+    # A design that does not fit the units says so when it is asked for a trial.
+    for example in {count: i for i, count in reversed(list(enumerate(counts)))}.values():
+        setting.assignments(example, 0, 1)
+        trials = setting.n_trials(example)
+        if not design.exact and trials < _FEW:
+            # Whether these are too few is for the estimator to say, but before they are run.
+            _effects(setting, setting.assignments(example, 0, trials), torch.zeros(trials, 1), torch.zeros(1), example)
 
 
 def answers(
@@ -100,17 +126,18 @@ def _effects(setting: Setting, drawn: Tensor | None, outcomes: Tensor, compared:
     if design.estimator == "difference_in_means":
         return difference_in_means(own, outcomes, blocks)
     if design.estimator == "adjusted":
-        p = design.flip_probability()
-        if p is None:
-            wanted = "a design that knows its flip probability for the adjusted estimator"
-            raise DesignError(expected("design", wanted, repr(design), "Write `flip_probability`."))
-        return adjusted(own, outcomes, p, blocks)
-    if design.estimator == "smooth":
-        if setting.units.grid is None:
-            raise DesignError(expected("design", "one for units that are not a grid", repr(design)))
-        return smooth(own, outcomes, setting.units.grid, setting.variants(0, len(own)))
-    known = "'exact', 'adjusted', 'difference_in_means' or 'smooth'"
-    raise DesignError(expected("design.estimator", known, repr(design.estimator)))
+        return adjusted(own, outcomes, _flip_probability(design), blocks)
+    if setting.units.grid is None:
+        raise DesignError(expected("design", "one for units that are not a grid", repr(design)))
+    return smooth(own, outcomes, setting.units.grid, setting.variants(0, len(own)))
+
+
+def _flip_probability(design: Design) -> float:
+    p = design.flip_probability()
+    if p is None:
+        wanted = "a design that knows its flip probability for the adjusted estimator"
+        raise DesignError(expected("design", wanted, repr(design), "Write `flip_probability`."))
+    return p
 
 
 def average(draws: list[Answer]) -> Answer:

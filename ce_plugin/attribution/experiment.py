@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ce_plugin.attribution.estimation import Answer, answers, average
+from ce_plugin.attribution.estimation import Answer, answers, average, check_design
 from ce_plugin.attribution.inputs import Target
 from ce_plugin.attribution.measured import Measured
 from ce_plugin.designs import Design, EveryUnit, Joint
@@ -22,7 +24,8 @@ from ce_plugin.interventions import Context, Intervention
 from ce_plugin.sites import Evidence, InputSite
 from ce_plugin.trials import Cost, Forward, Runner, Setting
 from ce_plugin.trials.batching import free_memory
-from ce_plugin.trials.runner import AggregateError, run_aggregated
+from ce_plugin.trials.runner import AggregateError, as_one_row, run_aggregated
+from ce_plugin.trials.values import checked_values
 
 __all__ = ["Experiment"]
 
@@ -72,8 +75,7 @@ class Experiment:
             self.forward, None if per_eval is None else per_eval * self.n, self.memory_budget, self.show_progress
         )
         self.used = [self.setting.n_trials(i) for i in range(self.n)]
-        # A design that does not fit the units says so when it is asked for a trial.
-        self.setting.assignments(0, 0, 1)
+        check_design(self.setting)
 
     @property
     def trials(self) -> int:
@@ -82,22 +84,66 @@ class Experiment:
 
     def cost(self) -> Cost:
         """Trials and passes of the run; one example passes once, to see how many outcomes it has."""
-        first = replace(self, inputs=tuple(x[:1] for x in self.inputs), args=self.setting.args_of(torch.tensor([0])))
-        with state_guard(self.forward.forward_func, *self.forward.modules):
-            heads = self.runner.evaluate(first.inputs, first.args)
+        with self._guard():
+            heads = self._first()
         one = self.target is not None or self.predicted_only or not self.outcome.per_class
         outcomes = sum(1 if one else head.numel() for head in heads.values())
         extra = sum(i.forward_equivalents for i in (self.intervention, *(e.intervention for e in self.evidences)))
-        passes = self.trials + self.n_draws * self.n * (1 + extra)
+        # The outcome with all units set, which some designs compare with, is one more trial.
+        every = self.setting.repeats if self.design.reference == "all" else 0
+        passes = self.trials + self.n_draws * self.n * (1 + every + extra) + self._checks_first
+        passes += self.runner.layout_passes(self.inputs, self.args, self.trials)
         return Cost(self.trials, passes, "full", 4 * outcomes * self.n * max(self.used))
 
     def run(self) -> dict[str, Estimate]:
         """The estimates of all heads; the model and the random state are afterwards as they were."""
         started = time.perf_counter()
-        with state_guard(self.forward.forward_func, *self.forward.modules):
-            draws = [self._draw(draw) for draw in range(self.n_draws)]
+        draws: list[dict[str, Answer]] = []
+        with self._guard():
+            if self._checks_first:
+                self._check_target(self._first())
+            for draw in range(self.n_draws):
+                draws.append(self._draw(draw))
+                if self.predicted_only and self.target is None:
+                    # One class for all draws: differences between classes are no effects.
+                    self.target = next(iter(draws[0].values())).target
         seconds = time.perf_counter() - started
         return {name: self._estimate([draw[name] for draw in draws], seconds) for name in draws[0]}
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """Everything that may hold a network is left as it was; the weights that autocast holds are let go."""
+        sources = [self.intervention, *(evidence.intervention for evidence in self.evidences)]
+        try:
+            with state_guard(self.forward.forward_func, *self.forward.modules, *sources, self.outcome.function):
+                yield
+        finally:
+            # Cast in inference mode they have no gradient, which a training step in the same context would miss.
+            torch.clear_autocast_cache()
+
+    @property
+    def _checks_first(self) -> bool:
+        """Whether one example passes through the network before costly evidence is made."""
+        return any(evidence.intervention.forward_equivalents for evidence in self.evidences)
+
+    def _first(self) -> dict[str, Tensor]:
+        """The outputs of the first example without its evidence."""
+        first = torch.tensor([0])
+        inputs = tuple(x[first.to(x.device)] for x in self.inputs)
+        return self.runner.evaluate(inputs, self.setting.args_of(first))
+
+    def _check_target(self, heads: dict[str, Tensor]) -> None:
+        """Errors of the target and the outcome, from the outputs of one example."""
+        every = {name: head.expand(self.n, *head.shape[1:]) for name, head in heads.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again, with the outputs under evidence
+            self._measured(every)
+
+    def _measured(self, heads: dict[str, Tensor]) -> Measured:
+        if self.predicted_only and len(heads) > 1:
+            todo = "Name one with `output=`, or call `estimate`, which returns them all."
+            raise ModelError(expected("forward_func", "a model with one output head", sorted(heads), todo))
+        return Measured(heads, self.outcome, self.target, self.predicted_only)
 
     def _draw(self, draw: int) -> dict[str, Answer]:
         """The effects under one draw of the random evidence; assignments are drawn anew for each."""
@@ -107,7 +153,7 @@ class Experiment:
         self._warn_unchanged(setting)
         try:
             heads = self.runner.reference(setting.inputs, self.args, self.trials)
-            measured = Measured(heads, self.outcome, self.target, self.predicted_only)
+            measured = self._measured(heads)
             self._check_memory(measured)
             if self.until is not None:
                 return self._until(setting, measured)
@@ -129,15 +175,22 @@ class Experiment:
             stop = min(max(self.used), _FIRST if done == 0 else done + _ROUND)
             new = self.runner.run(setting, done, stop, measured, active)
             outcomes = {name: torch.cat([outcomes[name], new[name]], 1) if outcomes else new[name] for name in new}
-            used = [stop if i in active else used[i] for i in range(self.n)]
+            used = [min(stop, self.used[i]) if i in active else used[i] for i in range(self.n)]
             done = stop
             found = answers(setting, outcomes, measured.reference, measured, used, self.keep_trials)
-            widths = [
-                half_width(a.std_error, a.dof, 0.95).flatten(1) for a in found.values() if a.std_error is not None
-            ]
-            widest = torch.cat(widths, 1).nan_to_num(0.0).amax(1)
-            active = [i for i in active if float(widest[i]) > (self.until or 0.0)]
+            active = [i for i in active if used[i] == done and self._widest(found, i) > (self.until or 0.0)]
         return found
+
+    def _widest(self, found: dict[str, Answer], example: int) -> float:
+        """Half the width of an example's widest interval; infinite where a unit's error is not known yet."""
+        widest = 0.0
+        for answer in found.values():
+            if answer.std_error is not None:
+                own = slice(int(self.setting.units.n_units[example]))
+                dof = None if answer.dof is None else answer.dof[example, own]
+                widths = half_width(answer.std_error[example, own], dof, 0.95)
+                widest = max(widest, float(widths.nan_to_num(torch.inf).max()))
+        return widest
 
     def _aggregated(self, setting: Setting) -> dict[str, Answer]:
         """A network that returns one value for the batch makes the batch one example."""
@@ -146,8 +199,14 @@ class Experiment:
             todo = "Leave out `until=`, `ids=` and masks that differ between examples."
             wanted = "a model that returns one value per example for these options"
             raise ModelError(expected("forward_func", wanted, "one value per batch", todo))
-        heads = {k: v.reshape(1, -1) for k, v in self.runner.evaluate(setting.inputs, self.args).items()}
-        measured = Measured(heads, self.outcome, self.target, self.predicted_only)
+        # Copies, because a network may write to its input.
+        heads = self.runner.evaluate(tuple(x.clone() for x in setting.inputs), self.args)
+        if self.n > 1 and any(head.dim() and len(head) == self.n for head in heads.values()):
+            got = f"{[tuple(head.shape) for head in heads.values()]} for {self.n} examples, and others for a batch"
+            todo = "Name the part to explain with `output=`."
+            raise ModelError(expected("forward_func", "a model with one value per example in every output", got, todo))
+        heads = {name: as_one_row(head) for name, head in heads.items()}
+        measured = self._measured(heads)
         outcomes = run_aggregated(self.runner, setting, measured)
         compared = measured.reference
         if setting.design.reference == "all":
@@ -165,22 +224,27 @@ class Experiment:
             masks = [mask.to(inputs[0].device) for mask in units.masks(rows, torch.arange(self.n))]
             context = Context(ids=self.ids, seed=self.seed + draw)
             values = [
-                evidence.intervention.values(x, replace(context, position=k, mask=mask))
+                checked_values(evidence.intervention, x, replace(context, position=k, mask=mask))
                 for k, (x, mask) in enumerate(zip(inputs, masks, strict=True))
             ]
+            if not bool(torch.cat([(x != v).flatten() for x, v in zip(inputs, values, strict=True)]).any()):
+                warnings.warn(
+                    f"The evidence {evidence.intervention!r} changes nothing in any example. Check its fill or region, "
+                    "and `normalization=`.",
+                    NoChangeWarning,
+                    stacklevel=5,
+                )
             inputs = tuple(torch.where(m, v, x) for m, v, x in zip(masks, values, inputs, strict=True))
         return inputs
 
     def _warn_unchanged(self, setting: Setting) -> None:
         if self.intervention.per_trial or self.intervention.forward_equivalents:
             return  # unknown before the trials, or too dear to ask for twice (attacks warn by themselves)
-        unchanged = torch.zeros(self.n, dtype=torch.bool)
+        unchanged = torch.ones(self.n, dtype=torch.bool)
         for variant in range(self.intervention.n_variants):
-            same = torch.ones(self.n, dtype=torch.bool)
             for position, x in enumerate(setting.inputs):
-                do = self.intervention.values(x, replace(setting.context, position=position, variant=variant))
-                same &= (do == x).flatten(1).all(1).cpu()
-            unchanged |= same
+                at = replace(setting.context, position=position, variant=variant)
+                unchanged &= (checked_values(self.intervention, x, at) == x).flatten(1).all(1).cpu()
         if bool(unchanged.any()):
             warnings.warn(
                 f"{self.intervention!r} changes nothing in example(s) {unchanged.nonzero()[:5, 0].tolist()}, so that "

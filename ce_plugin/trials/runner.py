@@ -69,8 +69,7 @@ class Runner:
         Raises:
             AggregateError: the network returns one value per batch.
         """
-        if trials >= _MANY:
-            self._channels_last = self._likes_channels_last(inputs, args)
+        self._channels_last = trials >= _MANY and self._likes_channels_last(inputs, args)
         n, start, most = len(inputs[0]), 0, self.rows or _REFERENCE_ROWS
         parts = []
         # The first example goes alone, since it shows how much memory the others will take.
@@ -183,14 +182,23 @@ class Runner:
         On CPUs convolutions are 1.3 to 2.7 times faster there. Networks that insist on another layout raise an
         error, which is why one example is tried, once for each network and shape.
         """
-        roots = [root for root in self.forward.modules if not is_opaque(root)]
-        images = all(x.device.type == "cpu" and x.dim() == 4 for x in inputs)
-        if not (images and any(isinstance(m, nn.Conv2d) for root in roots for m in root.modules())):
+        if not self._has_layouts(inputs):
             return False
         key = _key("channels_last", inputs, args)
         if key not in self.forward.learned:
             self.forward.learned[key] = self._same_in_channels_last(inputs, args)
         return bool(self.forward.learned[key])
+
+    def _has_layouts(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Convolutions over images on a CPU."""
+        roots = [root for root in self.forward.modules if not is_opaque(root)]
+        images = all(x.device.type == "cpu" and x.dim() == 4 for x in inputs)
+        return images and any(isinstance(m, nn.Conv2d) for root in roots for m in root.modules())
+
+    def layout_passes(self, inputs: tuple[Tensor, ...], args: tuple[object, ...], trials: int) -> int:
+        """How many rows a run of so many trials takes to find out which memory layout the network likes."""
+        known = _key("channels_last", inputs, args) in self.forward.learned
+        return 2 if trials >= _MANY and not known and self._has_layouts(inputs) else 0
 
     def _same_in_channels_last(self, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> bool:
         first = torch.zeros(1, dtype=torch.int64)

@@ -13,7 +13,7 @@ from ce_plugin.errors import ArgumentError, expected
 from ce_plugin.interventions.base import Context, Intervention
 from ce_plugin.trials.setting import Rows, Setting, Wanted
 
-__all__ = ["Counterfactuals", "Values", "chunks", "values_of_trials"]
+__all__ = ["Counterfactuals", "Values", "checked_values", "chunks", "values_of_trials"]
 
 # For each example and each alternative value the counterfactual inputs, (1, ...) each.
 Values: TypeAlias = "dict[int, list[tuple[Tensor, ...]]]"
@@ -65,7 +65,7 @@ class Counterfactuals:
         for variant in range(setting.intervention.n_variants):
             clean = [x[examples] for x in setting.inputs]
             at = [replace(context, variant=variant, position=k) for k in range(len(clean))]
-            every.append([_checked(setting.intervention, x, c) for x, c in zip(clean, at, strict=True)])
+            every.append([checked_values(setting.intervention, x, c) for x, c in zip(clean, at, strict=True)])
         return {
             example: [tuple(self._laid_out(x[k : k + 1]) for x in variant) for variant in every]
             for k, example in enumerate(examples)
@@ -87,12 +87,16 @@ def values_of_trials(setting: Setting, rows: Rows, clean: Tensor, mask: Tensor, 
     for variant in sorted(set(rows.variants.tolist())):
         here = (rows.variants == variant).nonzero()[:, 0]
         part = replace(context.select(here.tolist()), variant=variant, mask=mask[here.to(mask.device)])
-        do[here.to(do.device)] = _checked(setting.intervention, clean[here.to(do.device)], part)
+        do[here.to(do.device)] = checked_values(setting.intervention, clean[here.to(do.device)], part)
     return do
 
 
-def _checked(intervention: Intervention, clean: Tensor, context: Context) -> Tensor:
-    """An intervention's x', which anyone may have written."""
+def checked_values(intervention: Intervention, clean: Tensor, context: Context) -> Tensor:
+    """An intervention's x', which anyone may have written, in the type and on the device of the clean value.
+
+    Raises:
+        ArgumentError: the values have another shape than ``clean``, or are not finite.
+    """
     values = intervention.values(clean, context).detach()
     if values.shape != clean.shape:
         wanted = f"one whose values have the input's shape {tuple(clean.shape)}"
