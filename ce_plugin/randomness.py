@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import torch
 
-__all__ = ["generator", "numpy_generator"]
+__all__ = ["derived_seed", "generator", "numpy_generator"]
 
 
 def _sequence(seed: int, keys: tuple[int | str, ...]) -> np.random.SeedSequence:
@@ -32,6 +32,16 @@ def generator(seed: int, *keys: int | str) -> torch.Generator:
     """
     state = _sequence(seed, keys).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
+
+
+def derived_seed(seed: int, *keys: int | str) -> int:
+    """A seed for the stream named by ``(seed, *keys)``, where something takes a seed and not a generator.
+
+    Example:
+        >>> derived_seed(0, "evidence") == derived_seed(0, "evidence") != derived_seed(1, "evidence")
+        True
+    """
+    return int(_sequence(seed, keys).generate_state(1, np.uint32)[0])
 
 
 def numpy_generator(seed: int, *keys: int | str) -> np.random.Generator:

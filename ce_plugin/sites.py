@@ -13,6 +13,7 @@ from torch import Tensor
 from ce_plugin.designs import RandomMask
 from ce_plugin.errors import UnitError, expected
 from ce_plugin.interventions.base import Intervention
+from ce_plugin.randomness import derived_seed
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -285,14 +286,24 @@ class Evidence:
             object.__setattr__(self, "units", tuple(int(u) for u in self.units))
 
     @property
+    def is_random(self) -> bool:
+        """Whether the units are drawn."""
+        return isinstance(self.units, RandomMask)
+
+    @property
     def n_draws(self) -> int:
         """How many random evidences the result is averaged over; 1 where nothing is random."""
         return self.units.n_trials if isinstance(self.units, RandomMask) else 1
 
-    def assignment(self, n_units: int, example: int, draw: int) -> Tensor:
-        """Which units hold the evidence, bool (U,), in one draw for the example of this id."""
+    def assignment(self, n_units: int, example: int, draw: int, order: int = 0) -> Tensor:
+        """Which units hold the evidence, bool (U,), in one draw for the example of this id.
+
+        Several random evidences, told apart by their ``order``, and the trials of a design are drawn independently of
+        each other, also where their seeds are equal.
+        """
         if isinstance(self.units, RandomMask):
-            return self.units.assignments(n_units, example=example)[draw]
+            own = self.units.reseeded(derived_seed(self.units.seed, "evidence", order))
+            return own.assignments(n_units, example=example)[draw]
         chosen = torch.zeros(n_units, dtype=torch.bool)
         if isinstance(self.units, str):
             return ~chosen
@@ -309,7 +320,7 @@ def _checked_masks(inputs: tuple[Tensor, ...], masks: tuple[Tensor, ...]) -> lis
     for x, mask in zip(inputs, masks, strict=True):
         if not isinstance(mask, Tensor):
             raise UnitError(expected("feature_mask", "a tensor, or a tuple of tensors", type(mask).__name__))
-        if mask.is_floating_point() and bool((mask != mask.round()).any()):
+        if mask.is_floating_point() and not bool((mask == mask.round()).logical_and(mask.isfinite()).all()):
             raise UnitError(expected("feature_mask", "integer ids", "fractional ones", "Write `mask.long()`."))
         if mask.is_complex():
             raise UnitError(expected("feature_mask", "integer ids", "complex ones"))

@@ -24,7 +24,7 @@ from ce_plugin.attribution.inputs import (
 from ce_plugin.designs import Design, Joint, OneAtATime, RandomRegions
 from ce_plugin.effects import Outcome, resolve_outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
-from ce_plugin.errors import ArgumentError, InferenceError, ModelError, NormalizationWarning, expected
+from ce_plugin.errors import ArgumentError, InferenceError, NormalizationWarning, expected
 from ce_plugin.interventions import Intervention, Normalization, PixelMask
 from ce_plugin.interventions.normalization import NormalizationLike
 from ce_plugin.sites import InputSite, Masks, Strides, Units, Windows
@@ -127,7 +127,8 @@ class CausalEffect(PerturbationAttribution):  # type: ignore[misc]
         Args:
             inputs: (N, ...), or a tuple of such, of a floating-point type.
             baselines: as in captum, in model units; replaces the fill.
-            target: as in captum; None explains each example's predicted class (given the evidence).
+            target: as in captum; None explains each example's predicted class (given the evidence, and given its
+                first draw where it is random).
             additional_forward_args: as in captum; tensors with N rows go with their example.
             feature_mask: integer ids that broadcast to the inputs; equal ids are one unit.
             perturbations_per_eval: trials of each example per forward pass; None chooses it by memory and speed.
@@ -158,20 +159,11 @@ class CausalEffect(PerturbationAttribution):  # type: ignore[misc]
             inputs, baselines, target, additional_forward_args, feature_mask, perturbations_per_eval, show_progress,
             sliding_window_shapes, strides, given, ids, predicted_only=True,
         )  # fmt: skip
-        if significant_only and experiment.design.exact and experiment.n_draws == 1:
-            todo = "Only random designs or a data set have sampling error: use RandomMask(...), or leave it out."
-            raise InferenceError(
-                expected("significant_only", f"None for {experiment.design!r}", significant_only, todo)
-            )
-        estimates = experiment.run()
-        if len(estimates) > 1:
-            todo = "Name one with `output=`, or call `estimate`, which returns them all."
-            raise ModelError(expected("forward_func", "a model with one output head", sorted(estimates), todo))
-        estimate = next(iter(estimates.values()))
+        rate = _false_discovery_rate(significant_only, experiment)
+        estimate = next(iter(experiment.run().values()))
         values = estimate.contribution[..., 0]
-        if significant_only:
-            keep = estimate.significant(0.05 if significant_only is True else float(significant_only))[..., 0]
-            values = values * keep
+        if rate is not None:
+            values = values.where(estimate.significant(rate)[..., 0], 0.0)
         maps = spread(experiment.setting.units, experiment.design, values)
         return maps if isinstance(inputs, tuple) else maps[0]  # type: ignore[return-value]
 
@@ -291,6 +283,20 @@ class CausalEffect(PerturbationAttribution):  # type: ignore[misc]
     @staticmethod
     def _default_design(grid: bool) -> Design:
         return RandomRegions() if grid else OneAtATime()
+
+
+def _false_discovery_rate(significant_only: bool | float | None, experiment: Experiment) -> float | None:
+    """The rate that was asked for; None where all effects are wanted."""
+    if significant_only is None or significant_only is False:
+        return None
+    if experiment.design.exact and experiment.n_draws == 1:
+        todo = "Only random designs or a data set have sampling error: use RandomMask(...), or leave it out."
+        raise InferenceError(expected("significant_only", f"None for {experiment.design!r}", significant_only, todo))
+    rate = 0.05 if significant_only is True else significant_only
+    if not 0 < rate < 1:
+        todo = "Write 0.05 for five per cent."
+        raise ArgumentError(expected("significant_only", "True, or a false discovery rate in (0, 1)", rate, todo))
+    return float(rate)
 
 
 def spread(units: Units, design: Design, values: Tensor) -> tuple[Tensor, ...]:

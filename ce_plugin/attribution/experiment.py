@@ -217,9 +217,9 @@ class Experiment:
     def _evident(self, draw: int) -> tuple[Tensor, ...]:
         """The inputs with their evidence set, one evidence after the other."""
         inputs = self.inputs
-        for evidence in self.evidences:
+        for order, evidence in enumerate(self.evidences):
             units = evidence.site.units(inputs)
-            chosen = [evidence.assignment(int(units.n_units[i]), self.ids[i], draw) for i in range(self.n)]
+            chosen = [evidence.assignment(int(units.n_units[i]), self.ids[i], draw, order) for i in range(self.n)]
             rows = torch.stack([pad(row, (0, units.width - len(row))) for row in chosen])
             masks = [mask.to(inputs[0].device) for mask in units.masks(rows, torch.arange(self.n))]
             context = Context(ids=self.ids, seed=self.seed + draw)

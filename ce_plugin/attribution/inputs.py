@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -35,7 +36,7 @@ class Baseline(Intervention):
             return torch.full_like(clean, float(value))
         if value.dim() == clean.dim() and len(value) == len(context.ids) != len(clean):
             raise InputError(expected("baselines", f"{len(clean)} rows or 1", f"{len(value)} rows"))
-        return value.to(clean).expand_as(clean)
+        return value.detach().to(clean).expand_as(clean)
 
     def __repr__(self) -> str:
         shown = (f"tensor{tuple(b.shape)}" if isinstance(b, Tensor) else repr(b) for b in self.baselines)
@@ -54,8 +55,8 @@ def as_inputs(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if not isinstance(x, Tensor):
             got, todo = type(x).__name__, "Write `torch.as_tensor(x)`."
             raise InputError(expected(name, "a tensor, or a tuple of tensors", got, todo))
-        if x.dim() == 0 or len(x) == 0:
-            raise InputError(expected(name, "one or more examples (N, ...)", f"shape {tuple(x.shape)}"))
+        if x.dim() == 0 or x.numel() == 0:
+            raise InputError(expected(name, "one or more examples (N, ...), not empty", f"shape {tuple(x.shape)}"))
         if not x.is_floating_point():
             todo = "Write `images.float() / 255` if the model takes images in [0, 1]."
             raise InputError(expected(name, "of a floating-point type", str(x.dtype), todo))
@@ -79,11 +80,15 @@ def as_ids(ids: Sequence[int] | Tensor | None, n: int) -> tuple[int, ...]:
     """One id per example; None gives all the same one.
 
     Raises:
-        InputError: another number of ids than examples.
+        InputError: another number of ids than examples, or something else than integers.
     """
     if ids is None:
         return (0,) * n
-    names = tuple(int(i) for i in ids)
+    try:
+        names = tuple(operator.index(i) for i in (ids.tolist() if isinstance(ids, Tensor) else ids))
+    except TypeError as error:
+        todo = "Take the examples' places in the data set."
+        raise InputError(expected("ids", "one integer per example", repr(ids), todo)) from error
     if len(names) != n:
         raise InputError(expected("ids", f"{n} ids, one per example", len(names)))
     return names
@@ -93,18 +98,24 @@ def as_evidences(given: Given) -> list[Evidence]:
     """Evidence in the order in which it is set.
 
     Raises:
-        ArgumentError: something that is neither an intervention nor evidence.
+        ArgumentError: something that is neither an intervention nor evidence; random evidences that are drawn
+            different numbers of times.
     """
     if given is None:
         return []
-    every = [given] if isinstance(given, (Intervention, Evidence)) else list(given)
+    every: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
     for one in every:
         if not isinstance(one, (Intervention, Evidence)):
             wanted = "an intervention, an Evidence, or a list of them"
             raise ArgumentError(
                 expected("given", wanted, type(one).__name__, "Write Evidence(intervention, units=...).")
             )
-    return [one if isinstance(one, Evidence) else Evidence(one) for one in every]
+    evidences = [one if isinstance(one, Evidence) else Evidence(one) for one in every]
+    draws = sorted({one.n_draws for one in evidences if one.is_random})
+    if len(draws) > 1:
+        wanted = "evidences that are drawn equally often (n_trials of their RandomMask)"
+        raise ArgumentError(expected("given", wanted, f"{draws} draws"))
+    return evidences
 
 
 def as_baseline(baselines: Baselines, inputs: tuple[Tensor, ...]) -> Baseline:
@@ -169,22 +180,27 @@ def flat_target(target: Target, shape: tuple[int, ...]) -> Tensor | None:
 
 def _index_rows(target: Target, n: int) -> list[tuple[int, ...]]:
     if isinstance(target, Tensor):
-        if target.dim() > 1 or target.is_floating_point():
+        if target.dim() > 1 or target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
             got = f"{target.dtype} of shape {tuple(target.shape)}"
             raise TargetError(expected("target", "an integer tensor of one dimension", got))
         rows: list[tuple[int, ...]] = [(int(v),) for v in target.reshape(-1)]
     elif isinstance(target, bool):
         raise TargetError(expected("target", "an index", target))
-    elif isinstance(target, int):
-        rows = [(target,)]
-    elif isinstance(target, tuple):
-        rows = [tuple(int(v) for v in target)]
     elif isinstance(target, list):
-        rows = [tuple(int(v) for v in row) if isinstance(row, (tuple, list)) else (int(row),) for row in target]
+        rows = [_indices(row, target) for row in target]
         if len(rows) != n:
             raise TargetError(expected("target", f"a list with one entry for each of {n} examples", f"{len(rows)}"))
     else:
-        raise TargetError(expected("target", "an int, a tuple, a tensor or a list", type(target).__name__))
+        rows = [_indices(target, target)]
     if len(rows) not in (1, n):
         raise TargetError(expected("target", f"one target, or one for each of {n} examples", f"{len(rows)}"))
     return rows * n if len(rows) == 1 else rows
+
+
+def _indices(row: object, target: object) -> tuple[int, ...]:
+    """The indices of one example: integers of any kind (also numpy's), but nothing that would have to be rounded."""
+    try:
+        return tuple(operator.index(value) for value in (row if isinstance(row, (tuple, list)) else (row,)))
+    except TypeError as error:
+        wanted = "an int, a tuple of ints, an integer tensor, or a list of ints or tuples"
+        raise TargetError(expected("target", wanted, repr(target))) from error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from numbers import Real
 from typing import Union, cast
 
 import torch
@@ -69,14 +71,18 @@ class PixelMask(Intervention):
         region: Region | None = None,
         sigma: float | None = None,
     ) -> None:
-        self.fills: tuple[Fill, ...] = tuple(fill) if isinstance(fill, tuple) else (fill,)
+        given = fill if isinstance(fill, tuple) else (fill,)
+        # numpy's numbers are numbers, too.
+        self.fills: tuple[Fill, ...] = tuple(float(one) if isinstance(one, Real) else one for one in given)
         if not self.fills:
             raise ArgumentError(expected("fill", "at least one fill", "an empty tuple"))
         for one in self.fills:
             if isinstance(one, str) and one not in _NAMES:
                 raise unknown_name("fill", one, _NAMES)
-            if not isinstance(one, (str, int, float, Tensor)) and not callable(one):
+            if not isinstance(one, (str, float, Tensor)) and not callable(one):
                 raise ArgumentError(expected("fill", "a name, number, tensor or callable", type(one).__name__))
+            if isinstance(one, (float, Tensor)) and not bool(torch.isfinite(torch.as_tensor(one)).all()):
+                raise ArgumentError(expected("fill", "finite", "NaN or infinity"))
         if sigma is not None and not sigma > 0:
             raise ArgumentError(expected("sigma", "a positive number of pixels", sigma))
         self.normalization = Normalization.of(normalization)
@@ -96,7 +102,11 @@ class PixelMask(Intervention):
             A tensor like ``clean``.
         """
         fill = self.fills[context.variant]
-        filled = self.normalization.to_model(self._fill(fill, self.normalization.to_image(clean), context))
+        if self.region is not None and context.mask is not None:
+            # What lies outside the region is no hole, whatever the trial says.
+            context = replace(context, mask=context.mask & _region_mask(self.region, clean))
+        with torch.no_grad():
+            filled = self.normalization.to_model(self._fill(fill, self.normalization.to_image(clean), context))
         try:
             filled = filled.to(clean).expand_as(clean)
         except RuntimeError as error:
@@ -110,7 +120,7 @@ class PixelMask(Intervention):
         if isinstance(fill, Tensor):
             return fill.to(image)
         if isinstance(fill, (int, float)):
-            return torch.full_like(image, float(fill))
+            return torch.full_like(image, fill)
         if callable(fill):
             if not _wants_mask(fill):
                 return fill(image)
@@ -153,21 +163,21 @@ class PixelMask(Intervention):
         """
         if p is not None and not 0 <= p <= 1:
             raise ArgumentError(expected("p", "a share in [0, 1]", p))
-        filled = super().perturb(inputs, target=target, ids=ids, seed=seed, variant=variant)
         if p is None:
-            return filled
-        clean: tuple[Tensor, ...] = inputs if isinstance(inputs, tuple) else (inputs,)
-        changed: tuple[Tensor, ...] = filled if isinstance(filled, tuple) else (filled,)
+            return super().perturb(inputs, target=target, ids=ids, seed=seed, variant=variant)
         out = []
-        for position, (x, do) in enumerate(zip(clean, changed, strict=True)):
-            context = Context(ids=tuple(ids) if ids is not None else (0,) * len(x), seed=seed, position=position)
+        tensors: tuple[Tensor, ...] = inputs if isinstance(inputs, tuple) else (inputs,)
+        for position, x in enumerate(tensors):
+            # The same pixels whichever fill is asked for.
+            pixels = Context(ids=tuple(ids) if ids is not None else (0,) * len(x), seed=seed, position=position)
             shape = (1, *x.shape[2:]) if x.dim() > 2 else tuple(x.shape[1:])
-            draws = torch.stack([torch.rand(shape, generator=context.generator(i, "pwm")) for i in range(len(x))])
-            out.append(torch.where((draws < p).to(x.device), do, x))
+            draws = torch.stack([torch.rand(shape, generator=pixels.generator(i, "pwm")) for i in range(len(x))])
+            mask = (draws < p).to(x.device)
+            out.append(torch.where(mask, self.values(x, replace(pixels, variant=variant, mask=mask)), x))
         return cast(Inputs, tuple(out) if isinstance(inputs, tuple) else out[0])
 
     def __repr__(self) -> str:
-        shown = [repr(f) if isinstance(f, (str, int, float)) else _describe(f) for f in self.fills]
+        shown = [_describe(f) for f in self.fills]
         parts = [shown[0] if len(shown) == 1 else "(" + ", ".join(shown) + ")"]
         if not self.normalization.is_identity:
             parts.append(f"normalization=({self.normalization.mean}, {self.normalization.std})")
@@ -178,7 +188,9 @@ class PixelMask(Intervention):
         return f"PixelMask({', '.join(parts)})"
 
 
-def _describe(fill: Tensor | Infill) -> str:
+def _describe(fill: Fill) -> str:
+    if isinstance(fill, (str, int, float)):
+        return repr(fill)
     if isinstance(fill, Tensor):
         return f"tensor{tuple(fill.shape)}"
     return str(getattr(fill, "__name__", type(fill).__name__))
