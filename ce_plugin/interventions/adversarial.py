@@ -197,11 +197,7 @@ class Adversarial(Intervention):
 
     @classmethod
     def preset(cls, name: str, model: Any, **options: Any) -> Adversarial:
-        """A preset by its name, "fgsm", "bim", "pgd" or "jsma", with that preset's options.
-
-        Raises:
-            UnknownNameError: there is none of this name; the nearest is given.
-        """
+        """A preset by its name, with that preset's options; an unknown name raises ``UnknownNameError``."""
         if name not in PRESETS:
             raise unknown_name("attack", name, PRESETS)
         made: Adversarial = getattr(cls, name)(model, **options)
@@ -234,7 +230,7 @@ class Adversarial(Intervention):
         Args:
             inputs: (N, ...), or a tuple of one such tensor, in model units.
             eps: size of the attack in place of its own, in image units.
-            target: classes to move away from, (N,); None is what the network answers.
+            target: classes to move away from, (N,); None is the network's answer.
             ids: one id per example, which names its random numbers; None gives every example the same.
             seed: seed of what is random.
             variant: names further random numbers.
