@@ -38,7 +38,7 @@ def last_conv_layer(model: nn.Module, inputs: Tensor) -> tuple[str, nn.Module] |
 
     with state_guard(model), torch.no_grad():  # the guard takes the hooks away again
         for name, module in model.named_modules():
-            if not list(module.children()):
+            if isinstance(module, nn.Conv2d) or not list(module.children()):  # some convolutions hold their padding
                 note(name, module)
         model(inputs[:1])
     planes = [(step, name, module) for step, (name, module, plane) in enumerate(seen) if plane]

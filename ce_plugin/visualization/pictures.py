@@ -1,8 +1,4 @@
-"""Pictures of effects: overlays through Captum's visualiser, outlines of significant units, magnified perturbations.
-
-Every function returns a :class:`matplotlib.figure.Figure` or plain numbers. Neither pyplot's state nor its backend is
-touched, so the functions work on a server, in a notebook and in a thread alike.
-"""
+"""Maps laid over pictures through Captum's visualiser, and pictures as text that a page can hold."""
 
 from __future__ import annotations
 
@@ -141,15 +137,15 @@ def magnify(perturbation: Tensor) -> tuple[Tensor, float]:
 
     Returns:
         The picture (C, H, W) with values in [0, 1], and the factor: 0.5 + factor * perturbation. The factor is the
-        largest whole number that clips nothing (or 0.5, for a perturbation of more than half of the range).
+        largest whole number that keeps the picture within 0.15 and 0.85, or 0.5 for a change by half of the range.
 
     Example:
         >>> shown, factor = magnify(torch.tensor([[[0.02, -0.02]]]))
         >>> factor, [round(v, 2) for v in shown.flatten().tolist()]
-        (25.0, [1.0, 0.0])
+        (17.0, [0.84, 0.16])
     """
     greatest = float(perturbation.abs().max()) if perturbation.numel() else 0.0
-    factor = 1.0 if greatest == 0 else max(float(np.floor(0.5 / greatest * (1 + 1e-5))), 0.5)
+    factor = 1.0 if greatest == 0 else max(float(np.floor(0.35 / greatest * (1 + 1e-5))), 0.5)
     return (0.5 + factor * perturbation.detach().float().cpu()).clamp(0, 1), factor
 
 

@@ -1,0 +1,249 @@
+"""What the commands do: check everything, run, and write the report."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ce_plugin.datasets import read_image, sample_photographs
+from ce_plugin.designs import Design, LeaveOneIn, OneAtATime, RandomMask
+from ce_plugin.errors import ArgumentError, FileError, expected
+from ce_plugin.interventions import PixelMask
+from ce_plugin.interventions.normalization import Normalization
+from ce_plugin.models import Framing, VisionModel, efficientnet_lite0, load_model
+from ce_plugin.report import (
+    ATTACKS,
+    Plan,
+    Study,
+    build_manifest,
+    check_out,
+    file_sha256,
+    save_report,
+    study,
+    tensor_sha256,
+)
+
+__all__ = ["run"]
+
+_FILLS = {
+    "blur": "blurred",
+    "zero": "set to black",
+    "mean": "set to their mean colour",
+    "noise": "replaced by noise",
+}
+
+
+def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    """Run ``demo`` or ``explain`` and return the exit code.
+
+    Raises:
+        CEPluginError: for whatever can be put right.
+    """
+    check_out(arguments.out, force=arguments.force)
+    _keep_freed_memory()
+    if arguments.command == "demo":
+        return _demo(arguments, words)
+    return _explain(arguments, words)
+
+
+def _demo(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    net = efficientnet_lite0()
+    photographs = sample_photographs()
+    settings = argparse.Namespace(
+        **vars(arguments), design="random-mask", mask_share=0.1, fill="blur", grid=10, outcome="log_odds", eps=8 / 255
+    )
+    plan = _plan(net, settings, ATTACKS)
+    prints = {name: {"sha256_of_pixels": tensor_sha256(image)} for name, image in photographs.items()}
+    readers = {name: (lambda image=image: image) for name, image in photographs.items()}
+    return _run(net, readers, plan, settings, words, prints)
+
+
+def _explain(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    names = _names(arguments.images)
+    for file in arguments.images:
+        read_image(file)  # whatever cannot be read is said before the first trial
+    device = _device(arguments.device)
+    net = _network(arguments)
+    net.model.to(device)
+    attacks = tuple(a for a in dict.fromkeys(arguments.attack or ()) if a != "none")
+    plan = _plan(net, arguments, tuple(a for a in ATTACKS if a in attacks))
+    if plan.cells > net.framing.size:
+        raise ArgumentError(expected("grid", f"at most {net.framing.size}, the network's pixels", plan.cells))
+    prints = {
+        name: {"file": str(file), "sha256": file_sha256(file)}
+        for name, file in zip(names, arguments.images, strict=True)
+    }
+    readers = {name: (lambda file=file: read_image(file)) for name, file in zip(names, arguments.images, strict=True)}
+    return _run(net, readers, plan, arguments, words, prints)
+
+
+def _run(
+    net: VisionModel,
+    readers: Mapping[str, Callable[[], Tensor]],
+    plan: Plan,
+    arguments: argparse.Namespace,
+    words: Sequence[str],
+    prints: Mapping[str, Any],
+) -> int:
+    target = getattr(arguments, "target", None)
+    index = None if target is None else net.class_index(target)
+    options = {key: value for key, value in vars(arguments).items() if key not in ("force", "quiet")}
+    manifest = build_manifest(
+        arguments={**options, "intervention": plan.intervention, "design": plan.design, "attacks": plan.attacks},
+        command=["ce-plugin", *words],
+        seed=plan.seed,
+        inputs=prints,
+        model=net.model,
+    )
+    studies: list[Study] = []
+
+    def save(incomplete: str = "") -> Path:
+        return save_report(
+            studies,
+            arguments.out,
+            model=net.name,
+            plan=plan,
+            experiment=_experiment(plan, arguments),
+            manifest=manifest,
+            force=arguments.force,
+            incomplete=incomplete,
+        )
+
+    try:
+        with _progress(len(readers) * (1 + 2 * len(plan.attacks)), quiet=arguments.quiet) as tell:
+            for number, (name, read) in enumerate(readers.items()):
+                inputs = net.inputs([read()])
+                studies.append(study(net, inputs, name, plan, target=index, example_id=number, progress=tell))
+    except BaseException:
+        # Whatever happened, what is finished is not lost.
+        if studies:
+            page = save(f"stopped early: {len(studies)} of {len(readers)} photographs")
+            sys.stderr.write(f"What was finished is in {page.absolute()}\n")
+        raise
+    page = save()
+    if not arguments.quiet:
+        sys.stdout.write(_summary(studies))
+    sys.stdout.write(f"Report: {page.absolute()}\n")
+    return 0
+
+
+def _plan(net: VisionModel, arguments: argparse.Namespace, attacks: tuple[str, ...]) -> Plan:
+    designs: dict[str, Callable[[], Design]] = {
+        "random-mask": lambda: RandomMask(arguments.mask_share, n_trials=arguments.trials, seed=arguments.seed),
+        "one-at-a-time": OneAtATime,
+        "leave-one-in": LeaveOneIn,
+    }
+    return Plan(
+        attacks=attacks,
+        eps=arguments.eps,
+        intervention=PixelMask(arguments.fill, normalization=net.normalization),
+        design=designs[arguments.design](),
+        cells=arguments.grid,
+        outcome=arguments.outcome,
+        seed=arguments.seed,
+    )
+
+
+def _experiment(plan: Plan, arguments: argparse.Namespace) -> str:
+    """What a trial is, for the reader of the report."""
+    grid = f"of a {plan.cells} × {plan.cells} grid"
+    fill = _FILLS[arguments.fill]
+    if arguments.design == "random-mask":
+        return (
+            f"in each of {arguments.trials} trials a random {arguments.mask_share:.0%} of the patches {grid} are {fill}"
+        )
+    if arguments.design == "one-at-a-time":
+        return f"in each trial one patch {grid} is {fill}".replace("their", "its")
+    return f"in each trial all patches {grid} but one are {fill}"
+
+
+def _network(arguments: argparse.Namespace) -> VisionModel:
+    net = load_model(arguments.model, arguments.weights)
+    own = {
+        "framing": None if arguments.size is None else Framing(arguments.size),
+        "normalization": None if arguments.normalization is None else Normalization(*arguments.normalization),
+        "value_range": arguments.value_range,
+        "class_names": None if arguments.class_names is None else _class_names(arguments.class_names),
+    }
+    return replace(net, **{key: value for key, value in own.items() if value is not None})
+
+
+def _class_names(file: Path) -> tuple[str, ...]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(
+            expected("class_names", "a text file, one name per line", f"{str(file)!r} ({error})")
+        ) from error
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        todo = "Leave it out to use the CPU."
+        raise ArgumentError(expected("device", "one that this machine has", f"{name!r} ({reason})", todo)) from error
+    return device
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """File names, or whole paths where two files have the same name."""
+    short = [file.name for file in files]
+    if len(set(short)) == len(short):
+        return short
+    long = [str(file) for file in files]
+    if len(set(long)) < len(long):
+        twice = next(name for name in long if long.count(name) > 1)
+        raise ArgumentError(expected("IMAGE", "each picture once", f"{twice!r} several times"))
+    return long
+
+
+@contextmanager
+def _progress(total: int, *, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A bar that shows what is being done; each call ends the step before."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, disable=quiet, unit="step", leave=False) as bar:
+        begun = False
+
+        def tell(step: str) -> None:
+            nonlocal begun
+            bar.update(int(begun))
+            bar.set_description(step)
+            begun = True
+
+        yield tell
+        bar.update(int(begun))
+
+
+def _summary(studies: Sequence[Study]) -> str:
+    lines = []
+    for one in studies:
+        lines.append(f"{one.name}: {one.cases[0].top[0].name} ({one.cases[0].top[0].probability:.2f})\n")
+        for case in one.cases[1:]:
+            says = f"{case.top[0].name} ({case.top[0].probability:.2f})" if case.success else "unchanged"
+            lines.append(f"  {case.name:5} {says}\n")
+    return "".join(lines)
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory: convolutions on a CPU then run up to twice as fast (docs/performance.md)."""
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_max, 0)

@@ -1,0 +1,228 @@
+"""One photograph, clean and under attack: the runs whose results the report shows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ce_plugin.attribution import CausalEffect
+from ce_plugin.effects import Estimate, resolve_outcome
+from ce_plugin.errors import InputError, ModelError, TargetError, expected
+from ce_plugin.interventions.adversarial import Adversarial
+from ce_plugin.models import VisionModel
+from ce_plugin.report.findings import Answer, Case, ClassMaps, Plan, Study
+from ce_plugin.report.peers import grad_cam, last_conv_layer, saliency
+from ce_plugin.sites import InputSite, patch_grid
+
+__all__ = ["study"]
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class _Meter:
+    """Counts forward passes (examples, not batches) and seconds, by purpose."""
+
+    model: nn.Module
+    passes: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, purpose: str) -> Iterator[None]:
+        def count(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            self.passes[purpose] = self.passes.get(purpose, 0) + (len(inputs[0]) if inputs else 1)
+
+        handle = self.model.register_forward_pre_hook(count)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            handle.remove()
+            self.seconds[purpose] = self.seconds.get(purpose, 0.0) + time.perf_counter() - start
+
+
+def study(
+    net: VisionModel,
+    inputs: Tensor,
+    name: str,
+    plan: Plan | None = None,
+    *,
+    target: int | None = None,
+    example_id: int = 0,
+    progress: Progress | None = None,
+) -> Study:
+    """Explain one photograph, clean and under each attack.
+
+    Args:
+        net: the network.
+        inputs: the photograph as the network takes it, (1, C, H, W), see :meth:`VisionModel.inputs`.
+        name: what the report calls the photograph.
+        plan: what is run.
+        target: class to explain; None means the answer on the clean photograph.
+        example_id: names the photograph's random numbers, together with the plan's seed.
+        progress: called with a few words before each step.
+
+    Returns:
+        Everything that a report shows.
+
+    Raises:
+        InputError: not one photograph.
+        ModelError: the network does not return (N, C) with at least two classes.
+        TargetError: there is no such class.
+    """
+    plan = plan or Plan()
+    tell = progress or (lambda words: None)
+    if inputs.dim() != 4 or len(inputs) != 1:
+        raise InputError(expected("inputs", "one photograph, (1, C, H, W)", tuple(inputs.shape)))
+    explained = _explained_class(net, inputs, target)
+    layer = last_conv_layer(net.model, inputs)
+    cases = []
+    for evidence in ("clean", *plan.attacks):
+        meter = _Meter(net.model)
+        attacked, settings = inputs, dict[str, Any]()
+        if evidence != "clean":
+            tell(f"{name}: {evidence.upper()} attack")
+            attack, settings = _attack(net, evidence, plan)
+            with meter("attack"):
+                attacked = attack.perturb(inputs, ids=[example_id], seed=plan.seed)
+        tell(f"{name}: {_label(evidence)}, effects")
+        cases.append(_case(net, plan, evidence, inputs, attacked, explained, layer, meter, settings, example_id))
+    return Study(name, tuple(cases))
+
+
+def _label(evidence: str) -> str:
+    return "clean" if evidence == "clean" else evidence.upper()
+
+
+def _explained_class(net: VisionModel, clean: Tensor, target: int | None) -> int:
+    with torch.no_grad():
+        output = net.model(clean)
+    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ModelError(expected("model", "a classifier that returns (N, C) with C > 1", got))
+    if target is not None and not 0 <= target < output.shape[1]:
+        raise TargetError(expected("target", f"from 0 to {output.shape[1] - 1}", target))
+    return int(output.argmax()) if target is None else target
+
+
+def _attack(net: VisionModel, name: str, plan: Plan) -> tuple[Adversarial, dict[str, Any]]:
+    span = net.value_range[1] - net.value_range[0]
+    if name == "jsma":
+        # JSMA is not bounded in L-inf: it changes few values, as much as it likes.
+        settings: dict[str, Any] = {"eps": span, "max_iter": plan.jsma_pairs}
+        shown = {"norm": "L0", "step": "the whole range", "pairs of values, at most": plan.jsma_pairs}
+    else:
+        settings = {"eps": plan.eps * span}
+        shown = {"norm": "L-inf", "eps": f"{plan.eps:.4g} of the range ({plan.eps * 255:.3g}/255)"}
+        if name != "fgsm":
+            settings["max_iter"] = plan.max_iter
+            shown["steps"] = plan.max_iter
+    attack = Adversarial.preset(
+        name, net.model, clip_values=net.value_range, normalization=net.normalization, **settings
+    )
+    return attack, shown
+
+
+def _case(
+    net: VisionModel,
+    plan: Plan,
+    evidence: str,
+    clean: Tensor,
+    inputs: Tensor,
+    explained: int,
+    layer: tuple[str, nn.Module] | None,
+    meter: _Meter,
+    settings: Mapping[str, Any],
+    example_id: int,
+) -> Case:
+    with torch.no_grad():
+        clean_answer, answers = int(net.model(clean).argmax()), _answers(net, net.model(inputs))
+    top = sorted(answers, key=lambda answer: -answer.probability)[:3]
+    with meter("causal effects"):
+        estimate = _explainer(net, plan).estimate(
+            inputs,
+            ids=[example_id],
+            feature_mask=patch_grid(inputs.shape[2], inputs.shape[3], plan.cells),
+            perturbations_per_eval=plan.perturbations_per_eval,
+        )
+    outlined, exact = _outlined(net, plan, estimate, inputs)
+    changed = evidence != "clean" and top[0].index != clean_answer
+    maps = []
+    for index in dict.fromkeys([explained, top[0].index] if changed else [explained]):
+        with meter("Grad-CAM and saliency"):
+            gradients = saliency(net.model, inputs, index)[0]
+            cam = None if layer is None else grad_cam(net.model, layer[1], inputs, index)[0]
+        region = outlined[0, :, index]
+        maps.append(
+            ClassMaps(
+                answer=answers[index],
+                contribution=_spread(inputs, plan.cells, estimate.contribution[:, :, index]),
+                outlined=_spread(inputs, plan.cells, region[None].double()) > 0.5,
+                n_outlined=int(region.sum()),
+                n_units=len(region),
+                saliency=gradients,
+                grad_cam=cam,
+            )
+        )
+    span = net.value_range[1] - net.value_range[0]
+    change = net.normalization.to_image(inputs) - net.normalization.to_image(clean)
+    return Case(
+        name=_label(evidence),
+        picture=net.pictures(inputs)[0],
+        top=tuple(top),
+        explained=answers[explained],
+        maps=tuple(maps),
+        perturbation=None if evidence == "clean" else (change[0] / span).cpu(),
+        success=None if evidence == "clean" else changed,
+        settings=settings,
+        exact=exact,
+        trials=int(estimate.n_trials),
+        passes=dict(meter.passes),
+        seconds=dict(meter.seconds),
+    )
+
+
+def _answers(net: VisionModel, output: Tensor) -> list[Answer]:
+    probability = output.double().softmax(dim=1)[0].tolist()
+    log_odds = resolve_outcome("log_odds")(output.double(), output.double())[0].tolist()
+    return [Answer(i, net.class_name(i), p, o) for i, (p, o) in enumerate(zip(probability, log_odds, strict=True))]
+
+
+def _explainer(net: VisionModel, plan: Plan) -> CausalEffect:
+    return CausalEffect(
+        net.model,
+        plan.intervention,
+        plan.design,
+        outcome=plan.outcome,
+        normalization=net.normalization,
+        seed=plan.seed,
+    )
+
+
+def _outlined(net: VisionModel, plan: Plan, estimate: Estimate, inputs: Tensor) -> tuple[Tensor, bool]:
+    """Which units to outline, bool (1, U, C), and whether that is for being not zero (exact designs)."""
+    if estimate.std_error is not None:
+        return estimate.significant(fdr=plan.fdr), False
+    return estimate.effect.abs() > 10 * _float_noise(net.model, plan.outcome, inputs), True
+
+
+def _float_noise(model: nn.Module, outcome: str, inputs: Tensor) -> float:
+    """How far the same input's outcome moves when only the size of the batch changes."""
+    measure = resolve_outcome(outcome)
+    with torch.no_grad():
+        rows = [model(inputs.expand(size, *inputs.shape[1:]).contiguous()) for size in (1, 2, 8)]
+    values = [measure(row, row) for row in rows]
+    moved = max(float((value - values[0]).abs().max()) for value in values)
+    return max(moved, float(values[0].abs().max()) * torch.finfo(values[0].dtype).eps)
+
+
+def _spread(inputs: Tensor, cells: int, values: Tensor) -> Tensor:
+    """One value per unit as a plane (H, W)."""
+    (plane,) = InputSite(cells=cells).units((inputs,)).spread(values.to(inputs.device))
+    return plane[0].mean(dim=0).cpu()

@@ -1,0 +1,18 @@
+"""Pictures of effects: maps laid over photographs, outlines of significant units, bars with their intervals.
+
+Every function returns a :class:`matplotlib.figure.Figure` or plain values. Neither pyplot's state nor its backend is
+touched, so the functions work on a server, in a notebook and in a thread alike.
+"""
+
+from ce_plugin.visualization.estimates import plot_estimate
+from ce_plugin.visualization.pictures import (
+    NEGATIVE,
+    POSITIVE,
+    contribution_colors,
+    data_uri,
+    magnify,
+    outlines,
+    overlay,
+)
+
+__all__ = ["NEGATIVE", "POSITIVE", "contribution_colors", "data_uri", "magnify", "outlines", "overlay", "plot_estimate"]
