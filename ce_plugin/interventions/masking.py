@@ -118,7 +118,7 @@ class PixelMask(Intervention):
 
     def _fill(self, fill: Fill, image: Tensor, context: Context) -> Tensor:
         if isinstance(fill, Tensor):
-            return fill.to(image)
+            return fill.detach().to(image)
         if isinstance(fill, (int, float)):
             return torch.full_like(image, fill)
         if callable(fill):
