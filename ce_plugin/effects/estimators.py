@@ -13,7 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ce_plugin.effects.leave_out import block_index, block_sizes, leave_out_fit, paired_variance, score_mean
+from ce_plugin.effects.leave_out import (
+    arm_mean,
+    block_index,
+    block_sizes,
+    leave_out_fit,
+    paired_variance,
+    score_mean,
+    with_rounding,
+)
 from ce_plugin.errors import ArgumentError, DesignError, UnitError, expected
 
 __all__ = [
@@ -76,8 +84,9 @@ def difference_in_means(assignments: Tensor, outcomes: Tensor, blocks: Tensor | 
 
         effect_u = mean(y_t | a_tu = 1) - mean(y_t | a_tu = 0),   SE_u = sqrt(s_1^2 / n_1 + s_0^2 / n_0)
 
-    with Welch's degrees of freedom. In antithetic designs the two trials of a pair depend on each other; then the error
-    comes from the pairs' influence values, which for p = 1/2 is the paired t test.
+    with Welch's degrees of freedom, or fewer where the outcomes' tails are heavier than normal (:func:`arm_mean`). In
+    antithetic designs the two trials of a pair depend on each other; then the error comes from the pairs' influence
+    values, which for p = 1/2 is the paired t test.
 
     Args:
         assignments: (T, U) boolean, True where the trial sets the unit.
@@ -104,25 +113,17 @@ def difference_in_means(assignments: Tensor, outcomes: Tensor, blocks: Tensor | 
     """
     a, y = _checked(assignments, outcomes)
     index = block_index(blocks, len(a))
-    trials = len(a)
-    n1 = a.sum(dim=0)[:, None]
-    n0 = trials - n1
-    total, total_square = y.sum(dim=0), y.square().sum(dim=0)
-    sum1, square1 = a.T @ y, a.T @ y.square()
-    mean1, mean0 = sum1 / n1, (total - sum1) / n0
-    error1 = (square1 - n1 * mean1.square()).clamp_min(0) / (n1 - 1) / n1
-    error0 = (total_square - square1 - n0 * mean0.square()).clamp_min(0) / (n0 - 1) / n0
+    mean1, error1, chance1 = arm_mean(a, y)
+    mean0, error0, chance0 = arm_mean(1 - a, y)
     variance = error1 + error0
-    dof = variance.square() / (error1.square() / (n1 - 1) + error0.square() / (n0 - 1))
-    dof = torch.where(variance > 0, dof, (n1 + n0 - 2).expand_as(dof))
+    dof = torch.where(variance > 0, 2 * variance.square() / (chance1 + chance0), len(a) - 2.0)
     if blocks is not None:
         variance = paired_variance(a, y, index, mean1, mean0)
         dof = dof.clamp(max=len(index) - 1)
-    fewest = torch.minimum(n1, n0)
+    fewest = torch.minimum(a.sum(dim=0), (1 - a).sum(dim=0))[:, None]
     never = torch.where(fewest == 0, torch.nan, 0.0)
-    variance = torch.where(fewest == 1, torch.inf, variance)
-    dof = torch.where(fewest == 1, 1.0, dof)
-    return Effects(mean1 - mean0 + never, variance.sqrt() + never, dof + never)
+    error = torch.where(fewest == 1, torch.inf, with_rounding(variance, y))
+    return Effects(mean1 - mean0 + never, error + never, torch.where(fewest == 1, 1.0, dof) + never)
 
 
 def adjusted(
@@ -181,8 +182,8 @@ def adjusted(
     z, scale, kurtosis = _standardised(a, p)
     smoother, slopes, residuals = leave_out_fit(z, y, index, ridge)
     weights = z - block_sizes(index, len(a), z) * smoother
-    mean, error, dof = score_mean(weights, residuals, index, kurtosis)
-    return Effects((slopes + mean) / scale, error / scale, dof)
+    mean, variance, dof = score_mean(weights, residuals, index, kurtosis)
+    return Effects((slopes + mean) / scale, with_rounding(variance, y) / scale, dof)
 
 
 def interactions(
@@ -234,7 +235,8 @@ def interactions(
     z, scale, kurtosis = _standardised(a, p)
     _, _, residuals = leave_out_fit(z, y, index, ridge)
     weights = (z / scale.T)[:, where].prod(dim=2)
-    return Effects(*score_mean(weights, residuals, index, kurtosis[where].prod(dim=1)))
+    effect, variance, dof = score_mean(weights, residuals, index, kurtosis[where].prod(dim=1))
+    return Effects(effect, with_rounding(variance, y), dof)
 
 
 def joint_interaction(effect: Tensor, groups: Sequence[tuple[int, ...]]) -> Tensor:

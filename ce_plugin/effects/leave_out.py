@@ -12,6 +12,7 @@ from torch import Tensor
 from ce_plugin.errors import ArgumentError, DesignError, UnitError, expected
 
 __all__ = [
+    "arm_mean",
     "block_index",
     "block_sizes",
     "block_square_sum",
@@ -19,7 +20,11 @@ __all__ = [
     "leave_out_fit",
     "paired_variance",
     "score_mean",
+    "with_rounding",
 ]
+
+# Relative to the largest outcome; float64 has 2^-53, and sums and solves lose a few digits.
+_ROUNDING = 2.0**-40
 
 
 def block_index(blocks: Tensor | None, trials: int) -> Tensor:
@@ -122,7 +127,7 @@ def leave_out_fit(z: Tensor, y: Tensor, index: Tensor, ridge: float) -> tuple[Te
 
 
 def score_mean(weights: Tensor, residuals: Tensor, index: Tensor, kurtosis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean over trials of the scores w_tu e_tc with its standard error and degrees of freedom, each (U, C).
+    """Mean over trials of the scores w_tu e_tc, its variance and the degrees of freedom of that, each (U, C).
 
     The degrees of freedom are Satterthwaite's, 2 n / (2 + excess kurtosis) - 1 for n blocks: those of a chi-square with
     the variance of the mean of squares. The kurtosis is the scores' own, but at least the one that the design's weights
@@ -140,14 +145,47 @@ def score_mean(weights: Tensor, residuals: Tensor, index: Tensor, kurtosis: Tens
     # sum over blocks of (block sum - block size * mean)^2: equal sizes give the ordinary variance.
     square = block_square_sum(weights, residuals, index) - 2 * mean * ((size * weights).T @ residuals)
     square = (square + mean.square() * size.sum()).clamp_min(0)
-    error = (square * (blocks / (blocks - 1))).sqrt() / trials
+    variance = square * (blocks / (blocks - 1)) / trials**2
 
     powers = [weights.pow(k).T @ residuals.pow(k) / trials for k in (2, 3, 4)]
     second = (powers[0] - mean**2).clamp_min(0)
     fourth = powers[2] - 4 * mean * powers[1] + 6 * mean**2 * powers[0] - 3 * mean**4
     own = torch.where(second.square() > 0, fourth / second.square(), 0.0)
     excess = torch.maximum(own - 3, 3 * (kurtosis[:, None] - 1)) * (blocks / trials)
-    return mean, error, (2 * blocks / (2 + excess) - 1).clamp_min(1.0)
+    return mean, variance, (2 * blocks / (2 + excess) - 1).clamp_min(1.0)
+
+
+def arm_mean(member: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of the trials of one arm, the variance of that mean, and how uncertain this variance itself is.
+
+    The last is v^2 (2 / (n - 1) + k / n) with k the arm's excess kurtosis, or 0 where that is negative: with k = 0 the
+    degrees of freedom 2 (v_1 + v_0)^2 / (sum of both arms) are Welch's. Outcomes with heavy tails have fewer.
+
+    Args:
+        member: (T, U), 1 where the trial belongs to the arm of the unit, 0 elsewhere.
+        y: centred outcomes, (T, C).
+
+    Returns:
+        Three tensors (U, C).
+    """
+    n = member.sum(dim=0)[:, None]
+    powers = [member.T @ y.pow(k) / n for k in (1, 2, 3, 4)]
+    mean = powers[0]
+    second = (powers[1] - mean**2).clamp_min(0)
+    fourth = powers[3] - 4 * mean * powers[2] + 6 * mean**2 * powers[1] - 3 * mean**4
+    variance = second / (n - 1)
+    # k v^2 without a division by a second moment that may be 0.
+    excess = (fourth - 3 * second.square()).clamp_min(0) / (n - 1) ** 2
+    return mean, variance, 2 * variance.square() / (n - 1) + excess / n
+
+
+def with_rounding(variance: Tensor, y: Tensor) -> Tensor:
+    """Standard errors with the rounding of float64 added, (U, C): y are the centred outcomes, (T, C).
+
+    Where symmetry makes scores cancel exactly, effect and error are both rounding, and their ratio would be noise
+    that looks significant. Constant outcomes keep an error of exactly 0.
+    """
+    return (variance + (_ROUNDING * y.abs().amax(dim=0)).square()).sqrt()
 
 
 def paired_variance(a: Tensor, y: Tensor, index: Tensor, mean1: Tensor, mean0: Tensor) -> Tensor:

@@ -125,7 +125,8 @@ def test_difference_in_means_is_unbiased_over_all_balanced_assignments() -> None
 
 
 def test_difference_in_means_is_welchs_test() -> None:
-    a, y = draw(25, 3, 2, 0.4)
+    a, _ = draw(25, 3, 2, 0.4)
+    y = torch.rand(25, 2, generator=torch.Generator().manual_seed(7), dtype=torch.double)  # tails lighter than normal
     got = difference_in_means(a, y)
     p = p_values(got.effect, got.std_error, got.dof)  # type: ignore[arg-type]
     for u, c in itertools.product(range(3), range(2)):
@@ -134,6 +135,32 @@ def test_difference_in_means_is_welchs_test() -> None:
         interval = result.confidence_interval(0.9)
         half = half_width(got.std_error, got.dof, 0.9)[u, c].item()  # type: ignore[arg-type]
         assert half == pytest.approx((interval.high - interval.low) / 2, rel=1e-9)
+
+
+def test_heavy_tails_lower_the_degrees_of_freedom() -> None:
+    a, y = draw(400, 1, 1, 0.5)
+    normal = difference_in_means(a, y).dof
+    y[a[:, 0].nonzero()[0]] = 30.0
+    heavy = difference_in_means(a, y).dof
+    assert normal is not None
+    assert heavy is not None
+    assert normal.item() > 200
+    assert heavy.item() < 10
+
+
+def test_scores_that_cancel_are_no_discovery() -> None:
+    """An even function of complementary trials: effect and error are both rounding, and p must not be small."""
+    first, _ = draw(100, 20, 1, 0.5)
+    a = torch.stack([first, ~first], dim=1).reshape(200, 20)
+    z = a.double() - 0.5
+    y = (z[:, :10] * z[:, 10:]) @ torch.randn(10, 3, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    blocks = torch.arange(200) // 2
+    for got in (adjusted(a, y, 0.5, blocks), difference_in_means(a, y, blocks)):
+        assert got.effect.abs().max() < 1e-12
+        p = p_values(got.effect, got.std_error, got.dof)  # type: ignore[arg-type]
+        assert p.min() > 0.5
+    pair = interactions(a, y, [(0, 10)], 0.5, blocks)
+    assert p_values(pair.effect, pair.std_error, pair.dof).max() < 1e-6  # type: ignore[arg-type]
 
 
 def test_complementary_pairs_give_the_paired_t_test() -> None:
