@@ -63,8 +63,8 @@ class Units(ABC):
             values: one value per unit, (N, U).
 
         Returns:
-            For each input a tensor (N, ...) of its shape: a unit's value wherever the unit is; the mean over the
-            units where they overlap; 0 where there is none.
+            For each input a tensor (N, ...) of its shape (with one row where the values have one): a unit's value
+            wherever the unit is; the mean over the units where they overlap; 0 where there is none.
         """
 
 
@@ -118,7 +118,7 @@ class MaskUnits(Units):
         for ids, shape in zip(self.ids, self.shapes, strict=True):
             flat = ids.flatten(1).to(values.device)
             chosen = values[:, flat[0]] if len(flat) == 1 else values.gather(1, flat)
-            out.append(chosen.reshape(len(values), *ids.shape[1:]).expand(shape).clone())
+            out.append(chosen.reshape(len(values), *ids.shape[1:]).expand(-1, *shape[1:]).clone())
         return tuple(out)
 
 
@@ -173,7 +173,7 @@ class WindowUnits(Units):
         out = []
         offset = 0
         for position, shape in enumerate(self.shapes):
-            total, count = values.new_zeros(shape), values.new_zeros((1, *shape[1:]))
+            total, count = values.new_zeros((len(values), *shape[1:])), values.new_zeros((1, *shape[1:]))
             for unit in range(len(self.starts[position])):
                 slices = (slice(None), *self._slices(position, unit))
                 total[slices] += values[:, offset + unit].reshape(-1, *[1] * (len(shape) - 1))

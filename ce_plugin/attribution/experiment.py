@@ -200,12 +200,12 @@ class Experiment:
             wanted = "a model that returns one value per example for these options"
             raise ModelError(expected("forward_func", wanted, "one value per batch", todo))
         # Copies, because a network may write to its input.
-        heads = self.runner.evaluate(tuple(x.clone() for x in setting.inputs), self.args)
-        if self.n > 1 and any(head.dim() and len(head) == self.n for head in heads.values()):
-            got = f"{[tuple(head.shape) for head in heads.values()]} for {self.n} examples, and others for a batch"
+        raw = self.runner.evaluate(tuple(x.clone() for x in setting.inputs), self.args)
+        heads = {name: as_one_row(head) for name, head in raw.items()}
+        if any(heads[name].shape != one.shape for name, one in self._first().items()):
+            got = f"shapes {[tuple(head.shape) for head in raw.values()]} for {self.n} examples, some not one for each"
             todo = "Name the part to explain with `output=`."
             raise ModelError(expected("forward_func", "a model with one value per example in every output", got, todo))
-        heads = {name: as_one_row(head) for name, head in heads.items()}
         measured = self._measured(heads)
         outcomes = run_aggregated(self.runner, setting, measured)
         compared = measured.reference

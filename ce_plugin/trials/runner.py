@@ -71,7 +71,7 @@ class Runner:
         """
         self._channels_last = trials >= _MANY and self._likes_channels_last(inputs, args)
         n, start, most = len(inputs[0]), 0, self.rows or _REFERENCE_ROWS
-        parts = []
+        parts: list[dict[str, Tensor]] = []
         # The first example goes alone, since it shows how much memory the others will take.
         step = self.rows or 1
         while start < n:
@@ -86,7 +86,7 @@ class Runner:
                 most = step = len(examples) // 2
                 continue
             self._row_bytes = max(self._row_bytes, measured[0])
-            _check_rows(heads, len(examples))
+            _check_rows(heads, len(examples), parts[0] if parts else None)
             parts.append(heads)
             start += len(examples)
             step = min(self.rows or self._affordable(inputs[0].device), most)
@@ -261,9 +261,11 @@ class _Store:
         return {name: sums / self.count[..., None].to(sums.dtype) for name, sums in self.sums.items()}
 
 
-def _check_rows(heads: dict[str, Tensor], rows: int) -> None:
-    if any(head.dim() == 0 or len(head) != rows for head in heads.values()):
-        raise AggregateError
+def _check_rows(heads: dict[str, Tensor], rows: int, others: dict[str, Tensor] | None = None) -> None:
+    """One value per row, of the shape that other rows' values have."""
+    for name, head in heads.items():
+        if head.dim() == 0 or len(head) != rows or (others is not None and others[name].shape[1:] != head.shape[1:]):
+            raise AggregateError
 
 
 def _key(what: str, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> object:
