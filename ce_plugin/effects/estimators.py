@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ce_plugin.effects.leave_out import (
     arm_mean,
+    arms_dof,
     block_index,
     block_sizes,
     leave_out_fit,
@@ -84,9 +85,9 @@ def difference_in_means(assignments: Tensor, outcomes: Tensor, blocks: Tensor | 
 
         effect_u = mean(y_t | a_tu = 1) - mean(y_t | a_tu = 0),   SE_u = sqrt(s_1^2 / n_1 + s_0^2 / n_0)
 
-    with Welch's degrees of freedom, or fewer where the outcomes' tails are heavier than normal (:func:`arm_mean`). In
-    antithetic designs the two trials of a pair depend on each other; then the error comes from the pairs' influence
-    values, which for p = 1/2 is the paired t test.
+    with Welch's degrees of freedom, or fewer where outcomes are skewed or have heavy tails. In antithetic designs the
+    two trials of a pair depend on each other; then the error comes from the pairs' influence values, which for p = 1/2
+    is the paired t test.
 
     Args:
         assignments: (T, U) boolean, True where the trial sets the unit.
@@ -113,14 +114,13 @@ def difference_in_means(assignments: Tensor, outcomes: Tensor, blocks: Tensor | 
     """
     a, y = _checked(assignments, outcomes)
     index = block_index(blocks, len(a))
-    mean1, error1, chance1 = arm_mean(a, y)
-    mean0, error0, chance0 = arm_mean(1 - a, y)
-    variance = error1 + error0
-    dof = torch.where(variance > 0, 2 * variance.square() / (chance1 + chance0), len(a) - 2.0)
+    n1, n0 = a.sum(dim=0)[:, None], (1 - a).sum(dim=0)[:, None]
+    (mean1, *one), (mean0, *zero) = arm_mean(a, y), arm_mean(1 - a, y)
+    variance, dof = one[0] + zero[0], arms_dof(n1, n0, tuple(one), tuple(zero))
     if blocks is not None:
         variance = paired_variance(a, y, index, mean1, mean0)
         dof = dof.clamp(max=len(index) - 1)
-    fewest = torch.minimum(a.sum(dim=0), (1 - a).sum(dim=0))[:, None]
+    fewest = torch.minimum(n1, n0)
     never = torch.where(fewest == 0, torch.nan, 0.0)
     error = torch.where(fewest == 1, torch.inf, with_rounding(variance, y))
     return Effects(mean1 - mean0 + never, error + never, torch.where(fewest == 1, 1.0, dof) + never)
@@ -148,8 +148,8 @@ def adjusted(
     effects explain 1 / (1 + ridge) of the outcome's variance, whatever its scale; 1/4, four fifths, had the smallest
     errors over planted networks with interactions (``benchmarks/coverage.py``, table of penalties).
 
-    The t quantiles take Satterthwaite's degrees of freedom from the kurtosis of the scores: at most T - 1 at p = 1/2,
-    about 0.86 p T at p = 0.1, fewer where few trials carry the effect.
+    The t quantiles take their degrees of freedom from the kurtosis and skewness of the scores: at most T - 1 at
+    p = 1/2, about 0.86 p T at p = 0.1, fewer where few trials carry the effect.
 
     Args:
         assignments: (T, U) boolean, True where the trial sets the unit.
