@@ -32,8 +32,8 @@ _EXPLAIN_EPILOG = """\
 examples:
   ce-plugin explain cat.jpg
   ce-plugin explain cat.jpg --model torchvision:resnet50 --target "tabby" --out cat-report
-  ce-plugin explain xray.png --model my_networks:chexnet --weights chexnet.pt --size 224 \\
-      --normalization 0.485,0.456,0.406/0.229,0.224,0.225 --class-names findings.txt --outcome log_odds
+  ce-plugin explain leaf.png --model my_networks:leaves --weights leaves.pt --class-names leaves.txt \\
+      --size 128 --normalization 0.485,0.456,0.406/0.229,0.224,0.225
   ce-plugin explain *.jpg --attack fgsm --attack pgd --eps 0.3 --out paper
 
 A factory is a function without arguments that returns a torch.nn.Module or a ce_plugin.models.VisionModel.
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Explain scikit-learn's two photographs with EfficientNet-lite0, clean and under FGSM, BIM, PGD "
         "and JSMA. Nothing is downloaded.",
     )
-    _report_options(demo, out="ce-plugin-demo", trials=250)
+    _report_options(demo, out="ce-plugin-demo", trials=200)
     explain = commands.add_parser(
         "explain",
         help="explain your own photographs",
@@ -127,25 +127,30 @@ def _question_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--design",
-        choices=("random-mask", "one-at-a-time", "leave-one-in"),
-        default="random-mask",
-        help="which patches are covered in a trial: a random tenth (default; has standard errors), one, or all but one",
+        choices=("regions", "random-mask", "one-at-a-time", "leave-one-in"),
+        default="regions",
+        help="which patches are covered in a trial: random coherent regions (default; smooth maps from few trials), "
+        "random single patches, one patch, or all but one; the first two have standard errors",
     )
     group.add_argument(
         "--mask-share",
         type=_open_share,
-        default=0.1,
         metavar="P",
-        help="of random-mask: the share of the patches that are covered in a trial; default 0.1",
+        help="share of the patches that a random trial covers; default 0.5 for regions, 0.1 for random-mask",
     )
     group.add_argument(
         "--fill",
-        choices=("blur", "zero", "mean", "noise"),
-        default="blur",
-        help="what covers a patch: the blurred photograph (default), black, its mean colour, or noise",
+        choices=("mixed", "blur", "zero", "mean", "noise"),
+        default="mixed",
+        help="what covers a patch: black, the mean colour and the blurred photograph in turn (mixed, the default), or "
+        "one of them, or noise",
     )
     group.add_argument(
-        "--grid", type=_count, default=10, metavar="N", help="cut the photograph into N x N patches; default 10"
+        "--grid",
+        type=_count,
+        metavar="N",
+        help="cut the photograph into N x N patches; default 14, and 10 for random-mask, whose patches are estimated "
+        "one by one; regions know 14 only",
     )
     group.add_argument(
         "--outcome",
@@ -173,7 +178,7 @@ def _report_options(parser: argparse.ArgumentParser, *, out: str, trials: int) -
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return value
@@ -199,7 +204,10 @@ def _open_share(text: str) -> float:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a number, or numbers separated by commas") from None
 
 
 def _normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ce_plugin.datasets import read_image, sample_photographs
-from ce_plugin.designs import Design, LeaveOneIn, OneAtATime, RandomMask
+from ce_plugin.designs import Design, LeaveOneIn, OneAtATime, RandomMask, RandomRegions
 from ce_plugin.errors import ArgumentError, FileError, expected
 from ce_plugin.interventions import PixelMask
 from ce_plugin.interventions.normalization import Normalization
@@ -35,9 +35,17 @@ from ce_plugin.report import (
 __all__ = ["run"]
 
 _FILLS = {
+    "mixed": ("zero", "mean", "blur"),
+    "blur": ("blur",),
+    "zero": ("zero",),
+    "mean": ("mean",),
+    "noise": ("noise",),
+}
+_WORDS = {
+    "mixed": "set to black, set to the mean colour, or blurred",
     "blur": "blurred",
     "zero": "set to black",
-    "mean": "set to their mean colour",
+    "mean": "set to the mean colour",
     "noise": "replaced by noise",
 }
 
@@ -59,7 +67,7 @@ def _demo(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     net = efficientnet_lite0()
     photographs = sample_photographs()
     settings = argparse.Namespace(
-        **vars(arguments), design="random-mask", mask_share=0.1, fill="blur", grid=10, outcome="log_odds", eps=8 / 255
+        **vars(arguments), design="regions", mask_share=None, fill="mixed", grid=None, outcome="log_odds", eps=8 / 255
     )
     plan = _plan(net, settings, ATTACKS)
     prints = {name: {"sha256_of_pixels": tensor_sha256(image)} for name, image in photographs.items()}
@@ -76,8 +84,6 @@ def _explain(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     net.model.to(device)
     attacks = tuple(a for a in dict.fromkeys(arguments.attack or ()) if a != "none")
     plan = _plan(net, arguments, tuple(a for a in ATTACKS if a in attacks))
-    if plan.cells > net.framing.size:
-        raise ArgumentError(expected("grid", f"at most {net.framing.size}, the network's pixels", plan.cells))
     prints = {
         name: {"file": str(file), "sha256": file_sha256(file)}
         for name, file in zip(names, arguments.images, strict=True)
@@ -112,7 +118,7 @@ def _run(
             arguments.out,
             model=net.name,
             plan=plan,
-            experiment=_experiment(plan, arguments),
+            experiment=_experiment(plan, arguments.fill),
             manifest=manifest,
             force=arguments.force,
             incomplete=incomplete,
@@ -137,33 +143,43 @@ def _run(
 
 
 def _plan(net: VisionModel, arguments: argparse.Namespace, attacks: tuple[str, ...]) -> Plan:
-    designs: dict[str, Callable[[], Design]] = {
-        "random-mask": lambda: RandomMask(arguments.mask_share, n_trials=arguments.trials, seed=arguments.seed),
-        "one-at-a-time": OneAtATime,
-        "leave-one-in": LeaveOneIn,
-    }
+    design = _design(arguments)
+    cells = arguments.grid or (10 if isinstance(design, RandomMask) else 14)
+    if isinstance(design, RandomRegions) and cells != 14:
+        raise ArgumentError(expected("grid", "14 for the design of regions", cells, "Choose --design random-mask."))
+    if cells > net.framing.size:
+        raise ArgumentError(expected("grid", f"at most {net.framing.size}, the network's pixels", cells))
     return Plan(
         attacks=attacks,
         eps=arguments.eps,
-        intervention=PixelMask(arguments.fill, normalization=net.normalization),
-        design=designs[arguments.design](),
-        cells=arguments.grid,
+        intervention=PixelMask(_FILLS[arguments.fill], normalization=net.normalization),
+        design=design,
+        cells=cells,
         outcome=arguments.outcome,
         seed=arguments.seed,
     )
 
 
-def _experiment(plan: Plan, arguments: argparse.Namespace) -> str:
-    """What a trial is, for the reader of the report."""
-    grid = f"of a {plan.cells} × {plan.cells} grid"
-    fill = _FILLS[arguments.fill]
+def _design(arguments: argparse.Namespace) -> Design:
+    trials, seed, share = arguments.trials, arguments.seed, arguments.mask_share
+    if arguments.design == "regions":
+        return RandomRegions(share or 0.5, n_trials=trials, seed=seed)
     if arguments.design == "random-mask":
-        return (
-            f"in each of {arguments.trials} trials a random {arguments.mask_share:.0%} of the patches {grid} are {fill}"
-        )
-    if arguments.design == "one-at-a-time":
-        return f"in each trial one patch {grid} is {fill}".replace("their", "its")
-    return f"in each trial all patches {grid} but one are {fill}"
+        return RandomMask(share or 0.1, n_trials=trials, seed=seed)
+    return OneAtATime() if arguments.design == "one-at-a-time" else LeaveOneIn()
+
+
+def _experiment(plan: Plan, fill: str) -> str:
+    """What a trial is, for the reader of the report."""
+    design, grid = plan.design, f"{plan.cells} × {plan.cells} patches of the photograph"
+    done = _WORDS[fill]
+    if isinstance(design, RandomRegions):
+        return f"in each of {design.n_trials} trials random regions, about {design.p:.0%} of the {grid}, were {done}"
+    if isinstance(design, RandomMask):
+        return f"in each of {design.n_trials} trials a random {design.p:.0%} of the {grid} were {done}"
+    if isinstance(design, LeaveOneIn):
+        return f"in each trial all but one of the {grid} were {done}"
+    return f"in each trial one of the {grid} was {done}"
 
 
 def _network(arguments: argparse.Namespace) -> VisionModel:

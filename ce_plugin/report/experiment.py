@@ -16,7 +16,7 @@ from ce_plugin.effects import Estimate, resolve_outcome
 from ce_plugin.errors import InputError, ModelError, TargetError, expected
 from ce_plugin.interventions.adversarial import Adversarial
 from ce_plugin.models import VisionModel
-from ce_plugin.report.findings import Answer, Case, ClassMaps, Plan, Study
+from ce_plugin.report.findings import Answer, Case, ClassMaps, Plan, Study, share
 from ce_plugin.report.peers import grad_cam, last_conv_layer, saliency
 from ce_plugin.sites import InputSite, patch_grid
 
@@ -119,7 +119,7 @@ def _attack(net: VisionModel, name: str, plan: Plan) -> tuple[Adversarial, dict[
         shown = {"norm": "L0", "step": "the whole range", "pairs of values, at most": plan.jsma_pairs}
     else:
         settings = {"eps": plan.eps * span}
-        shown = {"norm": "L-inf", "eps": f"{plan.eps:.4g} of the range ({plan.eps * 255:.3g}/255)"}
+        shown = {"norm": "L-inf", "eps": f"{share(plan.eps)} of the range"}
         if name != "fgsm":
             settings["max_iter"] = plan.max_iter
             shown["steps"] = plan.max_iter
@@ -148,7 +148,8 @@ def _case(
         estimate = _explainer(net, plan).estimate(
             inputs,
             ids=[example_id],
-            feature_mask=patch_grid(inputs.shape[2], inputs.shape[3], plan.cells),
+            # Designs over a grid know the default one only.
+            feature_mask=None if plan.cells == 14 else patch_grid(inputs.shape[2], inputs.shape[3], plan.cells),
             perturbations_per_eval=plan.perturbations_per_eval,
         )
     outlined, exact = _outlined(net, plan, estimate, inputs)

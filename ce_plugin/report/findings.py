@@ -12,7 +12,7 @@ from ce_plugin.designs import Design
 from ce_plugin.errors import ArgumentError, expected, unknown_name
 from ce_plugin.interventions import Intervention
 
-__all__ = ["ATTACKS", "OUTCOMES", "Answer", "Case", "ClassMaps", "Plan", "Study"]
+__all__ = ["ATTACKS", "OUTCOMES", "Answer", "Case", "ClassMaps", "Plan", "Study", "share"]
 
 ATTACKS = ("fgsm", "bim", "pgd", "jsma")
 """Names of the attacks that a report can hold as evidence, in the order in which it shows them."""
@@ -151,3 +151,14 @@ class Study:
 
     name: str
     cases: tuple[Case, ...]
+
+
+def share(value: float) -> str:
+    """A share of the range in the way in which it is mostly written.
+
+    Example:
+        >>> share(8 / 255), share(0.3)
+        ('8/255', '0.3')
+    """
+    levels = value * 255
+    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"{value:.3g}"

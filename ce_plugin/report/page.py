@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ce_plugin.errors import FileError, expected
-from ce_plugin.report.findings import OUTCOMES, Answer, Case, ClassMaps, Plan, Study
+from ce_plugin.report.findings import OUTCOMES, Answer, Case, ClassMaps, Plan, Study, share
 from ce_plugin.visualization import NEGATIVE, POSITIVE, data_uri, magnify, overlay
 
 __all__ = ["check_out", "render", "save_report"]
@@ -138,10 +138,13 @@ def _scope_text(plan: Plan) -> str:
         return ""
     sizes = []
     if set(plan.attacks) - {"jsma"}:
-        sizes.append(f"at most {plan.eps:.3g} of the range from black to white per value ({plan.eps * 255:.3g} of 255)")
+        sizes.append(f"by at most {share(plan.eps)} of the range from black to white in each value")
     if "jsma" in plan.attacks:
-        sizes.append(f"JSMA at most {2 * plan.jsma_pairs} values, each as much as it likes")
-    return f"Attacks change the photograph by {'; '.join(sizes)}."
+        sizes.append(f"JSMA in at most {2 * plan.jsma_pairs} values, each by as much as it likes")
+    words = f"Attacks change the photograph {'; '.join(sizes)}."
+    if plan.eps >= 0.1 and set(plan.attacks) - {"jsma"}:
+        words += " At this size a photograph is damaged for the eye as well, so that another answer is no surprise."
+    return words
 
 
 def _photograph(study: Study, plan: Plan) -> dict[str, Any]:
@@ -202,7 +205,9 @@ def _map_cells(case: Case, maps: ClassMaps, plan: Plan, scale: float) -> list[di
         if values is None:
             cells.append({"text": f"{label} needs a late convolution; this network has none."})
         else:
-            shown = overlay(values, case.picture, sign="positive")
+            # A few pixels have gradients far above all others, which would leave the rest colourless.
+            high = float(values.double().quantile(0.995))
+            shown = overlay(values, case.picture, scale=high or None, sign="positive")
             cells.append(_cell(f"{label} of “{name}”", f"{label} of {name}, {case.name}", shown))
     return cells
 
