@@ -1,6 +1,6 @@
 """Does glibc's allocator slow a convolutional network down on this CPU? Throughput with and without two variables.
 
-Writes benchmarks/results/allocator.md. Linux only.
+Linux with glibc only. Writes results/allocator.md and .json.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import platform
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
-import torch
+import _record
 
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "20000000000"}
 TIMED = """
@@ -44,35 +43,29 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128], help="batch sizes")
     parser.add_argument("--images", type=int, default=256, help="images per timing")
     parser.add_argument("--pairs", type=int, default=5, help="interleaved pairs of timings")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "allocator.md")
     options = parser.parse_args()
-    rows = []
+    rows, data = [], {}
     for batch in options.batches:
         passes = max(1, options.images // batch)
         pairs = [(throughput(batch, passes, {}), throughput(batch, passes, KEEP)) for _ in range(options.pairs)]
         plain, kept = (statistics.median(column) for column in zip(*pairs, strict=True))
         ratios = sorted(after / before for before, after in pairs)
         ratio = statistics.median(ratios)
+        data[str(batch)] = pairs
         rows.append(f"| {batch} | {plain:.1f} | {kept:.1f} | {ratio:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |")
         print(rows[-1], flush=True)
     settings = " ".join(f"{key}={value}" for key, value in KEEP.items())
-    text = [
-        "### Allocator",
-        "",
-        "EfficientNet-lite0, forward passes of 224 x 224 images in channels-last layout, with and without",
-        f"`{settings}`.",
-        f"Median of {options.pairs} interleaved pairs (smallest to largest ratio in brackets), a process each.",
-        "",
-        "| batch | images/s, as it is | images/s, memory kept | ratio |",
-        "|---|---|---|---|",
-        *rows,
-        "",
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.system()}, "
-        f"{' '.join(platform.libc_ver())}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads. Script: `benchmarks/allocator.py`.",
-    ]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text("\n".join(text) + "\n")
+    text = f"""# Memory that is kept instead of handed back
+
+EfficientNet-lite0, forward passes of 224 x 224 images in channels-last layout, with and without
+`{settings}` in the environment ({" ".join(platform.libc_ver())}). Medians of {options.pairs} interleaved pairs of
+processes; in brackets the smallest and the largest ratio.
+
+| batch | images/s as it is | images/s with memory kept | ratio |
+| --- | --- | --- | --- |
+{chr(10).join(rows)}
+"""
+    _record.write("allocator", text, {"images_per_second": data})
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def include_results(app: Any, docname: str, source: list[str]) -> None:
     if docname != "benchmarks":
         return
     results = sorted((HERE.parent / "benchmarks" / "results").glob("*.md"))
-    pages = [f"```{{include}} ../benchmarks/results/{result.name}\n```\n" for result in results]
+    pages = [f"```{{include}} ../benchmarks/results/{result.name}\n:heading-offset: 2\n```\n" for result in results]
     source[0] += "\n" + ("\n".join(pages) if pages else "No results have been recorded yet.\n")
 
 
