@@ -127,14 +127,15 @@ class RandomRegions(_OverGrid):
         pad = math.ceil(3 * self.length)
         noise = torch.randn(self.n_trials, rows + 2 * pad, columns + 2 * pad, generator=draw, dtype=torch.float64)
         field = _gaussian(rows, pad, self.length) @ noise @ _gaussian(columns, pad, self.length).T
-        return field.flatten(1) > torch.special.ndtri(torch.tensor(1 - self.p, dtype=torch.float64))
+        above: Tensor = torch.special.ndtri(torch.tensor(1 - self.p, dtype=torch.float64))
+        return field.flatten(1) > above
 
 
 def _gaussian(n: int, pad: int, length: float) -> Tensor:
     """Weights (n, n + 2 pad), rows of norm 1, that average padded noise around each of n cells."""
     centre = torch.arange(n, dtype=torch.float64)[:, None] + pad
     weights = torch.exp(-0.5 * ((centre - torch.arange(n + 2 * pad, dtype=torch.float64)) / length) ** 2)
-    return weights / weights.norm(dim=1, keepdim=True)
+    return weights / weights.square().sum(dim=1, keepdim=True).sqrt()
 
 
 def _start(side: Tensor, size: int, draw: torch.Generator) -> Tensor:

@@ -1,28 +1,15 @@
-"""Sites: which variables can be set, and the units into which they are grouped."""
+"""Units: the groups of variables of a site that are set together."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Union, cast
 
 import torch
 from torch import Tensor
 
-from ce_plugin.designs import RandomMask
 from ce_plugin.errors import UnitError, expected
-from ce_plugin.interventions.base import Intervention
-from ce_plugin.randomness import derived_seed
 
-if TYPE_CHECKING:
-    from typing import TypeAlias
-
-__all__ = ["Evidence", "InputSite", "MaskUnits", "Units", "WindowUnits", "patch_grid"]
-
-Masks: TypeAlias = "Tensor | tuple[Tensor, ...] | None"
-Windows: TypeAlias = "tuple[int, ...] | tuple[tuple[int, ...], ...] | None"
-Strides: TypeAlias = "int | tuple[int | tuple[int, ...], ...] | None"
+__all__ = ["MaskUnits", "Units", "WindowUnits", "patch_grid"]
 
 
 class Units(ABC):
@@ -203,116 +190,6 @@ def patch_grid(height: int, width: int, cells: int = 14) -> Tensor:
     return (row[:, None] * columns + column[None, :])[None, None]
 
 
-@dataclass(frozen=True)
-class InputSite:
-    """The network's input as the site: its units are patches, scalars, a feature mask's regions, or windows.
-
-    Args:
-        feature_mask: see :class:`MaskUnits`; a tensor, or a tuple as long as the inputs.
-        sliding_window_shapes: see :class:`WindowUnits`; for one input a tuple of sizes, else a tuple of such.
-        strides: of the windows; None means 1.
-        cells: of the default grid for images, see :func:`patch_grid`.
-
-    Example:
-        >>> site = InputSite()
-        >>> site.units((torch.zeros(1, 3, 224, 224),)).grid
-        (14, 14)
-        >>> site.units((torch.zeros(1, 5),)).labels
-        ['0', '1', '2', '3', '4']
-    """
-
-    feature_mask: Masks = None
-    sliding_window_shapes: Windows = None
-    strides: Strides = None
-    cells: int = 14
-
-    def is_grid(self, inputs: tuple[Tensor, ...]) -> bool:
-        """Whether the units are the cells of a grid: one tensor of images (N, C, H, W), no mask and no windows."""
-        plain = self.feature_mask is None and self.sliding_window_shapes is None
-        return plain and len(inputs) == 1 and inputs[0].dim() == 4
-
-    def units(self, inputs: tuple[Tensor, ...]) -> Units:
-        """The units of these inputs: patches for images (N, C, H, W), each scalar for anything else."""
-        if self.sliding_window_shapes is not None:
-            if self.feature_mask is not None:
-                raise UnitError(expected("feature_mask", "None when sliding windows are the units", "a mask"))
-            return _window_units(inputs, self.sliding_window_shapes, self.strides)
-        if self.strides is not None:
-            raise UnitError(expected("strides", "None without `sliding_window_shapes`", self.strides))
-        if self.feature_mask is not None:
-            given = self.feature_mask if isinstance(self.feature_mask, tuple) else (self.feature_mask,)
-            return MaskUnits(inputs, given)
-        masks, offset = [], 0
-        for x in inputs:
-            if x.dim() == 4:
-                mask = patch_grid(x.shape[2], x.shape[3], self.cells)
-            else:
-                mask = torch.arange(x[0].numel()).reshape(1, *x.shape[1:])
-            masks.append(mask + offset)
-            offset += int(mask.max()) + 1 if mask.numel() else 0
-        grid = None
-        if self.is_grid(inputs):
-            grid = (min(inputs[0].shape[2], self.cells), min(inputs[0].shape[3], self.cells))
-        return MaskUnits(inputs, tuple(masks), grid)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """An intervention that holds in all trials and in the reference.
-
-    Args:
-        intervention: what is set.
-        site: where; the input by default.
-        units: which units are set: ``"all"``, indices, or a :class:`RandomMask` whose ``n_trials`` draws the result
-            is averaged over.
-
-    Raises:
-        UnitError: ``units`` is none of these.
-
-    Example:
-        >>> from ce_plugin.interventions import PixelMask
-        >>> Evidence(PixelMask("mean"), units=[0, 1]).units
-        (0, 1)
-    """
-
-    intervention: Intervention
-    site: InputSite = InputSite()
-    units: Union[Literal["all"], tuple[int, ...], Sequence[int], RandomMask] = "all"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.units, str) and self.units != "all":
-            raise UnitError(expected("units", "'all', unit indices or a RandomMask", repr(self.units)))
-        if not isinstance(self.units, (str, RandomMask)):
-            object.__setattr__(self, "units", tuple(int(u) for u in self.units))
-
-    @property
-    def is_random(self) -> bool:
-        """Whether the units are drawn."""
-        return isinstance(self.units, RandomMask)
-
-    @property
-    def n_draws(self) -> int:
-        """How many random evidences the result is averaged over; 1 where nothing is random."""
-        return self.units.n_trials if isinstance(self.units, RandomMask) else 1
-
-    def assignment(self, n_units: int, example: int, draw: int, order: int = 0) -> Tensor:
-        """Which units hold the evidence, bool (U,), in one draw for the example of this id.
-
-        Several random evidences, told apart by their ``order``, and the trials of a design are drawn independently of
-        each other, also where their seeds are equal.
-        """
-        if isinstance(self.units, RandomMask):
-            own = self.units.reseeded(derived_seed(self.units.seed, "evidence", order))
-            return own.assignments(n_units, example=example)[draw]
-        chosen = torch.zeros(n_units, dtype=torch.bool)
-        if isinstance(self.units, str):
-            return ~chosen
-        if self.units and not 0 <= min(self.units) <= max(self.units) < n_units:
-            raise UnitError(expected("units", f"indices of the site's {n_units} units", self.units))
-        chosen[list(self.units)] = True
-        return chosen
-
-
 def _checked_masks(inputs: tuple[Tensor, ...], masks: tuple[Tensor, ...]) -> list[Tensor]:
     if len(masks) != len(inputs):
         raise UnitError(expected("feature_mask", f"{len(inputs)} mask(s), one per input", f"{len(masks)}"))
@@ -331,30 +208,3 @@ def _checked_masks(inputs: tuple[Tensor, ...], masks: tuple[Tensor, ...]) -> lis
             raise UnitError(expected("feature_mask", wanted, f"shape {tuple(mask.shape)}"))
         out.append(full)
     return out
-
-
-def _window_units(inputs: tuple[Tensor, ...], windows: Windows, strides: Strides) -> WindowUnits:
-    one_shape = not windows or not isinstance(windows[0], (tuple, list))
-    nested = cast("tuple[tuple[int, ...], ...]", (windows,) if one_shape else windows)
-    if len(nested) != len(inputs):
-        raise UnitError(expected("sliding_window_shapes", f"{len(inputs)} shape(s), one per input", windows))
-    one_stride = strides is None or isinstance(strides, int)
-    if not one_stride and len(inputs) == 1 and not isinstance(cast("tuple[object, ...]", strides)[0], (tuple, list)):
-        strides = (cast("tuple[int, ...]", strides),)
-    steps = cast("tuple[int | tuple[int, ...] | None, ...]", (strides,) * len(inputs) if one_stride else strides)
-    if len(steps) != len(inputs):
-        raise UnitError(expected("strides", f"{len(inputs)} stride(s), one per input", strides))
-    all_windows, all_strides = [], []
-    for x, window, step in zip(inputs, nested, steps, strict=True):
-        n = x.dim() - 1
-        sizes = tuple(int(w) for w in window)
-        stride = tuple(int(s) for s in step) if isinstance(step, (tuple, list)) else (step or 1,) * n
-        if len(sizes) != n or not all(0 < w <= s for w, s in zip(sizes, x.shape[1:], strict=True)):
-            wanted = f"sizes from 1 to the input's {tuple(x.shape[1:])}"
-            raise UnitError(expected("sliding_window_shapes", wanted, sizes))
-        if len(stride) != n or not all(0 < s <= w for s, w in zip(stride, sizes, strict=True)):
-            todo = "Larger strides would leave parts of the input without a unit."
-            raise UnitError(expected("strides", f"steps from 1 to the window's {sizes}", stride, todo))
-        all_windows.append(sizes)
-        all_strides.append(stride)
-    return WindowUnits(inputs, tuple(all_windows), tuple(all_strides))

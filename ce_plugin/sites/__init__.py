@@ -1,0 +1,17 @@
+"""Sites: which variables can be set, and the units into which they are grouped."""
+
+from ce_plugin.sites.evidence import Evidence
+from ce_plugin.sites.input import InputSite, Masks, Strides, Windows
+from ce_plugin.sites.units import MaskUnits, Units, WindowUnits, patch_grid
+
+__all__ = [
+    "Evidence",
+    "InputSite",
+    "MaskUnits",
+    "Masks",
+    "Strides",
+    "Units",
+    "WindowUnits",
+    "Windows",
+    "patch_grid",
+]

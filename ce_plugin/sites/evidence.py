@@ -1,0 +1,75 @@
+"""Evidence: interventions that hold in all trials and in the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Union
+
+import torch
+from torch import Tensor
+
+from ce_plugin.designs import RandomMask
+from ce_plugin.errors import UnitError, expected
+from ce_plugin.interventions.base import Intervention
+from ce_plugin.randomness import derived_seed
+from ce_plugin.sites.input import InputSite
+
+__all__ = ["Evidence"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """An intervention that holds in all trials and in the reference.
+
+    Args:
+        intervention: what is set.
+        site: where; the input by default.
+        units: which units are set: ``"all"``, indices, or a :class:`RandomMask` whose ``n_trials`` draws the result
+            is averaged over.
+
+    Raises:
+        UnitError: ``units`` is none of these.
+
+    Example:
+        >>> from ce_plugin.interventions import PixelMask
+        >>> Evidence(PixelMask("mean"), units=[0, 1]).units
+        (0, 1)
+    """
+
+    intervention: Intervention
+    site: InputSite = field(default_factory=InputSite)
+    units: Union[Literal["all"], tuple[int, ...], Sequence[int], RandomMask] = "all"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.units, str) and self.units != "all":
+            raise UnitError(expected("units", "'all', unit indices or a RandomMask", repr(self.units)))
+        if not isinstance(self.units, (str, RandomMask)):
+            object.__setattr__(self, "units", tuple(int(u) for u in self.units))
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the units are drawn."""
+        return isinstance(self.units, RandomMask)
+
+    @property
+    def n_draws(self) -> int:
+        """How many random evidences the result is averaged over; 1 where nothing is random."""
+        return self.units.n_trials if isinstance(self.units, RandomMask) else 1
+
+    def assignment(self, n_units: int, example: int, draw: int, order: int = 0) -> Tensor:
+        """Which units hold the evidence, bool (U,), in one draw for the example of this id.
+
+        Several random evidences, told apart by their ``order``, and the trials of a design are drawn independently of
+        each other, also where their seeds are equal.
+        """
+        if isinstance(self.units, RandomMask):
+            own = self.units.reseeded(derived_seed(self.units.seed, "evidence", order))
+            return own.assignments(n_units, example=example)[draw]
+        chosen = torch.zeros(n_units, dtype=torch.bool)
+        if isinstance(self.units, str):
+            return ~chosen
+        if self.units and not 0 <= min(self.units) <= max(self.units) < n_units:
+            raise UnitError(expected("units", f"indices of the site's {n_units} units", self.units))
+        chosen[list(self.units)] = True
+        return chosen
