@@ -85,9 +85,9 @@ def difference_in_means(assignments: Tensor, outcomes: Tensor, blocks: Tensor | 
 
         effect_u = mean(y_t | a_tu = 1) - mean(y_t | a_tu = 0),   SE_u = sqrt(s_1^2 / n_1 + s_0^2 / n_0)
 
-    with Welch's degrees of freedom, or fewer where outcomes are skewed or have heavy tails. In antithetic designs the
-    two trials of a pair depend on each other; then the error comes from the pairs' influence values, which for p = 1/2
-    is the paired t test.
+    with the smaller arm's degrees of freedom (never more than Welch's), or fewer where outcomes are skewed or have
+    heavy tails. In antithetic designs the two trials of a pair depend on each other; then the error comes from the
+    pairs' influence values, which for p = 1/2 is the paired t test.
 
     Args:
         assignments: (T, U) boolean, True where the trial sets the unit.
@@ -116,7 +116,7 @@ def difference_in_means(assignments: Tensor, outcomes: Tensor, blocks: Tensor | 
     index = block_index(blocks, len(a))
     n1, n0 = a.sum(dim=0)[:, None], (1 - a).sum(dim=0)[:, None]
     (mean1, *one), (mean0, *zero) = arm_mean(a, y), arm_mean(1 - a, y)
-    variance, dof = one[0] + zero[0], arms_dof(n1, n0, tuple(one), tuple(zero))
+    variance, dof = one[0] + zero[0], arms_dof(n1, n0, one, zero)
     if blocks is not None:
         variance = paired_variance(a, y, index, mean1, mean0)
         dof = dof.clamp(max=len(index) - 1)
@@ -148,8 +148,8 @@ def adjusted(
     effects explain 1 / (1 + ridge) of the outcome's variance, whatever its scale; 1/4, four fifths, had the smallest
     errors over planted networks with interactions (``benchmarks/coverage.py``, table of penalties).
 
-    The t quantiles take their degrees of freedom from the kurtosis and skewness of the scores: at most T - 1 at
-    p = 1/2, about 0.86 p T at p = 0.1, fewer where few trials carry the effect.
+    The t quantiles have the degrees of freedom of the smaller of the unit's two arms (p T - 1 for p below 1/2), or
+    fewer where the scores are skewed or have heavy tails, so that few trials carry the effect.
 
     Args:
         assignments: (T, U) boolean, True where the trial sets the unit.
@@ -182,7 +182,8 @@ def adjusted(
     z, scale, kurtosis = _standardised(a, p)
     smoother, slopes, residuals = leave_out_fit(z, y, index, ridge)
     weights = z - block_sizes(index, len(a), z) * smoother
-    mean, variance, dof = score_mean(weights, residuals, index, kurtosis)
+    smallest = torch.minimum(a.sum(dim=0), (1 - a).sum(dim=0))
+    mean, variance, dof = score_mean(weights, residuals, index, kurtosis, smallest)
     return Effects((slopes + mean) / scale, with_rounding(variance, y) / scale, dof)
 
 
@@ -235,7 +236,9 @@ def interactions(
     z, scale, kurtosis = _standardised(a, p)
     _, _, residuals = leave_out_fit(z, y, index, ridge)
     weights = (z / scale.T)[:, where].prod(dim=2)
-    effect, variance, dof = score_mean(weights, residuals, index, kurtosis[where].prod(dim=1))
+    first, second = a[:, where[:, 0]], a[:, where[:, 1]]
+    smallest = torch.stack([(u * v).sum(0) for u in (first, 1 - first) for v in (second, 1 - second)]).amin(0)
+    effect, variance, dof = score_mean(weights, residuals, index, kurtosis[where].prod(dim=1), smallest)
     return Effects(effect, with_rounding(variance, y), dof)
 
 

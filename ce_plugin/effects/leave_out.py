@@ -136,19 +136,23 @@ def leave_out_fit(z: Tensor, y: Tensor, index: Tensor, ridge: float) -> tuple[Te
     return smoother, slopes, out
 
 
-def score_mean(weights: Tensor, residuals: Tensor, index: Tensor, kurtosis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def score_mean(
+    weights: Tensor, residuals: Tensor, index: Tensor, kurtosis: Tensor, smallest: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean over trials of the scores w_tu e_tc, its variance and the degrees of freedom of that, each (U, C).
 
     The degrees of freedom are 2 n / (2 + excess) - 1 for n blocks. With the scores' excess kurtosis this is
     Satterthwaite's number, that of a chi-square with the variance of the mean of squares. The excess taken is the
     largest of the scores' own, of the one that the design's weights give to normal residuals, because a sample shows
-    too little of its tails, and of :data:`SKEW` times the scores' squared skewness.
+    too little of its tails, and of :data:`SKEW` times the scores' squared skewness. The smallest arm's trials less one
+    are the most, the textbook's cautious choice for two samples: discoveries rest on the far tails.
 
     Args:
         weights: (T, U).
         residuals: (T, C).
         index: (B, m), from :func:`block_index`.
         kurtosis: E w^4 / (E w^2)^2 of each unit's weights by design, (U,).
+        smallest: number of trials in the smallest arm of each unit, (U,).
     """
     trials, blocks = len(weights), len(index)
     size = block_sizes(index, trials, weights)
@@ -162,7 +166,8 @@ def score_mean(weights: Tensor, residuals: Tensor, index: Tensor, kurtosis: Tens
     second, third, fourth = _central(mean, *powers)
     own = torch.maximum(_ratio(fourth, second**2) - 3, SKEW * _ratio(third**2, second**3))
     excess = torch.maximum(own, 3 * (kurtosis[:, None] - 1)) * (blocks / trials)
-    return mean, variance, (2 * blocks / (2 + excess) - 1).clamp_min(1.0)
+    dof = torch.minimum(2 * blocks / (2 + excess), smallest[:, None]) - 1
+    return mean, variance, dof.clamp_min(1.0)
 
 
 def arm_mean(member: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -178,12 +183,12 @@ def arm_mean(member: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return mean, second / (n - 1), third / n**2, (fourth - 3 * second**2).clamp_min(0) / (n - 1) ** 2 / n
 
 
-def arms_dof(n1: Tensor, n0: Tensor, one: tuple[Tensor, ...], zero: tuple[Tensor, ...]) -> Tensor:
-    """Degrees of freedom of a difference of two arms: Welch's, or fewer for heavy tails or skewness, (U, C).
+def arms_dof(n1: Tensor, n0: Tensor, one: list[Tensor], zero: list[Tensor]) -> Tensor:
+    """Degrees of freedom of a difference of two arms, (U, C): the smaller arm's, or fewer for heavy tails or skewness.
 
     2 v^2 / (2 v_1^2 / (n_1 - 1) + 2 v_0^2 / (n_0 - 1) + c), v = v_1 + v_0, is Welch's number with c = 0. Here c is the
     sum of the fourth cumulants, or :data:`SKEW` times the squared third cumulant of the difference over v if that is
-    larger.
+    larger. The smaller arm's trials less one are the most, as in :func:`score_mean`.
 
     Args:
         n1, n0: sizes of the arms, (U, 1).
@@ -192,7 +197,8 @@ def arms_dof(n1: Tensor, n0: Tensor, one: tuple[Tensor, ...], zero: tuple[Tensor
     variance = one[0] + zero[0]
     tails = torch.maximum(one[2] + zero[2], SKEW * _ratio((one[1] - zero[1]) ** 2, variance))
     normal = 2 * one[0] ** 2 / (n1 - 1) + 2 * zero[0] ** 2 / (n0 - 1)
-    return torch.where(variance > 0, 2 * variance**2 / (normal + tails), (n1 + n0 - 2).expand_as(variance))
+    smaller = (torch.minimum(n1, n0) - 1).expand_as(variance)
+    return torch.where(variance > 0, torch.minimum(2 * variance**2 / (normal + tails), smaller), smaller)
 
 
 def _central(mean: Tensor, square: Tensor, cube: Tensor, fourth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
