@@ -10,9 +10,9 @@ What is run was written down before it was run: the constants and the two lists 
 Intervals of means are over runs, which are independent: mean -/+ 1.96 sd / sqrt(runs).
 
 What a first run changed: its coverage was 94.2 to 95.6 % in all 60 barred rows, but four of 18 rows of the null lay
-above the level. In antithetic designs at p = 1/2 scores of an even function cancel exactly, and the rounding that was left
-passed for evidence (rates of 94 and 100 %); two rows were at 6 %. Since then rounding counts as an error, skewness and
-the smaller arm limit the degrees of freedom, and the null has 3000 runs in place of 1000.
+above the level. In antithetic designs at p = 1/2 scores of an even function cancel exactly, and the rounding that was
+left passed for evidence (rates of 94 and 100 %); two rows were at 6 %. Since then rounding counts as an error, skewness
+and the smaller arm limit the degrees of freedom, and the null has 3000 runs in place of 1000.
 """
 
 from __future__ import annotations
