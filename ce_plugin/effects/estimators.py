@@ -154,8 +154,8 @@ def adjusted(
     Args:
         assignments: (T, U) boolean, True where the trial sets the unit.
         outcomes: (T, C).
-        p: flip probability, one for all units or (U,); for a balanced design the fraction that was realised. In
-            balanced designs trials depend on each other: a bias of about effect / T remains.
+        p: flip probability, one for all units or (U,); for a balanced design the fraction that was realised. There
+            trials depend on each other: a bias of about effect / T remains, and errors are a little too large.
         blocks: (T,) integers, equal within an antithetic pair, which is then left out as a whole; None where trials
             are independent.
         ridge: penalty in multiples of U p (1 - p); 0 is ordinary least squares, which needs more trials than units.
