@@ -244,7 +244,7 @@ class Experiment:
         for variant in range(self.intervention.n_variants):
             for position, x in enumerate(setting.inputs):
                 at = replace(setting.context, position=position, variant=variant)
-                unchanged &= (checked_values(self.intervention, x, at) == x).flatten(1).all(1).cpu()
+                unchanged &= (checked_values(self.intervention, x, at) == x).reshape(self.n, -1).all(1).cpu()
         if bool(unchanged.any()):
             warnings.warn(
                 f"{self.intervention!r} changes nothing in example(s) {unchanged.nonzero()[:5, 0].tolist()}, so that "

@@ -92,7 +92,7 @@ class MaskUnits(Units):
     def masks(self, assignments: Tensor, examples: Tensor) -> tuple[Tensor, ...]:
         out = []
         for ids in self.ids:
-            flat = ids.flatten(1)
+            flat = ids.reshape(len(ids), -1)
             if len(flat) == 1:
                 chosen = assignments[:, flat[0]]
             else:
@@ -103,7 +103,7 @@ class MaskUnits(Units):
     def spread(self, values: Tensor) -> tuple[Tensor, ...]:
         out = []
         for ids, shape in zip(self.ids, self.shapes, strict=True):
-            flat = ids.flatten(1).to(values.device)
+            flat = ids.reshape(len(ids), -1).to(values.device)
             chosen = values[:, flat[0]] if len(flat) == 1 else values.gather(1, flat)
             out.append(chosen.reshape(len(values), *ids.shape[1:]).expand(-1, *shape[1:]).clone())
         return tuple(out)

@@ -139,7 +139,7 @@ class Runner:
         return BatchSize(self._affordable(setting.device), start=known if isinstance(known, int) else None)
 
     def _pass(self, setting: Setting, rows: Rows, values: Values | None, size: BatchSize) -> dict[str, Tensor]:
-        """The outputs of one batch; in halves where it does not fit into memory."""
+        """The outputs of one batch; in smaller ones where it does not fit into memory."""
         try:
             heads = self.evaluate(self._intervened(setting, rows, values), setting.args_of(rows.examples))
         except torch.OutOfMemoryError:
@@ -150,9 +150,12 @@ class Runner:
             return heads
         # Outside of the handler, because the error holds on to the tensors that did not fit.
         size.halve(len(rows))
-        middle = len(rows) // 2
-        halves = [self._pass(setting, rows[part], values, size) for part in (slice(middle), slice(middle, None))]
-        return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
+        parts, start = [], 0
+        while start < len(rows):
+            part = rows[start : start + size.rows]  # a part that does not fit either makes the next ones smaller
+            parts.append(self._pass(setting, part, values, size))
+            start += len(part)
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _intervened(self, setting: Setting, rows: Rows, values: Values | None) -> tuple[Tensor, ...]:
         """where(assignment, x', clean) for each input."""
