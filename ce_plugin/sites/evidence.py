@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Union
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ce_plugin.designs import RandomMask
-from ce_plugin.errors import UnitError, expected
+from ce_plugin.errors import ArgumentError, UnitError, expected
 from ce_plugin.interventions.base import Intervention
 from ce_plugin.randomness import derived_seed
 from ce_plugin.sites.input import InputSite
@@ -29,6 +30,7 @@ class Evidence:
             is averaged over.
 
     Raises:
+        ArgumentError: ``intervention`` is none.
         UnitError: ``units`` is none of these.
 
     Example:
@@ -42,10 +44,18 @@ class Evidence:
     units: Union[Literal["all"], tuple[int, ...], Sequence[int], RandomMask] = "all"
 
     def __post_init__(self) -> None:
+        given: object = self.intervention
+        if not isinstance(given, Intervention):
+            raise ArgumentError(expected("intervention", "an Intervention", type(given).__name__))
         if isinstance(self.units, str) and self.units != "all":
             raise UnitError(expected("units", "'all', unit indices or a RandomMask", repr(self.units)))
         if not isinstance(self.units, (str, RandomMask)):
-            object.__setattr__(self, "units", tuple(int(u) for u in self.units))
+            try:
+                chosen = tuple(operator.index(u) for u in self.units)
+            except TypeError as error:
+                wanted = "'all', unit indices or a RandomMask"
+                raise UnitError(expected("units", wanted, repr(self.units))) from error
+            object.__setattr__(self, "units", chosen)
 
     @property
     def is_random(self) -> bool:
