@@ -1,0 +1,241 @@
+"""The command line: reports for good words, one clear line and the right exit code for bad ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import ce_plugin.cli.run as command
+from ce_plugin.cli import build_parser, main
+from ce_plugin.models import VisionModel
+
+FACTORY = """
+import torch
+from torch import nn
+from ce_plugin.models import Framing, VisionModel
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+def full():
+    return VisionModel(network(), "tiny", Framing(28), class_names=("cat", "dog", "bird"))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: two pictures and a module with networks."""
+    rng = np.random.default_rng(0)
+    for name in ("one.png", "two.jpg"):
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / name)
+    (tmp_path / "tiny_networks.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "tiny_networks", raising=False)
+    return tmp_path
+
+
+FULL = ("--model", "tiny_networks:full", "--trials", "30", "--quiet")
+
+
+def test_explain_writes_a_report_and_its_manifest(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["explain", "one.png", "two.jpg", *FULL, "--attack", "fgsm", "--eps", "0.2", "--seed", "5"]
+    assert main(words) == 0
+    page = folder / "ce-plugin-report" / "report.html"
+    assert capsys.readouterr().out == f"Report: {page}\n"
+    text = page.read_text()
+    assert all(word in text for word in ("one.png", "two.jpg", "tiny", "FGSM", "Grad-CAM"))
+    manifest = json.loads((page.parent / "manifest.json").read_text())
+    assert manifest["command"] == "ce-plugin " + " ".join(words)
+    assert manifest["seed"] == 5
+    assert manifest["arguments"]["eps"] == 0.2
+    assert "RandomRegions" in manifest["arguments"]["design"]
+    assert set(manifest["inputs"]) == {"one.png", "two.jpg"}
+
+
+def test_the_same_command_gives_the_same_report(folder: Path) -> None:
+    pages = []
+    for out in ("a", "b"):
+        assert main(["explain", "one.png", *FULL, "--attack", "pgd", "--out", out]) == 0
+        page = (folder / out / "report.html").read_text()
+        pages.append([line for line in page.splitlines() if "<img" in line])
+    assert len(pages[0]) >= 7  # two rows of pictures, or one and the perturbation
+    assert pages[0] == pages[1]
+
+
+@pytest.mark.parametrize("design", ["regions", "random-mask", "one-at-a-time", "leave-one-in"])
+@pytest.mark.parametrize("outcome", ["log_odds", "probability", "logit", "margin"])
+def test_every_design_and_outcome(folder: Path, design: str, outcome: str) -> None:
+    assert main(["explain", "one.png", *FULL, "--design", design, "--outcome", outcome, "--fill", "mean"]) == 0
+
+
+def test_options_of_a_plain_module(folder: Path) -> None:
+    torch.manual_seed(1)
+    state = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    ).state_dict()
+    torch.save(state, folder / "w.pt")
+    (folder / "names.txt").write_text("ant\nbee\ncow\n")
+    words = "explain one.png --model tiny_networks:network --weights w.pt --class-names names.txt --size 20 --grid 4"
+    words += " --normalization 0.5,0.5,0.5/0.2,0.2,0.2 --value-range 0,2 --design random-mask --target bee --trials 20"
+    assert main([*words.split(), "--quiet"]) == 0
+    text = (folder / "ce-plugin-report" / "report.html").read_text()
+    assert "why “bee”?" in text
+    assert "4 × 4 patches" in text
+
+
+def test_progress_and_summary_unless_quiet(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "one.png", "--model", "tiny_networks:full", "--trials", "20", "--attack", "fgsm"]) == 0
+    captured = capsys.readouterr()
+    assert "one.png: FGSM, effects" in captured.err
+    assert captured.out.splitlines()[0].startswith("one.png: ")
+    assert captured.out.splitlines()[1].startswith("  FGSM")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["explain", "none.png"], "an existing file, but got 'none.png'"),
+        (["explain", "tiny_networks.py"], "a picture in a known format"),
+        (["explain", "one.png", "one.png"], "each picture once"),
+        (["explain", "one.png", "--model", "resnet50"], "torchvision:NAME or MODULE:FACTORY"),
+        (["explain", "one.png", "--model", "torchvision:resnet5O"], "Did you mean 'resnet50'?"),
+        (["explain", "one.png", "--model", "tiny_networks:ful"], "Did you mean 'full'?"),
+        (["explain", "one.png", *FULL, "--weights", "none.pt"], "DEFAULT or an existing file"),
+        (["explain", "one.png", *FULL, "--target", "dgo"], "Did you mean 'dog'?"),
+        (["explain", "one.png", *FULL, "--target", "3"], "from 0 to 2, but got 3"),
+        (["explain", "one.png", *FULL, "--grid", "7"], "14 for the design of regions"),
+        (["explain", "one.png", *FULL, "--grid", "70", "--design", "random-mask"], "at most 28"),
+        (["explain", "one.png", *FULL, "--device", "abacus"], "one that this machine has"),
+        (["explain", "one.png", *FULL, "--class-names", "none.txt"], "a text file, one name per line"),
+        (["explain", "one.png", *FULL, "--out", "one.png"], "a folder, but got the file"),
+    ],
+)
+def test_mistakes_get_one_line_and_no_traceback(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert main(words) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("ce-plugin: error: Expected argument ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert not (folder / "ce-plugin-report").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "COMMAND"),
+        (["explain"], "IMAGE"),
+        (["explain", "one.png", "--attack", "pdg"], "invalid choice: 'pdg'"),
+        (["explain", "one.png", "--eps", "8"], "8 is not a share in (0, 1]: write 8/255"),
+        (["explain", "one.png", "--eps", "8/0"], "8/0 is not a share"),
+        (["explain", "one.png", "--trials", "-3"], "-3 is not a positive whole number"),
+        (["explain", "one.png", "--normalization", "127"], "127 is not MEAN/STD"),
+        (["explain", "one.png", "--normalization", "a/b"], "a is not a number"),
+        (["explain", "one.png", "--value-range", "1,0"], "1,0 is not LOW,HIGH"),
+        (["explain", "one.png", "--mask-share", "1"], "1 covers everything"),
+    ],
+)
+def test_words_that_are_not_understood(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_existing_out_is_refused_before_any_work(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = folder / "ce-plugin-report"
+    report.mkdir()
+    (report / "report.html").write_text("precious")
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "read_image", lambda file: pytest.fail("work was done"))
+        patch.setattr(command, "load_model", lambda *words: pytest.fail("work was done"))
+        assert main(["explain", "one.png", *FULL]) == 1
+    assert "--force" in capsys.readouterr().err
+    assert (report / "report.html").read_text() == "precious"
+    assert main(["explain", "one.png", *FULL, "--force"]) == 0
+    assert "precious" not in (report / "report.html").read_text()
+
+
+def test_an_interrupt_keeps_what_is_finished(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, names = command.study, []
+
+    def interrupted(net: VisionModel, inputs: torch.Tensor, name: str, *rest: object, **options: object) -> object:
+        names.append(name)
+        if len(names) == 2:
+            raise KeyboardInterrupt
+        return study(net, inputs, name, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(command, "study", interrupted)
+    assert main(["explain", "one.png", "two.jpg", *FULL]) == 130
+    text = (folder / "ce-plugin-report" / "report.html").read_text()
+    assert "stopped early: 1 of 2 photographs" in text
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_warnings_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (30, 30), "black").save("black.png")
+    assert main(["explain", "black.png", *FULL, "--fill", "zero"]) == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warned) == 1
+    assert warned[0].startswith("ce-plugin: warning: ")
+    assert "changes nothing" in warned[0]
+
+
+def test_a_small_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    monkeypatch.setattr(command, "Plan", partial(command.Plan, jsma_pairs=2))
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--trials", "8", "--quiet"]) == 0
+    assert f"Report: {out / 'report.html'}" in capsys.readouterr().out
+    text = (out / "report.html").read_text()
+    for words in ("why “daisy”?", "why “palace”?", "FGSM", "BIM", "PGD", "JSMA"):
+        assert words in text
+    assert json.loads((out / "manifest.json").read_text())["command"].startswith("ce-plugin demo")
+
+
+@pytest.mark.slow
+def test_the_whole_demo_in_its_time(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "ce_plugin", "demo", "--out", str(tmp_path / "demo")], check=True)
+    assert time.perf_counter() - start < 90  # on two cores that do nothing else
+
+
+def test_help_names_what_a_newcomer_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for words in ("demo", "explain", "examples:", "exit codes", "ce-plugin explain cat.jpg"):
+        assert words in shown
+
+
+def test_every_option_has_its_words() -> None:
+    parser = build_parser()
+    explain = parser._subparsers._group_actions[0].choices["explain"]  # type: ignore[union-attr, index]
+    assert all(action.help for action in explain._actions)
+
+
+def test_version_and_module_form() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "ce_plugin", "--version"], capture_output=True, text=True, check=True, timeout=120
+    )
+    from ce_plugin import __version__
+
+    assert shown.stdout.strip() == f"ce-plugin {__version__}"
