@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
@@ -122,12 +123,16 @@ def as_baseline(baselines: Baselines, inputs: tuple[Tensor, ...]) -> Baseline:
     """Captum's baselines as an intervention.
 
     Raises:
-        InputError: another number of baselines than inputs, or one that does not broadcast.
+        InputError: another number of baselines than inputs, or one that does not broadcast or is not finite.
     """
     every = baselines if isinstance(baselines, tuple) else (baselines,)
     if len(every) != len(inputs):
         raise InputError(expected("baselines", f"{len(inputs)} baseline(s), one per input", len(every)))
     for value, x in zip(every, inputs, strict=True):
+        if not isinstance(value, (Real, Tensor, type(None))):
+            raise InputError(expected("baselines", "a number or a tensor for each input", type(value).__name__))
+        if value is not None and not bool(torch.isfinite(torch.as_tensor(value)).all()):
+            raise InputError(expected("baselines", "finite", "NaN or infinity"))
         if isinstance(value, Tensor):
             try:
                 value.expand_as(x)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from numbers import Integral, Real
 from typing import ClassVar, TypeAlias
 
 from torch import Tensor
 
 from ce_plugin.errors import DesignError, expected
 
-__all__ = ["Design", "Grid", "check_n_trials"]
+__all__ = ["Design", "Grid", "check_n_trials", "is_share"]
 
 # Rows and columns of a grid of units.
 Grid: TypeAlias = tuple[int, int]
@@ -69,6 +70,12 @@ class Design(ABC):
         return other
 
 
-def check_n_trials(n_trials: int) -> None:
-    if n_trials < 2:
-        raise DesignError(expected("n_trials", "2 or more", n_trials))
+def check_n_trials(n_trials: object) -> None:
+    """Whether a number of trials is a whole number, 2 or more."""
+    if not isinstance(n_trials, Integral) or int(n_trials) < 2:
+        raise DesignError(expected("n_trials", "a whole number, 2 or more", n_trials))
+
+
+def is_share(p: object) -> bool:
+    """Whether this is a number in (0, 1)."""
+    return isinstance(p, Real) and 0 < float(p) < 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -100,9 +101,13 @@ class Joint(Design):
     estimator = "exact"
 
     def __init__(self, groups: Sequence[Sequence[int]]) -> None:
-        self.groups = tuple(tuple(int(u) for u in group) for group in groups)
+        wanted = "one or more non-empty groups of unit indices"
+        try:
+            self.groups = tuple(tuple(operator.index(u) for u in group) for group in groups)
+        except TypeError as error:
+            raise DesignError(expected("groups", wanted, groups, "Write [(0,), (0, 1)].")) from error
         if not self.groups or any(not group for group in self.groups):
-            raise DesignError(expected("groups", "one or more non-empty groups of unit indices", groups))
+            raise DesignError(expected("groups", wanted, groups))
         for group in self.groups:
             if len(set(group)) != len(group) or min(group) < 0:
                 raise DesignError(expected("groups", "groups of different indices, 0 or larger", group))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ce_plugin.designs.base import Design, Grid, check_n_trials
+from ce_plugin.designs.base import Design, Grid, check_n_trials, is_share
 from ce_plugin.errors import DesignError, expected
 from ce_plugin.randomness import generator
 
@@ -45,7 +45,7 @@ class RandomMask(Design):
         estimator: str = "adjusted",
         seed: int = 0,
     ) -> None:
-        if not 0 < p < 1:
+        if not is_share(p):
             raise DesignError(expected("p", "a probability in (0, 1)", p, "Write 0.1 for ten per cent."))
         check_n_trials(n_trials)
         if antithetic and n_trials % 2:

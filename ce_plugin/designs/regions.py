@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ce_plugin.designs.base import Design, Grid, check_n_trials
+from ce_plugin.designs.base import Design, Grid, check_n_trials, is_share
 from ce_plugin.errors import DesignError, expected
 from ce_plugin.randomness import generator
 
@@ -21,7 +21,7 @@ class _OverGrid(Design):
     estimator = "smooth"
 
     def __init__(self, p: float, n_trials: int, seed: int) -> None:
-        if not 0 < p < 1:
+        if not is_share(p):
             raise DesignError(expected("p", "a share of the area in (0, 1)", p, "Write 0.5 for a half."))
         check_n_trials(n_trials)
         self.p, self.n_trials, self.seed = float(p), int(n_trials), int(seed)

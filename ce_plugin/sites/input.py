@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, cast
 
@@ -72,21 +74,30 @@ class InputSite:
 
 
 def _window_units(inputs: tuple[Tensor, ...], windows: Windows, strides: Strides) -> WindowUnits:
+    if not isinstance(windows, (tuple, list)):
+        todo = "Write (3, 15, 15) for images with three channels, for example."
+        raise UnitError(expected("sliding_window_shapes", "a tuple of sizes, or a tuple of such", windows, todo))
     one_shape = not windows or not isinstance(windows[0], (tuple, list))
     nested = cast("tuple[tuple[int, ...], ...]", (windows,) if one_shape else windows)
     if len(nested) != len(inputs):
         raise UnitError(expected("sliding_window_shapes", f"{len(inputs)} shape(s), one per input", windows))
     one_stride = strides is None or isinstance(strides, int)
-    if not one_stride and len(inputs) == 1 and not isinstance(cast("tuple[object, ...]", strides)[0], (tuple, list)):
-        strides = (cast("tuple[int, ...]", strides),)
+    if (
+        isinstance(strides, (tuple, list))
+        and len(inputs) == 1
+        and not any(isinstance(s, (tuple, list)) for s in strides)
+    ):
+        strides = (cast("tuple[int, ...]", tuple(strides)),)
+    elif not one_stride and not isinstance(strides, (tuple, list)):
+        raise UnitError(expected("strides", "None, a number of steps, or a tuple of them", strides))
     steps = cast("tuple[int | tuple[int, ...] | None, ...]", (strides,) * len(inputs) if one_stride else strides)
     if len(steps) != len(inputs):
         raise UnitError(expected("strides", f"{len(inputs)} stride(s), one per input", strides))
     all_windows, all_strides = [], []
     for x, window, step in zip(inputs, nested, steps, strict=True):
         n = x.dim() - 1
-        sizes = tuple(int(w) for w in window)
-        stride = tuple(int(s) for s in step) if isinstance(step, (tuple, list)) else (step or 1,) * n
+        sizes = _whole("sliding_window_shapes", window)
+        stride = _whole("strides", step if isinstance(step, (tuple, list)) else (1 if step is None else step,) * n)
         if len(sizes) != n or not all(0 < w <= s for w, s in zip(sizes, x.shape[1:], strict=True)):
             wanted = f"sizes from 1 to the input's {tuple(x.shape[1:])}"
             raise UnitError(expected("sliding_window_shapes", wanted, sizes))
@@ -96,3 +107,11 @@ def _window_units(inputs: tuple[Tensor, ...], windows: Windows, strides: Strides
         all_windows.append(sizes)
         all_strides.append(stride)
     return WindowUnits(inputs, tuple(all_windows), tuple(all_strides))
+
+
+def _whole(name: str, numbers: Sequence[int]) -> tuple[int, ...]:
+    """Whole numbers of any kind, but nothing that would have to be rounded."""
+    try:
+        return tuple(operator.index(number) for number in numbers)
+    except TypeError as error:
+        raise UnitError(expected(name, "whole numbers", numbers)) from error
