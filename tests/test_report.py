@@ -99,7 +99,7 @@ def test_random_designs_outline_what_is_significant(net: VisionModel, photograph
 
 def test_an_attack_that_changes_the_answer_gets_two_sets_of_maps(net: VisionModel, photograph: Tensor) -> None:
     clean, attacked = study(net, photograph, "p", _plan(attacks=("fgsm",), eps=0.3)).cases
-    assert (clean.name, attacked.name) == ("clean", "FGSM")
+    assert (clean.name, attacked.name) == ("Clean", "FGSM")
     assert clean.success is None
     assert attacked.success is True
     assert attacked.top[0].index != 1

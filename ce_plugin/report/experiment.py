@@ -97,7 +97,7 @@ def study(
 
 
 def _label(evidence: str) -> str:
-    return "clean" if evidence == "clean" else evidence.upper()
+    return "Clean" if evidence == "clean" else evidence.upper()
 
 
 def _explained_class(net: VisionModel, clean: Tensor, target: int | None) -> int:

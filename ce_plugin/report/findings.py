@@ -117,7 +117,7 @@ class Case:
     """One photograph under one evidence.
 
     Attributes:
-        name: "clean", or the attack's.
+        name: "Clean", or the attack's.
         picture: what the network saw, (C, H, W), values in [0, 1].
         top: the most probable classes, best first.
         explained: how sure the network is of the class that is explained, under this evidence.

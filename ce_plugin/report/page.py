@@ -121,11 +121,13 @@ def render(
 def _outline_words(exact: bool, plan: Plan) -> dict[str, str]:
     if exact:
         return {
+            "others": "",
             "outline_text": "Outlined patches are not zero: their effect exceeds the noise of floating point.",
             "outline_label": "not zero",
             "outline_column": "Patches not zero",
         }
     return {
+        "others": ", averaged over what happens to the other patches",
         "outline_text": "Outlined patches are statistically different from zero; of all outlined patches of a map at "
         f"most {plan.fdr:.0%} are expected to be false.",
         "outline_label": f"significant (false discovery rate {plan.fdr:.0%})",
@@ -208,7 +210,8 @@ def _map_cells(case: Case, maps: ClassMaps, plan: Plan, scale: float) -> list[di
             # A few pixels have gradients far above all others, which would leave the rest colourless.
             high = float(values.double().quantile(0.995))
             shown = overlay(values, case.picture, scale=high or None, sign="positive")
-            cells.append(_cell(f"{label} of “{name}”", f"{label} of {name}, {case.name}", shown))
+            empty = "" if values.any() else "zero everywhere"
+            cells.append(_cell(f"{label} of “{name}”", f"{label} of {name}, {case.name}", shown, caption=empty))
     return cells
 
 

@@ -248,7 +248,7 @@ def _draw_outlines(axes: Any, significant: Tensor | None, values: Pixels) -> Non
         raise InputError(expected("significant", f"of the map's size {values.shape}", tuple(significant.shape)))
     lines = list(outlines(significant))
     # A light line under a dark one is seen on any photograph.
-    for color, thickness in (("white", 2.4), ("#111111", 1.1)):
+    for color, thickness in (("white", 2.8), ("#111111", 1.4)):
         axes.add_collection(LineCollection(lines, colors=color, linewidths=thickness, capstyle="projecting"))
     height, breadth = values.shape
     axes.set_xlim(-0.5, breadth - 0.5)
