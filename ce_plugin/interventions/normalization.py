@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Union
 
 import torch
@@ -25,7 +27,7 @@ class Normalization:
         std: likewise; positive.
 
     Raises:
-        ArgumentError: std is not positive, or the two have different lengths.
+        ArgumentError: std is not positive, a number is not finite, or the two have different lengths.
 
     Example:
         >>> n = Normalization(127.0, 128.0)
@@ -40,7 +42,12 @@ class Normalization:
 
     def __init__(self, mean: Numbers = 0.0, std: Numbers = 1.0) -> None:
         for name, value in (("mean", mean), ("std", std)):
-            numbers = [float(value)] if isinstance(value, (int, float)) else [float(v) for v in value]
+            try:
+                numbers = [float(value)] if isinstance(value, Real) else [float(v) for v in value]  # type: ignore[union-attr]
+            except (TypeError, ValueError):
+                numbers = []
+            if not numbers or not all(map(math.isfinite, numbers)):
+                raise ArgumentError(expected("normalization", "a pair (mean, std) of finite numbers", (mean, std)))
             object.__setattr__(self, name, tuple(numbers))
         if min(self.std) <= 0:
             raise ArgumentError(expected("normalization", "a pair (mean, std) with positive std", (mean, std)))
