@@ -35,9 +35,7 @@ class Baseline(Intervention):
         value = self.baselines[context.position]
         if not isinstance(value, Tensor):
             return torch.full_like(clean, float(value))
-        if value.dim() == clean.dim() and len(value) == len(context.ids) != len(clean):
-            raise InputError(expected("baselines", f"{len(clean)} rows or 1", f"{len(value)} rows"))
-        return value.detach().to(clean).expand_as(clean)
+        return context.own(value.detach(), clean).to(clean).expand_as(clean)
 
     def __repr__(self) -> str:
         shown = (f"tensor{tuple(b.shape)}" if isinstance(b, Tensor) else repr(b) for b in self.baselines)

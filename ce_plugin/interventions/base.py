@@ -29,6 +29,7 @@ class Context:
         position: which tensor of a tuple of inputs this is.
         variant: which of the intervention's alternative values is wanted, in ``range(n_variants)``.
         mask: for interventions with ``per_trial``: what this trial sets, broadcastable to the clean value.
+        rows: place of each example in the batch that the user passed, (N,); None where all of it is asked for.
     """
 
     ids: tuple[int, ...]
@@ -37,6 +38,7 @@ class Context:
     position: int = 0
     variant: int = 0
     mask: Tensor | None = None
+    rows: tuple[int, ...] | None = None
 
     def generator(self, example: int, stream: str) -> torch.Generator:
         """A fresh CPU generator for one example: the same numbers whatever was drawn before."""
@@ -46,7 +48,14 @@ class Context:
         """The context of some of the examples."""
         index = range(len(self.ids))[examples] if isinstance(examples, slice) else examples
         target = None if self.target is None else self.target[list(index)]
-        return replace(self, ids=tuple(self.ids[i] for i in index), target=target)
+        rows = index if self.rows is None else [self.rows[i] for i in index]
+        return replace(self, ids=tuple(self.ids[i] for i in index), target=target, rows=tuple(rows))
+
+    def own(self, values: Tensor, clean: Tensor) -> Tensor:
+        """The rows of these examples, where ``values`` has one for each example of the user's batch."""
+        if self.rows is None or values.dim() != clean.dim() or len(values) == 1:
+            return values
+        return values[[row for row in self.rows if row < len(values)]]
 
 
 class Intervention(Perturbation):  # type: ignore[misc]

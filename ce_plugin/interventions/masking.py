@@ -104,7 +104,7 @@ class PixelMask(Intervention):
         fill = self.fills[context.variant]
         if self.region is not None and context.mask is not None:
             # What lies outside the region is no hole, whatever the trial says.
-            context = replace(context, mask=context.mask & _region_mask(self.region, clean))
+            context = replace(context, mask=context.mask & self._region_mask(clean, context))
         with torch.no_grad():
             filled = self.normalization.to_model(self._fill(fill, self.normalization.to_image(clean), context))
         try:
@@ -114,11 +114,15 @@ class PixelMask(Intervention):
             raise ArgumentError(expected("fill", wanted, f"shape {tuple(filled.shape)}")) from error
         if self.region is None:
             return filled
-        return torch.where(_region_mask(self.region, clean), filled, clean)
+        return torch.where(self._region_mask(clean, context), filled, clean)
+
+    def _region_mask(self, clean: Tensor, context: Context) -> Tensor:
+        region = self.region
+        return _as_mask(context.own(region, clean) if isinstance(region, Tensor) else region, clean)
 
     def _fill(self, fill: Fill, image: Tensor, context: Context) -> Tensor:
         if isinstance(fill, Tensor):
-            return fill.detach().to(image)
+            return context.own(fill.detach(), image).to(image)
         if isinstance(fill, (int, float)):
             return torch.full_like(image, fill)
         if callable(fill):
@@ -239,13 +243,15 @@ def _checked_region(region: Region | None) -> Region | None:
     return (left, top, right, bottom)
 
 
-def _region_mask(region: Region, clean: Tensor) -> Tensor:
+def _as_mask(region: Region | None, clean: Tensor) -> Tensor:
     if isinstance(region, Tensor):
         try:
             return region.to(clean.device).expand_as(clean)
         except RuntimeError as error:
             wanted = f"a mask that broadcasts to the input's shape {tuple(clean.shape)}"
             raise UnitError(expected("region", wanted, f"shape {tuple(region.shape)}")) from error
+    if region is None:
+        return torch.ones_like(clean, dtype=torch.bool)
     left, top, right, bottom = region
     if clean.dim() < 3 or left < 0 or top < 0 or right > clean.shape[-1] or bottom > clean.shape[-2]:
         raise UnitError(expected("region", f"a box inside the input's shape {tuple(clean.shape)}", region))

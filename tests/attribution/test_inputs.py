@@ -59,10 +59,12 @@ def test_baselines_keep_model_units_and_types() -> None:
     assert torch.equal(as_baseline(None, (x,)).values(x, contexts[0]), torch.zeros_like(x))
 
 
-def test_baselines_of_each_examples_own_follow_their_example() -> None:
-    """The runner asks for the values of some of the examples only."""
+@pytest.mark.parametrize("bytes_", [1, 1 << 20])
+def test_baselines_of_each_examples_own_follow_their_example(bytes_: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runner asks for the values of as many examples together as fit into memory."""
     from ce_plugin import CausalEffect
 
+    monkeypatch.setattr("ce_plugin.trials.values._BYTES", bytes_)
     x, baselines = torch.rand(5, 4, dtype=torch.float64), torch.rand(5, 4, dtype=torch.float64)
     weight = torch.rand(4, dtype=torch.float64)
     wanted = (x - baselines) * weight

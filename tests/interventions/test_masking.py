@@ -19,6 +19,21 @@ from ce_plugin.interventions.base import Intervention
 SHAPE = (2, 3, 8, 6)
 
 
+def painted(images: Tensor, masks: Tensor) -> Tensor:
+    """An in-painter: the area of the hole."""
+    return images * 0 + masks.flatten(1).sum(1).to(images).reshape(-1, 1, 1, 1)
+
+
+def total() -> nn.Module:
+    """A network whose output is the sum over the image."""
+
+    class Total(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1).sum(1, keepdim=True)
+
+    return Total()
+
+
 def images(dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.rand(SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
 
@@ -94,6 +109,25 @@ def test_outside_of_a_region_nothing_changes() -> None:
     assert torch.equal(PixelMask("zero", region=per_example)(x)[0], box[0])
 
 
+@pytest.mark.parametrize("bytes_", [1, 1000, 1 << 20])
+@pytest.mark.parametrize("fill", ["zero", painted, torch.arange(5.0).reshape(5, 1, 1, 1)])
+def test_fills_and_regions_of_each_examples_own_follow_their_example(
+    fill: object, bytes_: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever examples the runner asks for together."""
+    monkeypatch.setattr("ce_plugin.trials.values._BYTES", bytes_)
+    x = 1 + torch.rand(5, 1, 2, 2, dtype=torch.float64)
+    region = torch.rand(5, 1, 2, 2, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask = PixelMask(fill, region=region)  # type: ignore[arg-type]
+    for design in (OneAtATime(), RandomMask(0.5, 30)):
+        whole = CausalEffect(total(), mask, design, outcome=None).estimate(x, perturbations_per_eval=2)
+        for i in range(5):
+            one = fill[i : i + 1] if isinstance(fill, Tensor) else fill
+            alone = PixelMask(one, region=region[i : i + 1])  # type: ignore[arg-type]
+            single = CausalEffect(total(), alone, design, outcome=None).estimate(x[i : i + 1])
+            assert torch.allclose(single.effect[0], whole.effect[i], atol=1e-9)
+
+
 def test_a_region_makes_units_outside_of_it_harmless() -> None:
     net, x = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).double(), torch.rand(1, 1, 4, 4, dtype=torch.float64)
     estimate = CausalEffect(net, PixelMask("zero", region=(0, 0, 2, 4)), OneAtATime(), outcome="logit").estimate(x)
@@ -115,16 +149,6 @@ class Recorder:
         self.holes += list(masks)
         area = masks.flatten(1).sum(1).to(images).reshape(-1, 1, 1, 1)
         return images * 0 + area
-
-
-def total() -> nn.Module:
-    """A network whose output is the sum over the image."""
-
-    class Total(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.flatten(1).sum(1, keepdim=True)
-
-    return Total()
 
 
 @pytest.mark.parametrize("per_eval", [None, 1, 3])
