@@ -56,7 +56,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         text=True,
         cwd=ROOT,
         env={**os.environ, **environment},
-        timeout=300,
+        timeout=900,
         check=False,
     )
 
@@ -198,7 +198,7 @@ def test_quick_start_runs_as_written(tmp_path: Path) -> None:
         text=True,
         cwd=tmp_path,
         env={**os.environ, "MPLBACKEND": "Agg"},
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
