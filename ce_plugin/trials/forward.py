@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.futures import Future
 
 from ce_plugin._art import is_art_classifier, unwrap
-from ce_plugin.errors import ModelError, expected
+from ce_plugin.errors import ArgumentError, ModelError, expected
 from ce_plugin.guard import modules_of
 from ce_plugin.trials.batching import learned
 
@@ -27,6 +27,10 @@ class Forward:
         output: which part of the output is explained: a key of a dict or ModelOutput, an index of a tuple, a
             callable on the output, or a list of keys (several heads). None takes a tensor as it is and all tensors of
             a dict as heads.
+
+    Raises:
+        ModelError: ``forward_func`` cannot be called.
+        ArgumentError: ``output`` is none of these.
 
     Attributes:
         modules: the networks that were found in ``forward_func``.
@@ -48,6 +52,7 @@ class Forward:
             forward_func, self.clip_values = unwrap(forward_func)
         if not callable(forward_func):
             raise ModelError(expected("forward_func", "a callable or an ART classifier", type(forward_func).__name__))
+        _check_selector(output)
         self.forward_func = forward_func
         self.output = output
         self.modules = modules_of(forward_func)
@@ -73,7 +78,8 @@ class Forward:
             return {key: _tensor(self._part(output, key)) for key in self.output}
         if isinstance(output, Mapping):
             heads = {str(key): value for key, value in output.items() if isinstance(value, Tensor)}
-            return heads if len(heads) != 1 else {"": next(iter(heads.values()))}
+            if heads:
+                return heads if len(heads) > 1 else {"": next(iter(heads.values()))}
         return {"": _tensor(output)}
 
     @staticmethod
@@ -83,6 +89,13 @@ class Forward:
         except (KeyError, IndexError, TypeError) as error:
             have = list(output) if isinstance(output, Mapping) else type(output).__name__
             raise ModelError(expected("output", f"a part of what the model returns ({have})", repr(key))) from error
+
+
+def _check_selector(output: object) -> None:
+    several = isinstance(output, (list, tuple)) and output and all(isinstance(key, str) for key in output)
+    if not (several or output is None or callable(output) or isinstance(output, (str, int))):
+        wanted = "None, a key, an index, a callable, or a list of keys"
+        raise ArgumentError(expected("output", wanted, repr(output)))
 
 
 def _tensor(value: object) -> Tensor:
