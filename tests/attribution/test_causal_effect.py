@@ -19,7 +19,7 @@ from ce_plugin import CausalEffect, Estimate
 from ce_plugin.designs import Design, Joint, LeaveOneIn, OneAtATime, RandomMask, RandomRegions
 from ce_plugin.effects import resolve_outcome
 from ce_plugin.errors import ArgumentError, InferenceError, NormalizationWarning, TargetError
-from ce_plugin.interventions import PixelMask
+from ce_plugin.interventions import Adversarial, PixelMask
 
 DOUBLE = torch.float64
 OUTCOMES = ["probability", "sigmoid", "logit", "log_odds", "margin", "prediction_weighted", None]
@@ -744,3 +744,35 @@ def test_defaults_run_on_everything() -> None:
     for net, x in cases:
         assert CausalEffect(net).attribute(x).shape == x.shape
         assert CausalEffect(net).estimate(x).effect.shape[2] == 3
+
+
+def test_which_pixels_carry_an_attack() -> None:
+    """F_j: the value that do sets is the attacked pixel; the answer is brute force over pictures that mix both."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)).train()
+    x = torch.rand(3, 1, 4, 4)
+    attack = Adversarial.fgsm(net, eps=0.2)
+    attacked = attack(x)
+    explainer = CausalEffect(net, attack, OneAtATime(), outcome="log_odds")
+    found = explainer.estimate(x, feature_mask=QUARTERS)
+    measure = resolve_outcome("log_odds")
+    with torch.no_grad():
+        reference = measure(net(x), net(x))
+        for unit in range(4):
+            outcome = measure(net(torch.where(QUARTERS.eq(unit), attacked, x)), net(x))
+            assert torch.allclose(found.effect[:, unit], outcome - reference, atol=1e-4)
+    single = explainer.estimate(x[2:], feature_mask=QUARTERS)
+    assert torch.allclose(single.effect[0], found.effect[2], atol=1e-4)
+    assert net.training
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+    cost = explainer.estimate_cost(x, feature_mask=QUARTERS)
+    assert cost.trials == 12
+    assert cost.forward_passes == 12 + 3 * (1 + attack.forward_equivalents)
+    random = CausalEffect(net, attack, RandomMask(0.5, 200), outcome="log_odds").estimate(x, until=1e-9)
+    assert torch.isfinite(random.effect).all()
+
+
+def test_baselines_do_not_go_with_an_attack() -> None:
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), torch.rand(1, 1, 4, 4)
+    with pytest.raises(ArgumentError, match=r"`baselines` to be None with .*Baselines replace the fill of a mask"):
+        CausalEffect(net, Adversarial.fgsm(net, eps=0.1)).attribute(x, 0.0)
