@@ -57,6 +57,11 @@ class Evidence:
                 raise UnitError(expected("units", wanted, repr(self.units))) from error
             object.__setattr__(self, "units", chosen)
 
+    def __repr__(self) -> str:
+        units = "" if self.units == "all" else f", units={self.units!r}"
+        site = "" if repr(self.site) == "InputSite()" else f", site={self.site!r}"
+        return f"Evidence({self.intervention!r}{site}{units})"
+
     @property
     def is_random(self) -> bool:
         """Whether the units are drawn."""

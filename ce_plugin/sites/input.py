@@ -43,6 +43,12 @@ class InputSite:
     strides: Strides = None
     cells: int = 14
 
+    def __repr__(self) -> str:
+        given: list[tuple[str, object]] = [("feature_mask", self.feature_mask)]
+        given += [("sliding_window_shapes", self.sliding_window_shapes)]
+        given += [("strides", self.strides), ("cells", None if self.cells == 14 else self.cells)]
+        return f"InputSite({', '.join(f'{name}={_shown(value)}' for name, value in given if value is not None)})"
+
     def is_grid(self, inputs: tuple[Tensor, ...]) -> bool:
         """Whether the units are the cells of a grid: one tensor of images (N, C, H, W), no mask and no windows."""
         plain = self.feature_mask is None and self.sliding_window_shapes is None
@@ -107,6 +113,13 @@ def _window_units(inputs: tuple[Tensor, ...], windows: Windows, strides: Strides
         all_windows.append(sizes)
         all_strides.append(stride)
     return WindowUnits(inputs, tuple(all_windows), tuple(all_strides))
+
+
+def _shown(value: object) -> str:
+    """A tensor by its shape: what an estimate notes about its evidence must stay readable."""
+    if isinstance(value, Tensor):
+        return f"tensor{tuple(value.shape)}"
+    return f"({', '.join(map(_shown, value))})" if isinstance(value, tuple) else repr(value)
 
 
 def _whole(name: str, numbers: Sequence[int]) -> tuple[int, ...]:

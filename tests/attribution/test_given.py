@@ -234,6 +234,18 @@ def test_units_of_evidence(units: Any) -> None:
         Evidence(PixelMask("zero"), units=units)
 
 
+def test_evidence_is_noted_in_one_line() -> None:
+    assert repr(Evidence(PixelMask("mean"))) == "Evidence(PixelMask('mean'))"
+    site = InputSite(torch.zeros(1, 1, 4, 4))
+    assert repr(Evidence(PixelMask(0.5), site, [0])) == (
+        "Evidence(PixelMask(0.5), site=InputSite(feature_mask=tensor(1, 1, 4, 4)), units=(0,))"
+    )
+    windows = InputSite(sliding_window_shapes=(1, 2, 2), strides=2)
+    assert repr(windows) == "InputSite(sliding_window_shapes=(1, 2, 2), strides=2)"
+    random = Evidence(PixelMask("zero"), units=RandomMask(0.5, 4))
+    assert explainer().estimate(inputs(), given=random).evidence == repr(random)
+
+
 def test_evidence_needs_an_intervention() -> None:
     with pytest.raises(ArgumentError, match="argument `intervention` to be an Intervention, but got str"):
         Evidence("zero")  # type: ignore[arg-type]
