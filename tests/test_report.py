@@ -282,6 +282,29 @@ def test_the_page_stands_alone_and_says_what_was_found(net: VisionModel, photogr
     )
 
 
+def test_an_attack_on_few_values_says_how_many(net: VisionModel) -> None:
+    # Enough pixels that a few are less than a hundredth.
+    photograph = torch.full((1, 3, 40, 40), 0.5)
+    photograph[:, :, :20, 20:] = 0.51
+    plan = _plan(attacks=("jsma",), jsma_pairs=2)
+    page = render([study(net, photograph, "p", plan)], model="m", plan=plan, experiment="e", manifest=_manifest(net))
+    found = re.search(r"(\d) of 4,800 values changed; times 0.5, on gray, pixels drawn 3 × 3", page)
+    assert found is not None
+    assert 1 <= int(found.group(1)) <= 4
+    assert "JSMA in at most 4 values" in page
+
+
+def test_an_attack_that_destroys_photographs_is_said_to(net: VisionModel, photograph: Tensor) -> None:
+    pages = []
+    for eps in (8 / 255, 0.3):
+        plan = _plan(attacks=("fgsm",), eps=eps)
+        made = [study(net, photograph, "p", plan)]
+        pages.append(render(made, model="m", plan=plan, experiment="e", manifest=_manifest(net)))
+    assert "by at most 8/255 of the range" in pages[0]
+    assert "damaged for the eye" not in pages[0]
+    assert "damaged for the eye" in pages[1]
+
+
 def test_the_page_of_a_random_design_names_its_error_rate(net: VisionModel, photograph: Tensor) -> None:
     plan = _plan(design=RandomMask(0.3, n_trials=40), fdr=0.1)
     page = render([study(net, photograph, "p", plan)], model="m", plan=plan, experiment="e", manifest=_manifest(net))

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 from ce_plugin.errors import FileError, expected
 from ce_plugin.report.findings import OUTCOMES, Answer, Case, ClassMaps, Plan, Study, share
@@ -185,8 +187,7 @@ def _cells(case: Case, plan: Plan) -> list[dict[str, Any]]:
     seen = _cell(title, f"{case.name} picture", case.picture, top=[_top(answer) for answer in case.top])
     rows = [[seen, *_map_cells(case, case.maps[0], plan, scale)]]
     if case.perturbation is not None:
-        shown, factor = magnify(case.perturbation)
-        caption = f"shown {factor:g} times as large, on gray" if case.perturbation.any() else "nothing was changed"
+        shown, caption = _visible(case.perturbation)
         rows.append([_cell("What the attack changed", f"perturbation of {case.name}", shown, caption=caption)])
         if len(case.maps) > 1:
             rows[1] += _map_cells(case, case.maps[1], plan, scale)
@@ -194,6 +195,23 @@ def _cells(case: Case, plan: Plan) -> list[dict[str, Any]]:
             words = f"The answer is still “{case.top[0].name}”, so there is no second answer to explain."
             rows[1].append({"text": words})
     return [cell for row in rows for cell in row]
+
+
+def _visible(perturbation: Tensor) -> tuple[Tensor, str]:
+    """A perturbation for the eye, and what was done to make it visible."""
+    changed = perturbation.abs() > 1e-5
+    if not changed.any():
+        return magnify(perturbation)[0], "nothing was changed"
+    if float(changed.any(dim=0).float().mean()) > 0.01:
+        shown, factor = magnify(perturbation)
+        return shown, f"shown {factor:g} times as large, on gray"
+    # Single pixels are lost when the page is scaled: each is drawn three times as wide and high.
+    up, down = max_pool2d(perturbation, 3, 1, 1), -max_pool2d(-perturbation, 3, 1, 1)
+    shown, factor = magnify(torch.where(up > -down, up, down))
+    return (
+        shown,
+        f"{int(changed.sum())} of {changed.numel():,} values changed; times {factor:g}, on gray, pixels drawn 3 × 3",
+    )
 
 
 def _map_cells(case: Case, maps: ClassMaps, plan: Plan, scale: float) -> list[dict[str, Any]]:
