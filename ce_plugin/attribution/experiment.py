@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,16 +109,10 @@ class Experiment:
         seconds = time.perf_counter() - started
         return {name: self._estimate([draw[name] for draw in draws], seconds) for name in draws[0]}
 
-    @contextmanager
-    def _guard(self) -> Iterator[None]:
-        """Everything that may hold a network is left as it was; the weights that autocast holds are let go."""
+    def _guard(self) -> AbstractContextManager[None]:
+        """Everything that may hold a network is left as it was."""
         sources = [self.intervention, *(evidence.intervention for evidence in self.evidences)]
-        try:
-            with state_guard(self.forward.forward_func, *self.forward.modules, *sources, self.outcome.function):
-                yield
-        finally:
-            # Cast in inference mode they have no gradient, which a training step in the same context would miss.
-            torch.clear_autocast_cache()
+        return state_guard(self.forward.forward_func, *self.forward.modules, *sources, self.outcome.function)
 
     @property
     def _checks_first(self) -> bool:

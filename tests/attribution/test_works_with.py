@@ -134,7 +134,7 @@ def test_autocast_and_a_training_step_in_the_same_context() -> None:
     net, x = convolutional().eval(), photographs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = ours(net).attribute(x, target=1, feature_mask=cells())
-        # Weights that autocast cast in inference mode must not be met here: they have no gradient.
+        # Weights cast in inference mode have no gradient: a training step must not meet them in autocast's cache.
         net(x).sum().backward()
     assert all(parameter.grad is not None for parameter in net.parameters())
     assert torch.allclose(found.float(), theirs(net, x), atol=0.05)
