@@ -239,3 +239,13 @@ def test_version_and_module_form() -> None:
     from ce_plugin import __version__
 
     assert shown.stdout.strip() == f"ce-plugin {__version__}"
+
+
+def test_unknown_layer_is_told_with_the_nearest(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "one.png", *FULL, "--layer", "00"]) == 1
+    assert "`layer`" in capsys.readouterr().err
+    assert not (folder / "ce-plugin-report").exists()
+
+
+def test_layer_of_grad_cam(folder: Path) -> None:
+    assert main(["explain", "one.png", *FULL, "--layer", "0"]) == 0

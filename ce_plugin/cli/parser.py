@@ -113,6 +113,11 @@ def _question_options(group: argparse._ArgumentGroup) -> None:
         "--target", metavar="CLASS", help="name or index of the class to explain; default: the network's own answer"
     )
     group.add_argument(
+        "--layer",
+        metavar="NAME",
+        help="dotted name of the layer at which Grad-CAM looks; default: the last convolution",
+    )
+    group.add_argument(
         "--attack",
         action="append",
         choices=("none", "fgsm", "bim", "pgd", "jsma"),

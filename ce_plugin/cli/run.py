@@ -27,6 +27,7 @@ from ce_plugin.report import (
     build_manifest,
     check_out,
     file_sha256,
+    named_layer,
     save_report,
     study,
     tensor_sha256,
@@ -67,7 +68,14 @@ def _demo(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     net = efficientnet_lite0()
     photographs = sample_photographs()
     settings = argparse.Namespace(
-        **vars(arguments), design="regions", mask_share=None, fill="mixed", grid=None, outcome="log_odds", eps=8 / 255
+        **vars(arguments),
+        design="regions",
+        mask_share=None,
+        fill="mixed",
+        grid=None,
+        outcome="log_odds",
+        eps=8 / 255,
+        layer=None,
     )
     plan = _plan(net, settings, ATTACKS)
     prints = {name: {"sha256_of_pixels": tensor_sha256(image)} for name, image in photographs.items()}
@@ -143,6 +151,8 @@ def _run(
 
 
 def _plan(net: VisionModel, arguments: argparse.Namespace, attacks: tuple[str, ...]) -> Plan:
+    if arguments.layer is not None:
+        named_layer(net.model, arguments.layer)  # an unknown name is told before any photograph is explained
     design = _design(arguments)
     cells = arguments.grid or (10 if isinstance(design, RandomMask) else 14)
     if isinstance(design, RandomRegions) and cells != 14:
@@ -157,6 +167,7 @@ def _plan(net: VisionModel, arguments: argparse.Namespace, attacks: tuple[str, .
         cells=cells,
         outcome=arguments.outcome,
         seed=arguments.seed,
+        layer=arguments.layer,
     )
 
 

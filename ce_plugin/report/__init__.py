@@ -4,7 +4,7 @@ from ce_plugin.report.experiment import study
 from ce_plugin.report.findings import ATTACKS, OUTCOMES, Answer, Case, ClassMaps, Plan, Study
 from ce_plugin.report.manifest import build_manifest, file_sha256, state_sha256, tensor_sha256
 from ce_plugin.report.page import check_out, render, save_report
-from ce_plugin.report.peers import grad_cam, last_conv_layer, saliency
+from ce_plugin.report.peers import grad_cam, last_conv_layer, named_layer, saliency
 
 __all__ = [
     "ATTACKS",
@@ -19,6 +19,7 @@ __all__ = [
     "file_sha256",
     "grad_cam",
     "last_conv_layer",
+    "named_layer",
     "render",
     "saliency",
     "save_report",

@@ -17,7 +17,7 @@ from ce_plugin.errors import InputError, ModelError, TargetError, expected
 from ce_plugin.interventions.adversarial import Adversarial
 from ce_plugin.models import VisionModel
 from ce_plugin.report.findings import Answer, Case, ClassMaps, Plan, Study, share
-from ce_plugin.report.peers import grad_cam, last_conv_layer, saliency
+from ce_plugin.report.peers import grad_cam, last_conv_layer, named_layer, saliency
 from ce_plugin.sites import InputSite, patch_grid
 
 __all__ = ["study"]
@@ -75,13 +75,14 @@ def study(
         InputError: not one photograph.
         ModelError: the network does not return (N, C) with at least two classes.
         TargetError: there is no such class.
+        UnknownNameError: there is no layer of the plan's name.
     """
     plan = plan or Plan()
     tell = progress or (lambda words: None)
     if inputs.dim() != 4 or len(inputs) != 1:
         raise InputError(expected("inputs", "one photograph, (1, C, H, W)", tuple(inputs.shape)))
+    layer = named_layer(net.model, plan.layer) if plan.layer else last_conv_layer(net.model, inputs)
     explained = _explained_class(net, inputs, target)
-    layer = last_conv_layer(net.model, inputs)
     cases = []
     for evidence in ("clean", *plan.attacks):
         meter = _Meter(net.model)

@@ -42,6 +42,7 @@ class Plan:
         fdr: false discovery rate of the outlined patches.
         seed: of everything random.
         perturbations_per_eval: trials per forward pass; None means automatic.
+        layer: dotted name of Grad-CAM's layer; None means the last convolution.
 
     Raises:
         UnknownNameError: an attack or outcome of another name.
@@ -63,6 +64,7 @@ class Plan:
     fdr: float = 0.05
     seed: int = 0
     perturbations_per_eval: int | None = None
+    layer: str | None = None
 
     def __post_init__(self) -> None:
         for attack in self.attacks:

@@ -6,9 +6,10 @@ import torch
 from captum.attr import LayerAttribution, LayerGradCam, Saliency
 from torch import Tensor, nn
 
+from ce_plugin.errors import unknown_name
 from ce_plugin.guard import state_guard
 
-__all__ = ["grad_cam", "last_conv_layer", "saliency"]
+__all__ = ["grad_cam", "last_conv_layer", "named_layer", "saliency"]
 
 
 def last_conv_layer(model: nn.Module, inputs: Tensor) -> tuple[str, nn.Module] | None:
@@ -45,6 +46,22 @@ def last_conv_layer(model: nn.Module, inputs: Tensor) -> tuple[str, nn.Module] |
     if not planes or (planes[-1][0] == 0 and len(seen) > 4):
         return None
     return planes[-1][1], planes[-1][2]
+
+
+def named_layer(model: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """The layer of this dotted name, with its name.
+
+    Raises:
+        UnknownNameError: there is none; the nearest names are given.
+
+    Example:
+        >>> named_layer(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), "0")
+        ('0', Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1)))
+    """
+    layers = {key: module for key, module in model.named_modules() if key}
+    if name not in layers:
+        raise unknown_name("layer", name, layers)
+    return name, layers[name]
 
 
 def grad_cam(model: nn.Module, layer: nn.Module, inputs: Tensor, target: int) -> Tensor:
