@@ -127,7 +127,7 @@ class Experiment:
 
     def _check_target(self, heads: dict[str, Tensor]) -> None:
         """Errors of the target and the outcome, from the outputs of one example."""
-        every = {name: head.expand(self.n, *head.shape[1:]) for name, head in heads.items()}
+        every = {name: head.repeat_interleave(self.n, 0) for name, head in heads.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again, with the outputs under evidence
             self._measured(every)

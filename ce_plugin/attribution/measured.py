@@ -48,7 +48,8 @@ class Measured:
                 )
             check_outcome(outcome, head)
             self.predicted[name] = head.argmax(1) if head.dim() == 2 and head.shape[1] > 1 else None
-            own = outcome(head, head)
+            # Copies, because a user's outcome may write to what it is given.
+            own = outcome(head.clone(), head.clone())
             self.targets[name] = self._target(name, head, own, target, predicted_only)
             self.class_shapes[name] = () if self.targets[name] is not None else tuple(own.shape[1:])
             self.reference[name] = self._kept(name, own, torch.arange(len(head), device=head.device))

@@ -327,6 +327,12 @@ def test_outcomes_of_ones_own() -> None:
     assert torch.allclose(own.reference, raw.reference, atol=1e-12)
     assert own.outcome == "twice"
 
+    def in_place(output: Tensor, reference: Tensor) -> Tensor:
+        return output.mul_(2).sub_(reference)
+
+    careless = CausalEffect(net, PixelMask("zero"), OneAtATime(), outcome=in_place).estimate(x)
+    assert torch.allclose(careless.effect, own.effect, atol=1e-12)
+
     def distance(output: Tensor, reference: Tensor) -> Tensor:
         return (output - reference).square().sum(1)
 
