@@ -48,7 +48,7 @@ class Estimate:
         n_trials: trials of each example, the largest number where ``until=`` ended them at different ones.
         unit_labels: U names, or one list of names per example.
         outcome, design, intervention, evidence: what was done, as text.
-        seed: seed of the design.
+        seed: of random fills and attacks; the design's own is in ``design``.
         predicted: (N,), predicted class, where the model returns classes.
         cost: forward passes of one example that were spent.
         settings: what else reproduces the run, JSON-able.
@@ -109,7 +109,7 @@ class Estimate:
 
     @property
     def saturated(self) -> Tensor:
-        """Where a probability is above 0.99 or below 0.01 with all units idle, (N, C): intervals cover too little."""
+        """Where a probability is above 0.99 or below 0.01 with all units idle, (N, C): few trials carry what varies."""
         if self.outcome not in ("probability", "sigmoid"):
             return torch.zeros_like(self.reference, dtype=torch.bool)
         return (self.reference > 0.99) | (self.reference < 0.01)
