@@ -145,8 +145,8 @@ def adjusted(
     and coefficients follow from the full fit (hat matrix), which is solved in its smaller form (T x T or U x U).
 
     The penalty is ``ridge * U p (1 - p)``: with independent effects of equal variance this is the best one where main
-    effects explain 1 / (1 + ridge) of the outcome's variance, whatever its scale; 1/4, four fifths, had the smallest
-    errors over planted networks with interactions (``benchmarks/coverage.py``, table of penalties).
+    effects explain 1 / (1 + ridge) of the outcome's variance, whatever its scale. The default of 1/4, four fifths, is a
+    compromise: less wins on nearly linear networks, more where interactions are strong and trials few.
 
     The t quantiles have the degrees of freedom of the smaller of the unit's two arms (p T - 1 for p below 1/2), or
     fewer where the scores are skewed or have heavy tails, so that few trials carry the effect.
