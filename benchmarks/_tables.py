@@ -34,7 +34,7 @@ def report_data(plan: list[tuple[str, dict[str, Any]]], scores: dict[str, Any]) 
     summary = {
         name: {
             "settings": settings,
-            **{reference: float(table[:, i, k].mean()) for k, reference in enumerate(REFERENCES)},
+            "by_reference": {reference: float(table[:, i, k].mean()) for k, reference in enumerate(REFERENCES)},
             "mean": float(mean[:, i].mean()),
             "interval": interval(mean[:, i]),
         }
@@ -104,18 +104,18 @@ def report_text(data: dict[str, Any]) -> str:
     lines = [
         "## Faithfulness: insertion minus deletion",
         "",
-        f"EfficientNet-lite0, {data['images']} of the {data['of']} ImageNet photographs whose class index is a multiple"
-        f" of ten (in a seeded random order), the predicted class, {data['steps']} steps, references: blurred",
-        "(sigma 10 pixels), channel mean, black. Larger is better. At most 400 forward passes per map, a backward pass",
-        "counting two. Defaults of CausalEffect and settings of the peers were chosen on other images (index not a",
-        "multiple of ten). Intervals: 95 % percentile bootstrap over images.",
+        f"EfficientNet-lite0, {_count(data)} ImageNet photographs whose class index is a multiple of ten,",
+        f"the predicted class, {data['steps']} steps. References: blurred (sigma 10 pixels), channel mean, black.",
+        "Larger is better. At most 400 forward passes per map, a backward pass counting two. Defaults of CausalEffect",
+        "and settings of the peers were chosen on other images (index not a multiple of ten; see",
+        "faithfulness_choosing.md). Intervals: 95 % percentile bootstrap over images.",
         "",
-        "| method | blur | mean | zero | mean of the three | 95 % interval | passes | settings |",
+        "| method | blur | channel mean | black | mean of the three | 95 % interval | passes | settings |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in sorted(summary, key=lambda key: -summary[key]["mean"]):
         row = summary[name]
-        three = " | ".join(f"{row[reference]:.3f}" for reference in REFERENCES)
+        three = " | ".join(f"{row['by_reference'][reference]:.3f}" for reference in REFERENCES)
         lines.append(
             f"| {name} | {three} | **{row['mean']:.3f}** | {bounds(row['interval'])} | {data['passes'][name]} "
             f"| {written(row['settings'])} |"
@@ -127,6 +127,13 @@ def report_text(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _count(data: dict[str, Any]) -> str:
+    """The images that there was time for are the first in a random order, so that they stand for all."""
+    if data["images"] == data["of"]:
+        return f"all {data['of']}"
+    return f"the first {data['images']} (in a seeded random order) of the {data['of']}"
+
+
 def _ratio(gap: dict[str, Any]) -> str:
     low_high = gap["ratio_interval"]
     return f" ({low_high[0]:.2f} to {low_high[1]:.2f})" if low_high else ""
@@ -134,7 +141,7 @@ def _ratio(gap: dict[str, Any]) -> str:
 
 def _paired(data: dict[str, Any]) -> list[str]:
     lines = [
-        "| default minus | difference | 95 % interval | blur | mean | zero | wins |",
+        "| default minus | difference | 95 % interval | blur | channel mean | black | wins |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, gap in sorted(data["paired"].items(), key=lambda item: item[1]["difference"]):
@@ -155,8 +162,9 @@ def _precision(data: dict[str, Any]) -> list[str]:
         lines += [
             f"On {same['images']} of the images everything was repeated in float32 by torch: scores per image and"
             f" method differ by {same['mean_absolute']:.4f} on average and {same['largest']:.4f} at most",
-            "(mean over the references); means over these images, bf16 minus float32: "
-            + ", ".join(f"{name} {gap:+.4f}" for name, gap in same["mean_by_method"].items())
+            f"(mean over the references); the predicted class differs on {same['other_class']} of them. Mean scores"
+            " over these images in float32 and, in brackets, what bf16 adds: "
+            + ", ".join(f"{name} {mean:.3f} ({gap:+.4f})" for name, (mean, gap) in same["by_method"].items())
             + ".",
         ]
     else:
@@ -172,6 +180,6 @@ def _remarks() -> list[str]:
         "pixels and says nothing about the size of an effect, or about the coverage of its interval.",
         "Occlusion ran through Captum; our CausalEffect with OneAtATime and the same windows gives the same numbers.",
         "AblationCAM and ScoreCAM use the 320 channels of the last block, which are not behind a ReLU, since the 1,280",
-        "of the last convolution would take more than 400 passes; AblationCAM's passes are counted in full although the",
-        "part of the network before the channels was run once.",
+        "of the last convolution would take more than 400 passes; AblationCAM's passes are counted in full although",
+        "the part of the network before the channels was run once.",
     ]

@@ -185,27 +185,32 @@ def report(options: argparse.Namespace) -> None:
     scores = study_all(files, plan, REPORT_STEPS, options)
     data = report_data(plan, scores)
     data["passes"] = {name: passes_of(name, settings) for name, settings in plan}
-    places = {name: stored(Path(name), plan, "torch", REPORT_STEPS, options.cache) for name in scores}
-    exact = {name: np.load(place)["scores"] for name, place in places.items() if place.exists()}
-    data["agreement"] = _agreement(exact, data["scores"]) if options.engine != "torch" else {}
+    if options.engine != "torch":
+        data["agreement"] = agreement(list(scores), plan, options)
     data |= {"engine": options.engine, "steps": REPORT_STEPS, "of": len(files), "tried": record["tried"]}
     _record.write("faithfulness", report_text(data), data, "openvino")
 
 
-def _agreement(exact: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
-    """How far the scores are from those in float32, per image and method (mean over the references)."""
-    if not exact:
+def agreement(names: list[str], plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
+    """How far scores per image and method (mean over the references) are from those in float32, where `check` ran."""
+    fast, slow, other_class = [], [], 0
+    for name in names:
+        exact = stored(Path(name), plan, "torch", REPORT_STEPS, options.cache)
+        if exact.exists():
+            pair = np.load(stored(Path(name), plan, options.engine, REPORT_STEPS, options.cache)), np.load(exact)
+            fast.append(pair[0]["scores"].mean(1))
+            slow.append(pair[1]["scores"].mean(1))
+            other_class += int(pair[0]["target"] != pair[1]["target"])
+    if not slow:
         return {}
-    names = list(scores)
-    fast = np.stack([[np.mean(scores[name][file]) for name in names] for file in exact])
-    slow = np.stack([one.mean(1) for one in exact.values()])
-    gap = fast - slow
+    gap, mean = np.stack(fast) - np.stack(slow), np.mean(slow, 0)
     return {
-        "images": len(exact),
+        "images": len(slow),
+        "other_class": other_class,
         "largest": float(np.abs(gap).max()),
         "mean_absolute": float(np.abs(gap).mean()),
-        "mean_by_method": {name: float(gap[:, i].mean()) for i, name in enumerate(names)},
-        "float32_scores": {name: [float(v) for v in slow[:, i]] for i, name in enumerate(names)},
+        "by_method": {name: [float(mean[i]), float(gap[:, i].mean())] for i, (name, _) in enumerate(plan)},
+        "float32_scores": {name: [float(one[i]) for one in slow] for i, (name, _) in enumerate(plan)},
     }
 
 
