@@ -16,6 +16,7 @@ __all__ = ["BatchSize", "bytes_per_row", "free_memory", "is_opaque", "learned"]
 _START, _LARGEST = 8, 4096
 # Shorter batches than this are dominated by fixed costs, so that a larger batch always pays.
 _SHORT_SECONDS = 0.004
+_TIMINGS = 3
 
 # By identity: modules may define what equality means for them, and then need not be hashable.
 _LEARNED: dict[int, dict[object, object]] = {}
@@ -82,7 +83,7 @@ def bytes_per_row(modules: list[nn.Module], rows: int, inputs: tuple[Tensor, ...
 
 
 class BatchSize:
-    """Chooses the number of rows per pass: doubles it while a row gets cheaper and memory allows.
+    """Chooses the number of rows per pass: doubles it, or else halves it, while a row gets cheaper and memory allows.
 
     On a CPU large batches are *slower* (they fall out of the caches and their memory is handed back to the system
     after each operation), so that time is measured, on trials that have to be run anyway.
@@ -102,7 +103,7 @@ class BatchSize:
         self.settled = fixed is not None or start is not None
         self.rows = fixed if fixed is not None else min(start or _START, self.limit)
         self.fastest: int | None = None
-        self._best: tuple[float, int] | None = None
+        self._tried: dict[int, float] = {}
         self._seen: list[float] = []
 
     @contextlib.contextmanager
@@ -121,22 +122,30 @@ class BatchSize:
         if self.settled:
             return  # memory has run out during this very pass
         self._seen.append(seconds)
-        if seconds > _SHORT_SECONDS and len(self._seen) < 2:
+        short = seconds <= _SHORT_SECONDS
+        if not short and len(self._seen) < _TIMINGS:
             return
-        # The faster of two: other work on the machine only ever adds time.
+        # The fastest of a few: a first pass of a new shape sets things up, and other work only ever adds time.
         per_row = min(self._seen) / self.rows
-        better = self._best is None or per_row < 0.98 * self._best[0]
-        if better:
-            self._best = (per_row, self.rows)
-        self._seen = []
-        more = better or seconds <= _SHORT_SECONDS
-        if more and 2 * self.rows <= self.limit:
-            self.rows *= 2
+        better = all(per_row < 0.98 * other for other in self._tried.values())
+        self._tried[self.rows], self._seen = per_row, []
+        upwards = self.rows == max(self._tried)
+        if upwards and (better or short):
+            if 2 * self.rows <= self.limit:
+                self.rows *= 2
+            else:
+                self._settle(self.rows, known=self.limit == _LARGEST)
             return
-        self.settled = True
-        self.rows = self._best[1] if self._best else self.rows
-        if not more or self.limit == _LARGEST:
-            self.fastest = self.rows
+        best = min(self._tried, key=lambda rows: self._tried[rows])
+        # Where more rows did not pay at once, fewer may: small tensors are not handed back to the system.
+        if best == min(self._tried) and best > 1 and not short:
+            self.rows = best // 2
+            return
+        self._settle(best, known=True)
+
+    def _settle(self, rows: int, known: bool) -> None:
+        self.rows, self.settled = rows, True
+        self.fastest = rows if known else None
 
     def halve(self, rows: int) -> None:
         """After ``rows`` rows did not fit into memory."""

@@ -28,15 +28,23 @@ def run(size: BatchSize, seconds_per_row: dict[int, float], passes: int = 40) ->
 def test_the_batch_grows_while_rows_get_cheaper() -> None:
     size = BatchSize(1000)
     tried = run(size, {8: 1.0, 16: 0.5, 32: 0.4, 64: 0.6})
-    assert tried[:8] == [8, 8, 16, 16, 32, 32, 64, 64]
-    assert set(tried[8:]) == {32}
+    assert tried[:12] == [8, 8, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64]
+    assert set(tried[12:]) == {32}
     assert size.fastest == 32
 
 
 def test_slower_ones_are_left_at_once() -> None:
     size = BatchSize(1000)
-    assert set(run(size, {8: 1.0, 16: 2.0})[4:]) == {8}
+    assert set(run(size, {8: 1.0, 16: 2.0, 4: 1.5})[9:]) == {8}
     assert size.fastest == 8
+
+
+def test_fewer_rows_are_tried_where_more_do_not_pay() -> None:
+    size = BatchSize(1000)
+    tried = run(size, {8: 1.0, 16: 2.0, 4: 0.7, 2: 0.6, 1: 0.8})
+    assert tried[:15:3] == [8, 16, 4, 2, 1]
+    assert set(tried[15:]) == {2}
+    assert size.fastest == 2
 
 
 def test_very_short_passes_always_grow() -> None:
