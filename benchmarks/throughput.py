@@ -61,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     networks: dict[str, tuple[Callable[[], nn.Module], int]] = {
         "EfficientNet-lite0": (lambda: efficientnet_lite0().model, 256),
-        "ResNet-50": (lambda: torchvision.models.resnet50(weights=None), 128),
+        "ResNet-50": (lambda: torchvision.models.resnet50(weights=None), 96),
     }
     x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
     rows, data = [], {}

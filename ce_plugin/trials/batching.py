@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 __all__ = ["BatchSize", "bytes_per_row", "free_memory", "is_opaque", "learned"]
 
-_START, _LARGEST = 8, 4096
+_FIRST, _LARGEST = (4, 8, 16), 4096
 # Shorter batches than this are dominated by fixed costs, so that a larger batch always pays.
 _SHORT_SECONDS = 0.004
 _TIMINGS = 3
@@ -83,10 +83,11 @@ def bytes_per_row(modules: list[nn.Module], rows: int, inputs: tuple[Tensor, ...
 
 
 class BatchSize:
-    """Chooses the number of rows per pass: doubles it, or else halves it, while a row gets cheaper and memory allows.
+    """Chooses the number of rows per pass: the fastest of a few, then larger or smaller ones while they are faster.
 
     On a CPU large batches are *slower* (they fall out of the caches and their memory is handed back to the system
-    after each operation), so that time is measured, on trials that have to be run anyway.
+    after each operation), so that time is measured, on trials that have to be run anyway. Sizes take turns, because the
+    machine's own speed drifts.
 
     Args:
         limit: largest number of rows that memory allows.
@@ -100,11 +101,25 @@ class BatchSize:
 
     def __init__(self, limit: int, fixed: int | None = None, start: int | None = None) -> None:
         self.limit = max(1, min(limit, _LARGEST))
-        self.settled = fixed is not None or start is not None
-        self.rows = fixed if fixed is not None else min(start or _START, self.limit)
         self.fastest: int | None = None
-        self._tried: dict[int, float] = {}
-        self._seen: list[float] = []
+        self._times: dict[int, float] = {}
+        self._queue: list[int] = []
+        if fixed is not None:
+            self._chosen = fixed
+        elif start is not None:
+            self._chosen = min(start, self.limit)
+        else:
+            self._chosen = min(_FIRST[1], self.limit)
+            self._queue = sorted({min(size, self.limit) for size in _FIRST}) * _TIMINGS
+
+    @property
+    def rows(self) -> int:
+        return self._queue[0] if self._queue else self._chosen
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to be timed."""
+        return not self._queue
 
     @contextlib.contextmanager
     def timed(self, rows: int, device: torch.device) -> Iterator[None]:
@@ -121,37 +136,28 @@ class BatchSize:
     def _learn(self, seconds: float) -> None:
         if self.settled:
             return  # memory has run out during this very pass
-        self._seen.append(seconds)
-        short = seconds <= _SHORT_SECONDS
-        if not short and len(self._seen) < _TIMINGS:
-            return
+        rows = self._queue.pop(0)
         # The fastest of a few: a first pass of a new shape sets things up, and other work only ever adds time.
-        per_row = min(self._seen) / self.rows
-        better = all(per_row < 0.98 * other for other in self._tried.values())
-        self._tried[self.rows], self._seen = per_row, []
-        upwards = self.rows == max(self._tried)
-        if upwards and (better or short):
-            if 2 * self.rows <= self.limit:
-                self.rows *= 2
-            else:
-                self._settle(self.rows, known=self.limit == _LARGEST)
+        self._times[rows] = min(self._times.get(rows, seconds), seconds)
+        if self._queue:
             return
-        best = min(self._tried, key=lambda rows: self._tried[rows])
-        # Where more rows did not pay at once, fewer may: small tensors are not handed back to the system.
-        if best == min(self._tried) and best > 1 and not short:
-            self.rows = best // 2
-            return
-        self._settle(best, known=True)
-
-    def _settle(self, rows: int, known: bool) -> None:
-        self.rows, self.settled = rows, True
-        self.fastest = rows if known else None
+        per_row = {size: taken / size for size, taken in self._times.items()}
+        best, largest = min(per_row, key=lambda size: per_row[size]), max(per_row)
+        short = self._times[largest] <= _SHORT_SECONDS
+        if (short or best == largest) and 2 * largest <= self.limit:
+            self._queue = [2 * largest] if short else [best, 2 * best] * _TIMINGS
+        elif not short and best == min(per_row) and best > 1:
+            self._queue = [best, best // 2] * _TIMINGS
+        else:
+            self._chosen = largest if short else best
+            bound = self._chosen == largest and self.limit < _LARGEST
+            self.fastest = None if bound else self._chosen
 
     def halve(self, rows: int) -> None:
         """After ``rows`` rows did not fit into memory."""
         self.limit = max(1, min(self.limit, rows // 2))
-        self.rows = min(self.rows, self.limit)
-        self.settled = True
+        self._chosen = min(self.rows, self.limit)
+        self._queue = []
 
 
 def _synchronize(device: torch.device) -> None:
