@@ -46,5 +46,10 @@ def derived_seed(seed: int, *keys: int | str) -> int:
 
 
 def numpy_generator(seed: int, *keys: int | str) -> np.random.Generator:
-    """The same as :func:`generator` for numpy."""
+    """The same as :func:`generator` for numpy.
+
+    Example:
+        >>> bool(numpy_generator(0, "x").random() == numpy_generator(0, "x").random())
+        True
+    """
     return np.random.default_rng(_sequence(seed, keys))

@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from ce_plugin.errors import ArgumentError, expected
@@ -91,6 +90,8 @@ def p_values(effect: Tensor, std_error: Tensor, dof: Tensor | None) -> Tensor:
         >>> p_values(torch.tensor([0.0, 0.5, 1.96]), torch.tensor([0.0, 0.0, 1.0]), None).round(decimals=3)
         tensor([1.0000, 0.0000, 0.0500], dtype=torch.float64)
     """
+    from scipy import stats  # takes a second to load, and importing the plugin must not
+
     value, error = _array(effect), _array(std_error)
     with np.errstate(divide="ignore", invalid="ignore"):
         statistic = np.abs(value) / error
@@ -118,6 +119,8 @@ def benjamini_hochberg(p: Tensor, axis: int = -1) -> Tensor:
 
     Source: Benjamini and Hochberg 1995, through ``scipy.stats.false_discovery_control``.
     """
+    from scipy import stats
+
     values = np.moveaxis(_array(p), axis, -1)
     families = values.reshape(-1, values.shape[-1])
     there = ~np.isnan(families)
@@ -134,6 +137,8 @@ def benjamini_hochberg(p: Tensor, axis: int = -1) -> Tensor:
 
 def _quantile(q: float, dof: Tensor | None, like: Array) -> Array:
     """Quantile of t, computed once where all degrees of freedom are the same (they are in most designs)."""
+    from scipy import stats
+
     if dof is None:
         return np.asarray(stats.norm.ppf(q))
     nu = _array(dof)

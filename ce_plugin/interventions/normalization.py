@@ -69,6 +69,7 @@ class Normalization:
 
     @property
     def is_identity(self) -> bool:
+        """Whether image and model units are the same."""
         return set(self.mean) == {0.0} and set(self.std) == {1.0}
 
     def _shaped(self, numbers: tuple[float, ...], like: Tensor) -> Tensor:

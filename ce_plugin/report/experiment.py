@@ -76,6 +76,12 @@ def study(
         ModelError: the network does not return (N, C) with at least two classes.
         TargetError: there is no such class.
         UnknownNameError: there is no layer of the plan's name.
+
+    Example:
+        >>> layers = [nn.Conv2d(3, 2, 4, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2)]
+        >>> found = study(VisionModel(nn.Sequential(*layers)), torch.rand(1, 3, 16, 16), "noise", Plan(attacks=()))
+        >>> [case.name for case in found.cases]
+        ['Clean']
     """
     plan = plan or Plan()
     tell = progress or (lambda words: None)

@@ -78,6 +78,16 @@ def save_report(
 
     Raises:
         FileError: see :func:`check_out`.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from ce_plugin.report import build_manifest
+        >>> manifest = build_manifest(arguments={}, command=[], seed=0, inputs={}, model=torch.nn.Linear(1, 1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     page = save_report([], Path(folder, "new"), model="net", plan=Plan(), experiment="", manifest=manifest)
+        ...     page.name, page.stat().st_size > 0
+        ('report.html', True)
     """
     folder = check_out(out, force=force)
     page = render(studies, model=model, plan=plan, experiment=experiment, manifest=manifest, incomplete=incomplete)
@@ -98,7 +108,15 @@ def render(
     manifest: Mapping[str, Any],
     incomplete: str = "",
 ) -> str:
-    """The page as text; see :func:`save_report`."""
+    """The page as text; see :func:`save_report`.
+
+    Example:
+        >>> import torch
+        >>> from ce_plugin.report import build_manifest
+        >>> manifest = build_manifest(arguments={}, command=[], seed=0, inputs={}, model=torch.nn.Linear(1, 1))
+        >>> render([], model="net", plan=Plan(), experiment="", manifest=manifest).split()[:2]
+        ['<!DOCTYPE', 'html>']
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

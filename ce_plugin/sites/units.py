@@ -66,6 +66,11 @@ class MaskUnits(Units):
 
     Raises:
         UnitError: as many masks as inputs were expected; a shape that does not broadcast; fractional ids.
+
+    Example:
+        >>> units = MaskUnits((torch.zeros(1, 4),), (torch.tensor([[7, 7, 9, 9]]),))
+        >>> units.labels, units.spread(torch.tensor([[1.0, 2.0]]))
+        (['7', '9'], (tensor([[1., 1., 2., 2.]]),))
     """
 
     def __init__(
@@ -119,6 +124,11 @@ class WindowUnits(Units):
 
     Raises:
         UnitError: a window larger than the input, a stride larger than the window, or values that are not positive.
+
+    Example:
+        >>> units = WindowUnits((torch.zeros(1, 3),), ((2,),), ((1,),))
+        >>> units.spread(torch.tensor([[1.0, 2.0]]))  # the middle is in both windows
+        (tensor([[1.0000, 1.5000, 2.0000]]),)
     """
 
     def __init__(

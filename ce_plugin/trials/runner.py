@@ -38,6 +38,11 @@ class Runner:
 
     Attributes:
         passes: rows that went through the network so far.
+
+    Example:
+        >>> runner = Runner(Forward(torch.nn.Linear(2, 3)), memory_budget=1 << 20)
+        >>> runner.rows is None, runner.passes
+        (True, 0)
     """
 
     def __init__(

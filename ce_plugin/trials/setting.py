@@ -72,6 +72,7 @@ class Setting:
 
     @property
     def device(self) -> torch.device:
+        """Where the inputs are."""
         return self.inputs[0].device
 
     @property
