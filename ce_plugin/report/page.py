@@ -148,8 +148,8 @@ def _outline_words(exact: bool, plan: Plan) -> dict[str, str]:
         }
     return {
         "others": ", averaged over what happens to the other patches",
-        "outline_text": "Outlined patches are statistically different from zero; of all outlined patches of a map about "
-        f"{plan.fdr:.0%} or fewer are expected to be false.",
+        "outline_text": "Outlined patches are statistically different from zero; of all outlined patches of a map "
+        f"about {plan.fdr:.0%} or fewer are expected to be false.",
         "outline_label": f"significant (false discovery rate {plan.fdr:.0%})",
         "outline_column": "Significant patches",
     }
