@@ -400,7 +400,7 @@ def test_a_batch_size_that_changes_midway_does_not_matter(name: str, monkeypatch
     whole = explainer.estimate(x, perturbations_per_eval=1000)
 
     def random_size(self: batching.BatchSize, seconds: float) -> None:
-        self.rows = int(torch.randint(1, 12, ()))
+        self._queue = [int(torch.randint(1, 12, ()))]
 
     monkeypatch.setattr(batching.BatchSize, "_learn", random_size)
     # Each pass is timed only where it is full, so that the size keeps changing.
