@@ -308,7 +308,7 @@ def test_an_attack_that_destroys_photographs_is_said_to(net: VisionModel, photog
 def test_the_page_of_a_random_design_names_its_error_rate(net: VisionModel, photograph: Tensor) -> None:
     plan = _plan(design=RandomMask(0.3, n_trials=40), fdr=0.1)
     page = render([study(net, photograph, "p", plan)], model="m", plan=plan, experiment="e", manifest=_manifest(net))
-    assert "at most 10%" in page
+    assert "about 10% or fewer" in page
     assert "false discovery rate 10%" in page
 
 
