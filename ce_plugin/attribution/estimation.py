@@ -128,7 +128,8 @@ def _effects(setting: Setting, drawn: Tensor | None, outcomes: Tensor, compared:
     if design.estimator == "adjusted":
         return adjusted(own, outcomes, _flip_probability(design), blocks)
     if setting.units.grid is None:
-        raise DesignError(expected("design", "one for units that are not a grid", repr(design)))
+        todo = "Leave out `feature_mask` and windows for images, or give the design another `estimator`."
+        raise DesignError(expected("design", "one for units that are not a grid", repr(design), todo))
     return smooth(own, outcomes, setting.units.grid, setting.variants(0, len(own)))
 
 

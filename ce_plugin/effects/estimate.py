@@ -292,7 +292,7 @@ class Estimate:
         if where:
             warnings.warn(
                 f"Probabilities next to 0 or 1 (examples {where[:8]}): few trials carry all of the variation, so "
-                'intervals and p-values promise more than they keep. Write outcome="log_odds".',
+                'intervals and p-values may promise more than they keep. Write outcome="log_odds".',
                 SaturationWarning,
                 stacklevel=3,
             )
