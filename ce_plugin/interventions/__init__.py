@@ -4,6 +4,18 @@ from ce_plugin.interventions.adversarial import Adversarial
 from ce_plugin.interventions.attacks import AttackResult
 from ce_plugin.interventions.base import Context, Intervention
 from ce_plugin.interventions.masking import PixelMask
+from ce_plugin.interventions.nodes import MeanOut, Patch, Resample, ZeroOut
 from ce_plugin.interventions.normalization import Normalization
 
-__all__ = ["Adversarial", "AttackResult", "Context", "Intervention", "Normalization", "PixelMask"]
+__all__ = [
+    "Adversarial",
+    "AttackResult",
+    "Context",
+    "Intervention",
+    "MeanOut",
+    "Normalization",
+    "Patch",
+    "PixelMask",
+    "Resample",
+    "ZeroOut",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
@@ -30,6 +30,8 @@ class Context:
         variant: which of the intervention's alternative values is wanted, in ``range(n_variants)``.
         mask: for interventions with ``per_trial``: what this trial sets, broadcastable to the clean value.
         rows: place of each example in the batch that the user passed, (N,); None where all of it is asked for.
+        donors: the values at the site of the inputs that the intervention named in :meth:`Intervention.donors`, one
+            tensor for each tensor of the site; None where it named none.
     """
 
     ids: tuple[int, ...]
@@ -39,6 +41,7 @@ class Context:
     variant: int = 0
     mask: Tensor | None = None
     rows: tuple[int, ...] | None = None
+    donors: tuple[Tensor, ...] | None = None
 
     def generator(self, example: int, stream: str) -> torch.Generator:
         """A fresh CPU generator for one example: the same numbers whatever was drawn before."""
@@ -78,6 +81,22 @@ class Intervention(Perturbation):  # type: ignore[misc]
     per_trial: bool = False
     forward_equivalents: int = 0
 
+    def donors(self, inputs: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...] | None:
+        """The network's inputs whose values at the site are wanted in ``context.donors``; None where none are.
+
+        Args:
+            inputs: the examples' own inputs, (N, ...) each, under their evidence.
+            context: ids and seed.
+
+        Returns:
+            A counterpart of every example, (N, ...) each, or a reference set of any length, (R, ...) each.
+        """
+        return None
+
+    def collect(self, values: Iterable[Tensor]) -> Tensor:
+        """What is kept of the donors' values at the site, which come batch by batch: all of them."""
+        return torch.cat(list(values))
+
     @abstractmethod
     def values(self, clean: Tensor, context: Context) -> Tensor:
         """The counterfactual value x' of the whole site.
@@ -114,5 +133,8 @@ class Intervention(Perturbation):  # type: ignore[misc]
         tensors: tuple[Tensor, ...] = inputs if isinstance(inputs, tuple) else (inputs,)
         names = tuple(ids) if ids is not None else (0,) * len(tensors[0])
         base = Context(ids=names, seed=seed, target=target, variant=variant)
+        donors = self.donors(tensors, base)
+        if donors is not None:
+            base = replace(base, donors=tuple(self.collect([donor]) for donor in donors))
         out = tuple(self.values(x, replace(base, position=i)) for i, x in enumerate(tensors))
         return cast(Inputs, out if isinstance(inputs, tuple) else out[0])
