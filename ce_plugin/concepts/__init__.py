@@ -1,0 +1,19 @@
+"""The autoencoder of a layer's activations: its code's channels are the concepts whose effects can be asked for."""
+
+from ce_plugin.concepts.fidelity import Fidelity, measure_fidelity
+from ce_plugin.concepts.layers import fingerprint, inserted
+from ce_plugin.concepts.losses import deep_loss, interpretability_loss, shallow_loss, smoothness, sparsity
+from ce_plugin.concepts.model import ConceptAutoencoder
+
+__all__ = [
+    "ConceptAutoencoder",
+    "Fidelity",
+    "deep_loss",
+    "fingerprint",
+    "inserted",
+    "interpretability_loss",
+    "measure_fidelity",
+    "shallow_loss",
+    "smoothness",
+    "sparsity",
+]
