@@ -1,4 +1,4 @@
-"""Is an explanation right? Ground truth, and measures of faithfulness."""
+"""Is an explanation right? Ground truth, and measures of faithfulness, localisation and stability."""
 
 from ce_plugin.evaluation.faithfulness import (
     FaithfulnessCurves,
@@ -8,13 +8,22 @@ from ce_plugin.evaluation.faithfulness import (
     reference_images,
 )
 from ce_plugin.evaluation.planted import PlantedNetwork, expected_effects
+from ce_plugin.evaluation.pointing import Mosaics, confidently_classified, grid_pointing_game, mosaics, pointing_share
+from ce_plugin.evaluation.stability import map_stability, rank_correlation
 
 __all__ = [
     "FaithfulnessCurves",
+    "Mosaics",
     "PlantedNetwork",
     "area_under_curve",
+    "confidently_classified",
     "expected_effects",
+    "grid_pointing_game",
     "insertion_deletion",
+    "map_stability",
+    "mosaics",
     "pixel_order",
+    "pointing_share",
+    "rank_correlation",
     "reference_images",
 ]
