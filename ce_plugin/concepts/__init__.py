@@ -4,6 +4,7 @@ from ce_plugin.concepts.fidelity import Fidelity, measure_fidelity
 from ce_plugin.concepts.layers import fingerprint, inserted
 from ce_plugin.concepts.losses import deep_loss, interpretability_loss, shallow_loss, smoothness, sparsity
 from ce_plugin.concepts.model import ConceptAutoencoder
+from ce_plugin.concepts.training import train_autoencoder
 
 __all__ = [
     "ConceptAutoencoder",
@@ -16,4 +17,5 @@ __all__ = [
     "shallow_loss",
     "smoothness",
     "sparsity",
+    "train_autoencoder",
 ]

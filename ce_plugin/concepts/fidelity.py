@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ce_plugin.concepts.images import Images, as_source
-from ce_plugin.concepts.layers import Layer, OutputSelector, find_layer, inserted, read_layer, select
+from ce_plugin.concepts.layers import Layer, OutputSelector, find_layer, inserted, probe, read_layer, select
 from ce_plugin.concepts.losses import check_outcome, kl_per_image
 from ce_plugin.errors import ArgumentError, expected
 from ce_plugin.guard import state_guard
@@ -104,6 +104,7 @@ def measure_fidelity(
     source = as_source(images, network)
     pairs = []
     with state_guard(network, autoencoder), torch.no_grad():
+        check_outcome(outcome, probe(network, name, source.take([0]), output)[1])
         for batch in source.batches(batch_size):
             before = select(read_layer(network, name, batch)[1], output)
             with inserted(network, name, autoencoder):

@@ -10,9 +10,19 @@ from typing import Any, Union
 import torch
 from torch import Tensor, nn
 
-from ce_plugin.errors import ArgumentError, ModelError, expected, unknown_name
+from ce_plugin.errors import ArgumentError, CEPluginError, InputError, ModelError, expected, unknown_name
 
-__all__ = ["Layer", "OutputSelector", "find_layer", "fingerprint", "inserted", "read_layer", "replaced", "select"]
+__all__ = [
+    "Layer",
+    "OutputSelector",
+    "find_layer",
+    "fingerprint",
+    "inserted",
+    "probe",
+    "read_layer",
+    "replaced",
+    "select",
+]
 
 Layer = Union[str, nn.Module]
 OutputSelector = Union[str, int, Callable[[Any], Tensor], None]
@@ -64,7 +74,6 @@ def read_layer(network: nn.Module, layer: Layer, images: Tensor) -> tuple[Tensor
 
     Raises:
         ModelError: the layer is not reached, is reached several times, or returns nothing spatial.
-        InputError: the network cannot take the images.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True), nn.Flatten())
@@ -99,6 +108,25 @@ def _the_one(name: str, seen: list[object], rows: int) -> Tensor:
         todo = "Choose a convolutional layer, or one before the pooling."
         raise ModelError(expected("layer", f"a layer ({name!r}) that returns (N, C, h, w), N = {rows}", came, todo))
     return found
+
+
+def probe(network: nn.Module, layer: Layer, images: Tensor, output: OutputSelector) -> tuple[Tensor, Tensor]:
+    """The layer's activations and the logits of a few images, to find out whether anything can be done at all.
+
+    Raises:
+        InputError: the network cannot take the images.
+        ModelError: the layer is not reached once or returns nothing spatial, or the network returns no logits.
+    """
+    try:
+        with torch.no_grad():
+            activations, result = read_layer(network, layer, images)
+    except (RuntimeError, ValueError, IndexError) as error:
+        if isinstance(error, CEPluginError):
+            raise
+        wanted = f"images that the {type(network).__name__} takes"
+        came = f"{tuple(images.shape)}, at which it fails ({str(error).splitlines()[0]})"
+        raise InputError(expected("images", wanted, came, "Resize and normalise them as it was trained.")) from error
+    return activations, select(result, output)
 
 
 @contextmanager

@@ -1,0 +1,124 @@
+"""What a frozen network does with each image at a layer: read once, kept in memory where it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ce_plugin.concepts.images import Source
+from ce_plugin.concepts.layers import OutputSelector, find_layer, read_layer, replaced, select
+from ce_plugin.concepts.remainder import Remainder, split
+
+__all__ = ["Batch", "Recorded"]
+
+_PROBE = 3
+
+
+class Batch(NamedTuple):
+    """Some images as the network sees them.
+
+    Args:
+        activations: the layer's output, (n, C, h, w).
+        output: the network's logits, (n, classes).
+        images: (n, ...), where the whole network has to be run again; else empty.
+        beside: values that by-pass the layer, one row per image.
+    """
+
+    activations: Tensor
+    output: Tensor
+    images: Tensor
+    beside: list[Tensor]
+
+
+class Recorded:
+    """Activations and answers of the images of a source, by number.
+
+    Args:
+        network: in eval mode, its parameters frozen, for as long as this is used.
+        layer: name of the layer.
+        source: the images.
+        output: which part of what the network returns holds the logits.
+        batch_size: images per pass when they are read.
+        cache_bytes: what may be kept in memory; where it does not suffice, each batch is run again.
+        tick: called with the number of images that were read.
+
+    Raises:
+        ModelError: the layer is not reached once or returns nothing spatial, or the network returns no logits.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layer: str,
+        source: Source,
+        output: OutputSelector,
+        *,
+        batch_size: int,
+        cache_bytes: int,
+        tick: Callable[[int], object] = lambda n: None,
+    ) -> None:
+        self.network, self.layer, self.source, self._output = network, layer, source, output
+        _, self._module = find_layer(network, layer)
+        self._cache: list[Tensor] | None = None
+        with torch.no_grad():
+            probe = source.take([i % len(source) for i in range(_PROBE)])
+            self.shape = read_layer(network, layer, probe)[0].shape[1:]
+            self._remainder: Remainder | None = split(network, layer, probe, output)
+            first = self._run(probe)
+            each = sum(value[0].numel() * value.element_size() for value in (*first[:2], *first.beside))
+            if each * len(source) <= cache_bytes:
+                self._cache = self._read(batch_size, tick)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def cached(self) -> bool:
+        """Whether everything is kept in memory."""
+        return self._cache is not None
+
+    @property
+    def cut(self) -> bool:
+        """Whether only what comes after the layer is run when its output is replaced."""
+        return self._remainder is not None
+
+    def _read(self, batch_size: int, tick: Callable[[int], object]) -> list[Tensor]:
+        """All images, in one tensor per value; on the CPU, where there is more memory."""
+        kept: list[Tensor] = []
+        for start in range(0, len(self), batch_size):
+            rows = range(start, min(start + batch_size, len(self)))
+            batch = self._run(self.source.take(rows))
+            values = [batch.activations, batch.output, *batch.beside]
+            if not kept:
+                kept = [torch.empty((len(self), *v.shape[1:]), dtype=v.dtype) for v in values]
+            for whole, value in zip(kept, values, strict=True):
+                whole[start : rows.stop] = value
+            tick(len(rows))
+        return kept
+
+    def _run(self, images: Tensor) -> Batch:
+        if self._remainder is None:
+            activations, result = read_layer(self.network, self.layer, images)
+            return Batch(activations, select(result, self._output), images, [])
+        activations, beside = self._remainder.read(images)
+        return Batch(activations, self._remainder.run(activations, beside), images[:0], beside)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Some of the images, on the network's device, without gradients."""
+        with torch.no_grad():
+            if self._cache is None:
+                return self._run(self.source.take(indices))
+            rows = torch.as_tensor(indices)
+            activations, output, *beside = (v[rows].to(self.source.device) for v in self._cache)
+            images = self.source.take(indices) if self._remainder is None else output[:0]
+            return Batch(activations, output, images, beside)
+
+    def answer(self, activations: Tensor, batch: Batch) -> Tensor:
+        """The logits where the layer returns these activations, with gradient to them."""
+        if self._remainder is not None:
+            return self._remainder.run(activations, batch.beside)
+        with replaced(self._module, lambda _: activations):
+            return select(self.network(batch.images), self._output)
