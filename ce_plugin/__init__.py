@@ -6,8 +6,18 @@ errors, and thin faces hand these to Captum.
 """
 
 from ce_plugin._version import __version__
-from ce_plugin.attribution import CausalEffect
+from ce_plugin.attribution import CausalEffect, ConceptCausalEffect, LayerCausalEffect
 from ce_plugin.effects import Estimate
-from ce_plugin.sites import Evidence, InputSite
+from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite
 
-__all__ = ["CausalEffect", "Estimate", "Evidence", "InputSite", "__version__"]
+__all__ = [
+    "CausalEffect",
+    "ConceptCausalEffect",
+    "ConceptSite",
+    "Estimate",
+    "Evidence",
+    "InputSite",
+    "LayerCausalEffect",
+    "LayerSite",
+    "__version__",
+]

@@ -32,7 +32,7 @@ def test_patch_grid(height: int, width: int, cells: int) -> None:
 
 
 def test_the_default_grid_is_row_by_row() -> None:
-    units = InputSite(cells=2).units((torch.zeros(1, 3, 4, 6),))
+    units = InputSite(cells=2).units_of((torch.zeros(1, 3, 4, 6),))
     assert units.grid == (2, 2)
     (mask,) = units.masks(torch.tensor([[False, True, False, False]]), torch.tensor([0]))
     assert mask.expand(1, 3, 4, 6)[0, :, :2, 3:].all()
@@ -40,7 +40,7 @@ def test_the_default_grid_is_row_by_row() -> None:
 
 
 def test_default_units_of_a_tuple_are_not_joint() -> None:
-    units = InputSite().units((torch.zeros(2, 1, 3, 3), torch.zeros(2, 4), torch.zeros(2, 2, 2)))
+    units = InputSite().units_of((torch.zeros(2, 1, 3, 3), torch.zeros(2, 4), torch.zeros(2, 2, 2)))
     assert units.n_units.tolist() == [17, 17]
     assert units.grid is None
     masks = units.masks(OneAtATime().assignments(17), torch.zeros(17, dtype=torch.long))
@@ -97,7 +97,7 @@ def test_masks_of_any_type(dtype: torch.dtype) -> None:
 def test_masks_broadcast_over_channels_and_leading_dimensions() -> None:
     x = torch.zeros(2, 3, 2, 2)
     for mask in (torch.arange(4).reshape(2, 2), torch.arange(4).reshape(1, 2, 2), torch.arange(4).reshape(1, 1, 2, 2)):
-        (found,) = InputSite(mask).units((x,)).masks(torch.eye(4) > 0, torch.zeros(4, dtype=torch.long))
+        (found,) = InputSite(mask).units_of((x,)).masks(torch.eye(4) > 0, torch.zeros(4, dtype=torch.long))
         assert found.expand(4, 3, 2, 2).flatten(1).sum(1).tolist() == [3] * 4
 
 
@@ -146,7 +146,7 @@ def test_joint_windows_are_a_union() -> None:
 def test_windows_of_a_tuple_of_inputs() -> None:
     inputs = (torch.zeros(2, 4), torch.zeros(2, 1, 3, 3))
     site = InputSite(sliding_window_shapes=((2,), (1, 2, 2)), strides=(2, (1, 1, 1)))
-    units = site.units(inputs)
+    units = site.units_of(inputs)
     assert units.n_units.tolist() == [6, 6]
     assert units.labels == ["0:0", "0:2", "1:0,0,0", "1:0,0,1", "1:0,1,0", "1:0,1,1"]
     first, second = units.masks(torch.eye(6) > 0, torch.zeros(6, dtype=torch.long))
@@ -156,21 +156,21 @@ def test_windows_of_a_tuple_of_inputs() -> None:
 
 def test_strides_in_all_of_captums_forms() -> None:
     x = torch.zeros(1, 1, 4, 4)
-    wanted = InputSite(sliding_window_shapes=(1, 2, 2), strides=(1, 2, 2)).units((x,)).labels
+    wanted = InputSite(sliding_window_shapes=(1, 2, 2), strides=(1, 2, 2)).units_of((x,)).labels
     for strides in (2, (1, 2, 2), ((1, 2, 2),)):
         if strides == 2:  # one number steps through every dimension, the channels too
             windows = InputSite(sliding_window_shapes=((1, 2, 2),), strides=((1, 2, 2),))
         else:
             windows = InputSite(sliding_window_shapes=((1, 2, 2),), strides=strides)
-        assert windows.units((x,)).labels == wanted
-    assert len(InputSite(sliding_window_shapes=(1, 2, 2)).units((x,)).labels) == 9
-    assert len(InputSite(sliding_window_shapes=(1, 3, 3), strides=1).units((x,)).labels) == 4
+        assert windows.units_of((x,)).labels == wanted
+    assert len(InputSite(sliding_window_shapes=(1, 2, 2)).units_of((x,)).labels) == 9
+    assert len(InputSite(sliding_window_shapes=(1, 3, 3), strides=1).units_of((x,)).labels) == 4
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_maps_can_be_written_to(rows: int) -> None:
     x = torch.zeros(3, 1, 2, 2)
-    for units in (InputSite().units((x,)), InputSite(sliding_window_shapes=(1, 1, 1)).units((x,))):
+    for units in (InputSite().units_of((x,)), InputSite(sliding_window_shapes=(1, 1, 1)).units_of((x,))):
         (found,) = units.spread(torch.rand(rows, 4))
         assert found.shape == (rows, 1, 2, 2)
         found += 1

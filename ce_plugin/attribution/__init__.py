@@ -1,5 +1,6 @@
 """The Captum face: attribution classes."""
 
 from ce_plugin.attribution.causal_effect import CausalEffect
+from ce_plugin.attribution.layer_effect import ConceptCausalEffect, LayerCausalEffect
 
-__all__ = ["CausalEffect"]
+__all__ = ["CausalEffect", "ConceptCausalEffect", "LayerCausalEffect"]

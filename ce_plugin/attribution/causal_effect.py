@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from captum.attr import PerturbationAttribution
 from captum.log import log_usage
-from torch import Tensor, nn
+from torch import Tensor
 
 from ce_plugin.attribution.defaults import default_design, default_mask, on_grid
 from ce_plugin.attribution.experiment import Experiment
+from ce_plugin.attribution.explainer import Explainer
 from ce_plugin.attribution.inputs import (
     Baselines,
     Given,
@@ -22,15 +21,14 @@ from ce_plugin.attribution.inputs import (
     as_ids,
     as_inputs,
 )
-from ce_plugin.attribution.maps import spread
 from ce_plugin.designs import Design
-from ce_plugin.effects import Outcome, resolve_outcome
+from ce_plugin.effects import Outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
-from ce_plugin.errors import ArgumentError, InferenceError, NormalizationWarning, expected
-from ce_plugin.interventions import Intervention, Normalization, PixelMask
+from ce_plugin.errors import ArgumentError, expected
+from ce_plugin.interventions import Intervention, PixelMask
 from ce_plugin.interventions.normalization import NormalizationLike
 from ce_plugin.sites import InputSite, Masks, Strides, Windows
-from ce_plugin.trials import Cost, Forward
+from ce_plugin.trials import Cost
 from ce_plugin.trials.forward import OutputSelector
 
 __all__ = ["CausalEffect"]
@@ -38,7 +36,7 @@ __all__ = ["CausalEffect"]
 Inputs = TypeVar("Inputs", bound="Tensor | tuple[Tensor, ...]")
 
 
-class CausalEffect(PerturbationAttribution):  # type: ignore[misc]
+class CausalEffect(Explainer):
     """Causal effects of interventions on the input: what the output does when units are set to another value.
 
     Args:
@@ -55,6 +53,8 @@ class CausalEffect(PerturbationAttribution):  # type: ignore[misc]
             an index, a callable, or a list of keys (several heads).
         seed: of random fills and attacks; designs have a seed of their own.
         memory_budget: bytes that a pass may take beyond model and inputs; None means half of what is free.
+        engine: "auto" computes again only what a window changes, where windows are set one at a time and that pays;
+            "suffix" insists on it; "full" passes every trial through the whole network.
 
     **Defaults for images** (one tensor (N, C, H, W), no mask, no windows): the patches of a 14 x 14 grid are set in
     random coherent regions, half of the image in each of 399 trials, to black, the image's mean and a blur in turn
@@ -77,6 +77,7 @@ class CausalEffect(PerturbationAttribution):  # type: ignore[misc]
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> net = nn.Linear(3, 2)
         >>> x = torch.ones(1, 3)
         >>> contribution = CausalEffect(net, outcome="logit").attribute(x, target=0)
@@ -97,24 +98,12 @@ class CausalEffect(PerturbationAttribution):  # type: ignore[misc]
         output: OutputSelector = None,
         seed: int = 0,
         memory_budget: int | None = None,
+        engine: Literal["auto", "suffix", "full"] = "auto",
     ) -> None:
-        for name, value, kind in (("intervention", intervention, Intervention), ("design", design, Design)):
-            if value is not None and not isinstance(value, kind):
-                raise ArgumentError(expected(name, f"a {kind.__name__} or None", type(value).__name__))
-        self.forward = Forward(forward_func, output)
-        super().__init__(forward_func)
-        self.intervention = intervention
-        self.design = design
-        self.outcome = resolve_outcome(outcome)
-        self.normalization = Normalization.of(normalization)
-        self.seed = int(seed)
-        self.memory_budget = memory_budget
-        _warn_twice_normalized(self.forward.modules, self.normalization)
-
-    @property
-    def multiplies_by_inputs(self) -> bool:
-        """False: the map is a difference of outcomes, not a slope; captum's infidelity reads this."""
-        return False
+        super().__init__(
+            forward_func, intervention, design, outcome=outcome, normalization=normalization, output=output,
+            seed=seed, memory_budget=memory_budget, engine=engine,
+        )  # fmt: skip
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
@@ -162,6 +151,7 @@ class CausalEffect(PerturbationAttribution):  # type: ignore[misc]
 
         Example:
             >>> import torch
+            >>> from torch import nn
             >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
             >>> CausalEffect(net).attribute(torch.rand(2, 1, 2, 2)).shape
             torch.Size([2, 1, 2, 2])
@@ -170,12 +160,7 @@ class CausalEffect(PerturbationAttribution):  # type: ignore[misc]
             inputs, baselines, target, additional_forward_args, feature_mask, perturbations_per_eval, show_progress,
             sliding_window_shapes, strides, given, ids, predicted_only=True,
         )  # fmt: skip
-        rate = _false_discovery_rate(significant_only, experiment)
-        estimate = next(iter(experiment.run().values()))
-        values = estimate.contribution[..., 0]
-        if rate is not None:
-            values = values.where(estimate.significant(rate)[..., 0], 0.0)
-        maps = spread(experiment.setting.units, experiment.design, values)
+        maps = self._maps(experiment, significant_only)
         return maps if isinstance(inputs, tuple) else maps[0]  # type: ignore[return-value]
 
     def estimate(
@@ -213,6 +198,7 @@ class CausalEffect(PerturbationAttribution):  # type: ignore[misc]
 
         Example:
             >>> import torch
+            >>> from torch import nn
             >>> net = nn.Linear(3, 2)
             >>> CausalEffect(net, outcome="logit").estimate(torch.ones(1, 3)).effect.shape
             torch.Size([1, 3, 2])
@@ -221,8 +207,7 @@ class CausalEffect(PerturbationAttribution):  # type: ignore[misc]
             inputs, baselines, target, additional_forward_args, feature_mask, perturbations_per_eval, show_progress,
             sliding_window_shapes, strides, given, ids, until=until, keep_trials=keep_trials,
         )  # fmt: skip
-        estimates = experiment.run()
-        return estimates[""] if list(estimates) == [""] else estimates
+        return self._estimates(experiment)
 
     def estimate_cost(
         self,
@@ -239,6 +224,7 @@ class CausalEffect(PerturbationAttribution):  # type: ignore[misc]
 
         Example:
             >>> import torch
+            >>> from torch import nn
             >>> CausalEffect(nn.Linear(3, 2)).estimate_cost(torch.ones(2, 3)).trials
             6
         """
@@ -285,30 +271,6 @@ class CausalEffect(PerturbationAttribution):  # type: ignore[misc]
             perturbations_per_eval=perturbations_per_eval,
             show_progress=show_progress,
             memory_budget=self.memory_budget,
+            locator=self._locator,
             **options,
-        )
-
-
-def _false_discovery_rate(significant_only: bool | float | None, experiment: Experiment) -> float | None:
-    """The rate that was asked for; None where all effects are wanted."""
-    if significant_only is None or significant_only is False:
-        return None
-    if experiment.design.exact and experiment.n_draws == 1:
-        todo = "Only random designs or a data set have sampling error: use RandomMask(...), or leave it out."
-        raise InferenceError(expected("significant_only", f"None for {experiment.design!r}", significant_only, todo))
-    rate = 0.05 if significant_only is True else significant_only
-    if not 0 < rate < 1:
-        todo = "Write 0.05 for five per cent."
-        raise ArgumentError(expected("significant_only", "True, or a false discovery rate in (0, 1)", rate, todo))
-    return float(rate)
-
-
-def _warn_twice_normalized(modules: list[nn.Module], normalization: Normalization) -> None:
-    inside = any(type(m).__name__ == "Normalize" for root in modules for m in root.modules())
-    if inside and not normalization.is_identity:
-        warnings.warn(
-            "The model holds a Normalize, and `normalization=` says that the inputs were normalised before it. Leave "
-            "`normalization` out unless both are true.",
-            NormalizationWarning,
-            stacklevel=3,
         )

@@ -36,6 +36,7 @@ class Answer:
     n_trials: Tensor
     assignments: Tensor | None = None
     outcomes: Tensor | None = None
+    insertion: Tensor | None = None
 
 
 def check_design(setting: Setting) -> None:
@@ -153,6 +154,11 @@ def average(draws: list[Answer]) -> Answer:
         std_error=effects.std(0) / k**0.5,
         dof=torch.full_like(draws[0].effect, k - 1),
         reference=torch.stack([draw.reference for draw in draws]).mean(0),
+        insertion=None if draws[0].insertion is None else _mean([draw.insertion for draw in draws]),
         assignments=None,
         outcomes=None,
     )
+
+
+def _mean(tensors: list[Tensor | None]) -> Tensor:
+    return torch.stack([tensor for tensor in tensors if tensor is not None]).mean(0)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ce_plugin.attribution.estimation import Answer, answers, average, check_design
+from ce_plugin.attribution.evident import evident, held
 from ce_plugin.attribution.inputs import Target
 from ce_plugin.attribution.measured import Measured
 from ce_plugin.designs import Design, EveryUnit, Joint
@@ -20,10 +20,14 @@ from ce_plugin.effects import Estimate, Outcome, half_width
 from ce_plugin.errors import ArgumentError, ModelError, NoChangeWarning, expected
 from ce_plugin.guard import state_guard
 from ce_plugin.interventions import Context, Intervention
-from ce_plugin.sites import Evidence, InputSite
+from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite
 from ce_plugin.trials import Cost, Forward, Runner, Setting
 from ce_plugin.trials.batching import free_memory
+from ce_plugin.trials.donors import donated
+from ce_plugin.trials.downstream import Downstream
+from ce_plugin.trials.located import Located, Locator, place_of
 from ce_plugin.trials.runner import AggregateError, as_one_row, run_aggregated
+from ce_plugin.trials.setting import rows_of_args
 from ce_plugin.trials.values import checked_values
 
 __all__ = ["Experiment"]
@@ -42,7 +46,7 @@ class Experiment:
     forward: Forward
     inputs: tuple[Tensor, ...]
     args: tuple[object, ...]
-    site: InputSite
+    site: InputSite | LayerSite | ConceptSite
     intervention: Intervention
     design: Design
     outcome: Outcome
@@ -56,6 +60,7 @@ class Experiment:
     show_progress: bool = False
     until: float | None = None
     keep_trials: bool = False
+    locator: Locator | None = None
 
     def __post_init__(self) -> None:
         if self.until is not None and (self.design.exact or not self.until > 0):
@@ -64,17 +69,36 @@ class Experiment:
         per_eval = self.perturbations_per_eval
         if per_eval is not None and (not isinstance(per_eval, int) or per_eval < 1):
             raise ArgumentError(expected("perturbations_per_eval", "None or a positive integer", per_eval))
-        context = Context(ids=self.ids, seed=self.seed)
-        self.setting = Setting(
-            self.inputs, self.args, self.site.units(self.inputs), self.design, self.intervention, context
-        )
-        self.n = self.setting.n
+        self.n = len(self.inputs[0])
         self.n_draws = max((evidence.n_draws for evidence in self.evidences), default=1)
+        self.context = Context(ids=self.ids, seed=self.seed)
+        self._locator = self.locator or Locator(self.forward)
         self.runner = Runner(
             self.forward, None if per_eval is None else per_eval * self.n, self.memory_budget, self.show_progress
         )
+        self.route = "full"
+        self._looked: Located | None = None
+        if isinstance(self.site, InputSite):
+            self._settle(self.inputs)
+        else:
+            place_of(self.site, self.forward.modules)
+
+    def _settle(self, values: tuple[Tensor, ...]) -> None:
+        """Units and trials of the site's values, (N, ...) each, and whether the design fits them."""
+        units = self.site.units_of(values)
+        self.setting = Setting(values, self.args, units, self.design, self.intervention, self.context)
         self.used = [self.setting.n_trials(i) for i in range(self.n)]
         check_design(self.setting)
+
+    def _look(self) -> None:
+        """At a layer the units are known only when one example has passed through it."""
+        if isinstance(self.site, InputSite) or self._looked is not None:
+            return
+        first = torch.tensor([0])
+        inputs = tuple(x[first.to(x.device)] for x in self.inputs)
+        args = rows_of_args(self.args, self.n, first)
+        self._looked = self._locator.at(self.site, inputs, args, self.runner)
+        self._settle(tuple(value.expand(self.n, *value.shape[1:]) for value in self._looked.values))
 
     @property
     def trials(self) -> int:
@@ -84,6 +108,7 @@ class Experiment:
     def cost(self) -> Cost:
         """Trials and passes of the run; one example passes once, to see how many outcomes it has."""
         with self._guard():
+            self._look()
             heads = self._first()
         one = self.target is not None or self.predicted_only or not self.outcome.per_class
         outcomes = sum(1 if one else head.numel() for head in heads.values())
@@ -99,6 +124,8 @@ class Experiment:
         started = time.perf_counter()
         draws: list[dict[str, Answer]] = []
         with self._guard():
+            if self._checks_first or self.n > 1:
+                self._look()
             if self._checks_first:
                 self._check_target(self._first())
             for draw in range(self.n_draws):
@@ -112,7 +139,10 @@ class Experiment:
     def _guard(self) -> AbstractContextManager[None]:
         """Everything that may hold a network is left as it was."""
         sources = [self.intervention, *(evidence.intervention for evidence in self.evidences)]
-        return state_guard(self.forward.forward_func, *self.forward.modules, *sources, self.outcome.function)
+        sites = [self.site, *(evidence.site for evidence in self.evidences)]
+        coders = [site.autoencoder for site in sites if isinstance(site, ConceptSite)]
+        held_by = (self.forward.forward_func, self.outcome.function)
+        return state_guard(*held_by, *self.forward.modules, *sources, *coders)
 
     @property
     def _checks_first(self) -> bool:
@@ -121,9 +151,11 @@ class Experiment:
 
     def _first(self) -> dict[str, Tensor]:
         """The outputs of the first example without its evidence."""
+        if self._looked is not None and self._looked.outputs is not None:
+            return self._looked.outputs
         first = torch.tensor([0])
         inputs = tuple(x[first.to(x.device)] for x in self.inputs)
-        return self.runner.evaluate(inputs, self.setting.args_of(first))
+        return self.runner.evaluate(inputs, rows_of_args(self.args, self.n, first))
 
     def _check_target(self, heads: dict[str, Tensor]) -> None:
         """Errors of the target and the outcome, from the outputs of one example."""
@@ -132,41 +164,75 @@ class Experiment:
             warnings.simplefilter("ignore")  # they come again, with the outputs under evidence
             self._measured(every)
 
-    def _measured(self, heads: dict[str, Tensor]) -> Measured:
+    def _measured(self, heads: dict[str, Tensor], decided: dict[str, Tensor] | None = None) -> Measured:
         if self.predicted_only and len(heads) > 1:
             todo = "Name one with `output=`, or call `estimate`, which returns them all."
             raise ModelError(expected("forward_func", "a model with one output head", sorted(heads), todo))
-        return Measured(heads, self.outcome, self.target, self.predicted_only)
+        return Measured(heads, self.outcome, self.target, self.predicted_only, decided)
+
+    def _locate(self, context: Context, draw: int) -> Located:
+        """The site under one draw of the evidence."""
+        inputs = evident(self.inputs, self.evidences, context, draw)
+        forward, args = held(self.forward, inputs, self.args, self.evidences, context, draw)
+        if isinstance(self.site, InputSite):
+            return Located(forward, inputs, args)
+        if self._looked is not None and self.n == 1 and not self.evidences:
+            return self._looked
+        runner = self.runner if forward is self.forward else self.runner.of(forward)
+        return self._locator.at(self.site, inputs, args, runner)
 
     def _draw(self, draw: int) -> dict[str, Answer]:
         """The effects under one draw of the random evidence; assignments are drawn anew for each."""
-        context = replace(self.setting.context, seed=self.seed + draw)
+        context = replace(self.context, seed=self.seed + draw)
         design = self.design if draw == 0 else self.design.reseeded(self.design.seed + draw)
-        setting = replace(self.setting, inputs=self._evident(draw), context=context, design=design)
+        located = self._locate(context, draw)
+        if not isinstance(self.site, InputSite) and self._looked is None:
+            self._settle(located.values)
+        context = replace(context, donors=self._donors(located, context))
+        setting = replace(self.setting, inputs=located.values, args=located.args, context=context, design=design)
         self._warn_unchanged(setting)
         try:
-            heads = self.runner.reference(setting.inputs, self.args, self.trials)
-            measured = self._measured(heads)
+            located, runner, heads = self._locator.start(located, self.runner, self.trials)
+            self.route = located.route
+            measured = self._measured(heads, located.outputs)
             self._check_memory(measured)
             if self.until is not None:
-                return self._until(setting, measured)
-            outcomes = self.runner.run(setting, 0, max(self.used), measured)
+                return self._until(setting, runner, measured)
+            outcomes = runner.run(setting, 0, max(self.used), measured)
             compared = measured.reference
             if design.reference == "all":
-                every = self.runner.run(replace(setting, design=EveryUnit()), 0, 1, measured)
+                every = runner.run(replace(setting, design=EveryUnit()), 0, 1, measured)
                 compared = {name: outcome[:, 0] for name, outcome in every.items()}
-            return answers(setting, outcomes, compared, measured, self.used, self.keep_trials)
+            found = answers(setting, outcomes, compared, measured, self.used, self.keep_trials)
+            return self._with_insertion(found, heads, located) if isinstance(self.site, ConceptSite) else found
         except AggregateError:
-            return self._aggregated(setting)
+            return self._aggregated(setting, self.runner.of(located.forward))
 
-    def _until(self, setting: Setting, measured: Measured) -> dict[str, Answer]:
+    def _with_insertion(
+        self, found: dict[str, Answer], heads: dict[str, Tensor], located: Located
+    ) -> dict[str, Answer]:
+        """The answers with what inserting the autoencoder does by itself."""
+        plain = self._measured(located.outputs or heads)
+        inserted = plain(heads, torch.arange(self.n, device=located.values[0].device))
+        return {
+            name: replace(answer, insertion=inserted[name] - plain.reference[name]) for name, answer in found.items()
+        }
+
+    def _donors(self, located: Located, context: Context) -> tuple[Tensor, ...] | None:
+        """What the intervention's donors are at the site."""
+        at = located.forward
+        if isinstance(at, Downstream):
+            return donated(self.intervention, at.inputs, context, self.forward, at.place, self.args)
+        return donated(self.intervention, located.values, context)
+
+    def _until(self, setting: Setting, runner: Runner, measured: Measured) -> dict[str, Answer]:
         """Rounds of trials; an example leaves when all its intervals are narrow enough."""
         outcomes: dict[str, Tensor] = {}
         active, used, done = list(range(self.n)), list(self.used), 0
         found: dict[str, Answer] = {}
         while active and done < max(self.used):
             stop = min(max(self.used), _FIRST if done == 0 else done + _ROUND)
-            new = self.runner.run(setting, done, stop, measured, active)
+            new = runner.run(setting, done, stop, measured, active)
             outcomes = {name: torch.cat([outcomes[name], new[name]], 1) if outcomes else new[name] for name in new}
             used = [min(stop, self.used[i]) if i in active else used[i] for i in range(self.n)]
             done = stop
@@ -185,7 +251,7 @@ class Experiment:
                 widest = max(widest, float(widths.nan_to_num(torch.inf).max()))
         return widest
 
-    def _aggregated(self, setting: Setting) -> dict[str, Answer]:
+    def _aggregated(self, setting: Setting, runner: Runner) -> dict[str, Answer]:
         """A network that returns one value for the batch makes the batch one example."""
         shared = len(set(self.ids)) == 1 and isinstance(setting.units.labels[0], str)
         if self.until is not None or not shared:
@@ -193,42 +259,19 @@ class Experiment:
             wanted = "a model that returns one value per example for these options"
             raise ModelError(expected("forward_func", wanted, "one value per batch", todo))
         # Copies, because a network may write to its input.
-        raw = self.runner.evaluate(tuple(x.clone() for x in setting.inputs), self.args)
+        raw = runner.evaluate(tuple(x.clone() for x in setting.inputs), setting.args)
         heads = {name: as_one_row(head) for name, head in raw.items()}
         if any(heads[name].shape != one.shape for name, one in self._first().items()):
             got = f"shapes {[tuple(head.shape) for head in raw.values()]} for {self.n} examples, some not one for each"
             todo = "Name the part to explain with `output=`."
             raise ModelError(expected("forward_func", "a model with one value per example in every output", got, todo))
         measured = self._measured(heads)
-        outcomes = run_aggregated(self.runner, setting, measured)
+        outcomes = run_aggregated(runner, setting, measured)
         compared = measured.reference
         if setting.design.reference == "all":
-            every = run_aggregated(self.runner, replace(setting, design=EveryUnit()), measured)
+            every = run_aggregated(runner, replace(setting, design=EveryUnit()), measured)
             compared = {name: outcome[:, 0] for name, outcome in every.items()}
         return answers(setting, outcomes, compared, measured, self.used[:1], self.keep_trials)
-
-    def _evident(self, draw: int) -> tuple[Tensor, ...]:
-        """The inputs with their evidence set, one evidence after the other."""
-        inputs = self.inputs
-        for order, evidence in enumerate(self.evidences):
-            units = evidence.site.units(inputs)
-            chosen = [evidence.assignment(int(units.n_units[i]), self.ids[i], draw, order) for i in range(self.n)]
-            rows = torch.stack([pad(row, (0, units.width - len(row))) for row in chosen])
-            masks = [mask.to(inputs[0].device) for mask in units.masks(rows, torch.arange(self.n))]
-            context = Context(ids=self.ids, seed=self.seed + draw)
-            values = [
-                checked_values(evidence.intervention, x, replace(context, position=k, mask=mask))
-                for k, (x, mask) in enumerate(zip(inputs, masks, strict=True))
-            ]
-            if not bool(torch.cat([(x != v).flatten() for x, v in zip(inputs, values, strict=True)]).any()):
-                warnings.warn(
-                    f"The evidence {evidence.intervention!r} changes nothing in any example. Check its fill or region, "
-                    "and `normalization=`.",
-                    NoChangeWarning,
-                    stacklevel=5,
-                )
-            inputs = tuple(torch.where(m, v, x) for m, v, x in zip(masks, values, inputs, strict=True))
-        return inputs
 
     def _warn_unchanged(self, setting: Setting) -> None:
         if self.intervention.per_trial or self.intervention.forward_equivalents:
@@ -275,7 +318,9 @@ class Experiment:
             seed=self.seed,
             cost=self.runner.passes,
             peeked=self.until is not None,
-            settings={"seconds": seconds, "trials_per_example": answer.n_trials.tolist()},
+            insertion_effect=answer.insertion,
+            site=repr(self.site),
+            settings={"seconds": seconds, "trials_per_example": answer.n_trials.tolist(), "route": self.route},
             p=self.design.flip_probability(),
             assignments=answer.assignments,
             outcomes=answer.outcomes,

@@ -117,21 +117,26 @@ def as_evidences(given: Given) -> list[Evidence]:
     return evidences
 
 
-def as_baseline(baselines: Baselines, inputs: tuple[Tensor, ...]) -> Baseline:
+def as_baseline(baselines: Baselines, inputs: tuple[Tensor, ...] | None = None) -> Baseline:
     """Captum's baselines as an intervention.
+
+    Args:
+        baselines: a number or a tensor for each input.
+        inputs: what they belong to; None for a layer, whose value is one tensor that is not known yet.
 
     Raises:
         InputError: another number of baselines than inputs, or one that does not broadcast or is not finite.
     """
     every = baselines if isinstance(baselines, tuple) else (baselines,)
-    if len(every) != len(inputs):
-        raise InputError(expected("baselines", f"{len(inputs)} baseline(s), one per input", len(every)))
-    for value, x in zip(every, inputs, strict=True):
+    of: tuple[Tensor | None, ...] = (None,) if inputs is None else inputs
+    if len(every) != len(of):
+        raise InputError(expected("baselines", f"{len(of)} baseline(s), one per input", len(every)))
+    for value, x in zip(every, of, strict=True):
         if not isinstance(value, (Real, Tensor, type(None))):
             raise InputError(expected("baselines", "a number or a tensor for each input", type(value).__name__))
         if value is not None and not bool(torch.isfinite(torch.as_tensor(value)).all()):
             raise InputError(expected("baselines", "finite", "NaN or infinity"))
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and x is not None:
             try:
                 value.expand_as(x)
             except RuntimeError as error:

@@ -20,6 +20,8 @@ class Measured:
         outcome: what is measured.
         target: in any of Captum's forms; only its outcome is kept then.
         predicted_only: without a target keep each example's predicted class only.
+        decided: the outputs that say which class is predicted, where these are others than the reference's: those of
+            the network without an autoencoder.
 
     Attributes:
         reference: the reference's outcomes, (N, C) for each head.
@@ -33,7 +35,14 @@ class Measured:
         TargetError: the target does not fit the output, or is missing where it is needed.
     """
 
-    def __init__(self, heads: dict[str, Tensor], outcome: Outcome, target: Target, predicted_only: bool) -> None:
+    def __init__(
+        self,
+        heads: dict[str, Tensor],
+        outcome: Outcome,
+        target: Target,
+        predicted_only: bool,
+        decided: dict[str, Tensor] | None = None,
+    ) -> None:
         self.outcome = outcome
         self._outputs = heads
         self.targets: dict[str, Tensor | None] = {}
@@ -47,7 +56,8 @@ class Measured:
                     expected("forward_func", "a model with finite outputs on the clean inputs", "NaN", todo)
                 )
             check_outcome(outcome, head)
-            self.predicted[name] = head.argmax(1) if head.dim() == 2 and head.shape[1] > 1 else None
+            deciding = head if decided is None else decided[name]
+            self.predicted[name] = deciding.argmax(1) if head.dim() == 2 and head.shape[1] > 1 else None
             # Copies, because a user's outcome may write to what it is given.
             own = outcome(head.clone(), head.clone())
             self.targets[name] = self._target(name, head, own, target, predicted_only)

@@ -26,7 +26,7 @@ __all__ = ["Estimate"]
 # One row per example; the rest belongs to all examples.
 _BY_EXAMPLE = (
     *("effect", "std_error", "dof", "reference"),
-    *("n_units", "target", "predicted", "assignments", "outcomes"),
+    *("n_units", "target", "predicted", "assignments", "outcomes", "insertion_effect"),
 )
 
 
@@ -47,7 +47,9 @@ class Estimate:
         target: (N, ...) where only the target's output was computed; None for all classes.
         n_trials: trials of each example, the largest number where ``until=`` ended them at different ones.
         unit_labels: U names, or one list of names per example.
-        outcome, design, intervention, evidence: what was done, as text.
+        outcome, design, intervention, site, evidence: what was done, as text.
+        insertion_effect: (N, C), what inserting the autoencoder does by itself, where units are concepts; a concept's
+            total effect on the network is this plus its ``effect``.
         seed: of random fills and attacks; the design's own is in ``design``.
         predicted: (N,), predicted class, where the model returns classes.
         cost: forward passes of one example that were spent.
@@ -85,6 +87,7 @@ class Estimate:
     outcome: str = ""
     design: str = ""
     intervention: str = ""
+    site: str = "InputSite()"
     evidence: str = "none"
     seed: int = 0
     predicted: Tensor | None = None
@@ -96,6 +99,7 @@ class Estimate:
     assignments: Tensor | None = None
     outcomes: Tensor | None = None
     blocks: Tensor | None = None
+    insertion_effect: Tensor | None = None
 
     def __post_init__(self) -> None:
         n, units, _ = self.effect.shape

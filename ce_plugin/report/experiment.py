@@ -232,5 +232,5 @@ def _float_noise(model: nn.Module, outcome: str, inputs: Tensor) -> float:
 
 def _spread(inputs: Tensor, cells: int, values: Tensor) -> Tensor:
     """One value per unit as a plane (H, W)."""
-    (plane,) = InputSite(cells=cells).units((inputs,)).spread(values.to(inputs.device))
+    (plane,) = InputSite(cells=cells).units_of((inputs,)).spread(values.to(inputs.device))
     return plane[0].mean(dim=0).cpu()

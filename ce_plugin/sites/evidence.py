@@ -14,7 +14,9 @@ from ce_plugin.designs import RandomMask
 from ce_plugin.errors import ArgumentError, UnitError, expected
 from ce_plugin.interventions.base import Intervention
 from ce_plugin.randomness import derived_seed
+from ce_plugin.sites.concept import ConceptSite
 from ce_plugin.sites.input import InputSite
+from ce_plugin.sites.layer import LayerSite
 
 __all__ = ["Evidence"]
 
@@ -25,7 +27,7 @@ class Evidence:
 
     Args:
         intervention: what is set.
-        site: where; the input by default.
+        site: where; the input by default, or a layer or a layer's concepts.
         units: which units are set: ``"all"``, indices, or a :class:`RandomMask` whose ``n_trials`` draws the result
             is averaged over.
 
@@ -40,7 +42,7 @@ class Evidence:
     """
 
     intervention: Intervention
-    site: InputSite = field(default_factory=InputSite)
+    site: InputSite | LayerSite | ConceptSite = field(default_factory=InputSite)
     units: Union[Literal["all"], tuple[int, ...], Sequence[int], RandomMask] = "all"
 
     def __post_init__(self) -> None:

@@ -32,9 +32,9 @@ class InputSite:
 
     Example:
         >>> site = InputSite()
-        >>> site.units((torch.zeros(1, 3, 224, 224),)).grid
+        >>> site.units_of((torch.zeros(1, 3, 224, 224),)).grid
         (14, 14)
-        >>> site.units((torch.zeros(1, 5),)).labels
+        >>> site.units_of((torch.zeros(1, 5),)).labels
         ['0', '1', '2', '3', '4']
     """
 
@@ -54,7 +54,7 @@ class InputSite:
         plain = self.feature_mask is None and self.sliding_window_shapes is None
         return plain and len(inputs) == 1 and inputs[0].dim() == 4
 
-    def units(self, inputs: tuple[Tensor, ...]) -> Units:
+    def units_of(self, inputs: tuple[Tensor, ...]) -> Units:
         """The units of these inputs: patches for images (N, C, H, W), each scalar for anything else."""
         if self.sliding_window_shapes is not None:
             if self.feature_mask is not None:

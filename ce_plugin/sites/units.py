@@ -63,6 +63,8 @@ class MaskUnits(Units):
         masks: for each input an integer tensor that broadcasts to it; the leading dimension is 1 (all examples
             share the units) or N.
         grid: see :class:`Units`.
+        none: an id that belongs to no unit: what has it is never set.
+        labels: names of the units in the order of their ids; None names them by their ids.
 
     Raises:
         UnitError: as many masks as inputs were expected; a shape that does not broadcast; fractional ids.
@@ -74,28 +76,46 @@ class MaskUnits(Units):
     """
 
     def __init__(
-        self, inputs: tuple[Tensor, ...], masks: tuple[Tensor, ...], grid: tuple[int, int] | None = None
+        self,
+        inputs: tuple[Tensor, ...],
+        masks: tuple[Tensor, ...],
+        grid: tuple[int, int] | None = None,
+        *,
+        none: int | None = None,
+        labels: list[str] | None = None,
     ) -> None:
         checked = _checked_masks(inputs, masks)
         n = len(inputs[0])
         self.shapes = [tuple(x.shape) for x in inputs]
         self.grid = grid
+        self.open = False
         rows = n if any(len(mask) > 1 for mask in checked) else 1
         names: list[Tensor] = []
         ids: list[list[Tensor]] = []
         for row in range(rows):
             flat = [mask[row if len(mask) > 1 else 0] for mask in checked]
             name, index = torch.unique(torch.cat([mask.reshape(-1) for mask in flat]), return_inverse=True)
+            if none is not None and bool((name == none).any()):
+                # What belongs to no unit points behind the last one, at the column that `masks` and `spread` append.
+                place = int((name == none).nonzero())
+                name = name[name != none]
+                index = torch.where(index == place, len(name), index - (index > place).long())
+                self.open = True
             names.append(name)
             parts = index.split([mask.numel() for mask in flat])
             ids.append([part.reshape(mask.shape) for part, mask in zip(parts, flat, strict=True)])
         self.ids = tuple(torch.stack(column) for column in zip(*ids, strict=True))
         self.n_units = torch.tensor([len(name) for name in names]).expand(n)
+        if labels is not None:
+            self.labels = labels
+            return
         every = [[str(int(value)) for value in name] for name in names]
         self.labels = every[0] if all(one == every[0] for one in every) else every
 
     def masks(self, assignments: Tensor, examples: Tensor) -> tuple[Tensor, ...]:
         out = []
+        if self.open:
+            assignments = torch.nn.functional.pad(assignments, (0, 1))
         for ids in self.ids:
             flat = ids.reshape(len(ids), -1)
             if len(flat) == 1:
@@ -107,6 +127,8 @@ class MaskUnits(Units):
 
     def spread(self, values: Tensor) -> tuple[Tensor, ...]:
         out = []
+        if self.open:
+            values = torch.nn.functional.pad(values, (0, 1))
         for ids, shape in zip(self.ids, self.shapes, strict=True):
             flat = ids.reshape(len(ids), -1).to(values.device)
             chosen = values[:, flat[0]] if len(flat) == 1 else values.gather(1, flat)

@@ -62,9 +62,9 @@ class Forward:
 
     def __call__(self, inputs: tuple[Tensor, ...], args: tuple[object, ...] = ()) -> dict[str, Tensor]:
         """The heads of the output by name; a single head has the name ``""``."""
-        return self._heads(self.forward_func(*inputs, *args))
+        return self.heads(self.forward_func(*inputs, *args))
 
-    def _heads(self, output: Any) -> dict[str, Tensor]:
+    def heads(self, output: Any) -> dict[str, Tensor]:
         if isinstance(output, Future):
             todo = "Wait for it inside forward_func: `lambda x: model(x).wait()`."
             raise ModelError(

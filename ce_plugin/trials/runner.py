@@ -36,9 +36,6 @@ class Runner:
         memory_budget: bytes that a pass may take beyond model and inputs; None means half of what is free.
         show_progress: a progress bar over trials.
 
-    Attributes:
-        passes: rows that went through the network so far.
-
     Example:
         >>> runner = Runner(Forward(torch.nn.Linear(2, 3)), memory_budget=1 << 20)
         >>> runner.rows is None, runner.passes
@@ -52,17 +49,30 @@ class Runner:
         self.rows = rows
         self.memory_budget = memory_budget
         self.show_progress = show_progress
-        self.passes = 0
+        self._spent = [0]
         self._row_bytes = 1
         self._channels_last = False
         self._values = Counterfactuals(self._laid_out)
+
+    @property
+    def passes(self) -> int:
+        """Rows that went through the network, or a part of it, so far."""
+        return self._spent[0]
+
+    def of(self, forward: Forward) -> Runner:
+        """A runner of another function with the same limits, whose passes count here too."""
+        if forward is self.forward:
+            return self
+        other = Runner(forward, self.rows, self.memory_budget, self.show_progress)
+        other._spent = self._spent
+        return other
 
     def evaluate(self, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> dict[str, Tensor]:
         """One pass in inference mode; what leaves it are ordinary tensors on the inputs' device."""
         with torch.inference_mode():
             heads = self.forward(tuple(self._laid_out(x) for x in inputs), args)
         rows, device = len(inputs[0]), inputs[0].device
-        self.passes += rows
+        self._spent[0] += rows
         # A clone made outside of inference mode is an ordinary tensor: autograd and in-place writes work on it.
         found = {name: head.to(device).clone() for name, head in heads.items()}
         # For one row "one value per row" and "one value per batch" are the same; networks that squeeze look alike.

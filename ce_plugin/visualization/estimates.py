@@ -80,7 +80,7 @@ def plot_estimate(
         labels = estimate.labels_of(example)
         return _bars(values, half, found, labels, top=top, width=width, title=heading)
     batch = image.detach().cpu()[None]
-    units = InputSite(feature_mask, sliding_window_shapes, strides).units((batch,))
+    units = InputSite(feature_mask, sliding_window_shapes, strides).units_of((batch,))
     if int(units.n_units[0]) != n_units:
         todo = "Hand over the `feature_mask` or windows that the estimate was made with."
         raise UnitError(expected("image", f"with the {n_units} units of the estimate", int(units.n_units[0]), todo))

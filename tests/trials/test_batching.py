@@ -149,7 +149,7 @@ def test_opaque_modules() -> None:
 def setting(n: int, design: Design, fills: int, mask: Tensor | None) -> Setting:
     x = torch.zeros(n, 1, 2, 2)
     return Setting(
-        (x,), (), InputSite(mask).units((x,)), design, PixelMask(tuple(float(k) for k in range(fills))),
+        (x,), (), InputSite(mask).units_of((x,)), design, PixelMask(tuple(float(k) for k in range(fills))),
         Context(ids=tuple(range(n))),
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ DOUBLE = torch.float64
 
 
 def setting(x: Tensor, design: Any = None, fill: Any = 0.0, mask: Tensor | None = None, args: tuple = ()) -> Setting:  # type: ignore[type-arg]
-    units = InputSite(mask).units((x,))
+    units = InputSite(mask).units_of((x,))
     return Setting((x,), args, units, design or OneAtATime(), PixelMask(fill), Context(ids=tuple(range(len(x)))))
 
 
@@ -96,7 +96,7 @@ def test_aggregates_are_noticed() -> None:
 
 def test_aggregated_trials() -> None:
     x = torch.rand(3, 4, dtype=DOUBLE)
-    run = Setting((x,), (), InputSite().units((x,)), OneAtATime(), PixelMask((0.0, 1.0)), Context(ids=(0, 0, 0)))
+    run = Setting((x,), (), InputSite().units_of((x,)), OneAtATime(), PixelMask((0.0, 1.0)), Context(ids=(0, 0, 0)))
     found = run_aggregated(Runner(Forward(lambda v: v.sum())), run, outcomes)[""]
     wanted = x.sum() - x.sum(0) + (0 + 3) / 2
     assert torch.allclose(found, wanted.reshape(1, 4, 1))

@@ -1,0 +1,300 @@
+"""LayerCausalEffect and ConceptCausalEffect: effects of nodes inside the network, in Captum's layer form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from captum.attr import LayerAttribution
+from captum.log import log_usage
+from torch import Tensor, nn
+
+from ce_plugin.attribution.experiment import Experiment
+from ce_plugin.attribution.explainer import Explainer
+from ce_plugin.attribution.inputs import Baselines, Given, Target, as_args, as_baseline, as_evidences, as_ids, as_inputs
+from ce_plugin.concepts import ConceptAutoencoder
+from ce_plugin.designs import Design, OneAtATime
+from ce_plugin.effects import Outcome
+from ce_plugin.effects.outcomes import OutcomeFunction
+from ce_plugin.errors import ArgumentError, expected
+from ce_plugin.interventions import Intervention, ZeroOut
+from ce_plugin.sites import ConceptSite, LayerSite
+from ce_plugin.trials import Cost
+from ce_plugin.trials.forward import OutputSelector
+
+__all__ = ["ConceptCausalEffect", "LayerCausalEffect"]
+
+Engine = Literal["auto", "suffix", "full"]
+
+
+class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
+    """Causal effects of a layer's units (channels, tokens, heads, positions) on every class at once.
+
+    Only what depends on the layer is computed again for each trial, and for single channels only where it differs:
+    the effects of all channels often cost little more than one forward pass (``benchmarks/results/engine_speed.md``).
+
+    Args:
+        forward_func: as in :class:`CausalEffect`.
+        layer: a module of the network, its dotted name, or a :class:`LayerSite` (other units than channels, tuple
+            outputs, layers that are called several times, transformers).
+        intervention: what a unit is set to; None means :class:`ZeroOut`, the paper's Z0.
+        design: which units are set in each trial; None means each by itself, exactly (:class:`OneAtATime`).
+        device_ids: as in captum, and not needed: the layer's value is found wherever the model runs.
+        outcome, output, seed, memory_budget: as in :class:`CausalEffect`.
+        engine: "auto" runs the part of the network that depends on the layer where it can be cut out, and passes
+            every trial through the whole network where it cannot (the reason is logged once); "suffix" insists on
+            the former; "full" on the latter. The numbers are the same up to rounding.
+
+    Raises:
+        ArgumentError, ModelError, UnknownNameError: see the documentation's pages on errors.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).requires_grad_(False)
+        >>> estimate = LayerCausalEffect(net, "1", outcome="logit").estimate(torch.ones(1, 3))
+        >>> by_hand = -net[:2](torch.ones(1, 3))[0, :, None] * net[2].weight.T
+        >>> estimate.effect.shape, bool(torch.allclose(estimate.effect[0], by_hand, atol=1e-6))
+        (torch.Size([1, 4, 2]), True)
+
+    Source: Yang et al., ICIP 2019 (arXiv 1902.03380), section 3.3; the interface is that of captum's
+        LayerFeatureAblation.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | str | LayerSite,
+        intervention: Intervention | None = None,
+        design: Design | None = None,
+        *,
+        device_ids: list[int] | None = None,
+        outcome: str | Outcome | OutcomeFunction | None = "probability",
+        output: OutputSelector = None,
+        seed: int = 0,
+        memory_budget: int | None = None,
+        engine: Engine = "auto",
+    ) -> None:
+        self.site = layer if isinstance(layer, LayerSite) else LayerSite(layer)
+        Explainer.__init__(
+            self, forward_func, intervention, design, outcome=outcome, normalization=None, output=output,
+            seed=seed, memory_budget=memory_budget, engine=engine,
+        )  # fmt: skip
+        _, self.layer = self.site.module(self.forward.modules)
+        self.device_ids = device_ids
+
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        layer_baselines: Baselines = None,
+        target: Target = None,
+        additional_forward_args: Any = None,
+        layer_mask: Tensor | tuple[Tensor, ...] | None = None,
+        attribute_to_layer_input: bool = False,
+        perturbations_per_eval: int | None = None,
+        show_progress: bool = False,
+        *,
+        given: Given = None,
+        ids: Sequence[int] | Tensor | None = None,
+        significant_only: bool | float | None = None,
+    ) -> Tensor:
+        """The contribution of each unit (minus its effect: positive supports the class), in the layer's shape.
+
+        Args:
+            inputs: of the network, (N, ...), or a tuple of such.
+            layer_baselines: as in captum: a number or a tensor that broadcasts to the layer's value; replaces the
+                intervention.
+            target, additional_forward_args, show_progress, given, ids, significant_only: as in
+                :meth:`CausalEffect.attribute`.
+            layer_mask: integer ids that broadcast to the layer's value; equal ids are one unit.
+            attribute_to_layer_input: the layer's input is the site, not its output.
+            perturbations_per_eval: trials of each example per pass; None chooses it by memory and speed.
+
+        Returns:
+            A tensor of the layer's shape, (N, ...): each unit's contribution repeated over the unit.
+
+        Raises:
+            As :meth:`CausalEffect.attribute`; ModelError where the layer is not reached, or several times.
+
+        Example:
+            >>> import torch
+            >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+            >>> LayerCausalEffect(net, "1").attribute(torch.rand(2, 1, 4, 4)).shape
+            torch.Size([2, 4, 2, 2])
+        """
+        experiment = self._experiment(
+            inputs, layer_baselines, target, additional_forward_args, layer_mask, attribute_to_layer_input,
+            perturbations_per_eval, show_progress, given, ids, predicted_only=True,
+        )  # fmt: skip
+        (contribution,) = self._maps(experiment, significant_only)
+        return contribution
+
+    def estimate(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        layer_baselines: Baselines = None,
+        target: Target = None,
+        additional_forward_args: Any = None,
+        layer_mask: Tensor | tuple[Tensor, ...] | None = None,
+        attribute_to_layer_input: bool = False,
+        perturbations_per_eval: int | None = None,
+        show_progress: bool = False,
+        *,
+        given: Given = None,
+        ids: Sequence[int] | Tensor | None = None,
+        until: float | None = None,
+        keep_trials: bool = False,
+    ) -> Any:
+        """Effects of all units on all classes, (N, U, C), with standard errors where the design is random.
+
+        Args: as in :meth:`attribute` and :meth:`CausalEffect.estimate`.
+
+        Returns:
+            An :class:`~ce_plugin.effects.Estimate`, or a dict of them where the model has several heads.
+
+        Example:
+            >>> import torch
+            >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+            >>> LayerCausalEffect(net, "0").estimate(torch.rand(2, 1, 4, 4)).effect.shape
+            torch.Size([2, 4, 2])
+        """
+        experiment = self._experiment(
+            inputs, layer_baselines, target, additional_forward_args, layer_mask, attribute_to_layer_input,
+            perturbations_per_eval, show_progress, given, ids, until=until, keep_trials=keep_trials,
+        )  # fmt: skip
+        return self._estimates(experiment)
+
+    def estimate_cost(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: Any = None,
+        layer_mask: Tensor | tuple[Tensor, ...] | None = None,
+        attribute_to_layer_input: bool = False,
+        *,
+        given: Given = None,
+    ) -> Cost:
+        """What :meth:`estimate` with these arguments would cost, and by which route; one example is passed through.
+
+        Example:
+            >>> import torch
+            >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> LayerCausalEffect(net, "0").estimate_cost(torch.ones(2, 3)).trials
+            8
+        """
+        experiment = self._experiment(
+            inputs, None, target, additional_forward_args, layer_mask, attribute_to_layer_input, None, False, given,
+            None,
+        )  # fmt: skip
+        return experiment.cost()
+
+    def _site(self, layer_mask: Tensor | tuple[Tensor, ...] | None, at_input: bool) -> LayerSite | ConceptSite:
+        if isinstance(layer_mask, tuple):
+            if len(layer_mask) != 1:
+                todo = "A layer's value is one tensor; `LayerSite(layer, element=...)` says which."
+                raise ArgumentError(expected("layer_mask", "one mask", f"{len(layer_mask)}", todo))
+            layer_mask = layer_mask[0]
+        site = self.site if layer_mask is None else replace(self.site, layer_mask=layer_mask)
+        return replace(site, at_input=True) if at_input else site
+
+    def _experiment(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        layer_baselines: Baselines,
+        target: Target,
+        additional_forward_args: Any,
+        layer_mask: Tensor | tuple[Tensor, ...] | None,
+        attribute_to_layer_input: bool,
+        perturbations_per_eval: int | None,
+        show_progress: bool,
+        given: Given,
+        ids: Sequence[int] | Tensor | None,
+        **options: Any,
+    ) -> Experiment:
+        tensors = as_inputs(inputs)
+        if layer_baselines is not None and self.intervention is not None:
+            todo = "Baselines replace the intervention; leave one of them out."
+            raise ArgumentError(expected("layer_baselines", f"None with {self.intervention!r}", "baselines", todo))
+        intervention = self.intervention or ZeroOut()
+        return Experiment(
+            forward=self.forward,
+            inputs=tensors,
+            args=as_args(additional_forward_args),
+            site=self._site(layer_mask, attribute_to_layer_input),
+            intervention=intervention if layer_baselines is None else as_baseline(layer_baselines),
+            design=self.design or OneAtATime(),
+            outcome=self.outcome,
+            evidences=as_evidences(given),
+            ids=as_ids(ids, len(tensors[0])),
+            seed=self.seed,
+            target=target,
+            perturbations_per_eval=perturbations_per_eval,
+            show_progress=show_progress,
+            memory_budget=self.memory_budget,
+            locator=self._locator,
+            **options,
+        )
+
+
+class ConceptCausalEffect(LayerCausalEffect):
+    """Causal effects of concepts: the channels of a concept autoencoder's code, inserted at a layer.
+
+    The reference is the network *with* the autoencoder inserted. Inserting it changes the output by itself:
+    ``Estimate.insertion_effect`` (N, C); a concept's total effect on the network is that plus its ``effect``.
+
+    Args:
+        forward_func: as in :class:`CausalEffect`.
+        layer: where the autoencoder is inserted: a module, its dotted name, or a :class:`LayerSite`.
+        autoencoder: trained on this layer of this network.
+        min_fidelity: smallest share of held-out images whose top class the autoencoder must leave as it is.
+        intervention, design, device_ids, outcome, output, seed, memory_budget, engine: as in
+            :class:`LayerCausalEffect`.
+
+    Raises:
+        ModelError: the autoencoder belongs to another layer or network, was not trained, or is below
+            ``min_fidelity``; the message holds the numbers.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
+        >>> untrained = ConceptAutoencoder(channels=8, concepts=2)
+        >>> ConceptCausalEffect(net, "1", untrained, min_fidelity=0).estimate(torch.rand(1, 1, 4, 4)).effect.shape
+        torch.Size([1, 2, 2])
+
+    Source: Yang et al., ICIP 2019 (arXiv 1902.03380), sections 3.2 and 3.3: the effect of the node (L, N).
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | str | LayerSite,
+        autoencoder: ConceptAutoencoder,
+        intervention: Intervention | None = None,
+        design: Design | None = None,
+        *,
+        min_fidelity: float = 0.9,
+        device_ids: list[int] | None = None,
+        outcome: str | Outcome | OutcomeFunction | None = "probability",
+        output: OutputSelector = None,
+        seed: int = 0,
+        memory_budget: int | None = None,
+        engine: Engine = "auto",
+    ) -> None:
+        self.concept_site = ConceptSite(layer, autoencoder)
+        super().__init__(
+            forward_func, self.concept_site.place, intervention, design, device_ids=device_ids, outcome=outcome,
+            output=output, seed=seed, memory_budget=memory_budget, engine=engine,
+        )  # fmt: skip
+        self.autoencoder = autoencoder
+        root = next(network for network in self.forward.modules if self.layer in set(network.modules()))
+        autoencoder.check(root, self.layer, min_fidelity)
+
+    def _site(self, layer_mask: Tensor | tuple[Tensor, ...] | None, at_input: bool) -> ConceptSite:
+        if layer_mask is not None:
+            todo = "Joint groups of concepts: pass design=Joint(groups)."
+            raise ArgumentError(expected("layer_mask", "None: the units are concepts", "a mask", todo))
+        if at_input and not self.concept_site.place.at_input:
+            place = replace(self.concept_site.place, at_input=True)
+            return ConceptSite(place, self.autoencoder)
+        return self.concept_site

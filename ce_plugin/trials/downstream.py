@@ -1,0 +1,132 @@
+"""The network from a site on, as a forward function of the site's value: there, a layer is the input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ce_plugin.errors import ModelError, expected
+from ce_plugin.trials.forward import Forward
+from ce_plugin.trials.graph import Point
+from ce_plugin.trials.hooks import copied, intercepted
+from ce_plugin.trials.setting import rows_of_args
+from ce_plugin.trials.suffix import Captured, Suffix
+
+__all__ = ["SITE", "Downstream", "Observed", "Place"]
+
+# The name of the site's value among the heads of an observed pass; no user's head has it.
+SITE = "\0site"
+
+
+class _Reached(Exception):  # noqa: N818 - ends a pass, and is no error
+    """The layer was reached; the rest of the pass is not wanted."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site lies in a network.
+
+    Args:
+        name: the layer's dotted name, for messages.
+        point: where the layer's value is read and set.
+        encoder, decoder: of a concept autoencoder, whose code then is the site's value.
+    """
+
+    name: str
+    point: Point
+    encoder: nn.Module | None = None
+    decoder: nn.Module | None = None
+
+
+class Observed(Forward):
+    """The network as it is, with the site's value as one more head (named ``SITE``).
+
+    Args:
+        forward: the network.
+        place: the site.
+        once: whether passing through the layer several times is an error, as it is where no call was named.
+    """
+
+    def __init__(self, forward: Forward, place: Place, once: bool) -> None:
+        self.forward, self.place, self.once = forward, place, once
+        self.modules, self.learned = forward.modules, {}
+        self.element: int | None = None
+
+    def __call__(self, inputs: tuple[Tensor, ...], args: tuple[object, ...] = ()) -> dict[str, Tensor]:
+        store: list[Tensor] = []
+        with intercepted(self.place.point, copied(store), self.place.name) as seen:
+            heads = self.forward(inputs, args)
+        if self.once and seen.calls > 1:
+            todo = f"Say which call: `LayerSite(layer, call=0)` to `call={seen.calls - 1}`."
+            got = f"{self.place.name!r}, which is passed through {seen.calls} times"
+            raise ModelError(expected("layer", "one that the network passes through once", got, todo))
+        self.element = seen.element
+        return {**heads, SITE: self._encoded(store[0])}
+
+    def at_site(self, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> Tensor:
+        """The site's value alone; the pass ends at the layer."""
+        store: list[Tensor] = []
+        keep = copied(store)
+
+        def act(value: Tensor) -> None:
+            keep(value)
+            raise _Reached
+
+        try:
+            with torch.inference_mode(), intercepted(self.place.point, act, self.place.name):
+                self.forward(inputs, args)
+        except _Reached:
+            pass
+        with torch.inference_mode():
+            value = self._encoded(store[0])
+        return value.clone()
+
+    def _encoded(self, value: Tensor) -> Tensor:
+        return value if self.place.encoder is None else self.place.encoder(value)
+
+
+class Downstream(Forward):
+    """From values of the site, and each row's example, to the network's outputs.
+
+    Args:
+        forward: the network.
+        place: the site.
+        inputs, args: the examples' own inputs and additional arguments, which everything that by-passes the site
+            depends on.
+        suffix: runs only what depends on the site; None passes every row through the whole network.
+        captured: what the suffix knows about the examples.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        place: Place,
+        inputs: tuple[Tensor, ...],
+        args: tuple[object, ...],
+        suffix: Suffix | None = None,
+        captured: Captured | None = None,
+    ) -> None:
+        self.forward, self.place = forward, place
+        self.inputs, self.args = inputs, args
+        self.suffix, self.captured = suffix, captured
+        self.modules = forward.modules
+        key = ("downstream", place.name, place.point.at_input, place.point.call, suffix is None)
+        found = forward.learned.setdefault(key, {})
+        self.learned = found if isinstance(found, dict) else {}
+
+    def __call__(self, inputs: tuple[Tensor, ...], args: tuple[object, ...] = ()) -> dict[str, Tensor]:
+        (values,), (examples,) = inputs, args
+        if not isinstance(examples, Tensor):
+            raise TypeError("examples are a tensor of indices")
+        if self.suffix is not None and self.captured is not None:
+            return self.forward.heads(self.suffix.run(self.captured, values, examples))
+        return self.full(values, examples)
+
+    def full(self, values: Tensor, examples: Tensor) -> dict[str, Tensor]:
+        """By a pass through the whole network, with a hook that sets the layer's value."""
+        layer = values if self.place.decoder is None else self.place.decoder(values)
+        inputs = tuple(x[examples.to(x.device)] for x in self.inputs)
+        with intercepted(self.place.point, lambda _: layer, self.place.name):
+            return self.forward(inputs, rows_of_args(self.args, len(self.inputs[0]), examples))

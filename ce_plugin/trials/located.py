@@ -1,0 +1,195 @@
+"""Where an experiment takes place: the site's clean values, and what runs the network from there."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from ce_plugin.errors import InputError, ModelError, expected
+from ce_plugin.sites import ConceptSite, LayerSite
+from ce_plugin.trials.batching import is_opaque
+from ce_plugin.trials.downstream import SITE, Downstream, Observed, Place
+from ce_plugin.trials.forward import Forward
+from ce_plugin.trials.graph import Point, Untraceable
+from ce_plugin.trials.runner import AggregateError, Runner
+from ce_plugin.trials.suffix import Suffix
+
+__all__ = ["Located", "Locator", "place_of"]
+
+logger = logging.getLogger("ce_plugin")
+# How far two ways of computing the same outputs may be apart, in multiples of the largest output.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Located:
+    """A site under given evidence.
+
+    Attributes:
+        forward: from the site's values to outputs.
+        values: the site's clean values, one tensor (N, ...) for each tensor of the site.
+        args: what goes to ``forward`` beside them.
+        outputs: the network's own outputs by head, without an autoencoder; None where the site is the input.
+        route: "full", or "suffix".
+        whole: the same by passes through the whole network, where ``forward`` is a part of it.
+    """
+
+    forward: Forward
+    values: tuple[Tensor, ...]
+    args: tuple[object, ...]
+    outputs: dict[str, Tensor] | None = None
+    route: str = "full"
+    whole: Downstream | None = None
+
+
+def place_of(site: LayerSite | ConceptSite, networks: list[nn.Module]) -> Place:
+    """The point of a network at which a site lies.
+
+    Raises:
+        ModelError, UnknownNameError: the network does not hold the layer.
+    """
+    name, module = site.module(networks)
+    layer = site.place if isinstance(site, ConceptSite) else site
+    point = Point(module, at_input=layer.at_input, element=layer.element, call=layer.call or 0)
+    if isinstance(site, ConceptSite):
+        return Place(name, point, site.autoencoder.encoder, site.autoencoder.decoder)
+    return Place(name, point)
+
+
+@dataclass
+class Locator:
+    """Finds a site in a network; what it learned about the network's structure serves later experiments too.
+
+    Args:
+        forward: the network.
+        engine: "auto" runs the part that depends on the site where it can be cut out, "suffix" insists on it, "full"
+            passes every trial through the whole network.
+    """
+
+    forward: Forward
+    engine: str = "auto"
+    _suffixes: dict[object, Suffix | str] = field(default_factory=dict)
+    _logged: set[str] = field(default_factory=set)
+
+    def at(
+        self, site: LayerSite | ConceptSite, inputs: tuple[Tensor, ...], args: tuple[object, ...], runner: Runner
+    ) -> Located:
+        """The site's values for these inputs, and the network from there.
+
+        Raises:
+            ModelError: the layer is not reached or reached several times; the network is not deterministic; or
+                ``engine="suffix"`` for a network that cannot be cut.
+            InputError: the layer's value is no tensor with a row for each example.
+        """
+        place = place_of(site, self.forward.modules)
+        observed = Observed(runner.forward, place, once=self._named(site).call is None)
+        watcher = runner.of(observed)
+        try:
+            heads = watcher.reference(inputs, args, 1)
+        except AggregateError as error:
+            wanted = "one value, and one output of the network, for each example"
+            raise InputError(expected("layer", f"a layer with {wanted}", f"another from {place.name!r}")) from error
+        values = heads.pop(SITE)
+        place = replace(place, point=replace(place.point, element=observed.element))
+        whole = Downstream(runner.forward, place, inputs, args)
+        located = Located(whole, (values,), (torch.arange(len(values)),), heads)
+        # Evidence at a layer is set by hooks, which only whole passes meet.
+        if self.engine == "full" or runner.forward is not self.forward:
+            return located
+        suffix = self._suffix(place, len(inputs), args)
+        if isinstance(suffix, Suffix):
+            try:
+                with torch.inference_mode():
+                    captured = suffix.capture(inputs, args, values)
+            except Untraceable as error:
+                suffix = str(error)
+            else:
+                cut = Downstream(self.forward, place, inputs, args, suffix, captured)
+                return replace(located, forward=cut, route="suffix", whole=whole)
+        self._fall_back(place.name, suffix)
+        return located
+
+    def start(self, located: Located, runner: Runner, trials: int) -> tuple[Located, Runner, dict[str, Tensor]]:
+        """The reference's outputs, (N, ...) for each head, and what the trials are run with.
+
+        The part of the network that is cut out must say what the network says, or the whole network is used.
+
+        Raises:
+            ModelError: the network is not deterministic.
+        """
+        own = runner.of(located.forward)
+        heads = own.reference(located.values, located.args, trials)
+        whole = located.whole or located.forward
+        if located.outputs is None or not isinstance(whole, Downstream):
+            return located, own, heads
+        inserted = whole.place.decoder is not None
+        some, first = 1 if inserted else len(located.values[0]), torch.tensor([0])
+        with torch.inference_mode():
+            wanted = whole.full(located.values[0][:1], first) if inserted else located.outputs
+            if close({name: head[:some] for name, head in heads.items()}, wanted):
+                return located, own, heads
+            again = whole.full(located.values[0][:1], first)
+        check_deterministic({name: head[:1] for name, head in wanted.items()}, again)
+        if located.whole is None:
+            todo = "Take another layer, or its input (`LayerSite(layer, at_input=True)`)."
+            got = f"{whole.place.name!r}, whose own value put back changes the outputs"
+            raise ModelError(expected("layer", "one whose value can be set", got, todo))
+        self._fall_back(whole.place.name, "its traced part gives other outputs on the clean input")
+        return self.start(replace(located, forward=whole, route="full", whole=None), runner, trials)
+
+    @staticmethod
+    def _named(site: LayerSite | ConceptSite) -> LayerSite:
+        return site.place if isinstance(site, ConceptSite) else site
+
+    def _suffix(self, place: Place, n_inputs: int, args: tuple[object, ...]) -> Suffix | str:
+        """The part of the network that depends on the site, or why there is none."""
+        network = self.forward.forward_func
+        if not isinstance(network, nn.Module):
+            return "forward_func is a function, not a module"
+        if is_opaque(network):
+            return "the network is scripted or compiled"
+        fixed = tuple(arg if isinstance(arg, (str, int, float, bool, type(None))) else id(arg) for arg in args)
+        key = (place.point, id(place.decoder), n_inputs, fixed)
+        if key not in self._suffixes:
+            try:
+                self._suffixes[key] = Suffix(network, place.point, decoder=place.decoder, n_inputs=n_inputs, args=args)
+            except Untraceable as error:
+                self._suffixes[key] = str(error)
+        return self._suffixes[key]
+
+    def _fall_back(self, name: str, reason: str) -> None:
+        if self.engine == "suffix":
+            todo = 'Write engine="auto" to pass every trial through the whole network.'
+            raise ModelError(expected("engine", "'auto' or 'full' for this network", f"'suffix': {reason}", todo))
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.info("%s: every trial passes through the whole network, because %s", name, reason)
+
+
+def check_deterministic(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """Whether two passes of the same input say the same.
+
+    Raises:
+        ModelError: they do not.
+    """
+    if close(first, second):
+        return
+    gap = max(float((first[k].double() - second[k].double()).abs().max()) for k in first)
+    todo = "Seed or switch off what is random (dropout that ignores eval mode, random transforms)."
+    got = f"outputs that differ by {gap:.2g} between two passes of the same input"
+    raise ModelError(expected("forward_func", "a deterministic model", got, todo))
+
+
+def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two sets of outputs are equal up to rounding."""
+    if a.keys() != b.keys() or any(a[k].shape != b[k].shape for k in a):
+        return False
+    for k in a:
+        one, other = a[k].double(), b[k].double()
+        tolerance = _TOLERANCE.get(a[k].dtype, 1e-4) * float(one.abs().max().clamp(min=1e-12))
+        if not bool(((one - other).abs() <= tolerance).all()):
+            return False
+    return True
