@@ -10,7 +10,7 @@ from ce_plugin.errors import ArgumentError, InputError, expected
 __all__ = ["check_outcome", "deep_loss", "interpretability_loss", "shallow_loss", "smoothness", "sparsity"]
 
 OUTCOMES = ("probability", "sigmoid")
-# A concept below this root mean square is absent: its share of the loss, and its gradient, are zero.
+# A concept below this root mean square is absent: it has no share in the loss, and no gradient.
 _ABSENT = 1e-6
 
 
@@ -97,8 +97,8 @@ def sparsity(code: Tensor) -> Tensor:
 
     The ratio of the L1 to the L2 norm of each concept over the batch and its positions, in units in which a constant
     map has 1 and one active position out of n has ``1 / sqrt(n)``. Doubling a concept does not change it, so that a
-    code cannot become "sparse" by shrinking while the decoder grows, as it can under a plain L1. Absent concepts
-    count 0.
+    code cannot become "sparse" by shrinking while the decoder grows, as it can under a plain L1. Concepts that are
+    absent from the whole batch are left out of the mean, so that nothing is gained by losing one.
 
     Args:
         code: z, (N, K, h, w).
@@ -134,10 +134,11 @@ def smoothness(code: Tensor) -> Tensor:
 
 
 def _relative(amount: Tensor, code: Tensor) -> Tensor:
-    """The mean over concepts of an amount in units of the concept's root mean square."""
+    """The mean, over the concepts that are there at all, of an amount in units of the concept's root mean square."""
     square = code.square().mean((0, 2, 3))
     absent = square < _ABSENT**2
-    return (amount / square.masked_fill(absent, 1.0).sqrt()).masked_fill(absent, 0.0).mean()
+    each = (amount / square.masked_fill(absent, 1.0).sqrt()).masked_fill(absent, 0.0)
+    return each.sum() / (~absent).sum().clamp_min(1)
 
 
 def interpretability_loss(code: Tensor, *, smooth: float = 0.5) -> Tensor:

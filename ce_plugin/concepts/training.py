@@ -15,6 +15,7 @@ from ce_plugin.concepts.images import Images, as_source
 from ce_plugin.concepts.layers import Layer, OutputSelector, find_layer, fingerprint, probe
 from ce_plugin.concepts.losses import check_outcome, interpretability_loss
 from ce_plugin.concepts.model import ConceptAutoencoder
+from ce_plugin.concepts.preparation import Part, deviation, prepared
 from ce_plugin.concepts.progress import Progress
 from ce_plugin.concepts.recorded import Recorded
 from ce_plugin.concepts.settings import Settings
@@ -24,9 +25,6 @@ from ce_plugin.guard import state_guard
 from ce_plugin.randomness import generator
 
 __all__ = ["train_autoencoder"]
-
-# (recorded images, which of them)
-Part = tuple[Recorded, list[int]]
 
 
 def train_autoencoder(
@@ -137,8 +135,8 @@ def train_autoencoder(
         for parameter in network.parameters():
             parameter.requires_grad_(False)
         fit, held = _parts(network, name, images, validation, output, settings, cache_bytes, show_progress)
-        autoencoder = _prepared(fit, settings)
-        objective = Objective(settings, _deviation(fit, autoencoder), interpretability or interpretability_loss)
+        autoencoder = prepared(fit, settings)
+        objective = Objective(settings, deviation(fit, autoencoder), interpretability or interpretability_loss)
         progress.begin(autoencoder, len(fit[1]))
         _train(autoencoder, objective, progress, fit, held, show_progress)
         autoencoder.load_state_dict(progress.best)
@@ -216,37 +214,6 @@ def _check_fit(activations: Tensor, logits: Tensor, name: str, settings: Setting
         wanted = f"at least 1 and below the {channels} channels of layer {name!r}"
         raise ArgumentError(expected("concepts", wanted, settings.concepts, "A code as wide compresses nothing."))
     check_outcome(settings.outcome, logits)
-
-
-def _prepared(fit: Part, settings: Settings) -> ConceptAutoencoder:
-    """An untrained autoencoder that knows the mean and scale of each channel."""
-    recorded, rows = fit
-    autoencoder = ConceptAutoencoder(
-        recorded.shape[0], settings.concepts, settings.hidden, settings.kernel_size, seed=settings.seed
-    )
-    count, total, square = 0, torch.zeros(()), torch.zeros(())
-    example = recorded.batch(rows[:1]).activations
-    for start in range(0, len(rows), settings.batch_size):
-        h = recorded.batch(rows[start : start + settings.batch_size]).activations.double()
-        count += h[:, 0].numel()
-        total, square = total + h.sum((0, 2, 3)).cpu(), square + h.square().sum((0, 2, 3)).cpu()
-    mean = total / count
-    deviation = (square / count - mean.square()).clamp_min(0).sqrt()
-    # A channel that hardly varies is not blown up to the size of the others.
-    floor = max(1e-3 * float(deviation.square().mean().sqrt()), torch.finfo(example.dtype).tiny)
-    autoencoder.to(example.device, example.dtype).standardize(mean.to(example), deviation.clamp_min(floor).to(example))
-    return autoencoder
-
-
-def _deviation(fit: Part, autoencoder: ConceptAutoencoder) -> float:
-    """The layer's mean absolute deviation from its channels' means."""
-    recorded, rows = fit
-    mean = autoencoder.get_buffer("encoder.standardize.mean")
-    total = 0.0
-    for start in range(0, len(rows), 64):
-        h = recorded.batch(rows[start : start + 64]).activations
-        total += float((h - mean).abs().double().mean()) * len(h)
-    return total / len(rows) or 1.0
 
 
 def _train(
