@@ -6,12 +6,13 @@ errors, and thin faces hand these to Captum.
 """
 
 from ce_plugin._version import __version__
-from ce_plugin.attribution import CausalEffect, ConceptCausalEffect, LayerCausalEffect
+from ce_plugin.attribution import CausalEffect, CausalEffectMap, ConceptCausalEffect, LayerCausalEffect
 from ce_plugin.effects import Estimate
 from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite
 
 __all__ = [
     "CausalEffect",
+    "CausalEffectMap",
     "ConceptCausalEffect",
     "ConceptSite",
     "Estimate",

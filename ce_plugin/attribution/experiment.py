@@ -60,6 +60,7 @@ class Experiment:
     show_progress: bool = False
     until: float | None = None
     keep_trials: bool = False
+    keep_values: bool = False
     locator: Locator | None = None
 
     def __post_init__(self) -> None:
@@ -77,6 +78,7 @@ class Experiment:
             self.forward, None if per_eval is None else per_eval * self.n, self.memory_budget, self.show_progress
         )
         self.route = "full"
+        self.kept: list[Setting] = []
         self._looked: Located | None = None
         if isinstance(self.site, InputSite):
             self._settle(self.inputs)
@@ -191,6 +193,8 @@ class Experiment:
         context = replace(context, donors=self._donors(located, context))
         setting = replace(self.setting, inputs=located.values, args=located.args, context=context, design=design)
         self._warn_unchanged(setting)
+        if self.keep_values:
+            self.kept.append(setting)
         try:
             located, runner, heads = self._locator.start(located, self.runner, self.trials)
             self.route = located.route

@@ -221,7 +221,7 @@ def test_layers_that_cannot_be_sites() -> None:
     net, x = Shared().eval(), torch.ones(2, 3)
     with pytest.raises(ModelError, match="never reached"):
         LayerCausalEffect(net, "unused").estimate(x)
-    with pytest.raises(ModelError, match="passed through 2 times.*call=0"):
+    with pytest.raises(ModelError, match=r"passed through 2 times.*call=0"):
         LayerCausalEffect(net, "layer").estimate(x)
     with pytest.raises(ModelError, match="below 2"):
         LayerCausalEffect(net, LayerSite("layer", call=2)).estimate(x)
@@ -286,7 +286,7 @@ def test_fallback_is_logged_once_and_suffix_insists(caplog: pytest.LogCaptureFix
     assert "whole network" in caplog.text
     torch.testing.assert_close(first.effect, torch.diag_embed(net.layer(x)))
     assert second.settings["route"] == "full"
-    with pytest.raises(ModelError, match="engine.*'suffix'"):
+    with pytest.raises(ModelError, match=r"engine.*'suffix'"):
         LayerCausalEffect(net, "layer", engine="suffix").estimate(x)
 
 
@@ -297,6 +297,7 @@ def test_the_model_is_left_as_it_was(net: nn.Module, x: Tensor) -> None:
     LayerCausalEffect(net, "block").estimate(x)
     with pytest.raises(InputError):
         LayerCausalEffect(net, "block", Patch(x[:1, :, :2])).estimate(x)
-    assert net.training and net.norm.training
+    assert net.training
+    assert net.norm.training
     assert len(net.block._forward_hooks) == hooks
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
