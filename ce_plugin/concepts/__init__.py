@@ -1,5 +1,6 @@
 """The autoencoder of a layer's activations: its code's channels are the concepts whose effects can be asked for."""
 
+from ce_plugin.concepts.activity import ConceptReport, examine
 from ce_plugin.concepts.fidelity import Fidelity, measure_fidelity
 from ce_plugin.concepts.layers import fingerprint, inserted
 from ce_plugin.concepts.losses import deep_loss, interpretability_loss, shallow_loss, smoothness, sparsity
@@ -8,8 +9,10 @@ from ce_plugin.concepts.training import train_autoencoder
 
 __all__ = [
     "ConceptAutoencoder",
+    "ConceptReport",
     "Fidelity",
     "deep_loss",
+    "examine",
     "fingerprint",
     "inserted",
     "interpretability_loss",
