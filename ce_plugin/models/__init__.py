@@ -1,8 +1,18 @@
 """Networks, each with what must be known to feed it. Nothing here knows about effects."""
 
+from ce_plugin.models.fashion import FashionCNN
 from ce_plugin.models.framing import Framing, as_batch
 from ce_plugin.models.imagenet import efficientnet_lite0, imagenet_classes
 from ce_plugin.models.loading import load_model, load_weights
 from ce_plugin.models.vision import VisionModel
 
-__all__ = ["Framing", "VisionModel", "as_batch", "efficientnet_lite0", "imagenet_classes", "load_model", "load_weights"]
+__all__ = [
+    "FashionCNN",
+    "Framing",
+    "VisionModel",
+    "as_batch",
+    "efficientnet_lite0",
+    "imagenet_classes",
+    "load_model",
+    "load_weights",
+]
