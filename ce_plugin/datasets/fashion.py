@@ -71,10 +71,7 @@ def _idx(folder: Path, name: str, dimensions: int) -> Tensor:
     """The array of bytes in one file: two zeros, type 8, the number of dimensions, their sizes, the values."""
     packed, plain = folder / f"{name}.gz", folder / name
     try:
-        if packed.is_file():
-            content = gzip.decompress(packed.read_bytes())
-        else:
-            content = plain.read_bytes()
+        content = gzip.decompress(packed.read_bytes()) if packed.is_file() else plain.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         todo = "Fetch it from the data set's own page."
         raise FileError(expected("folder", f"one with {name}.gz", f"{str(folder)!r} ({error})", todo)) from error
