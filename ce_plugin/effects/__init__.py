@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ce_plugin.effects.carrier_sets import Carriers, carried, carriers, nested_sets, next_sizes, ranking
 from ce_plugin.effects.estimate import Estimate
 from ce_plugin.effects.estimators import (
     RIDGE,
@@ -12,22 +13,41 @@ from ce_plugin.effects.estimators import (
     interactions,
 )
 from ce_plugin.effects.inference import benjamini_hochberg, half_width, p_values, t_interval
+from ce_plugin.effects.mediation import Mediation, MediationEffects, mediation_effects
 from ce_plugin.effects.outcomes import OUTCOMES, Outcome, check_outcome, resolve_outcome
+from ce_plugin.effects.screening import FlipOutcome, Interactions, pairwise, screen
+from ce_plugin.effects.shares import Ratio, Shares, ratio_of_means
 
 __all__ = [
     "OUTCOMES",
     "RIDGE",
+    "Carriers",
     "Effects",
     "Estimate",
+    "FlipOutcome",
+    "Interactions",
+    "Mediation",
+    "MediationEffects",
     "Outcome",
+    "Ratio",
+    "Shares",
     "adjusted",
     "benjamini_hochberg",
+    "carried",
+    "carriers",
     "check_outcome",
     "difference_in_means",
     "exact_difference",
     "half_width",
     "interactions",
+    "mediation_effects",
+    "nested_sets",
+    "next_sizes",
     "p_values",
+    "pairwise",
+    "ranking",
+    "ratio_of_means",
     "resolve_outcome",
+    "screen",
     "t_interval",
 ]

@@ -8,12 +8,15 @@ from ce_plugin.evaluation.faithfulness import (
     reference_images,
 )
 from ce_plugin.evaluation.planted import PlantedNetwork, expected_effects
+from ce_plugin.evaluation.planted_layers import PlantedInteraction, PlantedMediation, mediation_truth
 from ce_plugin.evaluation.pointing import Mosaics, confidently_classified, grid_pointing_game, mosaics, pointing_share
 from ce_plugin.evaluation.stability import map_stability, rank_correlation
 
 __all__ = [
     "FaithfulnessCurves",
     "Mosaics",
+    "PlantedInteraction",
+    "PlantedMediation",
     "PlantedNetwork",
     "area_under_curve",
     "confidently_classified",
@@ -21,6 +24,7 @@ __all__ = [
     "grid_pointing_game",
     "insertion_deletion",
     "map_stability",
+    "mediation_truth",
     "mosaics",
     "pixel_order",
     "pointing_share",
