@@ -6,13 +6,14 @@ errors, and thin faces hand these to Captum.
 """
 
 from ce_plugin._version import __version__
-from ce_plugin.attribution import CausalEffect, CausalEffectMap, ConceptCausalEffect, LayerCausalEffect
+from ce_plugin.attribution import CausalEffect, CausalEffectMap, CausalMediation, ConceptCausalEffect, LayerCausalEffect
 from ce_plugin.effects import Estimate
 from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite
 
 __all__ = [
     "CausalEffect",
     "CausalEffectMap",
+    "CausalMediation",
     "ConceptCausalEffect",
     "ConceptSite",
     "Estimate",

@@ -3,5 +3,6 @@
 from ce_plugin.attribution.causal_effect import CausalEffect
 from ce_plugin.attribution.effect_map import CausalEffectMap
 from ce_plugin.attribution.layer_effect import ConceptCausalEffect, LayerCausalEffect
+from ce_plugin.attribution.mediation import CausalMediation
 
-__all__ = ["CausalEffect", "CausalEffectMap", "ConceptCausalEffect", "LayerCausalEffect"]
+__all__ = ["CausalEffect", "CausalEffectMap", "CausalMediation", "ConceptCausalEffect", "LayerCausalEffect"]

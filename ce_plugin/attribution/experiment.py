@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ce_plugin.attribution.estimation import Answer, answers, average, check_design
 from ce_plugin.attribution.evident import evident, held
+from ce_plugin.attribution.flips import flip_outcome
 from ce_plugin.attribution.inputs import Target
 from ce_plugin.attribution.measured import Measured
 from ce_plugin.designs import Design, EveryUnit, Joint
-from ce_plugin.effects import Estimate, Outcome, half_width
+from ce_plugin.effects import Estimate, Interactions, Outcome, half_width, pairwise
 from ce_plugin.errors import ArgumentError, ModelError, NoChangeWarning, expected
 from ce_plugin.guard import state_guard
 from ce_plugin.interventions import Context, Intervention
@@ -77,7 +78,7 @@ class Experiment:
         self.runner = Runner(
             self.forward, None if per_eval is None else per_eval * self.n, self.memory_budget, self.show_progress
         )
-        self.route = "full"
+        self.route, self.cut = "full", False
         self.kept: list[Setting] = []
         self._looked: Located | None = None
         if isinstance(self.site, InputSite):
@@ -183,8 +184,8 @@ class Experiment:
         runner = self.runner if forward is self.forward else self.runner.of(forward)
         return self._locator.at(self.site, inputs, args, runner)
 
-    def _draw(self, draw: int) -> dict[str, Answer]:
-        """The effects under one draw of the random evidence; assignments are drawn anew for each."""
+    def _set(self, draw: int) -> tuple[Setting, Located]:
+        """The experiment under one draw of the random evidence; assignments are drawn anew for each."""
         context = replace(self.context, seed=self.seed + draw)
         design = self.design if draw == 0 else self.design.reseeded(self.design.seed + draw)
         located = self._locate(context, draw)
@@ -195,16 +196,21 @@ class Experiment:
         self._warn_unchanged(setting)
         if self.keep_values:
             self.kept.append(setting)
+        return setting, located
+
+    def _draw(self, draw: int) -> dict[str, Answer]:
+        """The effects under one draw of the random evidence."""
+        setting, located = self._set(draw)
         try:
             located, runner, heads = self._locator.start(located, self.runner, self.trials)
-            self.route = located.route
+            self.route, self.cut = located.route, located.is_cut
             measured = self._measured(heads, located.outputs)
             self._check_memory(measured)
             if self.until is not None:
                 return self._until(setting, runner, measured)
             outcomes = runner.run(setting, 0, max(self.used), measured)
             compared = measured.reference
-            if design.reference == "all":
+            if setting.design.reference == "all":
                 every = runner.run(replace(setting, design=EveryUnit()), 0, 1, measured)
                 compared = {name: outcome[:, 0] for name, outcome in every.items()}
             found = answers(setting, outcomes, compared, measured, self.used, self.keep_trials)
@@ -228,6 +234,28 @@ class Experiment:
         if isinstance(at, Downstream):
             return donated(self.intervention, at.inputs, context, self.forward, at.place, self.args)
         return donated(self.intervention, located.values, context)
+
+    def interactions(self, **options: Any) -> list[Interactions]:
+        """Pairwise interactions of each example's units; options are those of :func:`~ce_plugin.effects.pairwise`."""
+        with self._guard():
+            self._look()
+            setting, located = self._set(0)
+            located, runner, heads = self._locator.start(located, self.runner, 1)
+            self.route, self.cut = located.route, located.is_cut
+            measured = self._measured(heads, located.outputs)
+            options.setdefault("batch_size", runner.rows or 32)
+            found = []
+            for i in range(self.n):
+                outcome = flip_outcome(setting, located, measured, i)
+                own: dict[str, Any] = {
+                    "name": self.outcome.name,
+                    "device": setting.device,
+                    "dtype": setting.inputs[0].dtype,
+                }
+                labels = setting.units.labels
+                names = labels[i] if isinstance(labels[0], list) else labels
+                found.append(pairwise(outcome, int(setting.units.n_units[i]), unit_labels=names, **own, **options))
+        return found
 
     def _until(self, setting: Setting, runner: Runner, measured: Measured) -> dict[str, Answer]:
         """Rounds of trials; an example leaves when all its intervals are narrow enough."""
@@ -324,7 +352,13 @@ class Experiment:
             peeked=self.until is not None,
             insertion_effect=answer.insertion,
             site=repr(self.site),
-            settings={"seconds": seconds, "trials_per_example": answer.n_trials.tolist(), "route": self.route},
+            settings={
+                "seconds": seconds,
+                "trials_per_example": answer.n_trials.tolist(),
+                "route": self.route,
+                "cut": self.cut,
+                "units_of_site": units.width,
+            },
             p=self.design.flip_probability(),
             assignments=answer.assignments,
             outcomes=answer.outcomes,

@@ -44,6 +44,12 @@ class Located:
     route: str = "full"
     whole: Downstream | None = None
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the site's value is known to decide the output: nothing by-passes it."""
+        suffix = self.forward.suffix if isinstance(self.forward, Downstream) else None
+        return suffix is not None and suffix.is_cut
+
 
 def place_of(site: LayerSite | ConceptSite, networks: list[nn.Module]) -> Place:
     """The point of a network at which a site lies.

@@ -1,0 +1,192 @@
+"""CausalMediation: how much of an intervention's effect on the outcome passes through the units of a layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ce_plugin.attribution.inputs import Target, as_ids, as_inputs
+from ce_plugin.attribution.layer_effect import Engine, LayerCausalEffect
+from ce_plugin.designs import Design, Joint
+from ce_plugin.effects import Carriers, Estimate, Mediation, Outcome, carriers
+from ce_plugin.effects.outcomes import OutcomeFunction
+from ce_plugin.errors import ArgumentError, InputError, ModelError, expected
+from ce_plugin.guard import state_guard
+from ce_plugin.interventions import Intervention, Patch
+from ce_plugin.sites import LayerSite
+from ce_plugin.trials.forward import OutputSelector
+
+__all__ = ["CausalMediation"]
+
+Sets = Sequence[Sequence[int]]
+
+
+class CausalMediation:
+    """How much of an intervention on the input passes through each unit, or each set of units, of a layer.
+
+        TE = Y(x') - Y(x),   NIE = Y(x, M(x')) - Y(x),   NDE = Y(x', M(x)) - Y(x),   interaction = TE - NDE - NIE
+
+    with x' the input under the intervention and M the units' value: "which channels carry this attack?"
+
+    Args:
+        forward_func, layer, outcome, output, seed, memory_budget, engine: as in :class:`LayerCausalEffect`. The
+            outcome is the logit here: an attack that saturates a probability would hide what carries it.
+        intervention: what is done to the whole input (an attack, a mask), or a tensor: the counterparts themselves,
+            in which case every call takes inputs of the same shape.
+
+    Raises:
+        ArgumentError: ``intervention`` is neither.
+
+    Example:
+        >>> import torch
+        >>> from ce_plugin.interventions import PixelMask
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)).requires_grad_(False)
+        >>> mediation = CausalMediation(net, "1", PixelMask("zero")).estimate(torch.rand(3, 1, 4, 4))
+        >>> mediation.indirect.shape, mediation.cut
+        (torch.Size([3, 4, 2]), True)
+        >>> bool(torch.allclose(mediation.indirect.sum(1), mediation.total, atol=1e-6))  # what follows is linear
+        True
+
+    Source: Robins and Greenland 1992; Pearl 2001 (arXiv 1301.2300); for networks Vig et al. 2020 (arXiv 2004.12265).
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | str | LayerSite,
+        intervention: Intervention | Tensor,
+        *,
+        outcome: str | Outcome | OutcomeFunction | None = "logit",
+        output: OutputSelector = None,
+        seed: int = 0,
+        memory_budget: int | None = None,
+        engine: Engine = "auto",
+    ) -> None:
+        given: object = intervention
+        if not isinstance(given, (Intervention, Tensor)):
+            wanted = "an Intervention on the input, or a tensor of counterparts"
+            raise ArgumentError(expected("intervention", wanted, type(given).__name__))
+        self.intervention = intervention
+        self.seed = int(seed)
+        self.effects = LayerCausalEffect(
+            forward_func, layer, outcome=outcome, output=output, seed=seed, memory_budget=memory_budget, engine=engine
+        )
+
+    def estimate(
+        self,
+        inputs: Tensor,
+        target: Target = None,
+        additional_forward_args: Any = None,
+        *,
+        sets: Sets | None = None,
+        ids: Sequence[int] | Tensor | None = None,
+        show_progress: bool = False,
+    ) -> Mediation:
+        """The four quantities for every unit, or for every set of units.
+
+        Args:
+            inputs: (N, ...).
+            target: as in captum; None measures every class, and shares are then about the predicted one.
+            additional_forward_args, ids, show_progress: as in :meth:`LayerCausalEffect.attribute`.
+            sets: groups of units that are set together; None means each unit by itself.
+
+        Returns:
+            A :class:`~ce_plugin.effects.Mediation`.
+
+        Example:
+            >>> import torch
+            >>> from ce_plugin.interventions import PixelMask
+            >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+            >>> every = CausalMediation(net, "1", PixelMask("zero")).estimate(torch.rand(9, 1, 4, 4), sets=[range(4)])
+            >>> every.whole  # what stands for the whole layer, through which everything passes
+            (0,)
+        """
+        (x,) = as_inputs(inputs)
+        x1 = self._counterparts(x, ids)
+        design = None if sets is None else Joint([tuple(chosen) for chosen in sets])
+        options: dict[str, Any] = {"additional_forward_args": additional_forward_args, "ids": ids}
+        options["show_progress"] = show_progress
+        through = self._run(x, Patch(x1), design, target, options)
+        # Both ways about the same classes, though the intervention may change which one is predicted.
+        around = self._run(x1, Patch(x), design, target, options)
+        total = around.reference - through.reference
+        every = through.settings["units_of_site"]
+        alone = [(u,) for u in range(every)] if sets is None else [tuple(chosen) for chosen in sets]
+        return Mediation(
+            total=total,
+            indirect=through.effect,
+            direct=total[:, None] + around.effect,
+            unit_labels=through.labels_of(0),
+            reference=through.reference,
+            target=through.target,
+            predicted=through.predicted,
+            outcome=through.outcome,
+            intervention=repr(self.intervention) if isinstance(self.intervention, Intervention) else "counterparts",
+            site=repr(self.effects.site),
+            cut=through.settings["cut"],
+            whole=tuple(k for k, chosen in enumerate(alone) if len(chosen) == every),
+            settings={"seed": self.seed, "route": through.settings["route"]},
+        )
+
+    def carriers(
+        self,
+        choosing: Tensor,
+        testing: Tensor,
+        *,
+        levels: Sequence[float] = (0.5, 0.9),
+        level: float = 0.95,
+        n_boot: int = 2000,
+        targets: tuple[Target, Target] = (None, None),
+        ids: tuple[Sequence[int] | None, Sequence[int] | None] = (None, None),
+    ) -> Carriers:
+        """How many units carry 50 % and 90 % of the effect: ranked on some images, tried on others.
+
+        Args:
+            choosing: images that rank the units by their natural indirect effect, (N, ...).
+            testing: other images, on which the sets of the best units are run, (M, ...).
+            levels: shares of the total effect.
+            level, n_boot: of the bootstrap intervals.
+            targets: of the choosing and the testing images; None means the predicted class of the clean images.
+            ids: of the choosing and the testing images.
+
+        Returns:
+            A :class:`~ce_plugin.effects.Carriers`.
+
+        Raises:
+            InferenceError: the intervention has no total effect on the outcome.
+        """
+        choose = self.estimate(choosing, targets[0], ids=ids[0])
+        first = self.estimate(testing, targets[1], sets=[(0,)], ids=ids[1])
+        total, _, _ = first.column()
+        target = first.predicted if targets[1] is None and first.target is None else targets[1]
+        (x,) = as_inputs(testing)
+        patch = Patch(self._counterparts(x, ids[1]))
+
+        def run(sets: list[tuple[int, ...]]) -> Tensor:
+            return self._run(x, patch, Joint(sets), target, {"ids": ids[1]}).effect[..., 0]
+
+        return carriers(choose, run, total, levels=levels, level=level, n_boot=n_boot, seed=self.seed)
+
+    def _counterparts(self, x: Tensor, ids: Sequence[int] | Tensor | None) -> Tensor:
+        """The inputs under the intervention."""
+        if isinstance(self.intervention, Tensor):
+            if self.intervention.shape != x.shape:
+                wanted = f"counterparts of the inputs' shape {tuple(x.shape)}"
+                raise InputError(expected("intervention", wanted, tuple(self.intervention.shape)))
+            return self.intervention.to(x)
+        forward = self.effects.forward
+        with state_guard(forward.forward_func, *forward.modules, self.intervention):
+            return self.intervention.perturb(x, ids=as_ids(ids, len(x)), seed=self.seed)
+
+    def _run(self, x: Tensor, patch: Patch, design: Design | None, target: Target, options: dict[str, Any]) -> Estimate:
+        # A copy shares what was learned about the network's structure.
+        explainer = copy.copy(self.effects)
+        explainer.intervention, explainer.design = patch, design
+        found: Estimate | dict[str, Estimate] = explainer.estimate(x, target=target, **options)
+        if isinstance(found, dict):
+            wanted = "a model with one output head"
+            raise ModelError(expected("forward_func", wanted, sorted(found), "Name one with `output=`."))
+        return found
