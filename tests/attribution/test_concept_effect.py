@@ -79,6 +79,6 @@ def test_refusals(net: nn.Sequential, coder: ConceptAutoencoder, x: Tensor) -> N
         ConceptCausalEffect(net, "1", coder)
     with pytest.raises(ArgumentError, match="ConceptAutoencoder"):
         ConceptCausalEffect(net, "1", nn.Identity())  # type: ignore[arg-type]
+    explainer = ConceptCausalEffect(net, "1", coder, min_fidelity=0)
     with pytest.raises(ArgumentError, match="Joint"):
-        explainer = ConceptCausalEffect(net, "1", coder, min_fidelity=0)
         explainer.attribute(x, layer_mask=torch.zeros(1, 3, 1, 1, dtype=torch.long))
