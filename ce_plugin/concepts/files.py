@@ -47,10 +47,13 @@ def read_file(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     """
     wanted = f"a file written by {kind}.save" if kind == "ConceptAutoencoder" else f"a {kind} of train_autoencoder"
     try:
+        # What is no archive would be read as an old kind of pickle, which fails in ways beyond counting.
+        with zipfile.ZipFile(path):
+            pass
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise FileError(expected("path", wanted, repr(str(path)), str(error))) from error
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise FileError(expected("path", wanted, f"{str(path)!r}, which is none")) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT or content.get("kind") != kind:
         raise FileError(expected("path", wanted, f"{str(path)!r}, which holds something else"))

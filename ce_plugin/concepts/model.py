@@ -102,7 +102,7 @@ class ConceptAutoencoder(nn.Module):
                 conv2=conv(inner, inner),
                 leaky2=nn.LeakyReLU(_SLOPE),
                 conv3=conv(inner, concepts),
-                code=nn.ReLU(),
+                relu3=nn.ReLU(),
             )
         )
         self.decoder = nn.Sequential(
