@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 from ce_plugin.trials.batching import is_opaque
 from ce_plugin.trials.mutation import ChangedInPlaceError, out_of_place, without_changes_in_place
 
-__all__ = ["Graph", "Point", "Untraceable"]
+__all__ = ["Graph", "Point", "Untraceable", "ancestors", "nodes_of"]
 
 # What tracing raises where a network looks at values, or does with its symbolic inputs what only tensors can do.
 _FAILURES = (
@@ -226,6 +226,18 @@ class Graph:
             for arg in node.all_input_nodes:
                 if last[arg] is node and arg not in kept:
                     values.pop(arg, None)
+
+
+def nodes_of(value: Any) -> list[fx.Node]:
+    """The nodes in an argument, which may be nested."""
+    found: list[fx.Node] = []
+
+    def note(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    map_arg(value, note)
+    return found
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:

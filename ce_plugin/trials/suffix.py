@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
-from ce_plugin.trials.graph import Graph, Point, Untraceable, ancestors
+from ce_plugin.trials.flops import flops_of
+from ce_plugin.trials.graph import Graph, Point, Untraceable, ancestors, nodes_of
 
 __all__ = ["Captured", "Point", "Suffix", "Untraceable"]
 
@@ -105,7 +105,7 @@ class Suffix:
                     included.add(arg)
                     waiting.append(arg)
         self.nodes = [node for node in graph.nodes if node in included]
-        boundary = {arg for node in self.nodes for arg in node.all_input_nodes} | set(_nodes_of(graph.output))
+        boundary = {arg for node in self.nodes for arg in node.all_input_nodes} | set(nodes_of(graph.output))
         boundary -= included | {graph.site}
         self._fixed = [node for node in graph.nodes if node in boundary and node not in from_given]
         self._shapes: list[fx.Node] = []
@@ -113,7 +113,7 @@ class Suffix:
         for node in graph.nodes:
             if node in boundary and node in from_given:
                 users = [user for user in node.users if user in included]
-                only_shape = users and all(_is_query(user) for user in users) and node not in _nodes_of(graph.output)
+                only_shape = users and all(_is_query(user) for user in users) and node not in nodes_of(graph.output)
                 (self._shapes if only_shape else self._rows).append(node)
         self.is_cut = not self._rows
 
@@ -184,7 +184,7 @@ class Suffix:
         """
         here = self.constants(captured, len(values), examples)
         here[self.graph.site] = values
-        outputs = list(_nodes_of(self.graph.output))
+        outputs = list(nodes_of(self.graph.output))
         self.graph.evaluate(self.nodes, here, outputs)
         return map_arg(self.graph.output, here.__getitem__)
 
@@ -216,26 +216,12 @@ class Suffix:
         """Floating-point operations of the whole network for one example."""
         n = len(captured)
         given = tuple(x[:1] if x.dim() and len(x) == n else x for x in captured.inputs)
-        wanted = ancestors([*_nodes_of(self.graph.output)])
+        wanted = ancestors([*nodes_of(self.graph.output)])
         nodes = [node for node in self.graph.nodes if node in wanted]
         values: dict[fx.Node, Any] = {self.graph.given: given}
         if self.decoder is not None:
             values[self.graph.site] = captured.site[:1]
         return flops_of(lambda: self.graph.evaluate(nodes, dict(values)))
-
-
-def flops_of(run: Any) -> int:
-    """Floating-point operations that a function counts up."""
-    # Inside inference mode composite operations reach the counter whole, and are not counted.
-    with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        run()
-    return int(counter.get_total_flops())
-
-
-def _nodes_of(value: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    map_arg(value, lambda node: found.append(node) or node)  # type: ignore[func-returns-value]
-    return found
 
 
 def _descendants(graph: Graph, roots: list[fx.Node]) -> set[fx.Node]:

@@ -1,0 +1,168 @@
+"""What a batch of trials knows of one value in the network: clean, one channel differs, one window differs, dense."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+__all__ = ["Channel", "Clean", "Dense", "State", "Window", "as_dense", "gathered", "nbytes", "overlaid", "select"]
+
+
+@dataclass(frozen=True)
+class Clean:
+    """No row differs from the clean value, (1, ...)."""
+
+    clean: Tensor
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every row may differ everywhere: values (B, ...)."""
+
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class Channel:
+    """A row differs from the clean value in one block of consecutive channels (dimension 1).
+
+    Args:
+        clean: (1, C, ...).
+        start: first channel of each row's block, int64 (B,).
+        value: the block's values, (B, m, ...).
+    """
+
+    clean: Tensor
+    start: Tensor
+    value: Tensor
+
+    @property
+    def channels(self) -> Tensor:
+        """Which channels differ, int64 (B, m)."""
+        return self.start[:, None] + torch.arange(self.value.shape[1], device=self.start.device)
+
+    def taken(self, full: Tensor) -> Tensor:
+        """Each row's block of a full value, which has one row or B, (B, m, ...)."""
+        rows = torch.arange(len(self.start), device=self.start.device) % len(full)
+        return full[rows[:, None], self.channels]
+
+    def difference(self) -> Tensor:
+        """Value minus clean value, (B, m, ...)."""
+        return self.value - self.taken(self.clean)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A row differs from the clean map in one rectangle.
+
+    Args:
+        clean: (1, C, H, W).
+        top: first row of the rectangle, int64 (B,).
+        left: its first column.
+        crop: the values in it, (B, C, h, w).
+    """
+
+    clean: Tensor
+    top: Tensor
+    left: Tensor
+    crop: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the rectangle."""
+        return self.crop.shape[2], self.crop.shape[3]
+
+    def difference(self) -> Tensor:
+        """Value minus clean value, (B, C, h, w)."""
+        return self.crop - gathered(self.clean, self.top, self.left, self.size)
+
+
+State: TypeAlias = "Clean | Dense | Channel | Window"
+
+
+def as_dense(state: Any, rows: int) -> Any:
+    """All rows in full; a clean value is only expanded."""
+    if isinstance(state, Dense):
+        return state.value
+    if isinstance(state, Clean):
+        return state.clean.expand(rows, *state.clean.shape[1:])
+    if isinstance(state, Channel):
+        full = _repeated(state.clean, rows)
+        full[torch.arange(rows, device=full.device)[:, None], state.channels] = state.value
+        return full
+    if isinstance(state, Window):
+        return overlaid(state.clean, state)
+    return state
+
+
+def _repeated(clean: Tensor, rows: int) -> Tensor:
+    """Copies of one row, in its own memory format."""
+    full = clean.new_empty((rows, *clean.shape[1:]))
+    if clean.dim() == 4 and clean.is_contiguous(memory_format=torch.channels_last):
+        full = full.to(memory_format=torch.channels_last)
+    return full.copy_(clean.expand_as(full))
+
+
+def _cells(top: Tensor, left: Tensor, size: tuple[int, int], width: int) -> Tensor:
+    """Positions in a flattened map of the cells of each row's rectangle, (B * h * w,)."""
+    rows = top[:, None] + torch.arange(size[0], device=top.device)
+    columns = left[:, None] + torch.arange(size[1], device=left.device)
+    return (rows[:, :, None] * width + columns[:, None, :]).flatten()
+
+
+def _table(clean: Tensor) -> Tensor:
+    """The cells of one map as rows of a matrix, (H * W, C)."""
+    return clean[0].permute(1, 2, 0).reshape(-1, clean.shape[1])
+
+
+def gathered(clean: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Tensor:
+    """A rectangle of a clean map for each row, (B, C, h, w), channels last in memory."""
+    cells = _cells(top, left, size, clean.shape[3])
+    return _table(clean).index_select(0, cells).view(len(top), *size, clean.shape[1]).permute(0, 3, 1, 2)
+
+
+def overlaid(clean: Tensor, window: Window) -> Tensor:
+    """The full map of each row, (B, C, H, W), channels last in memory."""
+    rows, (_, channels, height, width) = len(window.top), clean.shape
+    full = clean[0].permute(1, 2, 0).expand(rows, height, width, channels).contiguous()
+    cells = _cells(window.top, window.left, window.size, width).view(rows, -1)
+    cells = cells + torch.arange(rows, device=cells.device)[:, None] * (height * width)
+    crop = window.crop.permute(0, 2, 3, 1).reshape(-1, channels)
+    full.view(-1, channels).index_copy_(0, cells.flatten(), crop)
+    return full.permute(0, 3, 1, 2)
+
+
+def select(state: Any, index: Tensor) -> Any:
+    """Some rows of a state."""
+    if isinstance(state, Dense):
+        return Dense(state.value[index])
+    if isinstance(state, Channel):
+        return replace(state, start=state.start[index], value=state.value[index])
+    if isinstance(state, Window):
+        return replace(state, top=state.top[index], left=state.left[index], crop=state.crop[index])
+    if isinstance(state, (tuple, list, dict)):
+        return tree_map(lambda part: select(part, index), state, is_leaf=is_state)
+    return state
+
+
+def is_state(value: object) -> bool:
+    """Whether a value in the network is a tensor that batches follow."""
+    return isinstance(value, (Clean, Dense, Channel, Window))
+
+
+def nbytes(value: Any) -> int:
+    """Bytes that the rows of a state take."""
+    total = 0
+    for part in tree_flatten(value, is_leaf=is_state)[0]:
+        held = part
+        if isinstance(part, (Dense, Channel)):
+            held = part.value
+        elif isinstance(part, Window):
+            held = part.crop
+        if isinstance(held, Tensor):
+            total += held.numel() * held.element_size()
+    return total
