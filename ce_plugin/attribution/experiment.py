@@ -202,6 +202,7 @@ class Experiment:
         """The effects under one draw of the random evidence."""
         setting, located = self._set(draw)
         try:
+            located = self._locator.followed(located, setting)
             located, runner, heads = self._locator.start(located, self.runner, self.trials)
             self.route, self.cut = located.route, located.is_cut
             measured = self._measured(heads, located.outputs)

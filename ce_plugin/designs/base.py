@@ -26,12 +26,14 @@ class Design(ABC):
         exact: True where the trials answer the question without sampling error.
         estimator: name of the estimator that fits the design (:mod:`ce_plugin.effects.estimators`).
         reference: what an exact design's trials are compared with: all units ``"idle"`` or ``"all"`` do.
+        flips_one: True where every trial sets a single unit, so that what it changes can be followed by itself.
         seed: seed of what is random.
     """
 
     exact: bool = False
     estimator: str = "adjusted"
     reference: ClassVar[str] = "idle"
+    flips_one: ClassVar[bool] = False
     seed: int = 0
 
     @abstractmethod

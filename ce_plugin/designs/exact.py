@@ -27,6 +27,7 @@ class OneAtATime(Design):
 
     exact = True
     estimator = "exact"
+    flips_one = True
 
     def n_trials_for(self, n_units: int) -> int:
         return n_units
@@ -51,6 +52,7 @@ class LeaveOneIn(OneAtATime):
     """
 
     reference = "all"
+    flips_one = False
 
     def rows(self, n_units: int, start: int, stop: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
         """Trials ``start`` to ``stop`` only."""

@@ -153,6 +153,10 @@ class BatchSize:
             bound = self._chosen == largest and self.limit < _LARGEST
             self.fastest = None if bound else self._chosen
 
+    def settle(self, rows: int, limit: int) -> None:
+        """Take so many rows from now on, and nothing is timed."""
+        self.limit, self._chosen, self._queue = limit, min(rows, limit), []
+
     def halve(self, rows: int) -> None:
         """After ``rows`` rows did not fit into memory."""
         self.limit = max(1, min(self.limit, rows // 2))

@@ -127,6 +127,8 @@ class Downstream(Forward):
     def full(self, values: Tensor, examples: Tensor) -> dict[str, Tensor]:
         """By a pass through the whole network, with a hook that sets the layer's value."""
         layer = values if self.place.decoder is None else self.place.decoder(values)
+        if self.place.point.module is None:
+            return self.forward((layer,), rows_of_args(self.args, len(self.inputs[0]), examples))
         inputs = tuple(x[examples.to(x.device)] for x in self.inputs)
         with intercepted(self.place.point, lambda _: layer, self.place.name):
             return self.forward(inputs, rows_of_args(self.args, len(self.inputs[0]), examples))

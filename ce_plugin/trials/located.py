@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,9 +13,11 @@ from ce_plugin.errors import InputError, ModelError, expected
 from ce_plugin.sites import ConceptSite, LayerSite
 from ce_plugin.trials.batching import is_opaque
 from ce_plugin.trials.downstream import SITE, Downstream, Observed, Place
+from ce_plugin.trials.flips import Flips
 from ce_plugin.trials.forward import Forward
 from ce_plugin.trials.graph import Point, Untraceable
 from ce_plugin.trials.runner import AggregateError, Runner
+from ce_plugin.trials.setting import Setting
 from ce_plugin.trials.suffix import Suffix
 
 __all__ = ["Located", "Locator", "place_of"]
@@ -33,7 +36,9 @@ class Located:
         values: the site's clean values, one tensor (N, ...) for each tensor of the site.
         args: what goes to ``forward`` beside them.
         outputs: the network's own outputs by head, without an autoencoder; None where the site is the input.
-        route: "full", or "suffix".
+        route: "full", "suffix", or what the differences are followed in.
+        seconds: that a clean pass of one example took.
+        flips: runs trials that set one unit each.
         whole: the same by passes through the whole network, where ``forward`` is a part of it.
     """
 
@@ -43,6 +48,8 @@ class Located:
     outputs: dict[str, Tensor] | None = None
     route: str = "full"
     whole: Downstream | None = None
+    seconds: float = 0.0
+    flips: Flips | None = None
 
     @property
     def is_cut(self) -> bool:
@@ -92,7 +99,7 @@ class Locator:
         """
         place = place_of(site, self.forward.modules)
         observed = Observed(runner.forward, place, once=self._named(site).call is None)
-        watcher = runner.of(observed)
+        watcher, started = runner.of(observed), time.perf_counter()
         try:
             heads = watcher.reference(inputs, args, 1)
         except AggregateError as error:
@@ -101,7 +108,8 @@ class Locator:
         values = heads.pop(SITE)
         place = replace(place, point=replace(place.point, element=observed.element))
         whole = Downstream(runner.forward, place, inputs, args)
-        located = Located(whole, (values,), (torch.arange(len(values)),), heads)
+        seconds = (time.perf_counter() - started) / len(values)
+        located = Located(whole, (values,), (torch.arange(len(values)),), heads, seconds=seconds)
         # Evidence at a layer is set by hooks, which only whole passes meet.
         if self.engine == "full" or runner.forward is not self.forward:
             return located
@@ -118,6 +126,31 @@ class Locator:
         self._fall_back(place.name, suffix)
         return located
 
+    def at_input(self, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> Located | None:
+        """The input itself as a site whose differences can be followed; None where the network cannot be traced."""
+        place = Place("the input", Point())
+        suffix = self._suffix(place, len(inputs), args)
+        if isinstance(suffix, Suffix):
+            try:
+                with torch.inference_mode():
+                    captured = suffix.capture(inputs, args, inputs[0])
+            except Untraceable as error:
+                suffix = str(error)
+            else:
+                whole = Downstream(self.forward, place, inputs, args)
+                cut = Downstream(self.forward, place, inputs, args, suffix, captured)
+                return Located(cut, inputs, (torch.arange(len(inputs[0])),), route="suffix", whole=whole)
+        self._fall_back(place.name, suffix)
+        return None
+
+    def followed(self, located: Located, setting: Setting) -> Located:
+        """With what follows the differences of single flips, where the site and the design allow it and it pays."""
+        cut = located.forward
+        one = setting.design.flips_one and not setting.intervention.per_trial and len(located.values) == 1
+        if not one or not isinstance(cut, Downstream) or cut.suffix is None:
+            return located
+        return replace(located, flips=Flips(cut))
+
     def start(self, located: Located, runner: Runner, trials: int) -> tuple[Located, Runner, dict[str, Tensor]]:
         """The reference's outputs, (N, ...) for each head, and what the trials are run with.
 
@@ -127,14 +160,15 @@ class Locator:
             ModelError: the network is not deterministic.
         """
         own = runner.of(located.forward)
+        own.flips = located.flips
         heads = own.reference(located.values, located.args, trials)
         whole = located.whole or located.forward
-        if located.outputs is None or not isinstance(whole, Downstream):
+        if not isinstance(whole, Downstream):
             return located, own, heads
-        inserted = whole.place.decoder is not None
-        some, first = 1 if inserted else len(located.values[0]), torch.tensor([0])
+        known = located.outputs if whole.place.decoder is None else None
+        some, first = len(located.values[0]) if known else 1, torch.tensor([0])
         with torch.inference_mode():
-            wanted = whole.full(located.values[0][:1], first) if inserted else located.outputs
+            wanted = known or whole.full(located.values[0][:1], first)
             if close({name: head[:some] for name, head in heads.items()}, wanted):
                 return located, own, heads
             again = whole.full(located.values[0][:1], first)
@@ -144,7 +178,7 @@ class Locator:
             got = f"{whole.place.name!r}, whose own value put back changes the outputs"
             raise ModelError(expected("layer", "one whose value can be set", got, todo))
         self._fall_back(whole.place.name, "its traced part gives other outputs on the clean input")
-        return self.start(replace(located, forward=whole, route="full", whole=None), runner, trials)
+        return self.start(replace(located, forward=whole, route="full", whole=None, flips=None), runner, trials)
 
     @staticmethod
     def _named(site: LayerSite | ConceptSite) -> LayerSite:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ce_plugin.trials.batching import BatchSize, bytes_per_row, free_memory, is_opaque
+from ce_plugin.trials.flips import Flips
 from ce_plugin.trials.forward import Forward
 from ce_plugin.trials.setting import Rows, Setting, batches, rows_of_args
 from ce_plugin.trials.values import Counterfactuals, Values, chunks, values_of_trials
@@ -53,6 +54,7 @@ class Runner:
         self._row_bytes = 1
         self._channels_last = False
         self._values = Counterfactuals(self._laid_out)
+        self.flips: Flips | None = None
 
     @property
     def passes(self) -> int:
@@ -84,6 +86,8 @@ class Runner:
         Raises:
             AggregateError: the network returns one value per batch.
         """
+        if self.flips is not None:
+            return self.flips.reference(len(inputs[0]))
         self._channels_last = trials >= _MANY and self._likes_channels_last(inputs, args)
         n, start, most = len(inputs[0]), 0, self.rows or _REFERENCE_ROWS
         parts: list[dict[str, Tensor]] = []
@@ -127,7 +131,10 @@ class Runner:
         """
         examples = range(setting.n) if active is None else active
         wanted = [(i, start, min(stop, setting.n_trials(i))) for i in examples if setting.n_trials(i) > start]
+        flips = self.flips if setting.design.flips_one and not setting.intervention.per_trial else None
         size = self._batch_size(setting)
+        if flips is not None and self.rows is None:
+            size = BatchSize(_MANY, fixed=flips.rows(self._budget(setting.device), setting.device)[0])
         store = _Store(setting, start, stop)
         total = setting.repeats * sum(last - first for _, first, last in wanted)
         with tqdm(total=total, desc="trials", unit="trial", disable=not self.show_progress) as bar:
@@ -135,17 +142,21 @@ class Runner:
                 values = self._values.of(setting, [i for i, _, _ in chunk])
                 for rows in batches(setting, chunk, size):
                     with size.timed(len(rows), setting.device):
-                        heads = self._pass(setting, rows, values, size)
+                        heads = self._pass(setting, rows, values, size, flips)
+                    if flips is not None and self.rows is None:
+                        size.settle(*flips.rows(self._budget(setting.device), setting.device))
                     store.add(measure(heads, rows.examples.to(setting.device)), rows)
                     bar.update(len(rows))
-        if size.fastest is not None:
+        if flips is None and size.fastest is not None:
             self.forward.learned[_key("rows", setting.inputs, setting.args)] = size.fastest
         return store.means()
 
     def _affordable(self, device: torch.device) -> int:
         """How many rows the memory budget allows."""
-        budget = self.memory_budget if self.memory_budget is not None else free_memory(device) // 2
-        return max(1, budget // self._row_bytes)
+        return max(1, self._budget(device) // self._row_bytes)
+
+    def _budget(self, device: torch.device) -> int:
+        return self.memory_budget if self.memory_budget is not None else free_memory(device) // 2
 
     def _batch_size(self, setting: Setting) -> BatchSize:
         if self.rows is not None:
@@ -153,10 +164,15 @@ class Runner:
         known = self.forward.learned.get(_key("rows", setting.inputs, setting.args))
         return BatchSize(self._affordable(setting.device), start=known if isinstance(known, int) else None)
 
-    def _pass(self, setting: Setting, rows: Rows, values: Values | None, size: BatchSize) -> dict[str, Tensor]:
+    def _pass(
+        self, setting: Setting, rows: Rows, values: Values | None, size: BatchSize, flips: Flips | None = None
+    ) -> dict[str, Tensor]:
         """The outputs of one batch; in smaller ones where it does not fit into memory."""
         try:
-            heads = self.evaluate(self._intervened(setting, rows, values), setting.args_of(rows.examples))
+            if flips is not None and values is not None:
+                heads = flips(setting, rows, values)
+            else:
+                heads = self.evaluate(self._intervened(setting, rows, values), setting.args_of(rows.examples))
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise
@@ -168,7 +184,7 @@ class Runner:
         parts, start = [], 0
         while start < len(rows):
             part = rows[start : start + size.rows]  # a part that does not fit either makes the next ones smaller
-            parts.append(self._pass(setting, part, values, size))
+            parts.append(self._pass(setting, part, values, size, flips))
             start += len(part)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

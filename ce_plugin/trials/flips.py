@@ -1,0 +1,81 @@
+"""Trials that each flip one unit, for all examples, by way of what differs from the clean pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ce_plugin.trials.downstream import Downstream
+from ce_plugin.trials.local import Local
+from ce_plugin.trials.setting import Rows, Setting
+from ce_plugin.trials.values import Values
+
+__all__ = ["Flips"]
+
+# Rows of a batch whose values fill this much memory run fastest on CPUs: more of them fall out of the caches.
+_BYTES = {"cpu": 24 << 20, "cuda": 1 << 30}
+# Rows of the first batch, which shows how much memory a row takes.
+_FIRST = 8
+_MOST = 8192
+
+
+class Flips:
+    """Runs trials that each set one unit of a site.
+
+    Args:
+        downstream: the network from the site on, cut out.
+    """
+
+    def __init__(self, downstream: Downstream) -> None:
+        if downstream.suffix is None or downstream.captured is None:
+            raise TypeError("differences are followed through a suffix")
+        self.forward = downstream.forward
+        self.local = Local(downstream.suffix, downstream.captured)
+        self.route = "suffix"
+
+    def reference(self, n: int) -> dict[str, Tensor]:
+        """The clean outputs of N examples: the very numbers that a row in which nothing differs has."""
+        parts = []
+        for example in range(n):
+            with torch.inference_mode():
+                raw = self.local.clean_output(example)
+                heads = self.forward.heads(raw)
+            parts.append({name: head.clone() for name, head in heads.items()})
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def __call__(self, setting: Setting, rows: Rows, values: Values) -> dict[str, Tensor]:
+        """The heads' outputs of one batch of rows, (B, ...) each."""
+        (masks,) = setting.units.masks(rows.assignments, rows.examples)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, key in enumerate(zip(rows.examples.tolist(), rows.variants.tolist(), strict=True)):
+            groups.setdefault(key, []).append(row)
+        parts, order = [], []
+        for (example, variant), members in groups.items():
+            here = masks if len(groups) == 1 else masks[members]
+            with torch.inference_mode():
+                heads = self.forward.heads(self.local(example, values[example][variant][0], here))
+            self.route = self.local.route
+            parts.append({name: head.to(setting.device).clone() for name, head in heads.items()})
+            order += members
+        if len(parts) == 1:
+            return parts[0]
+        back = torch.tensor(order).argsort().to(setting.device)
+        return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+
+    def rows(self, budget: int, device: torch.device) -> tuple[int, int]:
+        """How many rows a batch should have, and how many the memory budget allows."""
+        if not self.local.bytes_per_row:
+            return _FIRST, _FIRST
+        each = self.local.bytes_per_row
+        limit = max(1, min((budget - self.local.fixed_bytes) // each, _MOST))
+        return max(1, min(max(_BYTES.get(device.type, _BYTES["cuda"]) // each, 4), limit)), limit
+
+    def cost(self, setting: Setting, values: Values) -> float:
+        """What a row costs, in forward passes of the whole network, measured on three rows of the first example."""
+        n_units = int(setting.units.n_units[0])
+        chosen = sorted({n_units // 4, n_units // 2, 3 * n_units // 4})
+        assignments = torch.nn.functional.one_hot(torch.tensor(chosen), setting.units.width).bool()
+        (masks,) = setting.units.masks(assignments, torch.zeros(len(chosen), dtype=torch.int64))
+        found = self.local.cost(values[0][0][0], masks)
+        self.route = self.local.route
+        return found
