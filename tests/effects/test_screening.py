@@ -49,6 +49,16 @@ def test_every_form_comes_first(form: str) -> None:
     assert (found.n_trials, found.n_gradients) == (1 + N + len(found), N + 1)
 
 
+def test_single_effects_sharpen_the_score() -> None:
+    """Where either unit shuts the gate the slope is 10 and the effect 2: the gradients alone promise too much."""
+    outcome = with_haystack(FORMS["either one kills"][0])
+    single = outcome(torch.eye(N).double()) - outcome(torch.zeros(1, N).double())
+    without, given = screen(outcome, N, dtype=torch.float64), screen(outcome, N, single=single, dtype=torch.float64)
+    assert float(without[U, V]) == pytest.approx(10.0, abs=1e-9)
+    assert float(given[U, V]) == pytest.approx(2.0, abs=1e-9)
+    assert (given <= without).all()
+
+
 def test_a_bent_response_is_no_interaction() -> None:
     """Unit 3's own response is bent; by exact single effects alone it would seem to interact with every unit."""
     outcome = with_haystack(lambda u, v: 0 * u)
