@@ -5,6 +5,7 @@ touched, so the functions work on a server, in a notebook and in a thread alike.
 """
 
 from ce_plugin.visualization.estimates import plot_estimate
+from ce_plugin.visualization.mediation import plot_carriers
 from ce_plugin.visualization.pictures import (
     NEGATIVE,
     POSITIVE,
@@ -15,4 +16,14 @@ from ce_plugin.visualization.pictures import (
     overlay,
 )
 
-__all__ = ["NEGATIVE", "POSITIVE", "contribution_colors", "data_uri", "magnify", "outlines", "overlay", "plot_estimate"]
+__all__ = [
+    "NEGATIVE",
+    "POSITIVE",
+    "contribution_colors",
+    "data_uri",
+    "magnify",
+    "outlines",
+    "overlay",
+    "plot_carriers",
+    "plot_estimate",
+]
