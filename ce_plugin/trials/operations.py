@@ -44,6 +44,7 @@ class Pool(Separable):
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
+    ceil: bool = False
 
 
 @dataclass(frozen=True)

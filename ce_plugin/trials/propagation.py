@@ -92,15 +92,23 @@ class Propagation:
         if not all(isinstance(state, (Clean, Dense)) for state in states):
             module = self.graph.module(node) if node.op == "call_module" else None
             operation = resolve(node, module, args, kwargs)
-            if (operation is None or mixes(operation)) and self._drop_unchanged():
-                return self._followed(node, map_arg(node.args, self._value), map_arg(node.kwargs, self._value))
-            state = None if operation is None else self._local(node, operation)
+            mixed = operation is not None and mixes(operation) and isinstance(operation.source, Channel)
+            state = None if mixed else self._local(node, operation)
+            if state is not None:
+                return state
+            # From here on rows are dense, and a row that need not be run is worth most.
+            if self._drop_unchanged():
+                again = (map_arg(node.args, self._value), map_arg(node.kwargs, self._value))
+                return self._followed(node, *again) if self.rows else None
+            state = self._local(node, operation) if mixed else None
             if state is not None:
                 return state
         args, kwargs = tree_map(lambda part: as_dense(part, self.rows), (args, kwargs), is_leaf=is_state)
         return tree_map(_as_dense_state, self.graph.call(node, args, kwargs))
 
-    def _local(self, node: fx.Node, operation: Operation) -> State | None:
+    def _local(self, node: fx.Node, operation: Operation | None) -> State | None:
+        if operation is None:
+            return None
         sources = operation.source if isinstance(operation.source, tuple) else (operation.source,)
         kinds = {type(source) for source in sources if is_state(source)}
         if Channel in kinds and Window in kinds:
@@ -133,7 +141,7 @@ class Propagation:
         self.values = {node: select(value, here) for node, value in self.values.items()}
         for node in self.local.captured.shapes:
             self.constants[node] = self.constants[node][: len(index)]
-        return self.rows > 0
+        return True
 
 
 def _first_row(value: Any) -> Any:

@@ -57,7 +57,7 @@ def _max_pool2d(
     def apply(x: Tensor) -> Tensor:
         return F.max_pool2d(x, *sizes, ceil_mode=ceil_mode)
 
-    return Pool(input, apply, None, "max", *sizes)
+    return Pool(input, apply, None, "max", *sizes, ceil_mode)
 
 
 def _avg_pool2d(
@@ -75,7 +75,7 @@ def _avg_pool2d(
     def apply(x: Tensor) -> Tensor:
         return F.avg_pool2d(x, *sizes, ceil_mode, count_include_pad, divisor_override)
 
-    return Pool(input, apply, None, "avg", *sizes)
+    return Pool(input, apply, None, "avg", *sizes, (1, 1), ceil_mode)
 
 
 def _adaptive_avg_pool2d(input: Any, output_size: Any) -> Operation:  # noqa: A002

@@ -114,15 +114,21 @@ def _cells(top: Tensor, left: Tensor, size: tuple[int, int], width: int) -> Tens
     return (rows[:, :, None] * width + columns[:, None, :]).flatten()
 
 
-def _table(clean: Tensor) -> Tensor:
-    """The cells of one map as rows of a matrix, (H * W, C)."""
-    return clean[0].permute(1, 2, 0).reshape(-1, clean.shape[1])
+def gathered(maps: Tensor, top: Tensor, left: Tensor, size: tuple[int, int], *, own: bool = False) -> Tensor:
+    """A rectangle for each row, (B, C, h, w), channels last in memory.
 
-
-def gathered(clean: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Tensor:
-    """A rectangle of a clean map for each row, (B, C, h, w), channels last in memory."""
-    cells = _cells(top, left, size, clean.shape[3])
-    return _table(clean).index_select(0, cells).view(len(top), *size, clean.shape[1]).permute(0, 3, 1, 2)
+    Args:
+        maps: one map for all rows, (1, C, H, W), or with ``own`` each row's, (B, C, H, W).
+        top, left: first row and column, int64 (B,).
+        size: height and width.
+    """
+    _, channels, height, width = maps.shape
+    cells = _cells(top, left, size, width)
+    if own:
+        first = torch.arange(len(top), device=top.device) * (height * width)
+        cells = (cells.view(len(top), -1) + first[:, None]).flatten()
+    table = maps.permute(0, 2, 3, 1).reshape(-1, channels)
+    return table.index_select(0, cells).view(len(top), *size, channels).permute(0, 3, 1, 2)
 
 
 def overlaid(clean: Tensor, window: Window) -> Tensor:
