@@ -78,7 +78,7 @@ class Experiment:
         self.runner = Runner(
             self.forward, None if per_eval is None else per_eval * self.n, self.memory_budget, self.show_progress
         )
-        self.route, self.cut = "full", False
+        self.route, self.cut, self.seconds = "full", False, 0.0
         self.kept: list[Setting] = []
         self._looked: Located | None = None
         if isinstance(self.site, InputSite):
@@ -118,9 +118,33 @@ class Experiment:
         extra = sum(i.forward_equivalents for i in (self.intervention, *(e.intervention for e in self.evidences)))
         # The outcome with all units set, which some designs compare with, is one more trial.
         every = self.setting.repeats if self.design.reference == "all" else 0
-        passes = self.trials + self.n_draws * self.n * (1 + every + extra) + self._checks_first
-        passes += self.runner.layout_passes(self.inputs, self.args, self.trials)
-        return Cost(self.trials, passes, "full", 4 * outcomes * self.n * max(self.used))
+        route, each, once = self._route()
+        passes = self.trials * each + self.n_draws * self.n * (once + every + extra) + self._checks_first
+        if route == "full":
+            passes += self.runner.layout_passes(self.inputs, self.args, self.trials)
+        return Cost(self.trials, passes, route, 4 * outcomes * self.n * max(self.used))
+
+    def _route(self) -> tuple[str, float, float]:
+        """How trials will be run, what a trial costs, and what is run once for each example, in forward passes."""
+        with self._guard():
+            located = self._looked
+            if located is None:
+                first = torch.tensor([0])
+                inputs = tuple(x[first.to(x.device)] for x in self.inputs)
+                located = Located(self.forward, inputs, rows_of_args(self.args, self.n, first))
+            held = any(not isinstance(evidence.site, InputSite) for evidence in self.evidences)
+            if not held:
+                located = self._locator.followed(located, replace(self.setting, inputs=located.values))
+            cut = located.forward
+            if held or not isinstance(cut, Downstream) or cut.suffix is None or cut.captured is None:
+                return "full", 1, 1
+            share = cut.suffix.share(cut.captured)
+            # A clean pass, what by-passes the site, and the reference.
+            once = 1 + (0 if cut.suffix.is_cut else 1) + share
+            if located.flips is None:
+                return located.route, share, once
+            each = located.flips.cost(replace(self.setting, inputs=located.values))
+            return located.flips.route, each, once
 
     def run(self) -> dict[str, Estimate]:
         """The estimates of all heads; the model and the random state are afterwards as they were."""
@@ -204,7 +228,6 @@ class Experiment:
         try:
             located = self._locator.followed(located, setting)
             located, runner, heads = self._locator.start(located, self.runner, self.trials)
-            self.route, self.cut = located.route, located.is_cut
             measured = self._measured(heads, located.outputs)
             self._check_memory(measured)
             if self.until is not None:
@@ -214,6 +237,7 @@ class Experiment:
             if setting.design.reference == "all":
                 every = runner.run(replace(setting, design=EveryUnit()), 0, 1, measured)
                 compared = {name: outcome[:, 0] for name, outcome in every.items()}
+            self.route, self.cut, self.seconds = located.taken, located.is_cut, located.seconds
             found = answers(setting, outcomes, compared, measured, self.used, self.keep_trials)
             return self._with_insertion(found, heads, located) if isinstance(self.site, ConceptSite) else found
         except AggregateError:
@@ -242,7 +266,6 @@ class Experiment:
             self._look()
             setting, located = self._set(0)
             located, runner, heads = self._locator.start(located, self.runner, 1)
-            self.route, self.cut = located.route, located.is_cut
             measured = self._measured(heads, located.outputs)
             options.setdefault("batch_size", runner.rows or 32)
             found = []
@@ -349,7 +372,7 @@ class Experiment:
             intervention=repr(self.intervention),
             evidence=", ".join(map(repr, self.evidences)) or "none",
             seed=self.seed,
-            cost=self.runner.passes,
+            cost=self.runner.passes if self.route == "full" else round(seconds / self.seconds, 1),
             peeked=self.until is not None,
             insertion_effect=answer.insertion,
             site=repr(self.site),

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ce_plugin.trials.downstream import Downstream
-from ce_plugin.trials.local import Local
+from ce_plugin.trials.local import Local, initial
 from ce_plugin.trials.setting import Rows, Setting
+from ce_plugin.trials.states import Channel, Window
 from ce_plugin.trials.values import Values
 
 __all__ = ["Flips"]
@@ -70,12 +71,28 @@ class Flips:
         limit = max(1, min((budget - self.local.fixed_bytes) // each, _MOST))
         return max(1, min(max(_BYTES.get(device.type, _BYTES["cuda"]) // each, 4), limit)), limit
 
-    def cost(self, setting: Setting, values: Values) -> float:
-        """What a row costs, in forward passes of the whole network, measured on three rows of the first example."""
+    def kind(self, setting: Setting) -> str:
+        """How flips of the site's units start: as a "channel", as a "window", or "" where neither."""
+        site, masks = self._sample(setting)
+        start = initial(site, site + 1, masks)
+        return "channel" if isinstance(start, Channel) else "window" if isinstance(start, Window) else ""
+
+    def area(self, setting: Setting) -> int:
+        """How many elements three of the units have."""
+        return int(self._sample(setting)[1].sum())
+
+    def cost(self, setting: Setting) -> float:
+        """What a row costs, in forward passes of the whole network, counted on three rows of the first example."""
+        site, masks = self._sample(setting)
+        found = self.local.cost(site + 1, masks)
+        self.route = self.local.route
+        return found
+
+    @staticmethod
+    def _sample(setting: Setting) -> tuple[Tensor, Tensor]:
         n_units = int(setting.units.n_units[0])
         chosen = sorted({n_units // 4, n_units // 2, 3 * n_units // 4})
         assignments = torch.nn.functional.one_hot(torch.tensor(chosen), setting.units.width).bool()
+        site = setting.inputs[0][:1]
         (masks,) = setting.units.masks(assignments, torch.zeros(len(chosen), dtype=torch.int64))
-        found = self.local.cost(values[0][0][0], masks)
-        self.route = self.local.route
-        return found
+        return site, masks.to(site.device)

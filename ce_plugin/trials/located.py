@@ -24,6 +24,9 @@ __all__ = ["Located", "Locator", "place_of"]
 
 logger = logging.getLogger("ce_plugin")
 # How far two ways of computing the same outputs may be apart, in multiples of the largest output.
+# Windows are followed where there are so many trials, of a network with so many operations a pass, of which they save
+# so many: gathering and pasting crops takes time that operations do not show.
+_MANY, _SMALL, _PAYS = 32, 2e7, 0.5
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
@@ -50,6 +53,11 @@ class Located:
     whole: Downstream | None = None
     seconds: float = 0.0
     flips: Flips | None = None
+
+    @property
+    def taken(self) -> str:
+        """The route that trials took."""
+        return self.route if self.flips is None else self.flips.route
 
     @property
     def is_cut(self) -> bool:
@@ -86,6 +94,7 @@ class Locator:
     engine: str = "auto"
     _suffixes: dict[object, Suffix | str] = field(default_factory=dict)
     _logged: set[str] = field(default_factory=set)
+    _paying: dict[object, bool] = field(default_factory=dict)
 
     def at(
         self, site: LayerSite | ConceptSite, inputs: tuple[Tensor, ...], args: tuple[object, ...], runner: Runner
@@ -145,11 +154,33 @@ class Locator:
 
     def followed(self, located: Located, setting: Setting) -> Located:
         """With what follows the differences of single flips, where the site and the design allow it and it pays."""
-        cut = located.forward
-        one = setting.design.flips_one and not setting.intervention.per_trial and len(located.values) == 1
-        if not one or not isinstance(cut, Downstream) or cut.suffix is None:
+        if self.engine == "full" or not follows(setting):
             return located
-        return replace(located, flips=Flips(cut))
+        if not isinstance(located.forward, Downstream):
+            # The input: only where many trials may repay that the network is traced.
+            few = sum(map(setting.n_trials, range(setting.n))) < _MANY
+            wanted = located.forward is self.forward and setting.inputs[0].dim() == 4 and not few
+            found = self.at_input(located.values, located.args) if wanted else None
+            return located if found is None else self._paid(found, setting, located)
+        return located if located.forward.suffix is None else self._paid(located, setting, located)
+
+    def _paid(self, located: Located, setting: Setting, otherwise: Located) -> Located:
+        """A located site with its flips followed, or what there was before where that does not pay."""
+        cut = located.forward
+        if not isinstance(cut, Downstream) or cut.suffix is None or cut.captured is None:
+            return otherwise
+        flips = Flips(cut)
+        kind = flips.kind(setting)
+        if kind == "window" and self.engine == "auto":
+            suffix, captured = cut.suffix, cut.captured
+            key = (id(suffix), *(tuple(x.shape[1:]) for x in setting.inputs), flips.area(setting))
+            if key not in self._paying:
+                whole = suffix.full_flops(captured)
+                share = 1.0 if cut.place.point.module is None else suffix.share(captured)
+                self._paying[key] = whole >= _SMALL and flips.cost(setting) < _PAYS * share
+            if not self._paying[key]:
+                return otherwise
+        return replace(located, flips=flips) if kind else otherwise
 
     def start(self, located: Located, runner: Runner, trials: int) -> tuple[Located, Runner, dict[str, Tensor]]:
         """The reference's outputs, (N, ...) for each head, and what the trials are run with.
@@ -207,6 +238,11 @@ class Locator:
         if reason not in self._logged:
             self._logged.add(reason)
             logger.info("%s: every trial passes through the whole network, because %s", name, reason)
+
+
+def follows(setting: Setting) -> bool:
+    """Whether trials each flip one unit of one tensor, to a value that does not depend on the trial."""
+    return setting.design.flips_one and not setting.intervention.per_trial and len(setting.inputs) == 1
 
 
 def check_deterministic(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:

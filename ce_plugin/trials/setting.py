@@ -26,8 +26,11 @@ class Cost:
 
     Args:
         trials: over all examples, alternative values and draws of evidence.
-        forward_passes: rows that go through the whole network, references included.
-        route: how trials are evaluated; ``"full"`` passes each through the whole network.
+        forward_passes: what the run takes, in passes of one example through the whole network, references included;
+            counted in floating-point operations where only a part of it is run.
+        route: how trials are evaluated: ``"full"`` passes each through the whole network, ``"suffix"`` through the
+            part that depends on the site, ``"channel differences"`` and ``"window differences"`` only follow what a
+            single unit changes there.
         outcome_bytes: memory that the outcomes of all trials take.
 
     Example:
@@ -36,12 +39,12 @@ class Cost:
     """
 
     trials: int
-    forward_passes: int
+    forward_passes: float
     route: str
     outcome_bytes: int
 
     def __str__(self) -> str:
-        passes = f"{self.trials} trials, {self.forward_passes} forward passes (route: {self.route})"
+        passes = f"{self.trials} trials, {self.forward_passes:.6g} forward passes (route: {self.route})"
         return f"{passes}, {self.outcome_bytes / 2**20:.1f} MiB of outcomes"
 
 
