@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from captum.log import log_usage
 from torch import Tensor
 
+from ce_plugin.attribution.costing import cost_of
 from ce_plugin.attribution.defaults import default_design, default_mask, on_grid
 from ce_plugin.attribution.experiment import Experiment
 from ce_plugin.attribution.explainer import Explainer
@@ -272,7 +273,7 @@ class CausalEffect(Explainer):
             inputs, None, target, additional_forward_args, feature_mask, None, False,
             sliding_window_shapes, strides, given, None,
         )  # fmt: skip
-        return experiment.cost()
+        return cost_of(experiment)
 
     def _experiment(
         self,

@@ -11,30 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ce_plugin.attribution.aggregated import answers_of_batch, check_shared, outputs_of_batch
+from ce_plugin.attribution.checks import check_memory, warn_unchanged
 from ce_plugin.attribution.estimation import Answer, answers, average, check_design
 from ce_plugin.attribution.evident import evident, held
 from ce_plugin.attribution.flips import flip_outcome
 from ce_plugin.attribution.inputs import Target
 from ce_plugin.attribution.measured import Measured
+from ce_plugin.attribution.stopping import answers_until
 from ce_plugin.designs import Design, EveryUnit, Joint
-from ce_plugin.effects import Estimate, Interactions, Outcome, half_width, pairwise
-from ce_plugin.errors import ArgumentError, ModelError, NoChangeWarning, expected
+from ce_plugin.effects import Estimate, Interactions, Outcome, pairwise
+from ce_plugin.errors import ArgumentError, ModelError, expected
 from ce_plugin.guard import state_guard
 from ce_plugin.interventions import Context, Intervention
 from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite
-from ce_plugin.trials import Cost, Forward, Runner, Setting
-from ce_plugin.trials.batching import free_memory
+from ce_plugin.trials import Forward, Runner, Setting
 from ce_plugin.trials.donors import donated
 from ce_plugin.trials.downstream import Downstream
 from ce_plugin.trials.located import Located, Locator, place_of
-from ce_plugin.trials.runner import AggregateError, as_one_row, run_aggregated
+from ce_plugin.trials.runner import AggregateError
 from ce_plugin.trials.setting import rows_of_args
-from ce_plugin.trials.values import checked_values
 
 __all__ = ["Experiment"]
-
-# Trials before the first look at the intervals of a run that may stop early, and between two looks.
-_FIRST, _ROUND = 100, 50
 
 
 @dataclass
@@ -103,57 +101,38 @@ class Experiment:
         self._looked = self._locator.at(self.site, inputs, args, self.runner)
         self._settle(tuple(value.expand(self.n, *value.shape[1:]) for value in self._looked.values))
 
-    @property
-    def trials(self) -> int:
-        """Trials of the whole run."""
-        return self.n_draws * self.setting.repeats * sum(self.used)
-
-    def cost(self) -> Cost:
-        """Trials and passes of the run; one example passes once, to see how many outcomes it has."""
+    def look(self) -> dict[str, Tensor]:
+        """Pass one example through the network; its outputs, without its evidence."""
         with self._guard():
             self._look()
-            heads = self._first()
-        one = self.target is not None or self.predicted_only or not self.outcome.per_class
-        outcomes = sum(1 if one else head.numel() for head in heads.values())
-        extra = sum(i.forward_equivalents for i in (self.intervention, *(e.intervention for e in self.evidences)))
-        # The outcome with all units set, which some designs compare with, is one more trial.
-        every = self.setting.repeats if self.design.reference == "all" else 0
-        route, each, once = self._route()
-        passes = self.trials * each + self.n_draws * self.n * (once + every + extra) + self._checks_first
-        if route == "full":
-            passes += self.runner.layout_passes(self.inputs, self.args, self.trials)
-        return Cost(self.trials, passes, route, 4 * outcomes * self.n * max(self.used))
+            return self._first()
 
-    def _route(self) -> tuple[str, float, float]:
-        """How trials will be run, what a trial costs, and what is run once for each example, in forward passes."""
+    def first_located(self) -> tuple[Setting, Located]:
+        """The site of one example and how its trials would be run; after :meth:`look`."""
         with self._guard():
             located = self._looked
             if located is None:
                 first = torch.tensor([0])
                 inputs = tuple(x[first.to(x.device)] for x in self.inputs)
                 located = Located(self.forward, inputs, rows_of_args(self.args, self.n, first))
+            setting = replace(self.setting, inputs=located.values)
+            # Evidence at a layer is set by hooks, which only whole passes meet.
             held = any(not isinstance(evidence.site, InputSite) for evidence in self.evidences)
-            if not held:
-                located = self._locator.followed(located, replace(self.setting, inputs=located.values))
-            cut = located.forward
-            if held or not isinstance(cut, Downstream) or cut.suffix is None or cut.captured is None:
-                return "full", 1, 1
-            share = cut.suffix.share(cut.captured)
-            # A clean pass, what by-passes the site, and the reference.
-            once = 1 + (0 if cut.suffix.is_cut else 1) + share
-            if located.flips is None:
-                return located.route, share, once
-            each = located.flips.cost(replace(self.setting, inputs=located.values))
-            return located.flips.route, each, once
+            return setting, located if held else self._locator.followed(located, setting)
+
+    @property
+    def trials(self) -> int:
+        """Trials of the whole run."""
+        return self.n_draws * self.setting.repeats * sum(self.used)
 
     def run(self) -> dict[str, Estimate]:
         """The estimates of all heads; the model and the random state are afterwards as they were."""
         started = time.perf_counter()
         draws: list[dict[str, Answer]] = []
         with self._guard():
-            if self._checks_first or self.n > 1:
+            if self.checks_first or self.n > 1:
                 self._look()
-            if self._checks_first:
+            if self.checks_first:
                 self._check_target(self._first())
             for draw in range(self.n_draws):
                 draws.append(self._draw(draw))
@@ -172,7 +151,7 @@ class Experiment:
         return state_guard(*held_by, *self.forward.modules, *sources, *coders)
 
     @property
-    def _checks_first(self) -> bool:
+    def checks_first(self) -> bool:
         """Whether one example passes through the network before costly evidence is made."""
         return any(evidence.intervention.forward_equivalents for evidence in self.evidences)
 
@@ -217,7 +196,7 @@ class Experiment:
             self._settle(located.values)
         context = replace(context, donors=self._donors(located, context))
         setting = replace(self.setting, inputs=located.values, args=located.args, context=context, design=design)
-        self._warn_unchanged(setting)
+        warn_unchanged(setting)
         if self.keep_values:
             self.kept.append(setting)
         return setting, located
@@ -229,9 +208,9 @@ class Experiment:
             located = self._locator.followed(located, setting)
             located, runner, heads = self._locator.start(located, self.runner, self.trials)
             measured = self._measured(heads, located.outputs)
-            self._check_memory(measured)
+            check_memory(setting, measured, max(self.used))
             if self.until is not None:
-                return self._until(setting, runner, measured)
+                return answers_until(setting, runner, measured, self.used, self.until, self.keep_trials)
             outcomes = runner.run(setting, 0, max(self.used), measured)
             compared = measured.reference
             if setting.design.reference == "all":
@@ -242,6 +221,12 @@ class Experiment:
             return self._with_insertion(found, heads, located) if isinstance(self.site, ConceptSite) else found
         except AggregateError:
             return self._aggregated(setting, self.runner.of(located.forward))
+
+    def _aggregated(self, setting: Setting, runner: Runner) -> dict[str, Answer]:
+        """A network that returns one value for the batch makes the batch one example."""
+        check_shared(setting, self.until)
+        heads = outputs_of_batch(setting, runner, self._first())
+        return answers_of_batch(setting, runner, self._measured(heads), self.used, self.keep_trials)
 
     def _with_insertion(
         self, found: dict[str, Answer], heads: dict[str, Tensor], located: Located
@@ -280,78 +265,6 @@ class Experiment:
                 names = labels[i] if isinstance(labels[0], list) else labels
                 found.append(pairwise(outcome, int(setting.units.n_units[i]), unit_labels=names, **own, **options))
         return found
-
-    def _until(self, setting: Setting, runner: Runner, measured: Measured) -> dict[str, Answer]:
-        """Rounds of trials; an example leaves when all its intervals are narrow enough."""
-        outcomes: dict[str, Tensor] = {}
-        active, used, done = list(range(self.n)), list(self.used), 0
-        found: dict[str, Answer] = {}
-        while active and done < max(self.used):
-            stop = min(max(self.used), _FIRST if done == 0 else done + _ROUND)
-            new = runner.run(setting, done, stop, measured, active)
-            outcomes = {name: torch.cat([outcomes[name], new[name]], 1) if outcomes else new[name] for name in new}
-            used = [min(stop, self.used[i]) if i in active else used[i] for i in range(self.n)]
-            done = stop
-            found = answers(setting, outcomes, measured.reference, measured, used, self.keep_trials)
-            active = [i for i in active if used[i] == done and self._widest(found, i) > (self.until or 0.0)]
-        return found
-
-    def _widest(self, found: dict[str, Answer], example: int) -> float:
-        """Half the width of an example's widest interval; infinite where a unit's error is not known yet."""
-        widest = 0.0
-        for answer in found.values():
-            if answer.std_error is not None:
-                own = slice(int(self.setting.units.n_units[example]))
-                dof = None if answer.dof is None else answer.dof[example, own]
-                widths = half_width(answer.std_error[example, own], dof, 0.95)
-                widest = max(widest, float(widths.nan_to_num(torch.inf).max()))
-        return widest
-
-    def _aggregated(self, setting: Setting, runner: Runner) -> dict[str, Answer]:
-        """A network that returns one value for the batch makes the batch one example."""
-        shared = len(set(self.ids)) == 1 and isinstance(setting.units.labels[0], str)
-        if self.until is not None or not shared:
-            todo = "Leave out `until=`, `ids=` and masks that differ between examples."
-            wanted = "a model that returns one value per example for these options"
-            raise ModelError(expected("forward_func", wanted, "one value per batch", todo))
-        # Copies, because a network may write to its input.
-        raw = runner.evaluate(tuple(x.clone() for x in setting.inputs), setting.args)
-        heads = {name: as_one_row(head) for name, head in raw.items()}
-        if any(heads[name].shape != one.shape for name, one in self._first().items()):
-            got = f"shapes {[tuple(head.shape) for head in raw.values()]} for {self.n} examples, some not one for each"
-            todo = "Name the part to explain with `output=`."
-            raise ModelError(expected("forward_func", "a model with one value per example in every output", got, todo))
-        measured = self._measured(heads)
-        outcomes = run_aggregated(runner, setting, measured)
-        compared = measured.reference
-        if setting.design.reference == "all":
-            every = run_aggregated(runner, replace(setting, design=EveryUnit()), measured)
-            compared = {name: outcome[:, 0] for name, outcome in every.items()}
-        return answers(setting, outcomes, compared, measured, self.used[:1], self.keep_trials)
-
-    def _warn_unchanged(self, setting: Setting) -> None:
-        if self.intervention.per_trial or self.intervention.forward_equivalents:
-            return  # unknown before the trials, or too dear to ask for twice (attacks warn by themselves)
-        unchanged = torch.ones(self.n, dtype=torch.bool)
-        for variant in range(self.intervention.n_variants):
-            for position, x in enumerate(setting.inputs):
-                at = replace(setting.context, position=position, variant=variant)
-                unchanged &= (checked_values(self.intervention, x, at) == x).reshape(self.n, -1).all(1).cpu()
-        if bool(unchanged.any()):
-            warnings.warn(
-                f"{self.intervention!r} changes nothing in example(s) {unchanged.nonzero()[:5, 0].tolist()}, so that "
-                "their effects are zero by construction. Check its fill or region, and `normalization=`.",
-                NoChangeWarning,
-                stacklevel=5,
-            )
-
-    def _check_memory(self, measured: Measured) -> None:
-        size = sum(r.shape[1] * r.element_size() for r in measured.reference.values()) * self.n * max(self.used)
-        free = free_memory(self.setting.device)
-        if size > free:
-            got = f"{size / 2**30:.1f} GiB ({self.n} examples x {max(self.used)} trials x all classes)"
-            todo = "Pass `target=`, fewer examples, or coarser units."
-            raise ArgumentError(expected("inputs", f"few enough for {free / 2**30:.1f} GiB of outcomes", got, todo))
 
     def _estimate(self, draws: list[Answer], seconds: float) -> Estimate:
         answer = average(draws)

@@ -10,6 +10,7 @@ from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
+from ce_plugin.attribution.costing import cost_of
 from ce_plugin.attribution.experiment import Experiment
 from ce_plugin.attribution.explainer import Explainer
 from ce_plugin.attribution.inputs import Baselines, Given, Target, as_args, as_baseline, as_evidences, as_ids, as_inputs
@@ -232,7 +233,7 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
             inputs, None, target, additional_forward_args, layer_mask, attribute_to_layer_input, None, False, given,
             None,
         )  # fmt: skip
-        return experiment.cost()
+        return cost_of(experiment)
 
     def _site(self, layer_mask: Tensor | tuple[Tensor, ...] | None, at_input: bool) -> LayerSite | ConceptSite:
         if isinstance(layer_mask, tuple):

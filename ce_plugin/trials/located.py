@@ -171,12 +171,13 @@ class Locator:
             return otherwise
         flips = Flips(cut)
         kind = flips.kind(setting)
-        if kind == "window" and self.engine == "auto":
+        at_input = cut.place.point.module is None
+        if (kind == "window" or at_input) and self.engine == "auto":
             suffix, captured = cut.suffix, cut.captured
             key = (id(suffix), *(tuple(x.shape[1:]) for x in setting.inputs), flips.area(setting))
             if key not in self._paying:
                 whole = suffix.full_flops(captured)
-                share = 1.0 if cut.place.point.module is None else suffix.share(captured)
+                share = 1.0 if at_input else suffix.share(captured)
                 self._paying[key] = whole >= _SMALL and flips.cost(setting) < _PAYS * share
             if not self._paying[key]:
                 return otherwise
@@ -198,8 +199,11 @@ class Locator:
             return located, own, heads
         known = located.outputs if whole.place.decoder is None else None
         some, first = len(located.values[0]) if known else 1, torch.tensor([0])
+        started = time.perf_counter()
         with torch.inference_mode():
             wanted = known or whole.full(located.values[0][:1], first)
+        located = replace(located, seconds=located.seconds or time.perf_counter() - started)
+        with torch.inference_mode():
             if close({name: head[:some] for name, head in heads.items()}, wanted):
                 return located, own, heads
             again = whole.full(located.values[0][:1], first)
