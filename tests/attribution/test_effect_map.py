@@ -6,6 +6,7 @@ import pytest
 import torch
 from captum.attr import LayerGradCam
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 from ce_plugin import CausalEffectMap, ConceptSite, LayerCausalEffect, LayerSite
 from ce_plugin.concepts import ConceptAutoencoder
@@ -132,3 +133,22 @@ def test_bad_input(net: nn.Sequential, x: Tensor) -> None:
         CausalEffectMap(net, "1").attribute(x, contrast=torch.zeros(2, 1, dtype=torch.long))
     with pytest.raises(UnknownNameError, match="contrast"):
         CausalEffectMap(net, "1").attribute(x, contrast="other")  # type: ignore[arg-type]
+
+
+def test_a_vision_transformer_by_both_routes() -> None:
+    torch.manual_seed(0)
+    net = VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32)
+    nn.init.normal_(net.heads.head.weight)
+    net = net.double().eval()
+    x = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+
+    def to_map(tokens: Tensor) -> Tensor:
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+
+    site = LayerSite("encoder.layers.encoder_layer_1.ln_1", reshape_transform=to_map)
+    maps = [CausalEffectMap(net, site, engine=engine).maps(x) for engine in ("suffix", "full")]
+    assert maps[0].shape == (2, 1000, 4, 4)
+    assert maps[0].abs().max() > 1e-3
+    torch.testing.assert_close(maps[0], maps[1])
+    contribution = LayerCausalEffect(net, site, outcome="logit").estimate(x).contribution
+    torch.testing.assert_close(maps[0].sum((2, 3)), contribution.sum(1))
