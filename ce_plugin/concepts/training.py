@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from ce_plugin.guard import state_guard
 from ce_plugin.randomness import generator
 
 __all__ = ["train_autoencoder"]
+
+# A convolution whose kernels have so many weights or fewer takes the full learning rate.
+_TERMS = 32
 
 
 def train_autoencoder(
@@ -59,8 +63,10 @@ def train_autoencoder(
     The network is frozen and in eval mode; its modes, ``requires_grad`` flags, gradients and the global random state
     are as before afterwards. What comes before the layer is run once per image where its results fit into
     ``cache_bytes``, and only what comes after it is run again where torch.fx can cut the network there; else the whole
-    network is run for each batch, with the same numbers. Adam; the rate is halved whenever the loss on the held-out
-    images has not improved for half of ``patience``. Weights, order and split depend on ``seed`` only.
+    network is run for each batch, with the same numbers. The first weights are those of independent components of the
+    activations (FastICA), from which Adam goes on; the rate is smaller for kernels of more than 32 weights, in
+    proportion, and halved whenever the loss on the held-out images has not improved for half of ``patience``. Weights,
+    order and split depend on ``seed`` only.
 
     Args:
         network: any module that returns logits (N, C), or of which ``output`` names them.
@@ -226,13 +232,13 @@ def _train(
 ) -> None:
     """Epoch by epoch, from where the progress stands."""
     settings = progress.settings
-    optimizer = torch.optim.Adam(autoencoder.parameters(), lr=settings.lr)
+    optimizer = torch.optim.Adam(_groups(autoencoder))
     progress.restore(autoencoder, optimizer)
     recorded, rows = fit
     with tqdm(total=settings.epochs, initial=progress.epoch, unit="epoch", disable=not show_progress) as bar:
         while not progress.finished:
             for group in optimizer.param_groups:
-                group["lr"] = progress.rate
+                group["lr"] = progress.rate * group["share"]
             autoencoder.train()
             draw = generator(settings.seed, "order", progress.epoch)
             order = [rows[i] for i in torch.randperm(len(rows), generator=draw).tolist()]
@@ -243,6 +249,16 @@ def _train(
             progress.end_epoch(autoencoder, optimizer, fitted, checked)
             bar.set_postfix({key: f"{value:.3g}" for key, value in checked.items()})
             bar.update()
+
+
+def _groups(autoencoder: ConceptAutoencoder) -> list[dict[str, Any]]:
+    """Each convolution with its share of the learning rate: the step of a sum must not grow with its terms."""
+    found: list[dict[str, Any]] = []
+    for layer in autoencoder.modules():
+        if isinstance(layer, nn.Conv2d):
+            terms = layer.weight[0].numel()
+            found.append({"params": list(layer.parameters()), "share": min(1.0, _TERMS / terms), "lr": 0.0})
+    return found
 
 
 def _answers(autoencoder: ConceptAutoencoder, held: Part, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
