@@ -16,7 +16,7 @@ from ce_plugin.concepts.layers import Layer, find_layer, fingerprint
 from ce_plugin.errors import ArgumentError, FileError, InputError, ModelError, expected
 from ce_plugin.randomness import generator
 
-__all__ = ["ConceptAutoencoder"]
+__all__ = ["ConceptAutoencoder", "check_sizes"]
 
 _SLOPE = 0.1
 
@@ -83,7 +83,7 @@ class ConceptAutoencoder(nn.Module):
         self, channels: int, concepts: int, hidden: int | None = None, kernel_size: int = 3, *, seed: int = 0
     ) -> None:
         super().__init__()
-        _check(channels, concepts, hidden, kernel_size)
+        check_sizes(channels, concepts, hidden, kernel_size)
         self.channels, self.concepts, self.kernel_size, self.seed = channels, concepts, kernel_size, seed
         self.hidden = hidden or round((channels * concepts) ** 0.5)
         self.layer_name, self.fingerprint = "", ""
@@ -250,7 +250,8 @@ class ConceptAutoencoder(nn.Module):
         return loaded.eval()
 
 
-def _check(channels: int, concepts: int, hidden: int | None, kernel_size: int) -> None:
+def check_sizes(channels: int, concepts: int, hidden: int | None, kernel_size: int) -> None:
+    """That an autoencoder of these sizes can be built."""
     if channels < 2:
         raise ArgumentError(expected("channels", "2 or more", channels))
     if not 1 <= concepts < channels:

@@ -15,7 +15,7 @@ from ce_plugin.concepts.fidelity import compare_outputs
 from ce_plugin.concepts.images import Images, as_source
 from ce_plugin.concepts.layers import Layer, OutputSelector, find_layer, fingerprint, probe
 from ce_plugin.concepts.losses import check_outcome, interpretability_loss
-from ce_plugin.concepts.model import ConceptAutoencoder
+from ce_plugin.concepts.model import ConceptAutoencoder, check_sizes
 from ce_plugin.concepts.preparation import Part, deviation, prepared
 from ce_plugin.concepts.progress import Progress
 from ce_plugin.concepts.recorded import Recorded
@@ -214,11 +214,12 @@ def _parts(
 
 
 def _check_fit(activations: Tensor, logits: Tensor, name: str, settings: Settings) -> None:
-    """That the code is narrower than the layer, and the outcome fits the network."""
+    """That such an autoencoder can be built for the layer, and the outcome fits the network."""
     channels = activations.shape[1]
     if settings.concepts >= channels:
         wanted = f"at least 1 and below the {channels} channels of layer {name!r}"
         raise ArgumentError(expected("concepts", wanted, settings.concepts, "A code as wide compresses nothing."))
+    check_sizes(channels, settings.concepts, settings.hidden, settings.kernel_size)
     check_outcome(settings.outcome, logits)
 
 
