@@ -118,7 +118,9 @@ class MaskUnits(Units):
             assignments = torch.nn.functional.pad(assignments, (0, 1))
         for ids in self.ids:
             flat = ids.reshape(len(ids), -1)
-            if len(flat) == 1:
+            if torch.equal(flat[0], torch.arange(assignments.shape[1])) and len(flat) == 1:
+                chosen = assignments  # each unit is one entry, as channels are: nothing is to be copied
+            elif len(flat) == 1:
                 chosen = assignments[:, flat[0]]
             else:
                 chosen = assignments.gather(1, flat[examples.to(flat.device)])
