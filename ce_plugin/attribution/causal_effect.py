@@ -23,7 +23,7 @@ from ce_plugin.attribution.inputs import (
     as_inputs,
 )
 from ce_plugin.designs import Design
-from ce_plugin.effects import Interactions, Outcome
+from ce_plugin.effects import Outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
 from ce_plugin.errors import ArgumentError, expected
 from ce_plugin.interventions import Intervention, PixelMask
@@ -210,45 +210,19 @@ class CausalEffect(Explainer):
         )  # fmt: skip
         return self._estimates(experiment)
 
-    def interactions(
+    def _of_pairs(
         self,
         inputs: Tensor | tuple[Tensor, ...],
-        target: Target = None,
-        additional_forward_args: Any = None,
-        feature_mask: Masks = None,
-        *,
-        top: int = 100,
-        exhaustive: int = 64,
-        nudges: Sequence[float] = (1e-3,),
-        given: Given = None,
-        ids: Sequence[int] | Tensor | None = None,
-    ) -> list[Interactions]:
-        """How much more (or less) two units do together than the sum of what each does alone, for pairs of units.
-
-            interaction_uv = Y(do u, v) - Y(do u) - Y(do v) + Y
-
-        All pairs of up to ``exhaustive`` units; of more, the ``top`` pairs that the gradient at each single-flip state
-        points at are run exactly.
-
-        Args:
-            inputs, target, additional_forward_args, feature_mask, given, ids: as in :meth:`attribute`.
-            top, exhaustive, nudges: see :func:`~ce_plugin.effects.pairwise`.
-
-        Returns:
-            One :class:`~ce_plugin.effects.Interactions` for each example.
-
-        Example:
-            >>> import torch
-            >>> effect = CausalEffect(lambda x: x[:, :1] * x[:, 1:2], PixelMask("zero"), outcome=None)
-            >>> found = effect.interactions(torch.ones(1, 3))[0]
-            >>> int(found.pairs[0, 0]), int(found.pairs[0, 1]), round(found.interaction[0, 0].item(), 3)
-            (0, 1, 1.0)
-        """
-        experiment = self._experiment(
-            inputs, None, target, additional_forward_args, feature_mask, None, False, None, None, given, ids,
+        target: Target,
+        additional_forward_args: Any,
+        mask: Masks,
+        given: Given,
+        ids: Sequence[int] | Tensor | None,
+    ) -> Experiment:
+        return self._experiment(
+            inputs, None, target, additional_forward_args, mask, None, False, None, None, given, ids,
             predicted_only=True,
         )  # fmt: skip
-        return experiment.interactions(top=top, exhaustive=exhaustive, nudges=nudges)
 
     def estimate_cost(
         self,

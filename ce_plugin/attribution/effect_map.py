@@ -11,9 +11,10 @@ from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
+from ce_plugin.attribution.concept_effect import ConceptCausalEffect
 from ce_plugin.attribution.explainer import false_discovery_rate
 from ce_plugin.attribution.inputs import Given, Target, flat_target
-from ce_plugin.attribution.layer_effect import ConceptCausalEffect, Engine, LayerCausalEffect
+from ce_plugin.attribution.layer_effect import Engine, LayerCausalEffect
 from ce_plugin.designs import Design
 from ce_plugin.effects import Estimate, Outcome
 from ce_plugin.effects.maps import activation_weights, change_weights, effect_map

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from captum.attr import PerturbationAttribution
 from torch import Tensor, nn
 
 from ce_plugin.attribution.experiment import Experiment
+from ce_plugin.attribution.inputs import Given, Target
 from ce_plugin.attribution.maps import spread
 from ce_plugin.designs import Design
-from ce_plugin.effects import Outcome, resolve_outcome
+from ce_plugin.effects import Interactions, Outcome, resolve_outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
 from ce_plugin.errors import ArgumentError, InferenceError, NormalizationWarning, expected, unknown_name
 from ce_plugin.interventions import Intervention, Normalization
 from ce_plugin.interventions.normalization import NormalizationLike
+from ce_plugin.sites import Masks
 from ce_plugin.trials import Forward
 from ce_plugin.trials.forward import OutputSelector
 from ce_plugin.trials.located import Locator
@@ -66,6 +69,57 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
     def multiplies_by_inputs(self) -> bool:
         """False: the map is a difference of outcomes, not a slope; captum's infidelity reads this."""
         return False
+
+    def interactions(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: Any = None,
+        mask: Masks = None,
+        *,
+        top: int = 100,
+        exhaustive: int = 64,
+        nudges: Sequence[float] = (1e-3,),
+        given: Given = None,
+        ids: Sequence[int] | Tensor | None = None,
+    ) -> list[Interactions]:
+        """How much more (or less) two units do together than the sum of what each does alone, for pairs of units.
+
+            interaction_uv = Y(do u, v) - Y(do u) - Y(do v) + Y
+
+        All pairs of up to ``exhaustive`` units; of more, the ``top`` pairs that the gradient at each single-flip state
+        points at are run exactly.
+
+        Args:
+            inputs, target, additional_forward_args, given, ids: as in ``attribute``.
+            mask: the units, ``feature_mask`` or ``layer_mask`` of ``attribute``.
+            top, exhaustive, nudges: see :func:`~ce_plugin.effects.pairwise`.
+
+        Returns:
+            One :class:`~ce_plugin.effects.Interactions` for each example.
+
+        Example:
+            >>> import torch
+            >>> from ce_plugin import CausalEffect
+            >>> effect = CausalEffect(lambda x: x[:, :1] * x[:, 1:2], outcome=None)
+            >>> found = effect.interactions(torch.ones(1, 3))[0]
+            >>> found.pairs[0].tolist(), round(found.interaction[0, 0].item(), 3)
+            ([0, 1], 1.0)
+        """
+        experiment = self._of_pairs(inputs, target, additional_forward_args, mask, given, ids)
+        return experiment.interactions(top=top, exhaustive=exhaustive, nudges=nudges)
+
+    @abstractmethod
+    def _of_pairs(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target,
+        additional_forward_args: Any,
+        mask: Masks,
+        given: Given,
+        ids: Sequence[int] | Tensor | None,
+    ) -> Experiment:
+        """An experiment about the outcome of one class."""
 
     def _maps(self, experiment: Experiment, significant_only: bool | float | None) -> tuple[Tensor, ...]:
         """The contributions of the experiment's units, each wherever its unit is."""
