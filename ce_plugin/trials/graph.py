@@ -83,7 +83,7 @@ class _Root(nn.Module):
         return self.network(*args)
 
 
-_INPUT = object()
+_INPUT, _FAILED = object(), object()
 
 
 def _mark(value: Any, decoder: nn.Module | None) -> Any:
@@ -123,16 +123,28 @@ class _Tracer(fx.Tracer):
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return self.create_proxy("call_module", path, args, kwargs)
-        before = set(self.graph.nodes)
+        # A user's hook may look at values. What is traced without it is held against the network before it is used.
+        ways = [forward, m.forward] if m._forward_hooks or m._forward_pre_hooks else [forward]
+        must = self._holds_point(m) or path == "network"
+        for way in ways:
+            output = self._tried(way, args, kwargs, must=must and way is ways[-1])
+            if output is not _FAILED:
+                return output
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def _tried(self, way: Callable[..., Any], args: Any, kwargs: Any, must: bool) -> Any:
+        """The output; or, where it cannot be traced and need not be, a mark, and a graph as before."""
+        before, calls = set(self.graph.nodes), self.calls
         try:
-            return forward(*args, **kwargs)
+            return way(*args, **kwargs)
         except _FAILURES:
-            if self._holds_point(m) or path == "network":
+            if must:
                 raise
-            # Parameters' nodes stay, because the tracer keeps them for later uses.
-            for node in reversed([node for node in self.graph.nodes if node not in before and node.op != "get_attr"]):
-                self.graph.erase_node(node)
-            return self.create_proxy("call_module", path, args, kwargs)
+        self.calls = calls
+        # Parameters' nodes stay, because the tracer keeps them for later uses.
+        for node in reversed([node for node in self.graph.nodes if node not in before and node.op != "get_attr"]):
+            self.graph.erase_node(node)
+        return _FAILED
 
     def _with_marked_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         values, names = [*args, *kwargs.values()], list(kwargs)

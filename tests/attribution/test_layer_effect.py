@@ -301,3 +301,19 @@ def test_the_model_is_left_as_it_was(net: nn.Module, x: Tensor) -> None:
     assert net.norm.training
     assert len(net.block._forward_hooks) == hooks
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_a_hook_that_looks_at_values_does_not_hinder_the_suffix(net: nn.Module, x: Tensor) -> None:
+    wanted = LayerCausalEffect(net, "block").estimate(x)
+    seen: list[int] = []
+    handle = net.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    found = LayerCausalEffect(net, "block", engine="suffix").estimate(x)
+    handle.remove()
+    assert sum(seen) > 0
+    torch.testing.assert_close(found.effect, wanted.effect)
+    # One that changes the outputs is heeded: by the suffix where it can be traced, else by whole passes.
+    for change in (lambda m, a, out: 2 * out, lambda m, a, out: out * (2 if float(out.sum()) < 1e9 else 1)):
+        handle = net.register_forward_hook(change)
+        doubled = LayerCausalEffect(net, "block", outcome=None).estimate(x)
+        handle.remove()
+        torch.testing.assert_close(doubled.effect, 2 * LayerCausalEffect(net, "block", outcome=None).estimate(x).effect)

@@ -1,4 +1,4 @@
-"""The columns of the paper's tables: Z0, also given F_i (masked at random) and F_j (attacked), of nodes and concepts."""
+"""The columns of the paper's tables: Z0 of nodes and concepts, also given F_i (random masks) and F_j (attacks)."""
 
 from __future__ import annotations
 
