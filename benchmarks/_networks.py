@@ -65,7 +65,7 @@ NETWORKS: dict[str, Recipe] = {
     "ConvNeXt-tiny": Recipe(models.convnext_tiny, {"features.1": 1, "features.5": 1, "features.7": 1}, "classifier.2"),
     "ViT-B/16": Recipe(
         models.vit_b_16,
-        {f"encoder.layers.encoder_layer_{i}": 1 for i in (1, 6, 10)},
+        {f"encoder.layers.encoder_layer_{i}": 2 for i in (1, 6, 10)},
         "heads.head",
     ),
     "Swin-T": Recipe(models.swin_t, {"features.1": 3, "features.5": 3, "features.7": 3}, "head"),
