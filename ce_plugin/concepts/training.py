@@ -16,7 +16,7 @@ from ce_plugin.concepts.images import Images, as_source
 from ce_plugin.concepts.layers import Layer, OutputSelector, find_layer, fingerprint, probe
 from ce_plugin.concepts.losses import check_outcome, interpretability_loss
 from ce_plugin.concepts.model import ConceptAutoencoder, check_sizes
-from ce_plugin.concepts.preparation import Part, deviation, prepared
+from ce_plugin.concepts.preparation import Part, prepared
 from ce_plugin.concepts.progress import Progress
 from ce_plugin.concepts.recorded import Recorded
 from ce_plugin.concepts.settings import Settings
@@ -141,8 +141,8 @@ def train_autoencoder(
         for parameter in network.parameters():
             parameter.requires_grad_(False)
         fit, held = _parts(network, name, images, validation, output, settings, cache_bytes, show_progress)
-        autoencoder = prepared(fit, settings)
-        objective = Objective(settings, deviation(fit, autoencoder), interpretability or interpretability_loss)
+        autoencoder, deviation = prepared(fit, settings)
+        objective = Objective(settings, deviation, interpretability or interpretability_loss)
         progress.begin(autoencoder, len(fit[1]))
         _train(autoencoder, objective, progress, fit, held, show_progress)
         autoencoder.load_state_dict(progress.best)
@@ -150,7 +150,9 @@ def train_autoencoder(
         autoencoder.layer_name, autoencoder.fingerprint = name, progress.fingerprint
         autoencoder.history = progress.history
         autoencoder.fidelity = compare_outputs(_answers(autoencoder, held, batch_size), outcome)
-    return autoencoder
+    # Only now is the network back where it was.
+    first = next((p for p in (*network.parameters(), *network.buffers())), None)
+    return autoencoder if first is None else autoencoder.to(first.device)
 
 
 def _name(interpretability: object) -> str:
