@@ -171,6 +171,68 @@ def test_replacing_a_layers_output_is_what_a_hook_does(kind: type[nn.Module], cu
         assert bool((got - batch.output).abs().max() > 0.01)
 
 
+class InPlace(nn.Sequential):
+    """What follows the layer works in place on the layer's output."""
+
+    def __init__(self, traceable: bool) -> None:
+        super().__init__(nn.Conv2d(1, 6, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(96, 4))
+        self.traceable = traceable
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if self.traceable or bool(x.sum() < 1e9) else -x)
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
+def test_steps_in_place_behind_the_layer_spoil_nothing(traceable: bool, cache_bytes: int) -> None:
+    network, images = InPlace(traceable), photographs(9)
+    with state_guard(network):
+        recorded = Recorded(network, "0", as_source(images, network), None, batch_size=4, cache_bytes=cache_bytes)
+        assert recorded.cut is traceable
+        batch = recorded.batch([4, 2])
+        assert torch.allclose(batch.activations, network[0](images[[4, 2]]), atol=1e-6)
+        assert bool((batch.activations < 0).any())
+        new = -batch.activations
+        kept = new.clone()
+        recorded.answer(new, batch)
+        assert torch.equal(new, kept)
+        torch.testing.assert_close(recorded.answer(batch.activations, batch), batch.output)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("resnet18", "layer3.0.conv1"), ("squeezenet1_1", "features.6.expand1x1")])
+def test_real_networks_are_cut_also_where_something_by_passes_the_layer(name: str, layer: str) -> None:
+    from torchvision.models import get_model
+
+    network = get_model(name, weights=None).double()
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()
+    with state_guard(network):
+        recorded = Recorded(network, layer, as_source(images, network), None, batch_size=4, cache_bytes=1 << 30)
+        assert recorded.cut
+        batch = recorded.batch([2, 0, 1])
+        new = batch.activations.flip(1)
+        got = recorded.answer(new, batch)
+        network.get_submodule(layer).register_forward_hook(lambda *args: new.clone())
+        want = network(images[[2, 0, 1]])
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(got, batch.output, rtol=1e-6, atol=0)
+
+
+def test_every_term_of_every_epoch_is_kept_and_progress_is_shown_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    trained = quick(Mixture(), epochs=3, lambda_deep=2.0)
+    assert capsys.readouterr() == ("", "")
+    assert [record["epoch"] for record in trained.history] == [1, 2, 3]
+    for record in trained.history:
+        for part in ("train", "validation"):
+            shallow, deep, other, total = (
+                record[f"{part}_{key}"] for key in ("shallow", "deep", "interpretability", "total")
+            )
+            assert total == pytest.approx(shallow + 2.0 * deep + 0.01 * other, rel=1e-5)
+    quick(Mixture(), epochs=3, show_progress=True)
+    shown = capsys.readouterr().err
+    assert "activations of mix" in shown
+    assert "3/3" in shown
+
+
 class StopError(Exception):
     """What stands for a power cut."""
 
