@@ -24,8 +24,9 @@ def prepared(fit: Part, settings: Settings) -> tuple[ConceptAutoencoder, float]:
     recorded, rows = fit
     mean, spread, positions = _moments(fit, settings)
     example = recorded.batch(rows[:1]).activations
-    # A channel that hardly varies is not blown up to the size of the others.
-    floor = max(1e-3 * float(spread.square().mean().sqrt()), torch.finfo(example.dtype).tiny)
+    size = float(spread.square().mean().sqrt())
+    # A channel that hardly varies is not blown up to the size of the others, nor is rounding noise.
+    floor = 1e-3 * size if size > 1e-6 * float(mean.abs().max()) else 1.0
     autoencoder = ConceptAutoencoder(
         len(mean), settings.concepts, settings.hidden, settings.kernel_size, seed=settings.seed
     )
@@ -45,6 +46,8 @@ def _moments(fit: Part, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
         h = recorded.batch(rows[start : start + settings.batch_size]).activations.flatten(2).cpu().double()
         count += h[:, 0].numel()
         total, square = total + h.sum((0, 2)), square + h.square().sum((0, 2))
+        if len(rows) > _POSITIONS:
+            h = h[torch.rand(len(h), generator=draw) < _POSITIONS / len(rows)]
         picks = torch.rand(len(h), h.shape[2], generator=draw).argsort(1)[:, :each]
         found.append(torch.gather(h, 2, picks[:, None].expand(-1, h.shape[1], -1)).transpose(1, 2).flatten(0, 1))
     mean = total / count

@@ -38,6 +38,8 @@ def independent_components(vectors: Tensor, number: int, seed: int) -> tuple[Ten
     values, directions = values.flip(0)[:number], directions.flip(1)[:, :number]
     kept = values > _RANK * values[0].clamp_min(torch.finfo(values.dtype).tiny)
     values, directions = values[kept], directions[:, kept]
+    if len(values) == 0:
+        return vectors.new_zeros(0, vectors.shape[1]), vectors.new_zeros(vectors.shape[1], 0)
     whitening, colouring = (directions / values.sqrt()).T, directions * values.sqrt()
     # Single precision suffices for the turn, and takes half the time; most of it is spent here.
     white = (vectors @ whitening.T).float()
@@ -73,15 +75,19 @@ def start_linear(autoencoder: ConceptAutoencoder, vectors: Tensor) -> None:
 
     Args:
         autoencoder: standardised, untrained; one with fewer inner channels than concepts is left as it is.
-        vectors: activations at some positions, (n, C), in the layer's own units.
+        vectors: activations at some positions, (n, C), in the layer's own units; where they do not vary there is
+            nothing to start from.
     """
     if autoencoder.hidden < autoencoder.concepts or len(vectors) < 2:
         return
     scale = autoencoder.get_buffer("encoder.standardize.scale").flatten().to(vectors)
     centred = vectors - autoencoder.get_buffer("encoder.standardize.mean").flatten().to(vectors)
     unmixing, mixing = independent_components(centred, autoencoder.concepts, autoencoder.seed)
-    lowest = (centred @ unmixing.T).quantile(_ABSENT, dim=0)
     k = len(unmixing)
+    if k == 0:
+        return
+    # One by one: torch.quantile takes no more than 16 million values at a time.
+    lowest = torch.stack([component.quantile(_ABSENT) for component in unmixing @ centred.T])
     with torch.no_grad():
         eye = torch.eye(k).to(unmixing)
         _set(autoencoder.encoder, "conv1", k, unmixing * scale, -lowest)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from ce_plugin.concepts import ConceptAutoencoder, measure_fidelity, train_autoencoder
 from ce_plugin.concepts.images import as_source
 from ce_plugin.concepts.recorded import Recorded
+from ce_plugin.concepts.start import independent_components, start_linear
 from ce_plugin.errors import ArgumentError, FileError, InputError, ModelError, UnknownNameError
 from ce_plugin.guard import state_guard
 
@@ -390,6 +391,51 @@ def test_dead_channels_and_fewer_directions_than_concepts() -> None:
     assert all(bool(p.isfinite().all()) for p in trained.parameters())
     assert trained.fidelity is not None
     assert trained.fidelity.agreement > 0.8
+
+
+@pytest.mark.parametrize("value", [0.0, 1e3])
+def test_a_layer_that_never_varies(value: float) -> None:
+    network = Mixture()
+    network.mix.weight.data.zero_()
+    network.mix.bias.data.fill_(value)
+    trained = quick(network)
+    assert all(bool(p.isfinite().all()) for p in trained.parameters())
+    torch.testing.assert_close(
+        trained(torch.full((1, CHANNELS, 8, 8), value)).mean().item(), value, rtol=1e-3, atol=0.1
+    )
+
+
+def test_components_of_a_mixture_are_its_sources() -> None:
+    """Skewed independent sources, mixed at random: found up to order, with their longer tails above zero."""
+    g = torch.Generator().manual_seed(0)
+    truth = torch.rand(5000, 3, generator=g).double() ** 8 - 1 / 9
+    mixing = torch.randn(6, 3, generator=g).double()
+    data = truth @ mixing.T
+    unmixing, back = independent_components(data - data.mean(0), 5, seed=0)
+    assert unmixing.shape == (3, 6)  # no more directions than there are
+    found = (data - data.mean(0)) @ unmixing.T
+    torch.testing.assert_close(found.square().mean(0), torch.ones(3).double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found @ back.T, data - data.mean(0), rtol=0, atol=1e-5)
+    table = torch.corrcoef(torch.cat([truth.T, found.T]))[:3, 3:]
+    assert bool((table.amax(1) > 0.98).all())
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_the_start_is_linear(kernel_size: int) -> None:
+    """Code and reconstruction of the first weights, against two matrix products."""
+    autoencoder = ConceptAutoencoder(6, 3, hidden=5, kernel_size=kernel_size).double()
+    g = torch.Generator().manual_seed(0)
+    mean, scale = torch.randn(6, generator=g).double(), torch.rand(6, generator=g).double() + 0.5
+    autoencoder.standardize(mean, scale)
+    vectors = mean + torch.randn(4000, 6, generator=g).double() ** 3
+    start_linear(autoencoder, vectors)
+    unmixing, mixing = independent_components(vectors - mean, 3, seed=0)
+    signals = (vectors - mean) @ unmixing.T
+    lowest = signals.quantile(0.01, dim=0)
+    code = autoencoder.encode(vectors[:, :, None, None])[:, :, 0, 0]
+    torch.testing.assert_close(code, (signals - lowest).relu())
+    restored = autoencoder.decode(code[:, :, None, None])[:, :, 0, 0]
+    torch.testing.assert_close(restored, (code + lowest) @ mixing.T + mean)
 
 
 @pytest.mark.parametrize(
