@@ -31,7 +31,7 @@ class Local:
         captured: a clean pass of the examples.
 
     Attributes:
-        bytes_per_row: growth of memory per row at its peak, as the latest run found it.
+        bytes_per_row: growth of memory at its peak, per row that is not found to be clean; the largest so far.
         route: how the latest run's rows began: "channel differences", "window differences" or "dense".
         example: whose clean values are held.
         last_uses: by operation, the values that are not needed after it.
@@ -54,6 +54,7 @@ class Local:
         self.example = -1
         self._clean: dict[fx.Node, Any] = {}
         self._wanted: set[fx.Node] = set()
+        self._settled = False
         nodes = suffix.nodes
         last = {arg: node for node in nodes for arg in node.all_input_nodes}
         outputs = set(nodes_of(suffix.graph.output))
@@ -115,13 +116,16 @@ class Local:
             values = self.suffix.constants(self.captured, 1, k)
             values[self.suffix.graph.site] = self.captured.site[self.example : self.example + 1]
             # Until a first batch has shown which ones are needed, all are kept.
-            self.suffix.graph.evaluate(self.suffix.nodes, values, [*self.suffix.nodes, self.suffix.graph.site])
+            again = self._settled and not self._clean
+            keep = self._wanted if again else {*self.suffix.nodes, self.suffix.graph.site}
+            self.suffix.graph.evaluate(self.suffix.nodes, values, keep)
             self._clean = values
         return self._clean[node]
 
     def forget(self) -> None:
         """Keep only those clean values that batches have asked for."""
         self._clean = {node: value for node, value in self._clean.items() if node in self._wanted}
+        self._settled = True
 
 
 def initial(site: Tensor, do: Tensor, masks: Tensor) -> State:

@@ -10,7 +10,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ce_plugin.trials.channels import follow_channels, mixes
-from ce_plugin.trials.operations import Operation
+from ce_plugin.trials.operations import Cat, Conv, Operation, Pointwise, Pool
 from ce_plugin.trials.resolution import resolve
 from ce_plugin.trials.states import Channel, Clean, Dense, State, Window, as_dense, is_state, nbytes, select
 from ce_plugin.trials.windows import follow_windows
@@ -18,7 +18,7 @@ from ce_plugin.trials.windows import follow_windows
 if TYPE_CHECKING:
     from ce_plugin.trials.local import Local
 
-__all__ = ["Propagation"]
+__all__ = ["Propagation", "scratch"]
 
 
 class Propagation:
@@ -32,7 +32,7 @@ class Propagation:
         self.constants = local.suffix.constants(local.captured, rows, torch.tensor([local.example]))
         for node in local.captured.rows:
             self.constants[node] = tree_map(_first_row, self.constants[node])
-        self.peak = 0
+        self.peak, self._scratch = 0.0, 0
 
     @property
     def rows(self) -> int:
@@ -46,7 +46,7 @@ class Propagation:
             if not self.rows:
                 break
             self._step(node)
-        self.local.bytes_per_row = max(self.peak // self.total, 1)
+        self.local.bytes_per_row = max(int(self.peak), self.local.bytes_per_row, 1)
         result = map_arg(self.graph.output, self._output_of)
         self.local.forget()
         return result
@@ -74,9 +74,10 @@ class Propagation:
     def _step(self, node: fx.Node) -> None:
         args = map_arg(node.args, self._value)
         kwargs = map_arg(node.kwargs, self._value)
+        self._scratch = 0
         self.values[node] = self._followed(node, args, kwargs)
-        held = sum(map(nbytes, self.values.values()))
-        self.peak = max(self.peak, held)
+        held = sum(map(nbytes, self.values.values())) + self._scratch
+        self.peak = max(self.peak, held / max(self.rows, 1))
         for arg in self.local.last_uses[node]:
             self.values.pop(arg, None)
 
@@ -103,6 +104,8 @@ class Propagation:
             state = self._local(node, operation) if mixed else None
             if state is not None:
                 return state
+        copied = [state for state in states if isinstance(state, (Channel, Window))]
+        self._scratch = sum(self.rows * nbytes(state.clean) for state in copied)
         args, kwargs = tree_map(lambda part: as_dense(part, self.rows), (args, kwargs), is_leaf=is_state)
         return tree_map(_as_dense_state, self.graph.call(node, args, kwargs))
 
@@ -118,9 +121,11 @@ class Propagation:
             value = self.local.clean_value(node)
             return value if isinstance(value, Tensor) else torch.empty(0)
 
-        if Channel in kinds:
-            return follow_channels(operation, clean, self.rows)
-        return follow_windows(operation, clean)
+        follows_channels = Channel in kinds
+        state = follow_channels(operation, clean, self.rows) if follows_channels else follow_windows(operation, clean)
+        if state is not None:
+            self._scratch = scratch(operation, state)
+        return state
 
     def _drop_unchanged(self) -> bool:
         """Leave out rows in which no state differs from the clean pass; only possible while nothing is dense."""
@@ -142,6 +147,23 @@ class Propagation:
         for node in self.local.captured.shapes:
             self.constants[node] = self.constants[node][: len(index)]
         return True
+
+
+def scratch(operation: Operation, result: State) -> int:
+    """Bytes that following an operation takes for a moment, beside its result."""
+    if isinstance(result, Window):
+        if isinstance(operation, (Pointwise, Cat)):
+            return nbytes(result)
+        if isinstance(operation, (Conv, Pool)):
+            (height, width), (k, s, d) = result.size, (operation.kernel, operation.stride, operation.dilation)
+            size = ((height - 1) * s[0] + (k[0] - 1) * d[0] + 1, (width - 1) * s[1] + (k[1] - 1) * d[1] + 1)
+            cells = len(result.top) * size[0] * size[1]
+            return int(cells * (operation.source.clean.shape[1] * result.crop.element_size() + 16))
+    if isinstance(operation, Conv) and isinstance(operation.source, Channel) and isinstance(result, Dense):
+        rows, out, height, width = result.value.shape
+        entries = operation.source.value.shape[1] * operation.kernel[0] * operation.kernel[1]
+        return int(rows * entries * (height * width + out) * result.value.element_size())
+    return 0
 
 
 def _first_row(value: Any) -> Any:

@@ -21,7 +21,7 @@ from ce_plugin.trials.states import Clean, Dense, State, Window, gathered
 __all__ = ["follow_windows", "window_of"]
 
 # Windows that cover more of a map are run in full: gathering then costs more than it saves.
-_LARGEST_SHARE = 0.6
+_LARGEST_SHARE = 0.75
 
 
 def window_of(site: Tensor, do: Tensor, masks: Tensor) -> Window | None:

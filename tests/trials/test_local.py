@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ce_plugin.trials.local import Local
 from ce_plugin.trials.suffix import Point, Suffix
@@ -314,6 +317,18 @@ def test_every_form_of_output_and_a_by_pass() -> None:
     torch.testing.assert_close(out["maps"][1][1], network(x)["maps"][1][1][1:].expand(2, -1, -1, -1))
 
 
+def test_examples_take_turns() -> None:
+    network, x = randomised(torchvision.models.resnet18(num_classes=5)), torch.randn(3, 3, 32, 32).double()
+    site: Any = network.layer2
+    suffix = Suffix(network, Point(site))
+    local = Local(suffix, suffix.capture((x,)))
+    do, masks = torch.zeros(1, 128, 4, 4).double(), every_channel(128)[::50]
+    for example in (0, 1, 2, 0, 1):
+        expected = brute(network, site, x[example : example + 1], do, masks)
+        torch.testing.assert_close(local(example, do, masks), expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(local.clean_output(example), network(x[example : example + 1]))
+
+
 def test_hooks_of_leaves_see_full_values() -> None:
     network, x, seen = Body(nn.Sequential(nn.ReLU(), nn.Conv2d(4, 3, 1))).eval(), torch.randn(1, 2, 6, 6), []
     network(x)
@@ -336,6 +351,46 @@ def test_cost_counts_what_a_row_takes() -> None:
     # Of the two convolutions (2 to 4 and 4 to 8 channels) a quarter of the second is left.
     assert cost == pytest.approx(8 / (8 + 32), rel=0.05)
     assert suffix.share(captured) == pytest.approx(32 / (8 + 32), rel=0.05)
+
+
+class Peak(TorchDispatchMode):
+    """The most memory that tensors take at a time, of those that operations inside make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            storage = made.untyped_storage() if isinstance(made, Tensor) else None
+            if storage is not None and storage._cdata not in known | self.live.keys():
+                self.live[storage._cdata] = storage.nbytes()
+                self.most = max(self.most, sum(self.live.values()))
+                weakref.finalize(storage, self.live.pop, storage._cdata, None)
+        return out
+
+
+@pytest.mark.parametrize("form", ["channels", "windows"])
+def test_bytes_per_row_are_what_memory_grows_by(form: str) -> None:
+    network: Any = randomised(torchvision.models.resnet18(num_classes=7))
+    site = network.layer1 if form == "channels" else None
+    suffix = Suffix(network, Point(site))
+    with torch.no_grad():
+        captured = suffix.capture((torch.randn(1, 3, 96, 96).double(),))
+        do = torch.randn_like(captured.site)
+        masks = every_channel(64)
+        if form == "windows":
+            masks = torch.zeros(64, 1, 96, 96, dtype=torch.bool)
+            masks[torch.arange(64), :, 30:40, 30:40] = True
+        local, peaks = Local(suffix, captured), []
+        for rows in (4, 8, 16):
+            with Peak() as peak:
+                local(0, do, masks[:rows])
+            peaks.append(peak.most)
+    assert (peaks[2] - peaks[1]) / 8 == pytest.approx(local.bytes_per_row, rel=0.1)
 
 
 TORCHVISION = {

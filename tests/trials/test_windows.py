@@ -190,12 +190,24 @@ def test_a_window_in_one_channel_of_a_grey_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "layer"), [("resnet18", None), ("resnet18", "layer1"), ("vgg11_bn", None), ("densenet121", None)]
+    ("name", "layer"),
+    [
+        ("resnet18", None),
+        ("resnet18", "layer1"),
+        ("mobilenet_v2", None),
+        pytest.param("vgg11_bn", None, marks=pytest.mark.slow),
+        pytest.param("densenet121", None, marks=pytest.mark.slow),
+        pytest.param("inception_v3", None, marks=pytest.mark.slow),
+    ],
 )
 def test_networks_of_torchvision(name: str, layer: str | None) -> None:
     torch.manual_seed(0)
-    network: Any = torchvision.models.get_model(name, weights=None, num_classes=7).double()
+    options = {"init_weights": True, "aux_logits": False} if name == "inception_v3" else {}
+    network: Any = torchvision.models.get_model(name, weights=None, num_classes=7, **options).double()
     x = torch.randn(1, 3, 96, 96).double()
+    for part in network.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.momentum = 1.0
     network.train()
     with torch.no_grad():
         network(torch.randn(4, 3, 96, 96).double())  # batch-norm statistics that keep activations moderate
