@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-import ce_plugin.cli.run as command
+import ce_plugin.cli.explain as command
+import ce_plugin.cli.session as session
 from ce_plugin.cli import build_parser, main
 from ce_plugin.models import VisionModel
 
@@ -144,7 +146,7 @@ def test_mistakes_get_one_line_and_no_traceback(
         (["explain", "one.png", "--normalization", "127"], "127 is not MEAN/STD"),
         (["explain", "one.png", "--normalization", "a/b"], "a is not a number"),
         (["explain", "one.png", "--value-range", "1,0"], "1,0 is not LOW,HIGH"),
-        (["explain", "one.png", "--mask-share", "1"], "1 covers everything"),
+        (["explain", "one.png", "--mask-share", "1"], "1 is all of it"),
     ],
 )
 def test_words_that_are_not_understood(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
@@ -162,7 +164,7 @@ def test_an_existing_out_is_refused_before_any_work(
     (report / "report.html").write_text("precious")
     with monkeypatch.context() as patch:
         patch.setattr(command, "read_image", lambda file: pytest.fail("work was done"))
-        patch.setattr(command, "load_model", lambda *words: pytest.fail("work was done"))
+        patch.setattr(session, "load_model", lambda *words: pytest.fail("work was done"))
         assert main(["explain", "one.png", *FULL]) == 1
     assert "--force" in capsys.readouterr().err
     assert (report / "report.html").read_text() == "precious"
@@ -204,9 +206,15 @@ def test_a_small_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert main(["demo", "--out", str(out), "--trials", "8", "--quiet"]) == 0
     assert f"Report: {out / 'report.html'}" in capsys.readouterr().out
     text = (out / "report.html").read_text()
-    for words in ("why “daisy”?", "why “palace”?", "FGSM", "BIM", "PGD", "JSMA"):
+    for words in ("why “daisy”?", "why “palace”?", "FGSM", "BIM", "PGD", "JSMA", "Nodes that carry the attack"):
         assert words in text
-    assert json.loads((out / "manifest.json").read_text())["command"].startswith("ce-plugin demo")
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["command"].startswith("ce-plugin demo")
+    layer = manifest["findings"]["flower.jpg"]["layer"]
+    assert layer["name"] == "_conv_head"
+    carried = layer["evidence"]["FGSM"]["carried"]
+    assert carried["total_effect"] < 0
+    assert 1 < carried["channels_needed"]["0.5"] < carried["channels_needed"]["0.9"] < 1280
 
 
 @pytest.mark.slow
@@ -222,14 +230,52 @@ def test_help_names_what_a_newcomer_needs(capsys: pytest.CaptureFixture[str]) ->
         main(["--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    for words in ("demo", "explain", "examples:", "exit codes", "ce-plugin explain cat.jpg"):
+    for words in (
+        "demo",
+        "explain",
+        "nodes",
+        "map",
+        "concepts",
+        "examples:",
+        "exit codes",
+        "ce-plugin explain cat.jpg",
+    ):
         assert words in shown
 
 
+def _parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """A parser and those of its commands, to the bottom."""
+    below = [
+        command for action in parser._actions if isinstance(action.choices, dict) for command in action.choices.values()
+    ]
+    return [parser, *(found for command in below for found in _parsers(command))]
+
+
 def test_every_option_has_its_words() -> None:
-    parser = build_parser()
-    explain = parser._subparsers._group_actions[0].choices["explain"]  # type: ignore[union-attr, index]
-    assert all(action.help for action in explain._actions)
+    parsers = _parsers(build_parser())
+    assert {parser.prog for parser in parsers} >= {"ce-plugin nodes", "ce-plugin map", "ce-plugin concepts train"}
+    missing = [
+        action.dest for parser in parsers for action in parser._actions if action.dest != "action" and not action.help
+    ]
+    assert [name for name in missing if name != "command"] == []
+
+
+def test_the_page_of_the_docs_knows_every_option() -> None:
+    options = {
+        name for parser in _parsers(build_parser()) for name in parser._option_string_actions if name[:2] == "--"
+    }
+    page = (Path(__file__).resolve().parents[1] / "docs" / "command-line.md").read_text()
+    assert {"--concepts", "--resume", "--given", "--contrast"} <= options
+    options -= {"--help", "--version"}
+    assert {option for option in options if f"`{option}" not in page and f" {option}`" not in page} == set()
+
+
+def test_every_help_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["nodes"], ["map"], ["concepts", "train"], ["concepts", "show"]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*words, "--help"])
+        assert stopped.value.code == 0
+        assert "examples:" in capsys.readouterr().out
 
 
 def test_version_and_module_form() -> None:

@@ -266,11 +266,13 @@ def test_the_page_stands_alone_and_says_what_was_found(net: VisionModel, photogr
     assert parsed.open == []
     assert all(source.startswith(("data:image/", "#photo-")) for source in parsed.sources)
     assert "http" not in re.sub(r"data:image/[^\"]+", "", page)
-    # Each photograph: 4 pictures clean; 8 for each attack that changed the answer.
+    # Each photograph: 4 pictures clean; 8 for each attack that changed the answer. Of the layer 3 for each evidence,
+    # and one for each attack.
     changed = sum(bool(case.success) for one in studies for case in one.cases)
     failed = sum(case.success is False for one in studies for case in one.cases)
     assert changed > 0
-    assert len(parsed.images) == 2 * 4 + 8 * changed + 5 * failed
+    layer = 2 * (3 * 3 + 2)
+    assert len(parsed.images) == 2 * 4 + 8 * changed + 5 * failed + layer
     assert all(image["alt"] for image in parsed.images)
     text = " ".join(parsed.text)
     # Names are text, whatever signs they hold.
@@ -325,17 +327,15 @@ def test_reports_are_written_whole_and_never_over_another(net: VisionModel, phot
     words = {"model": "m", "plan": plan, "experiment": "e", "manifest": _manifest(net)}
     page = save_report(studies, tmp_path / "new" / "report", **words)  # type: ignore[arg-type]
     assert sorted(file.name for file in page.parent.iterdir()) == ["manifest.json", "report.html"]
-    assert json.loads((page.parent / "manifest.json").read_text()) == _manifest_without_time(page, words["manifest"])
+    written = json.loads((page.parent / "manifest.json").read_text())
+    assert set(written.pop("findings")) == {"one.png", "two <b>.png"}
+    assert written == json.loads(json.dumps(words["manifest"]))
     with pytest.raises(FileError, match=r"a folder that does not exist yet, but got .*--force"):
         save_report(studies, page.parent, **words)  # type: ignore[arg-type]
     (page.parent / "mine.txt").write_text("keep")
     save_report(studies[:1], page.parent, force=True, incomplete="stopped", **words)  # type: ignore[arg-type]
     assert "stopped" in page.read_text()
     assert (page.parent / "mine.txt").read_text() == "keep"
-
-
-def _manifest_without_time(page: Path, manifest: object) -> object:
-    return json.loads(json.dumps(manifest))
 
 
 def test_out_is_checked(tmp_path: Path) -> None:

@@ -1,276 +1,38 @@
-"""What the commands do: check everything, run, and write the report."""
+"""Which function runs which command."""
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from ce_plugin.datasets import read_image, sample_photographs
-from ce_plugin.designs import Design, LeaveOneIn, OneAtATime, RandomMask, RandomRegions
-from ce_plugin.errors import ArgumentError, FileError, expected
-from ce_plugin.interventions import PixelMask
-from ce_plugin.interventions.normalization import Normalization
-from ce_plugin.models import Framing, VisionModel, efficientnet_lite0, load_model
-from ce_plugin.report import (
-    ATTACKS,
-    Plan,
-    Study,
-    build_manifest,
-    check_out,
-    file_sha256,
-    named_layer,
-    save_report,
-    study,
-    tensor_sha256,
-)
+from ce_plugin.cli.session import keep_freed_memory
 
 __all__ = ["run"]
 
-_FILLS = {
-    "mixed": ("zero", "mean", "blur"),
-    "blur": ("blur",),
-    "zero": ("zero",),
-    "mean": ("mean",),
-    "noise": ("noise",),
-}
-_WORDS = {
-    "mixed": "set to black, set to the mean colour, or blurred",
-    "blur": "blurred",
-    "zero": "set to black",
-    "mean": "set to the mean colour",
-    "noise": "replaced by noise",
-}
-
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    """Run ``demo`` or ``explain`` and return the exit code.
+    """Run one command and return the exit code.
+
+    Args:
+        arguments: as parsed.
+        words: as written, for the manifest.
 
     Raises:
         CEPluginError: for whatever can be put right.
     """
-    check_out(arguments.out, force=arguments.force)
-    _keep_freed_memory()
-    if arguments.command == "demo":
-        return _demo(arguments, words)
-    return _explain(arguments, words)
+    keep_freed_memory()
+    if arguments.command in ("demo", "explain"):
+        from ce_plugin.cli.explain import demo, explain
 
+        return (demo if arguments.command == "demo" else explain)(arguments, words)
+    if arguments.command == "nodes":
+        from ce_plugin.cli.nodes import nodes
 
-def _demo(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    net = efficientnet_lite0()
-    photographs = sample_photographs()
-    settings = argparse.Namespace(
-        **vars(arguments),
-        design="regions",
-        mask_share=None,
-        fill="mixed",
-        grid=None,
-        outcome="log_odds",
-        eps=8 / 255,
-        layer=None,
-    )
-    plan = _plan(net, settings, ATTACKS)
-    prints = {name: {"sha256_of_pixels": tensor_sha256(image)} for name, image in photographs.items()}
-    readers = {name: (lambda image=image: image) for name, image in photographs.items()}
-    return _run(net, readers, plan, settings, words, prints)
+        return nodes(arguments, words)
+    if arguments.command == "map":
+        from ce_plugin.cli.maps import draw_map
 
+        return draw_map(arguments, words)
+    from ce_plugin.cli.concepts import show, train
 
-def _explain(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    names = _names(arguments.images)
-    for file in arguments.images:
-        read_image(file)  # whatever cannot be read is said before the first trial
-    device = _device(arguments.device)
-    net = _network(arguments)
-    net.model.to(device)
-    attacks = tuple(a for a in dict.fromkeys(arguments.attack or ()) if a != "none")
-    plan = _plan(net, arguments, tuple(a for a in ATTACKS if a in attacks))
-    prints = {
-        name: {"file": str(file), "sha256": file_sha256(file)}
-        for name, file in zip(names, arguments.images, strict=True)
-    }
-    readers = {name: (lambda file=file: read_image(file)) for name, file in zip(names, arguments.images, strict=True)}
-    return _run(net, readers, plan, arguments, words, prints)
-
-
-def _run(
-    net: VisionModel,
-    readers: Mapping[str, Callable[[], Tensor]],
-    plan: Plan,
-    arguments: argparse.Namespace,
-    words: Sequence[str],
-    prints: Mapping[str, Any],
-) -> int:
-    target = getattr(arguments, "target", None)
-    index = None if target is None else net.class_index(target)
-    options = {key: value for key, value in vars(arguments).items() if key not in ("force", "quiet")}
-    manifest = build_manifest(
-        arguments={**options, "intervention": plan.intervention, "design": plan.design, "attacks": plan.attacks},
-        command=["ce-plugin", *words],
-        seed=plan.seed,
-        inputs=prints,
-        model=net.model,
-    )
-    studies: list[Study] = []
-
-    def save(incomplete: str = "") -> Path:
-        return save_report(
-            studies,
-            arguments.out,
-            model=net.name,
-            plan=plan,
-            experiment=_experiment(plan, arguments.fill),
-            manifest=manifest,
-            force=arguments.force,
-            incomplete=incomplete,
-        )
-
-    try:
-        with _progress(len(readers) * (1 + 2 * len(plan.attacks)), quiet=arguments.quiet) as tell:
-            for number, (name, read) in enumerate(readers.items()):
-                inputs = net.inputs([read()])
-                studies.append(study(net, inputs, name, plan, target=index, example_id=number, progress=tell))
-    except BaseException:
-        # Whatever happened, what is finished is not lost.
-        if studies:
-            page = save(f"stopped early: {len(studies)} of {len(readers)} photographs")
-            sys.stderr.write(f"What was finished is in {page.absolute()}\n")
-        raise
-    page = save()
-    if not arguments.quiet:
-        sys.stdout.write(_summary(studies))
-    sys.stdout.write(f"Report: {page.absolute()}\n")
-    return 0
-
-
-def _plan(net: VisionModel, arguments: argparse.Namespace, attacks: tuple[str, ...]) -> Plan:
-    if arguments.layer is not None:
-        named_layer(net.model, arguments.layer)  # an unknown name is told before any photograph is explained
-    design = _design(arguments)
-    cells = arguments.grid or (10 if isinstance(design, RandomMask) else 14)
-    if isinstance(design, RandomRegions) and cells != 14:
-        raise ArgumentError(expected("grid", "14 for the design of regions", cells, "Choose --design random-mask."))
-    if cells > net.framing.size:
-        raise ArgumentError(expected("grid", f"at most {net.framing.size}, the network's pixels", cells))
-    return Plan(
-        attacks=attacks,
-        eps=arguments.eps,
-        intervention=PixelMask(_FILLS[arguments.fill], normalization=net.normalization),
-        design=design,
-        cells=cells,
-        outcome=arguments.outcome,
-        seed=arguments.seed,
-        layer=arguments.layer,
-    )
-
-
-def _design(arguments: argparse.Namespace) -> Design:
-    trials, seed, share = arguments.trials, arguments.seed, arguments.mask_share
-    if arguments.design == "regions":
-        return RandomRegions(share or 0.5, n_trials=trials, seed=seed)
-    if arguments.design == "random-mask":
-        return RandomMask(share or 0.1, n_trials=trials, seed=seed)
-    return OneAtATime() if arguments.design == "one-at-a-time" else LeaveOneIn()
-
-
-def _experiment(plan: Plan, fill: str) -> str:
-    """What a trial is, for the reader of the report."""
-    design, grid = plan.design, f"{plan.cells} × {plan.cells} patches of the photograph"
-    done = _WORDS[fill]
-    if isinstance(design, RandomRegions):
-        return f"in each of {design.n_trials} trials random regions, about {design.p:.0%} of the {grid}, were {done}"
-    if isinstance(design, RandomMask):
-        return f"in each of {design.n_trials} trials a random {design.p:.0%} of the {grid} were {done}"
-    if isinstance(design, LeaveOneIn):
-        return f"in each trial all but one of the {grid} were {done}"
-    return f"in each trial one of the {grid} was {done}"
-
-
-def _network(arguments: argparse.Namespace) -> VisionModel:
-    net = load_model(arguments.model, arguments.weights)
-    own = {
-        "framing": None if arguments.size is None else Framing(arguments.size),
-        "normalization": None if arguments.normalization is None else Normalization(*arguments.normalization),
-        "value_range": arguments.value_range,
-        "class_names": None if arguments.class_names is None else _class_names(arguments.class_names),
-    }
-    return replace(net, **{key: value for key, value in own.items() if value is not None})
-
-
-def _class_names(file: Path) -> tuple[str, ...]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(
-            expected("class_names", "a text file, one name per line", f"{str(file)!r} ({error})")
-        ) from error
-    return tuple(line.strip() for line in lines if line.strip())
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        todo = "Leave it out to use the CPU."
-        raise ArgumentError(expected("device", "one that this machine has", f"{name!r} ({reason})", todo)) from error
-    return device
-
-
-def _names(files: Sequence[Path]) -> list[str]:
-    """File names, or whole paths where two files have the same name."""
-    short = [file.name for file in files]
-    if len(set(short)) == len(short):
-        return short
-    long = [str(file) for file in files]
-    if len(set(long)) < len(long):
-        twice = next(name for name in long if long.count(name) > 1)
-        raise ArgumentError(expected("IMAGE", "each picture once", f"{twice!r} several times"))
-    return long
-
-
-@contextmanager
-def _progress(total: int, *, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A bar that shows what is being done; each call ends the step before."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, disable=quiet, unit="step", leave=False) as bar:
-        begun = False
-
-        def tell(step: str) -> None:
-            nonlocal begun
-            bar.update(int(begun))
-            bar.set_description(step)
-            begun = True
-
-        yield tell
-        bar.update(int(begun))
-
-
-def _summary(studies: Sequence[Study]) -> str:
-    lines = []
-    for one in studies:
-        lines.append(f"{one.name}: {one.cases[0].top[0].name} ({one.cases[0].top[0].probability:.2f})\n")
-        for case in one.cases[1:]:
-            says = f"{case.top[0].name} ({case.top[0].probability:.2f})" if case.success else "unchanged"
-            lines.append(f"  {case.name:5} {says}\n")
-    return "".join(lines)
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory: convolutions on a CPU then run up to twice as fast (docs/performance.md)."""
-    if not sys.platform.startswith("linux"):
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_max, 0)
+    return (train if arguments.action == "train" else show)(arguments, words)

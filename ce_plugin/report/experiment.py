@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,37 +11,17 @@ from torch import Tensor, nn
 from ce_plugin.attribution import CausalEffect
 from ce_plugin.effects import Estimate, resolve_outcome
 from ce_plugin.errors import InputError, ModelError, TargetError, expected
-from ce_plugin.interventions.adversarial import Adversarial
 from ce_plugin.models import VisionModel
-from ce_plugin.report.findings import Answer, Case, ClassMaps, Plan, Study, share
+from ce_plugin.report.attacks import evidence_name, planned_attack
+from ce_plugin.report.findings import Answer, Case, ClassMaps, Plan, Study
+from ce_plugin.report.layer import layer_study
+from ce_plugin.report.meter import Meter
 from ce_plugin.report.peers import grad_cam, last_conv_layer, named_layer, saliency
 from ce_plugin.sites import InputSite, patch_grid
 
-__all__ = ["study"]
+__all__ = ["check_class", "study"]
 
 Progress = Callable[[str], None]
-
-
-@dataclass
-class _Meter:
-    """Counts forward passes (examples, not batches) and seconds, by purpose."""
-
-    model: nn.Module
-    passes: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, purpose: str) -> Iterator[None]:
-        def count(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            self.passes[purpose] = self.passes.get(purpose, 0) + (len(inputs[0]) if inputs else 1)
-
-        handle = self.model.register_forward_pre_hook(count)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            handle.remove()
-            self.seconds[purpose] = self.seconds.get(purpose, 0.0) + time.perf_counter() - start
 
 
 def study(
@@ -88,52 +65,51 @@ def study(
     if inputs.dim() != 4 or len(inputs) != 1:
         raise InputError(expected("inputs", "one photograph, (1, C, H, W)", tuple(inputs.shape)))
     layer = named_layer(net.model, plan.layer) if plan.layer else last_conv_layer(net.model, inputs)
-    explained = _explained_class(net, inputs, target)
-    cases = []
+    with torch.no_grad():
+        explained = check_class(net.model(inputs), target)
+    cases, seen = [], {}
     for evidence in ("clean", *plan.attacks):
-        meter = _Meter(net.model)
+        meter = Meter(net.model)
+        label = evidence_name(evidence)
         attacked, settings = inputs, dict[str, Any]()
         if evidence != "clean":
-            tell(f"{name}: {evidence.upper()} attack")
-            attack, settings = _attack(net, evidence, plan)
+            tell(f"{name}: {label} attack")
+            attack, settings = planned_attack(net, evidence, plan)
             with meter("attack"):
                 attacked = attack.perturb(inputs, ids=[example_id], seed=plan.seed)
-        tell(f"{name}: {_label(evidence)}, effects")
+        tell(f"{name}: {label}, effects")
         cases.append(_case(net, plan, evidence, inputs, attacked, explained, layer, meter, settings, example_id))
-    return Study(name, tuple(cases))
+        seen[label] = attacked
+    if layer is None:
+        return Study(name, tuple(cases))
+    cams = [case.maps[0].grad_cam for case in cases]
+    looked = layer_study(
+        net, layer[0], plan, seen, cams, explained, tell=lambda words: tell(f"{name}: {words}, channels")
+    )
+    return Study(name, tuple(cases), looked)
 
 
-def _label(evidence: str) -> str:
-    return "Clean" if evidence == "clean" else evidence.upper()
+def check_class(output: object, target: int | None) -> int:
+    """The class to explain, once the network's output for one example shows that there is one.
 
+    Args:
+        output: what the network returned.
+        target: None means its answer.
 
-def _explained_class(net: VisionModel, clean: Tensor, target: int | None) -> int:
-    with torch.no_grad():
-        output = net.model(clean)
+    Raises:
+        ModelError: the network does not return (N, C) with at least two classes.
+        TargetError: there is no such class.
+
+    Example:
+        >>> check_class(torch.tensor([[0.1, 0.9]]), None)
+        1
+    """
     if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ModelError(expected("model", "a classifier that returns (N, C) with C > 1", got))
     if target is not None and not 0 <= target < output.shape[1]:
         raise TargetError(expected("target", f"from 0 to {output.shape[1] - 1}", target))
-    return int(output.argmax()) if target is None else target
-
-
-def _attack(net: VisionModel, name: str, plan: Plan) -> tuple[Adversarial, dict[str, Any]]:
-    span = net.value_range[1] - net.value_range[0]
-    if name == "jsma":
-        # JSMA is not bounded in L-inf: it changes few values, as much as it likes.
-        settings: dict[str, Any] = {"eps": span, "max_iter": plan.jsma_pairs}
-        shown = {"norm": "L0", "step": "the whole range", "pairs of values, at most": plan.jsma_pairs}
-    else:
-        settings = {"eps": plan.eps * span}
-        shown = {"norm": "L-inf", "eps": f"{share(plan.eps)} of the range"}
-        if name != "fgsm":
-            settings["max_iter"] = plan.max_iter
-            shown["steps"] = plan.max_iter
-    attack = Adversarial.preset(
-        name, net.model, clip_values=net.value_range, normalization=net.normalization, **settings
-    )
-    return attack, shown
+    return int(output[0].argmax()) if target is None else target
 
 
 def _case(
@@ -144,7 +120,7 @@ def _case(
     inputs: Tensor,
     explained: int,
     layer: tuple[str, nn.Module] | None,
-    meter: _Meter,
+    meter: Meter,
     settings: Mapping[str, Any],
     example_id: int,
 ) -> Case:
@@ -181,7 +157,7 @@ def _case(
     span = net.value_range[1] - net.value_range[0]
     change = net.normalization.to_image(inputs) - net.normalization.to_image(clean)
     return Case(
-        name=_label(evidence),
+        name=evidence_name(evidence),
         picture=net.pictures(inputs)[0],
         top=tuple(top),
         explained=answers[explained],

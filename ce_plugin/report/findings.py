@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,19 @@ from ce_plugin.designs import Design
 from ce_plugin.errors import ArgumentError, expected, unknown_name
 from ce_plugin.interventions import Intervention
 
-__all__ = ["ATTACKS", "OUTCOMES", "Answer", "Case", "ClassMaps", "Plan", "Study", "share"]
+__all__ = [
+    "ATTACKS",
+    "OUTCOMES",
+    "Answer",
+    "Carried",
+    "Case",
+    "ClassMaps",
+    "LayerCase",
+    "LayerStudy",
+    "Plan",
+    "Study",
+    "share",
+]
 
 ATTACKS = ("fgsm", "bim", "pgd", "jsma")
 """Names of the attacks that a report can hold as evidence, in the order in which it shows them."""
@@ -42,7 +54,8 @@ class Plan:
         fdr: false discovery rate of the outlined patches.
         seed: of everything random.
         perturbations_per_eval: trials per forward pass; None means automatic.
-        layer: dotted name of Grad-CAM's layer; None means the last convolution.
+        layer: dotted name of the layer at which Grad-CAM looks and whose channels are set; None means the last
+            convolution.
 
     Raises:
         UnknownNameError: an attack or outcome of another name.
@@ -148,11 +161,73 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Carried:
+    """Which channels carry an attack, on one image.
+
+    Attributes:
+        total: by how much the attack changes the outcome of the class.
+        indirect: natural indirect effect of each channel, (U,): the change when that channel alone is as under attack.
+        labels: of the channels.
+        order: all channels, the strongest carrier first; empty where the attack has no effect.
+        needed: for each share of the total effect how many of the best channels together reach it; None where none do.
+        cut: everything passes through the layer, so that all channels together carry all of it by construction.
+    """
+
+    total: float
+    indirect: Tensor
+    labels: tuple[str, ...]
+    order: tuple[int, ...]
+    needed: Mapping[float, int | None]
+    cut: bool
+
+    def share(self, unit: int) -> float:
+        """A channel's indirect effect as a share of the total one."""
+        return float(self.indirect[unit]) / self.total
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """The explained class at a layer under one evidence; maps are (H, W).
+
+    Attributes:
+        effect_map: the causal effect map, of the logit.
+        correlation: Spearman's, of each method's map with its map of the clean photograph; empty for that one.
+        carried: what the channels carry of the attack; None for the clean photograph.
+        carried_map: where they do; positive where the attack takes support from the class.
+    """
+
+    effect_map: Tensor
+    correlation: Mapping[str, float] = field(default_factory=dict)
+    carried: Carried | None = None
+    carried_map: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerStudy:
+    """The channels of a layer under all evidences.
+
+    Attributes:
+        name: of the layer.
+        cases: in the order of the study's; empty where the layer cannot be looked at.
+        note: why it cannot.
+        passes: passes through the whole network, by what they were for.
+        seconds: wall-clock time by what it was for.
+    """
+
+    name: str
+    cases: tuple[LayerCase, ...] = ()
+    note: str = ""
+    passes: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Study:
-    """One photograph under all evidences."""
+    """One photograph under all evidences; ``layer`` is None for a network without a late convolution."""
 
     name: str
     cases: tuple[Case, ...]
+    layer: LayerStudy | None = None
 
 
 def share(value: float) -> str:

@@ -6,17 +6,18 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn.functional import max_pool2d
+from typing import TYPE_CHECKING, Any
 
 from ce_plugin.errors import FileError, expected
-from ce_plugin.report.findings import OUTCOMES, Answer, Case, ClassMaps, Plan, Study, share
-from ce_plugin.visualization import NEGATIVE, POSITIVE, data_uri, magnify, overlay
+from ce_plugin.report.cells import photograph
+from ce_plugin.report.findings import OUTCOMES, Plan, Study, share
+from ce_plugin.report.record import record
+from ce_plugin.visualization import NEGATIVE, POSITIVE
 
-__all__ = ["check_out", "render", "save_report"]
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+__all__ = ["check_out", "render", "save_report", "template"]
 
 PAGE, MANIFEST = "report.html", "manifest.json"
 
@@ -69,7 +70,7 @@ def save_report(
         model: the network's name.
         plan: what was run.
         experiment: a few words on what a trial is, for the reader.
-        manifest: see :func:`ce_plugin.report.build_manifest`.
+        manifest: see :func:`ce_plugin.report.build_manifest`; the findings are added to it.
         force: whether an existing report is replaced.
         incomplete: what is missing, where something is.
 
@@ -90,6 +91,7 @@ def save_report(
         ('report.html', True)
     """
     folder = check_out(out, force=force)
+    manifest = {**manifest, "findings": record(studies)}
     page = render(studies, model=model, plan=plan, experiment=experiment, manifest=manifest, incomplete=incomplete)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in ((MANIFEST, json.dumps(manifest, indent=2) + "\n"), (PAGE, page)):
@@ -117,15 +119,10 @@ def render(
         >>> render([], model="net", plan=Plan(), experiment="", manifest=manifest).split()[:2]
         ['<!DOCTYPE', 'html>']
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("ce_plugin"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     exact = all(case.exact for study in studies for case in study.cases)
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         model=model,
-        photographs=[_photograph(study, plan) for study in studies],
+        photographs=[photograph(study, plan) for study in studies],
         manifest=manifest,
         manifest_json=json.dumps(manifest, indent=2),
         experiment=experiment,
@@ -136,6 +133,16 @@ def render(
         negative=NEGATIVE,
         **_outline_words(exact, plan),
     )
+
+
+def template(name: str) -> Template:
+    """A template of the package; names that are not given are errors, and what is inserted is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("ce_plugin"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(name)
 
 
 def _outline_words(exact: bool, plan: Plan) -> dict[str, str]:
@@ -167,115 +174,3 @@ def _scope_text(plan: Plan) -> str:
     if plan.eps >= 0.1 and set(plan.attacks) - {"jsma"}:
         words += " At this size a photograph is damaged for the eye as well, so that another answer is no surprise."
     return words
-
-
-def _photograph(study: Study, plan: Plan) -> dict[str, Any]:
-    return {
-        "name": study.name,
-        "explained": study.cases[0].explained.name,
-        "cases": [_case(case, plan) for case in study.cases],
-    }
-
-
-def _case(case: Case, plan: Plan) -> dict[str, Any]:
-    best = case.top[0]
-    tags = {None: ("", ""), True: ("answer changed", "bad"), False: ("answer unchanged", "good")}
-    return {
-        "name": case.name,
-        "answer": best.name,
-        "p_answer": _probability(best.probability),
-        "p_explained": _probability(case.explained.probability),
-        "log_odds": _signed(case.explained.log_odds),
-        "changed": bool(case.success),
-        "tag": tags[case.success][0],
-        "tag_class": tags[case.success][1],
-        "outlined": f"{case.maps[0].n_outlined} of {case.maps[0].n_units}",
-        "passes": f"{sum(case.passes.values()):,}",
-        "seconds": f"{sum(case.seconds.values()):.1f}",
-        "cells": _cells(case, plan),
-        "cost": _cost(case),
-    }
-
-
-def _cells(case: Case, plan: Plan) -> list[dict[str, Any]]:
-    """The pictures of one evidence, four to a row."""
-    # One scale for both classes: which of two answers a patch moves more can then be seen.
-    scale = max(float(maps.contribution.abs().max()) for maps in case.maps)
-    title = "The photograph" if case.perturbation is None else f"After {case.name}"
-    seen = _cell(title, f"{case.name} picture", case.picture, top=[_top(answer) for answer in case.top])
-    rows = [[seen, *_map_cells(case, case.maps[0], plan, scale)]]
-    if case.perturbation is not None:
-        shown, caption = _visible(case.perturbation)
-        rows.append([_cell("What the attack changed", f"perturbation of {case.name}", shown, caption=caption)])
-        if len(case.maps) > 1:
-            rows[1] += _map_cells(case, case.maps[1], plan, scale)
-        else:
-            words = f"The answer is still “{case.top[0].name}”, so there is no second answer to explain."
-            rows[1].append({"text": words})
-    return [cell for row in rows for cell in row]
-
-
-def _visible(perturbation: Tensor) -> tuple[Tensor, str]:
-    """A perturbation for the eye, and what was done to make it visible."""
-    changed = perturbation.abs() > 1e-5
-    if not changed.any():
-        return magnify(perturbation)[0], "nothing was changed"
-    if float(changed.any(dim=0).float().mean()) > 0.01:
-        shown, factor = magnify(perturbation)
-        return shown, f"shown {factor:g} times as large, on gray"
-    # Single pixels are lost when the page is scaled: each is drawn three times as wide and high.
-    up, down = max_pool2d(perturbation, 3, 1, 1), -max_pool2d(-perturbation, 3, 1, 1)
-    shown, factor = magnify(torch.where(up > -down, up, down))
-    return (
-        shown,
-        f"{int(changed.sum())} of {changed.numel():,} values changed; times {factor:g}, on gray, pixels drawn 3 × 3",
-    )
-
-
-def _map_cells(case: Case, maps: ClassMaps, plan: Plan, scale: float) -> list[dict[str, Any]]:
-    name = maps.answer.name
-    what = "not zero" if case.exact else "significant"
-    unit = OUTCOMES[plan.outcome]
-    effect = overlay(maps.contribution, case.picture, scale=scale or None, significant=maps.outlined)
-    caption = f"full colour is ±{scale:.2g} {unit}; {maps.n_outlined} of {maps.n_units} patches {what}"
-    cells = [_cell(f"Causal effect on “{name}”", f"causal effects on {name}, {case.name}", effect, caption=caption)]
-    for label, values in (("Grad-CAM", maps.grad_cam), ("Saliency", maps.saliency)):
-        if values is None:
-            cells.append({"text": f"{label} needs a late convolution; this network has none."})
-        else:
-            # A few pixels have gradients far above all others, which would leave the rest colourless.
-            high = float(values.double().quantile(0.995))
-            shown = overlay(values, case.picture, scale=high or None, sign="positive")
-            empty = "" if values.any() else "zero everywhere"
-            cells.append(_cell(f"{label} of “{name}”", f"{label} of {name}, {case.name}", shown, caption=empty))
-    return cells
-
-
-def _cell(title: str, alt: str, shown: Any, *, caption: str = "", top: Any = None) -> dict[str, Any]:
-    raw = isinstance(shown, Tensor)
-    return {"title": title, "alt": alt, "uri": data_uri(shown), "caption": caption, "top": top, "raw": raw, "text": ""}
-
-
-def _top(answer: Answer) -> dict[str, str]:
-    return {
-        "name": answer.name,
-        "probability": _probability(answer.probability),
-        "percent": f"{100 * answer.probability:.1f}",
-        "log_odds": _signed(answer.log_odds),
-    }
-
-
-def _probability(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.0005 else f"{value:.0e}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
-
-
-def _cost(case: Case) -> str:
-    parts = [f"{case.trials} trials"]
-    for purpose, passes in case.passes.items():
-        parts.append(f"{purpose}: {passes:,} forward passes, {case.seconds[purpose]:.1f} s")
-    settings = ", ".join(f"{key} {value}" for key, value in case.settings.items())
-    return " · ".join([*parts, *([f"attack settings: {settings}"] if settings else [])])

@@ -6,6 +6,7 @@ touched, so the functions work on a server, in a notebook and in a thread alike.
 
 from ce_plugin.visualization.estimates import plot_estimate
 from ce_plugin.visualization.mediation import plot_carriers
+from ce_plugin.visualization.nodes import plot_nodes
 from ce_plugin.visualization.pictures import (
     NEGATIVE,
     POSITIVE,
@@ -15,6 +16,7 @@ from ce_plugin.visualization.pictures import (
     outlines,
     overlay,
 )
+from ce_plugin.visualization.sheets import sheet, spotlight
 
 __all__ = [
     "NEGATIVE",
@@ -26,4 +28,7 @@ __all__ = [
     "overlay",
     "plot_carriers",
     "plot_estimate",
+    "plot_nodes",
+    "sheet",
+    "spotlight",
 ]
