@@ -41,7 +41,7 @@ def train_autoencoder(
     kernel_size: int = 3,
     lambda_shallow: float = 1.0,
     lambda_deep: float = 1.0,
-    lambda_interpretability: float = 0.01,
+    lambda_interpretability: float = 0.1,
     interpretability: Callable[[Tensor], Tensor] | None = None,
     epochs: int = 50,
     batch_size: int = 32,
