@@ -76,7 +76,9 @@ def train_autoencoder(
             kept in memory.
         concepts: channels K of the code, ``1 <= K < C``.
         hidden, kernel_size: see :class:`ConceptAutoencoder`.
-        lambda_shallow, lambda_deep, lambda_interpretability: weights of the terms, zero or more.
+        lambda_shallow, lambda_deep, lambda_interpretability: weights of the terms, zero or more. Codes of photographs
+            stay dense at the default: more interpretability makes concepts absent from more places, at some loss of
+            fidelity.
         interpretability: a callable from a code (N, K, h, w) to a scalar; None means
             :func:`interpretability_loss`.
         epochs: at most so many passes over the images.
