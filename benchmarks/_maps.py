@@ -82,7 +82,8 @@ def ablation_cam(
 ) -> Maps:
     """Ramaswamy and Desai 2020: a channel's weight is the fall of the score when it is zero, as a share of the score.
 
-    A negative score turns the map over; ``absolute`` divides by the score's size instead. The part of the network before the channels is run once: the numbers are those of a full pass for each channel.
+    A negative score turns the map over; ``absolute`` divides by the score's size instead. The part of the network
+    before the channels is run once: the numbers are those of a full pass for each channel.
     """
     planes, tail = cut(model, x, layer)
     with torch.inference_mode():

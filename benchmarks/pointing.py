@@ -83,7 +83,7 @@ def confident_images(odd: bool, options: argparse.Namespace) -> tuple[Tensor, li
     net = efficientnet_lite0()
     if not place.exists():
         starts = tqdm(range(0, len(files), 16), desc="which images are classified with confidence")
-        with torch.inference_mode():
+        with torch.no_grad():
             rows = [network()(net.inputs([read_image(file) for file in files[i : i + 16]])) for i in starts]
         place.parent.mkdir(parents=True, exist_ok=True)
         torch.save(torch.cat(rows).clone(), place)
