@@ -10,7 +10,7 @@ from typing import Any
 from ce_plugin.report.concepts import Concept, ConceptStudy
 from ce_plugin.report.findings import OUTCOMES
 from ce_plugin.report.page import template
-from ce_plugin.report.words import cell, percent, signed
+from ce_plugin.report.words import cell, digits, percent, signed
 from ce_plugin.visualization import NEGATIVE, POSITIVE, spotlight
 
 __all__ = ["render_concepts", "save_concepts"]
@@ -97,7 +97,7 @@ def _concept(concept: Concept, outcome: str) -> dict[str, Any]:
         "classes": [
             {
                 "name": name,
-                "value": f"{value:+.3g}".replace("-", "−"),
+                "value": digits(value),
                 "width": f"{100 * abs(value) / greatest:.1f}" if greatest else "0",
                 "supports": value > 0,
             }
@@ -109,7 +109,7 @@ def _concept(concept: Concept, outcome: str) -> dict[str, Any]:
                 f"{example.name}, where concept {concept.number} is most active",
                 spotlight(example.picture, example.box),
                 caption=f"activity {example.peak:.2g}; the network says “{example.answer}”: the concept adds "
-                f"{signed(example.contribution)} {outcome}, the autoencoder itself {signed(example.insertion)}",
+                f"{digits(example.contribution)} {outcome}, the autoencoder itself {digits(example.insertion)}",
             )
             for example in concept.examples
         ],

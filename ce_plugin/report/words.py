@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ce_plugin.visualization import data_uri
 
-__all__ = ["cell", "percent", "probability", "signed"]
+__all__ = ["cell", "digits", "percent", "probability", "signed"]
 
 
 def cell(title: str, alt: str, shown: Any, *, caption: str = "", top: Any = None) -> dict[str, Any]:
@@ -25,6 +25,11 @@ def probability(value: float) -> str:
 def signed(value: float) -> str:
     """With its sign, the minus being one."""
     return f"{value:+.2f}".replace("-", "−")
+
+
+def digits(value: float) -> str:
+    """With its sign and three digits, where sizes differ."""
+    return f"{value:+.3g}".replace("-", "−")
 
 
 def percent(value: float) -> str:

@@ -94,8 +94,8 @@ def spotlight(image: Tensor, box: tuple[int, int, int, int]) -> Tensor:
 
     Example:
         >>> import torch
-        >>> spotlight(torch.ones(1, 4, 4), (1, 1, 3, 3))[0].tolist()[0][0]
-        0.5
+        >>> spotlight(torch.full((1, 4, 4), 0.8), (1, 1, 3, 4))[0, :, 3].tolist()  # the outline
+        [1.0, 1.0, 1.0, 1.0]
     """
     left, top, right, bottom = box
     height, width = image.shape[-2:]
