@@ -77,7 +77,8 @@ def exact_difference(outcomes: Tensor, reference: Tensor) -> Effects:
     if outcomes.dim() != 2 or reference.shape not in (outcomes.shape, outcomes.shape[1:]):
         wanted = f"of shape (C,) or (R, C) for outcomes {tuple(outcomes.shape)}"
         raise UnitError(expected("reference", wanted, f"shape {tuple(reference.shape)}"))
-    return Effects(_double(outcomes) - _double(reference))
+    # In place on a copy: with thousands of units and classes another one would be felt.
+    return Effects(outcomes.to(torch.float64, copy=True).sub_(_double(reference)))
 
 
 def difference_in_means(assignments: Tensor, outcomes: Tensor, blocks: Tensor | None = None) -> Effects:

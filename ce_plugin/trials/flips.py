@@ -15,8 +15,9 @@ __all__ = ["Flips"]
 
 # Rows of a batch whose values fill this much memory run fastest on CPUs: more of them fall out of the caches.
 _BYTES = {"cpu": 24 << 20, "cuda": 1 << 30}
-# Rows of the first batch, which shows how much memory a row takes.
-_FIRST = 8
+# Rows of the first batch, which shows how much memory a row takes; fewer where so many times what the site's value takes
+# would not fit into the budget.
+_FIRST, _GUESS = 8, 16
 _MOST = 8192
 
 
@@ -66,7 +67,9 @@ class Flips:
     def rows(self, budget: int, device: torch.device) -> tuple[int, int]:
         """How many rows a batch should have, and how many the memory budget allows."""
         if not self.local.bytes_per_row:
-            return _FIRST, _FIRST
+            site = self.local.captured.site
+            guess = max(1, min(_FIRST, budget // max(_GUESS * site[:1].numel() * site.element_size(), 1)))
+            return guess, guess
         each = self.local.bytes_per_row
         limit = max(1, min((budget - self.local.fixed_bytes) // each, _MOST))
         return max(1, min(max(_BYTES.get(device.type, _BYTES["cuda"]) // each, 4), limit)), limit

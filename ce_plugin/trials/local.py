@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from ce_plugin.trials.clean import CleanValues
 from ce_plugin.trials.flops import flops_of
 from ce_plugin.trials.graph import nodes_of
 from ce_plugin.trials.propagation import Propagation
-from ce_plugin.trials.states import Channel, Dense, State, Window, nbytes
+from ce_plugin.trials.states import Channel, Dense, State, Window
 from ce_plugin.trials.suffix import Captured, Suffix
 from ce_plugin.trials.windows import window_of
 
@@ -51,21 +52,23 @@ class Local:
         self.suffix, self.captured = suffix, captured
         self.bytes_per_row = 0
         self.route = "dense"
-        self.example = -1
-        self._clean: dict[fx.Node, Any] = {}
-        self._wanted: set[fx.Node] = set()
-        self._settled = False
         nodes = suffix.nodes
         last = {arg: node for node in nodes for arg in node.all_input_nodes}
         outputs = set(nodes_of(suffix.graph.output))
         self.last_uses = {
             node: [arg for arg in node.all_input_nodes if last[arg] is node and arg not in outputs] for node in nodes
         }
+        self.clean_value = CleanValues(suffix, captured, self.last_uses)
+
+    @property
+    def example(self) -> int:
+        """Which example is explained now."""
+        return self.clean_value.example
 
     @property
     def fixed_bytes(self) -> int:
         """Memory that an example's clean values take."""
-        return nbytes(list(self._clean.values()))
+        return self.clean_value.nbytes
 
     def __call__(self, example: int, do: Tensor, masks: Tensor) -> Any:
         """The network's raw output for every row.
@@ -75,7 +78,7 @@ class Local:
             do: the values that trials set, (1, ...), of the site's shape.
             masks: what each row sets, bool (B, ...), broadcastable to the site.
         """
-        self._set_example(example)
+        self.clean_value.start(example)
         site = self.captured.site[example : example + 1]
         start = initial(site, do.to(site), masks.to(site.device))
         self.route = {Channel: "channel differences", Window: "window differences"}.get(type(start), "dense")
@@ -83,7 +86,7 @@ class Local:
 
     def clean_output(self, example: int) -> Any:
         """The network's raw output for an example as it is: what rows in which nothing differs get."""
-        self._set_example(example)
+        self.clean_value.start(example)
         return map_arg(self.suffix.graph.output, self._clean_or_constant)
 
     def _clean_or_constant(self, node: fx.Node) -> Any:
@@ -99,33 +102,9 @@ class Local:
             masks: a sample of rows, as in :meth:`__call__`.
             example: which example.
         """
-        self._set_example(example)
-        self.clean_value(self.suffix.graph.site)
+        self(example, do, masks)  # the clean values are not a row's
         total = flops_of(lambda: self(example, do, masks))
         return total / max(len(masks), 1) / max(self.suffix.full_flops(self.captured), 1)
-
-    def _set_example(self, example: int) -> None:
-        if example != self.example:
-            self.example, self._clean = example, {}
-
-    def clean_value(self, node: fx.Node) -> Any:
-        """The clean value of a node; all are computed when the first is asked for, and only those asked for stay."""
-        self._wanted.add(node)
-        if node not in self._clean:
-            k = torch.tensor([self.example])
-            values = self.suffix.constants(self.captured, 1, k)
-            values[self.suffix.graph.site] = self.captured.site[self.example : self.example + 1]
-            # Until a first batch has shown which ones are needed, all are kept.
-            again = self._settled and not self._clean
-            keep = self._wanted if again else {*self.suffix.nodes, self.suffix.graph.site}
-            self.suffix.graph.evaluate(self.suffix.nodes, values, keep)
-            self._clean = values
-        return self._clean[node]
-
-    def forget(self) -> None:
-        """Keep only those clean values that batches have asked for."""
-        self._clean = {node: value for node, value in self._clean.items() if node in self._wanted}
-        self._settled = True
 
 
 def initial(site: Tensor, do: Tensor, masks: Tensor) -> State:

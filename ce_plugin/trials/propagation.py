@@ -47,9 +47,7 @@ class Propagation:
                 break
             self._step(node)
         self.local.bytes_per_row = max(int(self.peak), self.local.bytes_per_row, 1)
-        result = map_arg(self.graph.output, self._output_of)
-        self.local.forget()
-        return result
+        return map_arg(self.graph.output, self._output_of)
 
     def _output_of(self, node: fx.Node) -> Any:
         local = self.local

@@ -291,7 +291,7 @@ def test_rows_that_do_not_differ_are_clean_exactly_and_are_not_run() -> None:
     seen: list[int] = []
     with network.middle[3].register_forward_hook(lambda m, args, out: seen.append(len(out))):
         out = local(0, torch.zeros(1, 4, 9, 8).double(), every_channel(4))
-    assert seen == [1, 2] or seen == [2]  # the clean pass, and the two channels that a rectifier lets through
+    assert sorted(seen) == [1, 2]  # the clean pass, and the two channels that a rectifier lets through
     assert torch.equal(out[[0, 3]], network(x).expand(2, -1))
     assert bool((out[[1, 2]] != network(x)).all())
     nothing = local(0, torch.zeros(1, 4, 9, 8).double(), torch.zeros(3, 4, 1, 1, dtype=torch.bool))
