@@ -10,8 +10,8 @@ from ce_plugin.visualization import plot_carriers
 
 network = efficientnet_lite0()
 photograph = sample_photographs()["flower.jpg"]
-views = [photograph[:, :, left : left + 427] for left in range(40, 200, 20)]
-x = torch.cat([network.inputs([view]) for view in views])  # (8, 3, 224, 224)
+views = [photograph[:, :, left : left + 427] for left in range(20, 200, 15)]
+x = torch.cat([network.inputs([view]) for view in views])  # (12, 3, 224, 224)
 daisy = network.class_index("daisy")
 
 # At most 4 of 255 grey levels per value, five steps.
@@ -21,14 +21,14 @@ attack = Adversarial.pgd(
 mediation = CausalMediation(network.model, "_bn1", attack)  # the last convolution's 1280 channels
 
 # Total effect on the logit of "daisy", and how much of it each channel carries by itself.
-found = mediation.estimate(x[:4], target=daisy)
+found = mediation.estimate(x[:6], target=daisy)
 shares = found.share()
 print(f"total effect on 'daisy': {shares.total:.1f} [{shares.total_low:.1f}, {shares.total_high:.1f}]")
 print(shares.to_dataframe().head(5)[["label", "indirect_share", "direct_share"]].round(4).to_string(index=False))
 if found.cut:
     print("everything passes through this layer, so all channels together carry 100 % by construction")
 
-# How many of them are enough? Ranked on four views, tried on the other four.
-carriers = mediation.carriers(x[:4], x[4:], targets=(daisy, daisy))
+# How many of them are enough? Ranked on six views, tried on the other six.
+carriers = mediation.carriers(x[:6], x[6:], targets=(daisy, daisy))
 print(carriers)
 plot_carriers(carriers).savefig("attack_mediation.png")
