@@ -15,6 +15,8 @@ __all__ = ["carried_by"]
 
 # A smaller change of the outcome, relative to the outcome, is rounding.
 _NOTHING = 1e-5
+# Sets in one round of the search.
+_ROUND = 8
 
 
 def carried_by(
@@ -54,6 +56,16 @@ def carried_by(
         joint = mediation.estimate(clean, target, sets=nested_sets(order, todo)).indirect[0, :, 0]
         curve.update(zip(todo, (joint.double() / total).tolist(), strict=True))
         sizes = sorted(curve)
-        todo = next_sizes(sizes, torch.tensor([curve[k] for k in sizes]), levels)
+        todo = _between(sizes, next_sizes(sizes, torch.tensor([curve[k] for k in sizes]), levels))
     needed = {level: next((k for k in sizes if curve[k] >= level), None) for level in levels}
     return Carried(total, indirect, tuple(found.unit_labels), order, needed, found.cut)
+
+
+def _between(sizes: Sequence[int], middles: Sequence[int]) -> list[int]:
+    """Several sizes round each middle, up to the sizes that are known: fewer rounds, each of which has a price."""
+    chosen = set(middles)
+    for middle in middles:
+        low, high = max(k for k in sizes if k < middle), min(k for k in sizes if k > middle)
+        step = max(1, round((high - low) / _ROUND))
+        chosen.update(range(low + step, high, step))
+    return sorted(chosen)
