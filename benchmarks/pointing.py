@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from _maps import METHODS, ablation_cam, occlusion, passes
 from _networks import image_files
-from _tables import interval
+from _pointing_tables import CONFIDENT, scaled, summary, text, written
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -33,7 +33,6 @@ from ce_plugin.datasets import read_image
 from ce_plugin.evaluation import Mosaics, confidently_classified, grid_pointing_game, mosaics
 from ce_plugin.models import efficientnet_lite0
 
-CONFIDENT = 0.8
 FORMS = ("plain", "contrastive")
 CHOSEN = "pointing_choosing"
 SIZES = {"224": 224, "448": None}
@@ -125,12 +124,6 @@ def shares(
     return found
 
 
-def scaled(settings: dict[str, Any], size: str) -> dict[str, Any]:
-    """Windows grow with the picture: chosen at 224, twice as large at 448."""
-    factor = 1 if size == "224" else 2
-    return {k: v * factor if k in ("window", "stride") else v for k, v in settings.items()}
-
-
 def choose(options: argparse.Namespace) -> None:
     """Every candidate at 224; each form of each method keeps its own best."""
     images, labels = confident_images(True, options)
@@ -168,11 +161,6 @@ def choose(options: argparse.Namespace) -> None:
     _record.write(CHOSEN, "\n".join(lines), data, "openvino")
 
 
-def written(settings: dict[str, Any]) -> str:
-    """Settings in a few words."""
-    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items())
-
-
 def plan() -> list[tuple[str, str, dict[str, Any], str]]:
     """(label, method, settings, form): each method's chosen settings in each form, and CEM's two weightings."""
     file = _record.RESULTS / f"{CHOSEN}.json"
@@ -183,106 +171,30 @@ def plan() -> list[tuple[str, str, dict[str, Any], str]]:
     for weighting in ("change", "activation"):
         settings = {"layer": "head", "weighting": weighting, "outcome": "logit"}
         rows += [(f"CEM, logit, by {weighting}", "CEM", settings, form) for form in FORMS]
-    return rows
+    return sorted(rows, key=lambda row: row[1] == "ScoreCAM")  # it takes longest
 
 
 def report(options: argparse.Namespace) -> None:
-    """All methods on the same mosaics, at both sizes."""
+    """All methods on the same mosaics, at both sizes; ScoreCAM, which takes 1,280 passes, on the first of them."""
     images, labels = confident_images(False, options)
     found: dict[str, Any] = {}
-    for size, n in (("224", options.mosaics), ("448", options.large)):
+    for size, n, few in (("224", options.mosaics, options.few[0]), ("448", options.large, options.few[1])):
         pictures = mosaics(images, labels, n, size=SIZES[size], seed=2)
         scores: dict[str, np.ndarray[Any, Any]] = {}
         for label, method, settings, form in tqdm(plan(), desc=size, mininterval=10):
             some = [
                 shares(pictures, i, "even", size, method, scaled(settings, size), options.engine, options.cache)[form]
-                for i in range(n)
+                for i in range(min(n, few) if method == "ScoreCAM" else n)
             ]
             scores[f"{label} | {form}"] = np.array(some)
         found[size] = summary(scores)
         print(size, {k: round(v["mean"], 3) for k, v in found[size].items()}, flush=True)
     check_file = options.cache / "check.json"
     data = {
-        "confident": len(labels), "mosaics": {"224": options.mosaics, "448": options.large}, "engine": options.engine,
-        "plan": plan(), "results": found, "check": json.loads(check_file.read_text()) if check_file.exists() else {},
+        "confident": len(labels), "engine": options.engine, "plan": plan(), "results": found,
+        "check": json.loads(check_file.read_text()) if check_file.exists() else {},
     }  # fmt: skip
     _record.write("pointing", text(data), data, "openvino", "grad-cam")
-
-
-def summary(scores: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
-    """Means over mosaics with intervals (mosaics are drawn), and what the contrastive CEM has more, in pairs."""
-    ours = scores["CEM | contrastive"].mean(1)
-    return {
-        key: {
-            "mean": float(table.mean()),
-            "interval": interval(table.mean(1)),
-            "at_chance_or_below": float((table <= 0.25).mean()),
-            "empty": int((table == 0).sum()),
-            "cem_minus": float((ours - table.mean(1)).mean()),
-            "cem_minus_interval": interval(ours - table.mean(1)),
-            "by_mosaic": [[round(v, 4) for v in row] for row in table.tolist()],
-        }
-        for key, table in scores.items()
-    }
-
-
-def text(data: dict[str, Any]) -> str:
-    """The page for people."""
-    lines = [
-        "## Grid pointing game",
-        "",
-        "EfficientNet-lite0; 2 x 2 mosaics of images of different classes, all classified rightly by themselves with a",
-        f"probability of at least {CONFIDENT} ({data['confident']} images with an even class index). The share of a",
-        "map's positive values inside the cell whose class is explained, after bilinear enlargement to the mosaic's",
-        "size; a map without positive values scores 0, a constant one 0.25. Contrastive: the class's logit minus the",
-        "mean logit of the mosaic's other three classes, for every method. Layers, weightings, outcomes and windows",
-        "were chosen on mosaics of other images, for each form by itself (pointing_choosing.md; windows are doubled at",
-        "448).",
-        "All methods saw the same mosaics. Intervals: 95 % percentile bootstrap over mosaics; the last columns are",
-        "paired differences between the contrastive CEM and the row.",
-    ]
-    for size, name in (("224", "shrunk into 224 x 224"), ("448", "four 224-pixel images in 448 x 448")):
-        table = data["results"][size]
-        lines += [
-            "",
-            f"### {data['mosaics'][size]} mosaics, {4 * data['mosaics'][size]} maps: {name}",
-            "",
-            "| method | form | settings | share | 95 % interval | maps <= 0.25 | contrastive CEM minus this | |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        settings = {f"{label} | {form}": settings for label, _, settings, form in data["plan"]}
-        for key in sorted(table, key=lambda k: -table[k]["mean"]):
-            row, (label, form) = table[key], key.split(" | ")
-            low, high = row["interval"]
-            below, above = row["cem_minus_interval"]
-            lines.append(
-                f"| {label} | {form} | {written(scaled(settings[key], size))} | **{row['mean']:.3f}** "
-                f"| {low:.3f} to {high:.3f} | {row['at_chance_or_below']:.0%} | {row['cem_minus']:+.3f} "
-                f"| {below:+.3f} to {above:+.3f} |"
-            )
-    return "\n".join([*lines, "", *remarks(data)])
-
-
-def remarks(data: dict[str, Any]) -> list[str]:
-    """What the table does not say by itself."""
-    lines = [
-        "Where a global average pooling and one linear layer follow, as they do behind `head`, a channel's effect on a",
-        "logit is its weight times its mean, whatever the other channels are. The CEM by change on logits is then",
-        "Grad-CAM without its ReLU (and the CAM of Zhou et al. 2016), number for number, and the CEM by activation is",
-        "AblationCAM times the score by which that divides (which turns the map over where the score is negative).",
-        "So no form of the CEM can point better there than the same form of these; what it adds are outcomes",
-        "that are no logits, other interventions, and layers behind which the network is not linear.",
-        f"ScoreCAM and Occlusion ran through {data['engine']}; all else in float32 by torch.",
-    ]
-    check = data["check"]
-    if check:
-        lines += [
-            f"Checked: our AblationCAM against pytorch-grad-cam's on {check['ablation_cam_maps']} maps of the head:"
-            f" largest difference {check['ablation_cam']:.1e} of the largest value; our Occlusion against Captum's:"
-            f" {check['occlusion']:.1e}; contrastive CEM by change against contrastive Grad-CAM: {check['cem']:.1e};"
-            f" {data['engine']} against torch: logits differ by at most {check['logits']:.1e}.",
-        ]
-    return lines
 
 
 def check(options: argparse.Namespace) -> None:
@@ -356,8 +268,9 @@ def main() -> None:
     for name, run in (("choose", choose), ("check", check)):
         commands.add_parser(name).set_defaults(run=run)
     reporting = commands.add_parser("report")
-    reporting.add_argument("--mosaics", type=int, default=25, help="at 224")
-    reporting.add_argument("--large", type=int, default=8, help="at 448")
+    reporting.add_argument("--mosaics", type=int, default=40, help="at 224")
+    reporting.add_argument("--large", type=int, default=20, help="at 448")
+    reporting.add_argument("--few", type=int, nargs=2, default=[12, 3], help="those of ScoreCAM, at 224 and at 448")
     reporting.set_defaults(run=report)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
