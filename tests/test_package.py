@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
 import importlib.metadata
@@ -237,9 +238,11 @@ def test_readme_names_targets_that_exist() -> None:
 
 
 def test_command_line_page_knows_every_option() -> None:
-    parser = build_parser()
-    commands = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
-    options = {name for command in commands.values() for name in command._option_string_actions if name[:2] == "--"}
+    def below(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+        found = [c for action in parser._actions if isinstance(action.choices, dict) for c in action.choices.values()]
+        return [*found, *(deeper for command in found for deeper in below(command))]
+
+    options = {name for command in below(build_parser()) for name in command._option_string_actions if name[:2] == "--"}
     page = (ROOT / "docs" / "command-line.md").read_text()
     assert {"--out", "--force"} <= options
     assert {option for option in options if f"`{option}" not in page and f" {option}`" not in page} == set()

@@ -65,6 +65,7 @@ class Forward:
         return self.heads(self.forward_func(*inputs, *args))
 
     def heads(self, output: Any) -> dict[str, Tensor]:
+        """The heads of what the forward function returned."""
         if isinstance(output, Future):
             todo = "Wait for it inside forward_func: `lambda x: model(x).wait()`."
             raise ModelError(
