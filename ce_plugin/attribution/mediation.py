@@ -159,11 +159,14 @@ class CausalMediation:
             InferenceError: the intervention has no total effect on the outcome.
         """
         choose = self.estimate(choosing, targets[0], ids=ids[0])
-        first = self.estimate(testing, targets[1], sets=[(0,)], ids=ids[1])
+        (x,) = as_inputs(testing)
+        # Made once: an attack is dear.
+        attacked = copy.copy(self)
+        attacked.intervention = self._counterparts(x, ids[1])
+        first = attacked.estimate(x, targets[1], sets=[(0,)], ids=ids[1])
         total, _, _ = first.column()
         target = first.predicted if targets[1] is None and first.target is None else targets[1]
-        (x,) = as_inputs(testing)
-        patch = Patch(self._counterparts(x, ids[1]))
+        patch = Patch(attacked.intervention)
 
         def run(sets: list[tuple[int, ...]]) -> Tensor:
             return self._run(x, patch, Joint(sets), target, {"ids": ids[1]}).effect[..., 0]
