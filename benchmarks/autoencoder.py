@@ -29,6 +29,8 @@ from ce_plugin.models import FashionCNN, efficientnet_lite0
 
 Settings = dict[str, Any]
 PLANTED_SEEDS = range(10)
+# One epoch in which nothing moves: what the independent components do by themselves.
+START_ALONE = {"epochs": 1, "lr": 1e-12}
 
 
 @dataclass
@@ -57,6 +59,7 @@ def fashion(cache: Path) -> Case:
     common = {"concepts": 16, "epochs": 12, "batch_size": 64, "patience": 4}
     tried = [{"layer": f"features.{i}", "kernel_size": k, **common} for i, k in ((4, 1), (5, 1), (5, 3))]
     ablations = [
+        START_ALONE,
         {"lambda_deep": 0.0},
         {"lambda_interpretability": 0.0},
         {"lambda_interpretability": 1.0},
@@ -96,7 +99,7 @@ def imagenet(cache: Path) -> Case:
         {"layer": "_conv_head", "concepts": 320, "hidden": 320, **common},
         {"layer": "_blocks.15", "concepts": 80, **common},
     ]
-    return Case("EfficientNet-lite0", vision.model, images, tried, [])
+    return Case("EfficientNet-lite0", vision.model, images, tried, [START_ALONE])
 
 
 def crops(pictures: list[Tensor]) -> list[Tensor]:
@@ -297,7 +300,8 @@ def table_of(name: str, case: dict[str, Any]) -> list[str]:
         changed = {k: v for k, v in settings.items() if chosen.get(k) != v}
         words = f"kernel {settings['kernel_size']}" + (", **chosen**" if settings == chosen else "")
         if row in case["variants"]:
-            words = "(" + ", ".join(f"{key} {value}" for key, value in changed.items()) + ")"
+            named = ", ".join(f"{key} {value}" for key, value in changed.items())
+            words = "(the start alone, before training)" if changed == START_ALONE else f"({named})"
         three = " | ".join(f"{terms[f'validation_{key}']:.4f}" for key in ("shallow", "deep", "interpretability"))
         lines.append(
             f"| {settings['layer']} | {words} | {narrowing(row)} | {row['images']} | {three} | {row['active']:.0%} "
@@ -330,7 +334,8 @@ def remarks() -> list[str]:
         "convolution, so that a linear code of 320 could be exact; what is shown is that a code that is never",
         "negative, learned from a few hundred photographs, comes close on new ones. A layer without such redundancy",
         "(`_blocks.15`) loses much more: a few hundred photographs of a thousand classes do not suffice to learn it.",
-        "Codes are dense: at the default weights most concepts are active to some degree nearly everywhere, and",
+        "The start by independent components already keeps nearly as many top classes; training mainly lowers the",
+        "divergence. Codes are dense: at the default weights most concepts are active to some degree nearly everywhere, and",
         "setting one to zero means its lowest level, not its absence from a picture; `lambda_interpretability` trades",
         "that against fidelity. That a top class is kept does not make a concept meaningful: see the pictures of each.",
     ]
