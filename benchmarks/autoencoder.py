@@ -334,10 +334,11 @@ def remarks() -> list[str]:
         "convolution, so that a linear code of 320 could be exact; what is shown is that a code that is never",
         "negative, learned from a few hundred photographs, comes close on new ones. A layer without such redundancy",
         "(`_blocks.15`) loses much more: a few hundred photographs of a thousand classes do not suffice to learn it.",
-        "The start by independent components already keeps nearly as many top classes; training mainly lowers the",
-        "divergence. Codes are dense: at the default weights most concepts are active to some degree nearly everywhere, and",
-        "setting one to zero means its lowest level, not its absence from a picture; `lambda_interpretability` trades",
-        "that against fidelity. That a top class is kept does not make a concept meaningful: see the pictures of each.",
+        "The start by independent components already keeps about as many top classes; training mainly lowers the",
+        "divergence. Codes are dense: at the default weights most concepts are active to some degree nearly",
+        "everywhere, and setting one to zero means its lowest level, not its absence from a picture;",
+        "`lambda_interpretability` trades that against fidelity. That a top class is kept does not make a concept",
+        "meaningful: see the pictures of each.",
     ]
 
 
