@@ -14,7 +14,7 @@ from ce_plugin.trials.values import Values
 __all__ = ["Flips"]
 
 # Rows of a batch whose values fill this much memory run fastest on CPUs: more of them fall out of the caches.
-_BYTES = {"cpu": 24 << 20, "cuda": 1 << 30}
+_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 # Rows of the first batch, which shows how much memory a row takes; fewer where so many times what the site's value takes
 # would not fit into the budget.
 _FIRST, _GUESS = 8, 16
