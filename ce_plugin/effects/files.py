@@ -65,11 +65,14 @@ def read_result(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         FileError: where there is no such file, or it is not one of this kind.
     """
     wanted = f"a file written by {kind}.save"
+    # Other bytes would be read as a pickle, whose reader fails in many ways.
+    if Path(path).is_file() and not zipfile.is_zipfile(path):
+        raise FileError(expected("path", wanted, f"{str(path)!r}, which is none"))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise FileError(expected("path", wanted, repr(str(path)), str(error))) from error
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise FileError(expected("path", wanted, f"{str(path)!r}, which is none")) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT or content.get("kind") != kind:
         raise FileError(expected("path", wanted, f"{str(path)!r}, which holds something else"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import struct
 import sys
 from os import PathLike
 from pathlib import Path
@@ -139,7 +140,7 @@ def load_weights(model: nn.Module, file: str | PathLike[str]) -> None:
         raise FileError(expected("weights", "an existing file", repr(str(file))))
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, struct.error, pickle.UnpicklingError) as error:
         todo = "Write it with torch.save(model.state_dict(), FILE)."
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileError(expected("weights", "a file of tensors", f"{str(file)!r} ({reason})", todo)) from error

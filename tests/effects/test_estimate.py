@@ -267,3 +267,10 @@ def test_a_person_can_read_it() -> None:
     assert "RandomMask(0.5, n_trials=20), 20 trials" in text
     assert "standard error" in text
     assert "largest effect +5, unit 2, class 7" in repr(exact_estimate())
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80", b"\x80\x02]q", b"PK\x03\x04", b".", b"N.", b"K\x01K"])
+def test_bytes_that_are_no_estimate_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(FileError, match=r"written by Estimate\.save"):
+        Estimate.load(tmp_path / "file")
