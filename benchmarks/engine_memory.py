@@ -22,7 +22,6 @@ CASES = {
     "ResNet-50 layer4, 2048 channels": ("ResNet-50", "layer4", 7),
     "VGG-16 features.30, 512 channels": ("VGG-16", "features.30", 7),
     "VGG-16 features.4, 64 channels": ("VGG-16", "features.4", 112),
-    "ResNet-50 layer3, 1024 channels": ("ResNet-50", "layer3", 14),
 }
 TOLERANCE = 0.10
 
