@@ -113,9 +113,10 @@ def report(found: dict[str, dict[str, Any]]) -> None:
         "## Maps under attack",
         "",
         f"EfficientNet-lite0, {len(found)} ImageNet photographs whose class index is a multiple of ten. FGSM, and PGD",
-        f"with {ATTACKS['pgd']['max_iter']} steps, each with the smallest size of",
-        f"{', '.join(f'{s:.0f}/255' for s in SIZES)} that changes the answer; images whose answer none",
-        "of them changes are left out. Spearman's rank correlation between the maps of the attacked and of the clean",
+        f"with {ATTACKS['pgd']['max_iter']} steps, each with the smallest size of"
+        f" {', '.join(f'{s:.0f}/255' for s in SIZES)} that changes the answer;",
+        "images whose answer none changes are left out. Spearman's rank correlation between the maps of the attacked",
+        "and of the clean",
         "image, for the class that the clean image had, at the layer's own resolution, signed (no ReLU). 1 is the same",
         "order of positions. `head`: what the average pooling takes in; blocks 15 (7 x 7) and 10 (14 x 14): their",
         "output.",
@@ -155,8 +156,8 @@ def report(found: dict[str, dict[str, Any]]) -> None:
     lines += [
         "",
         "At the head a global average pooling and a linear layer follow: there the CEM by change on logits is Grad-CAM",
-        "without its ReLU, number for number, and so is its correlation. An attack changes what channels do: a map that",
-        "follows the network follows that too. A low figure is no proof of a bad map, nor a high one of a good map.",
+        "without its ReLU, number for number, and so is its correlation. An attack changes what channels do: a map",
+        "that follows the network follows that too. A low figure is no proof of a bad map, nor a high one of a good map.",
     ]
     _record.write("stability", "\n".join(lines), {**data, "by_image": found}, "adversarial-robustness-toolbox")
 
