@@ -157,7 +157,7 @@ def report(found: dict[str, dict[str, Any]]) -> None:
         "",
         "At the head a global average pooling and a linear layer follow: there the CEM by change on logits is Grad-CAM",
         "without its ReLU, number for number, and so is its correlation. An attack changes what channels do: a map",
-        "that follows the network follows that too. A low figure is no proof of a bad map, nor a high one of a good map.",
+        "that follows the network follows that too. A low figure is no proof of a bad map, nor a high one of a good.",
     ]
     _record.write("stability", "\n".join(lines), {**data, "by_image": found}, "adversarial-robustness-toolbox")
 
