@@ -83,16 +83,19 @@ def remarks(data: dict[str, Any]) -> list[str]:
         "logit is its weight times its mean, whatever the other channels are. The CEM by change on logits is then",
         "Grad-CAM without its ReLU (and the CAM of Zhou et al. 2016), number for number, and the CEM by activation is",
         "AblationCAM times the score by which that divides (which turns the map over where the score is negative).",
-        "So no form of the CEM can point better there than the same form of these; what it adds are outcomes",
-        "that are no logits, other interventions, and layers behind which the network is not linear.",
+        "On logits the CEM therefore cannot differ there from the same form of these two, and shares the first place;",
+        "what it adds are outcomes that are no logits (by probability it leads the plain maps at 224), other",
+        "interventions, and layers behind which the network is not linear.",
         f"ScoreCAM and Occlusion ran through {data['engine']}; all else in float32 by torch.",
     ]
     check = data["check"]
     if check:
         lines += [
-            f"Checked: our AblationCAM against pytorch-grad-cam's on {check['ablation_cam_maps']} maps of the head:"
+            f"Checked: our AblationCAM against pytorch-grad-cam's on a map of the head:"
             f" largest difference {check['ablation_cam']:.1e} of the largest value; our Occlusion against Captum's:"
             f" {check['occlusion']:.1e}; contrastive CEM by change against contrastive Grad-CAM: {check['cem']:.1e};"
-            f" {data['engine']} against torch: logits differ by at most {check['logits']:.1e}.",
+            f" {data['engine']} against torch: logits differ by at most {check['logits']:.2f}, the share of contrastive"
+            f" Occlusion by {check['share']:.3f} on average and by {check['share_mean']:+.3f} in the mean over"
+            f" {check['share_maps']} maps.",
         ]
     return lines

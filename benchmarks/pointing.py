@@ -204,7 +204,7 @@ def check(options: argparse.Namespace) -> None:
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     images, labels = confident_images(True, options)
-    pictures = mosaics(images, labels, 2, size=224, seed=1)
+    pictures = mosaics(images, labels, 4, size=224, seed=1)
     x, classes = pictures.x[:1], pictures.classes[0].tolist()
     net: Any = network()
     logits = arithmetic("torch", 224)
@@ -226,9 +226,21 @@ def check(options: argparse.Namespace) -> None:
     cem = METHODS["CEM"](net, logits, x, classes, layer="head", weighting="change", outcome="logit")["contrastive"]
     gradient = METHODS["Grad-CAM"](net, logits, x, classes, layer="head")["contrastive"]
     fast = arithmetic(options.engine, 224)(x) - logits(x)
+    settings = {"window": 96, "stride": 16, "fill": 0.0}
+    both = [
+        np.array(
+            [
+                shares(pictures, i, "odd", "224", "Occlusion", settings, engine, options.cache)["contrastive"]
+                for i in range(4)
+            ]
+        )
+        for engine in (options.engine, "torch")
+    ]
     found = {
+        "share": float(np.abs(both[0] - both[1]).mean()),
+        "share_mean": float((both[0] - both[1]).mean()),
+        "share_maps": both[0].size,
         "ablation_cam": max(gaps),
-        "ablation_cam_maps": len(gaps),
         "occlusion": float((captums - windows).abs().max() / captums.abs().max()),
         "cem": max(relative(c, g) for c, g in zip(cem, gradient, strict=True)),
         "logits": float(fast.abs().max()),
