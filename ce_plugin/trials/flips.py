@@ -15,9 +15,11 @@ __all__ = ["Flips"]
 
 # Rows of a batch whose values fill this much memory run fastest on CPUs: more of them fall out of the caches.
 _BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-# Rows of the first batch, which shows how much memory a row takes; fewer where so many times what the site's value takes
-# would not fit into the budget.
+# Rows of the first batch, which shows how much memory a row takes; fewer where so many times what the site's value
+# takes would not fit into the budget.
 _FIRST, _GUESS = 8, 16
+# How often a row's outputs are held at once on their way from the network to the outcomes.
+_COPIES = 6
 _MOST = 8192
 
 
@@ -34,6 +36,7 @@ class Flips:
         self.forward = downstream.forward
         self.local = Local(downstream.suffix, downstream.captured)
         self.route = "suffix"
+        self._output_bytes = 0
 
     def reference(self, n: int) -> dict[str, Tensor]:
         """The clean outputs of N examples: the very numbers that a row in which nothing differs has."""
@@ -43,6 +46,7 @@ class Flips:
                 raw = self.local.clean_output(example)
                 heads = self.forward.heads(raw)
             parts.append({name: head.clone() for name, head in heads.items()})
+            self._output_bytes = sum(head.numel() * head.element_size() for head in heads.values())
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def __call__(self, setting: Setting, rows: Rows, values: Values) -> dict[str, Tensor]:
@@ -70,7 +74,7 @@ class Flips:
             site = self.local.captured.site
             guess = max(1, min(_FIRST, budget // max(_GUESS * site[:1].numel() * site.element_size(), 1)))
             return guess, guess
-        each = self.local.bytes_per_row
+        each = self.local.bytes_per_row + _COPIES * self._output_bytes
         limit = max(1, min((budget - self.local.fixed_bytes) // each, _MOST))
         return max(1, min(max(_BYTES.get(device.type, _BYTES["cuda"]) // each, 4), limit)), limit
 
