@@ -164,8 +164,10 @@ class Experiment:
         return self.runner.evaluate(inputs, rows_of_args(self.args, self.n, first))
 
     def _check_target(self, heads: dict[str, Tensor]) -> None:
-        """Errors of the target and the outcome, from the outputs of one example."""
-        every = {name: head.repeat_interleave(self.n, 0) for name, head in heads.items()}
+        """Errors of the target and the outcome, from the outputs of one example or of all."""
+        every = {
+            name: head if len(head) == self.n else head.expand(self.n, *head.shape[1:]) for name, head in heads.items()
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again, with the outputs under evidence
             self._measured(every)
@@ -201,13 +203,32 @@ class Experiment:
             self.kept.append(setting)
         return setting, located
 
+    def _start(self, setting: Setting, located: Located) -> tuple[Located, Runner, dict[str, Tensor], Measured]:
+        """What runs the trials, the reference's outputs, and how trials are measured against them.
+
+        Whether flips can be followed takes passes to find out; the target and the outcome are checked before.
+        """
+        known = located.outputs
+        if known is None:
+            located, runner, known = self._locator.start(located, self.runner, self.trials)
+            measured = self._measured(known)
+            followed = self._locator.followed(located, setting)
+            if followed is located:
+                return located, runner, known, measured
+        else:
+            self._check_target(known)
+            followed = self._locator.followed(located, setting)
+        located, runner, heads = self._locator.start(followed, self.runner, self.trials)
+        with warnings.catch_warnings():
+            if located.outputs is None:
+                warnings.simplefilter("ignore")  # they came with the outputs above
+            return located, runner, heads, self._measured(heads, located.outputs)
+
     def _draw(self, draw: int) -> dict[str, Answer]:
         """The effects under one draw of the random evidence."""
         setting, located = self._set(draw)
         try:
-            located = self._locator.followed(located, setting)
-            located, runner, heads = self._locator.start(located, self.runner, self.trials)
-            measured = self._measured(heads, located.outputs)
+            located, runner, heads, measured = self._start(setting, located)
             check_memory(setting, measured, max(self.used))
             if self.until is not None:
                 return answers_until(setting, runner, measured, self.used, self.until, self.keep_trials)
