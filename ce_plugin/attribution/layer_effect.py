@@ -32,7 +32,8 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
     """Causal effects of a layer's units (channels, tokens, heads, positions) on every class at once.
 
     Only what depends on the layer is computed again for each trial, and for single channels only where it differs:
-    the effects of all channels often cost little more than one forward pass (``benchmarks/results/engine_speed.md``).
+    the effects of all channels of a last layer cost two or three forward passes, those of a layer in the middle a
+    third to a ninth of what full passes would (``benchmarks/results/engine_speed.md``).
 
     Args:
         forward_func: as in :class:`CausalEffect`.
