@@ -1,0 +1,1 @@
+"""A harness for detectors of adversarial examples: attacks, protocols, figures."""
