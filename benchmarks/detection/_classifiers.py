@@ -1,0 +1,127 @@
+"""The classifiers that are attacked: trained once per data set and seed, and kept in the cache."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ce_plugin.models import FashionCNN, efficientnet_lite0
+from ce_plugin.randomness import derived_seed, generator
+
+Array = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+
+def cache_folder(cache: str | Path | None = None) -> Path:
+    """Where weights and attacked images are kept: the argument, or CE_PLUGIN_CACHE, or ~/.cache/ce-plugin."""
+    root = cache or os.environ.get("CE_PLUGIN_CACHE") or Path.home() / ".cache" / "ce-plugin"
+    return Path(root) / "detection"
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a classifier is trained: Adam, the rate falling to zero by a cosine.
+
+    Args:
+        epochs: passes over the images.
+        rate: Adam's rate at the start.
+        shift: images are moved by up to so many pixels each way, drawn anew in each epoch.
+        degrees: and turned by up to so many degrees.
+        batch: images per step.
+    """
+
+    epochs: int
+    rate: float = 1e-3
+    shift: float = 0.0
+    degrees: float = 0.0
+    batch: int = 100
+
+
+TRAINING = {
+    "fashion": Training(epochs=8),
+    "mnist": Training(epochs=40, rate=2e-3, shift=2.0, degrees=10.0),
+}
+
+
+class UnitImages(nn.Module):
+    """A network for photographs with values 0 to 255, fed with images in [0, 1]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, 224, 224) in [0, 1] to logits (N, 1000)."""
+        logits: Tensor = self.model((images * 255.0 - 127.0) / 128.0)
+        return logits
+
+
+def imagenet_classifier() -> nn.Module:
+    """EfficientNet-lite0 for images in [0, 1], in eval mode; no parameter asks for a gradient."""
+    return UnitImages(efficientnet_lite0().model).eval().requires_grad_(False)
+
+
+def small_classifier(name: str, seed: int, images: Array, labels: Labels, cache: str | Path | None = None) -> nn.Module:
+    """The classifier of a data set and seed, in eval mode: from the cache, or trained and put there."""
+    file = cache_folder(cache) / "classifiers" / f"{name}-{seed}.pt"
+    network = FashionCNN()
+    if file.is_file():
+        network.load_state_dict(torch.load(file, weights_only=True))
+    else:
+        network = train(TRAINING[name], derived_seed(seed, name), images, labels)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(f".{os.getpid()}.part")
+        torch.save(network.state_dict(), draft)
+        draft.replace(file)
+    return network.eval().requires_grad_(False)
+
+
+def train(recipe: Training, seed: int, images: Array, labels: Labels) -> FashionCNN:
+    """A `FashionCNN` trained by this recipe, the same for the same seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = FashionCNN()
+    x, y = torch.from_numpy(images), torch.from_numpy(labels)
+    draw = generator(seed, "training")
+    optimizer = torch.optim.Adam(network.parameters(), lr=recipe.rate, weight_decay=1e-5)
+    steps, step = recipe.epochs * math.ceil(len(x) / recipe.batch), 0
+    for epoch in range(recipe.epochs):
+        start, total = time.time(), 0.0
+        for chosen in torch.randperm(len(x), generator=draw).split(recipe.batch):
+            optimizer.param_groups[0]["lr"] = recipe.rate * (1 + math.cos(math.pi * step / steps)) / 2
+            batch = _moved(x[chosen], recipe, draw) if recipe.shift or recipe.degrees else x[chosen]
+            loss = F.cross_entropy(network(batch), y[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total, step = total + loss.item() * len(chosen), step + 1
+        if epoch % 4 == 3:
+            print(f"  epoch {epoch + 1}: loss {total / len(x):.4f}, {time.time() - start:.1f} s an epoch", flush=True)
+    return network
+
+
+def _moved(x: Tensor, recipe: Training, draw: torch.Generator) -> Tensor:
+    """Each image turned and shifted by its own amount; what comes in from outside is black."""
+    size = x.shape[-1]
+    amount = torch.rand(len(x), 3, generator=draw) * 2 - 1
+    angle = amount[:, 0] * math.radians(recipe.degrees)
+    shift = amount[:, 1:].mul(recipe.shift).round() * 2 / size
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).reshape(-1, 2, 2)
+    grid = F.affine_grid(torch.cat([turn, shift[:, :, None]], 2), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+def predictions(network: nn.Module, images: Array, batch_size: int = 250) -> Labels:
+    """The classes that a network answers, (N,)."""
+    with torch.no_grad():
+        parts = [network(batch).argmax(1) for batch in torch.from_numpy(images).split(batch_size)]
+    return torch.cat(parts).numpy()
