@@ -1,0 +1,222 @@
+"""What all peers share: how images come in and scores go out, and two ways to make one number of several statistics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ce_plugin.detection.protocol import Array
+from ce_plugin.errors import ArgumentError, InputError, expected
+from ce_plugin.evaluation.peers.combination import Combination
+from ce_plugin.guard import state_guard
+from ce_plugin.randomness import numpy_generator
+
+__all__ = ["DifferentiablePeer", "Peer", "StatisticsPeer"]
+
+_FIT_BATCH = 128
+_FOLDS = 5
+
+
+class Peer(ABC):
+    """A published detector in the harness's form: ``fit`` on numpy images, ``score`` them, leave the network as it was.
+
+    Args:
+        network: images (N, C, H, W) in image units to logits (N, classes).
+
+    Attributes:
+        name: what tables call it.
+        needs_labels: whether it cannot be fitted on clean images alone.
+        passes: forward passes of the network for each image that is scored.
+
+    Raises:
+        ArgumentError: ``network`` is not a module.
+    """
+
+    name: str = "peer"
+    needs_labels: bool = False
+    passes: float = 1.0
+    least: int = 1  # clean images that fitting needs
+
+    def __init__(self, network: nn.Module) -> None:
+        if not isinstance(network, nn.Module):
+            raise ArgumentError(expected("network", "a torch.nn.Module", type(network).__name__))
+        self.network = network
+        self._fitted = False
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.network).__name__}, name={self.name!r})"
+
+    def fit(self, x: Array, y: Array | None = None) -> None:
+        """Learn from clean images, or from clean and attacked ones.
+
+        Args:
+            x: images (N, C, H, W) in image units.
+            y: (N,), 0 clean and 1 adversarial, or None where all images are clean.
+
+        Raises:
+            InputError: images or labels of another form; too few clean images; no labels where they are needed.
+        """
+        images = self._images(x)
+        labels = _labels(y, len(images))
+        if labels is None and self.needs_labels:
+            todo = "This detector learns from attacked images and cannot be fitted on clean ones alone."
+            raise InputError(expected("y", f"labels (N,), 0 clean and 1 adversarial, for {self.name}", None, todo))
+        clean = len(images) if labels is None else int((labels == 0).sum())
+        if clean < self.least:
+            raise InputError(expected("x", f"at least {self.least} clean images for {self.name}", clean))
+        with state_guard(self.network):
+            self._fit(images, labels)
+        self._fitted = True
+
+    def score(self, x: Array, batch_size: int = 128) -> npt.NDArray[np.float64]:
+        """How adversarial each image looks, (N,), greater is more; independent of the batch size up to rounding.
+
+        Raises:
+            InputError: images of another form.
+            ArgumentError: a batch size below 1, or the detector is not fitted.
+        """
+        images = self._images(x)
+        self._ready()
+        if batch_size < 1:
+            raise ArgumentError(expected("batch_size", "a positive number of images", batch_size))
+        with state_guard(self.network), torch.no_grad():
+            parts = [self._scores(batch) for batch in self._batches(images, batch_size)]
+        return torch.cat(parts).double().cpu().numpy()
+
+    @abstractmethod
+    def _fit(self, images: Array, labels: npt.NDArray[np.int64] | None) -> None:
+        """What ``fit`` does once its arguments are checked."""
+
+    @abstractmethod
+    def _scores(self, images: Tensor) -> Tensor:
+        """The scores (N,) of images that are on the network's device; greater is more adversarial."""
+
+    def _ready(self) -> None:
+        if not self._fitted:
+            raise ArgumentError(expected("detector", "a fitted one", f"{self!r} before `fit`", "Call `fit` first."))
+
+    def _images(self, x: Array) -> Array:
+        shape = tuple(getattr(x, "shape", ()))
+        if not isinstance(x, np.ndarray) or len(shape) != 4 or 0 in shape:
+            got = f"{type(x).__name__} of shape {shape}"
+            raise InputError(expected("x", "a numpy array of images (N, C, H, W), none of them 0", got))
+        if not np.issubdtype(x.dtype, np.floating):
+            raise InputError(expected("x", "floating-point images in image units", x.dtype, "Use .astype(np.float32)."))
+        if not bool(np.isfinite(x).all()):
+            raise InputError(expected("x", "finite", "NaN or infinity"))
+        return x
+
+    def _on_network(self, images: Tensor) -> Tensor:
+        """Images on the device and of the type of the network's weights."""
+        tensors = (*self.network.parameters(), *self.network.buffers())
+        like = next((tensor for tensor in tensors if tensor.is_floating_point()), images)
+        return images.to(like.device, like.dtype)
+
+    def _batches(self, images: Array, batch_size: int = _FIT_BATCH) -> Iterator[Tensor]:
+        for start in range(0, len(images), batch_size):
+            yield self._on_network(torch.as_tensor(np.ascontiguousarray(images[start : start + batch_size])))
+
+
+class DifferentiablePeer(Peer):
+    """A peer whose score an attacker can differentiate."""
+
+    def score_tensor(self, images: Tensor) -> Tensor:
+        """The score of images (N, C, H, W), (N,), with a gradient to the images; roundings pass it straight through.
+
+        Raises:
+            ArgumentError: the detector is not fitted.
+        """
+        self._ready()
+        with state_guard(self.network):
+            return self._scores(self._on_network(images))
+
+
+class StatisticsPeer(Peer):
+    """A peer that measures a few statistics of an image against clean ones and makes one number of them.
+
+    With labels the number is the log odds of a logistic regression on the standardised statistics; without, the sum of
+    the standardised ones (``two_sided``: of their squares). Statistics of fitting images are out of fold: a distance
+    to images that include the image itself is too small, and the combination would learn that.
+
+    Args:
+        network: as in :class:`Peer`.
+        seed: draws the folds.
+    """
+
+    two_sided: bool = False
+    least = 20
+
+    def __init__(self, network: nn.Module, *, seed: int = 0) -> None:
+        super().__init__(network)
+        self.seed = seed
+        self.reference: Any = None
+        self.combination: Combination | None = None
+
+    @abstractmethod
+    def _extract(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What is read from the network, a tuple of tensors (N, ...)."""
+
+    @abstractmethod
+    def _learn(self, read: tuple[Tensor, ...]) -> Any:
+        """What statistics are measured against, from what was read of clean images; None where nothing is needed."""
+
+    @abstractmethod
+    def _statistics(self, images: Tensor, read: tuple[Tensor, ...], reference: Any) -> Tensor:
+        """Statistics (N, K), each greater for adversarial images unless ``two_sided``; float64."""
+
+    def _fit(self, images: Array, labels: npt.NDArray[np.int64] | None) -> None:
+        with torch.no_grad():
+            parts = [self._extract(batch) for batch in self._batches(images)]
+            read = tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            clean = np.arange(len(images)) if labels is None else np.flatnonzero(labels == 0)
+            statistics = self._out_of_fold(images, read, clean)
+            self.reference = self._learn(_rows(read, clean))
+        if labels is None:
+            self.combination = Combination.of_clean(statistics, two_sided=self.two_sided)
+        else:
+            self.combination = Combination.of_labels(statistics, labels, seed=self.seed)
+
+    def _out_of_fold(self, images: Array, read: tuple[Tensor, ...], clean: npt.NDArray[np.int64]) -> Array:
+        """Statistics of each image against clean images of the other folds, (N, K)."""
+        fold = numpy_generator(self.seed, "folds").permutation(len(images)) % _FOLDS
+        order, parts = [], []
+        for k in range(_FOLDS):
+            rows = np.flatnonzero(fold == k)
+            reference = self._learn(_rows(read, clean[fold[clean] != k]))
+            for some in np.array_split(rows, -(-len(rows) // _FIT_BATCH)):
+                (batch,) = self._batches(images[some])
+                parts.append(self._statistics(batch, _rows(read, some), reference).double().cpu().numpy())
+                order.append(some)
+        found: Array = np.concatenate(parts)[np.argsort(np.concatenate(order))]
+        return found
+
+    def _scores(self, images: Tensor) -> Tensor:
+        if self.combination is None:
+            raise ArgumentError(expected("detector", "a fitted one", repr(self), "Call `fit` first."))
+        read = self._extract(images)
+        return self.combination(self._statistics(images, read, self.reference))
+
+
+def _rows(read: tuple[Tensor, ...], rows: npt.NDArray[np.int64]) -> tuple[Tensor, ...]:
+    index = torch.as_tensor(rows)
+    return tuple(tensor[index.to(tensor.device)] for tensor in read)
+
+
+def _labels(y: Array | None, n: int) -> npt.NDArray[np.int64] | None:
+    """Labels as (N,) integers, checked."""
+    if y is None:
+        return None
+    values = np.asarray(y)
+    if values.shape != (n,) or not set(np.unique(values).tolist()) <= {0, 1}:
+        got = f"shape {values.shape} with values {np.unique(values)[:5].tolist()}"
+        raise InputError(expected("y", f"None or labels ({n},), 0 clean and 1 adversarial", got))
+    if len(np.unique(values)) < 2:
+        todo = "Pass y=None to fit on clean images alone."
+        raise InputError(expected("y", "labels with both clean (0) and adversarial (1) images", "one kind only", todo))
+    return values.astype(np.int64)

@@ -1,0 +1,153 @@
+"""What a network's layers hold: hooked while it runs, averaged over space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ce_plugin.errors import ArgumentError, ModelError, expected, unknown_name
+
+__all__ = ["LayerReader", "default_layers", "pooled"]
+
+_ACTIVATIONS = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
+    nn.Softplus, nn.Tanh, nn.Sigmoid,
+)  # fmt: skip
+_WEIGHTED = (nn.Conv2d, nn.Linear)
+_MOST = 5
+
+Layers = Sequence[nn.Module | str] | None
+
+
+def pooled(value: Tensor) -> Tensor:
+    """A layer's value as one vector for each image: maps (N, C, h, w) averaged over space, tokens (N, T, D) over T.
+
+    Source: the pooling of Lee et al. 2018, section 2.2 ("average values along spatial dimensions").
+
+    Example:
+        >>> pooled(torch.arange(8.0).reshape(1, 2, 2, 2)).tolist()
+        [[1.5, 5.5]]
+    """
+    if value.dim() == 3:
+        return value.mean(1)
+    return value if value.dim() == 2 else value.flatten(2).mean(2)
+
+
+def default_layers(network: nn.Module, images: Tensor) -> list[nn.Module]:
+    """Where features are read unless told: at most five activations, the last of each size of map, and dense ones.
+
+    The last activation at each resolution is the end of a stage: where Lee et al. read a ResNet. Networks without
+    activation modules are read behind their convolutions and linear layers, the logits left out.
+
+    Args:
+        network: images to logits.
+        images: one image or a few; run once.
+
+    Returns:
+        Modules in the order in which they are run.
+
+    Raises:
+        ModelError: the network has no such layers: ``layers=`` must name some.
+    """
+    places: dict[nn.Module, int] = {}  # of the last call, in its order: 0 for dense layers
+
+    def seen(module: nn.Module, _: object, value: object) -> None:
+        if isinstance(value, Tensor) and value.dim() in (2, 3, 4):
+            places.pop(module, None)
+            places[module] = {2: 0, 3: value.shape[1], 4: value.shape[2:].numel()}[value.dim()]
+
+    _run(network, images, [(m, seen) for m in network.modules() if isinstance(m, (*_ACTIVATIONS, *_WEIGHTED))])
+    candidates = [m for m in places if isinstance(m, _ACTIVATIONS)] or list(places)[:-1]
+    chosen: list[nn.Module] = []
+    largest = 0
+    for module in reversed(candidates):
+        size = places[module]
+        # Behind the last map of a size come smaller ones only: a squeeze to 1 x 1 inside a stage is none of them.
+        if size == 0 or size > largest:
+            chosen.append(module)
+            largest = max(size, largest)
+    if not chosen:
+        todo = "Pass `layers=` with modules or their dotted names."
+        raise ModelError(expected("network", "one with activation, convolution or linear layers", "none", todo))
+    return chosen[:_MOST][::-1]
+
+
+class LayerReader:
+    """Runs a network and returns its logits and what chosen layers held.
+
+    Args:
+        network: images to logits.
+        layers: modules or dotted names; None means :func:`default_layers`, found at the first call. Of a layer that is
+            called several times, the last call counts.
+        pool: average over space; else values are flattened.
+
+    Raises:
+        ArgumentError: ``layers`` is empty, or a module is not part of the network.
+        UnknownNameError: no layer of this name.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+        >>> logits, (features,) = LayerReader(net)(torch.rand(5, 1, 4, 4))
+        >>> logits.shape, features.shape
+        (torch.Size([5, 2]), torch.Size([5, 3]))
+    """
+
+    def __init__(self, network: nn.Module, layers: Layers = None, *, pool: bool = True) -> None:
+        self.network = network
+        self.pool = pool
+        self.modules: list[nn.Module] | None = None if layers is None else _resolve(network, layers)
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Images (N, C, H, W) to logits (N, classes) and one (N, D) for each layer, with gradients.
+
+        Raises:
+            ModelError: a layer is not reached, or its value is no tensor (N, ...).
+        """
+        if self.modules is None:
+            with torch.no_grad():
+                self.modules = default_layers(self.network, images[:1])
+        held: dict[nn.Module, Tensor] = {}
+
+        def keep(module: nn.Module, _: object, value: object) -> None:
+            if isinstance(value, Tensor) and value.dim() >= 2:
+                # Pooled at once: a later layer may write into this very tensor.
+                held[module] = pooled(value) if self.pool else value.flatten(1).clone()
+
+        logits = _run(self.network, images, [(module, keep) for module in self.modules])
+        missing = [type(module).__name__ for module in self.modules if module not in held]
+        if missing:
+            raise ModelError(expected("layers", "layers that the network runs, with values (N, ...)", missing))
+        return logits, tuple(held[module] for module in self.modules)
+
+
+def _run(network: nn.Module, images: Tensor, hooks: list[tuple[nn.Module, object]]) -> Tensor:
+    """The network's logits, with forward hooks that are gone afterwards."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]  # type: ignore[arg-type]
+    try:
+        logits = network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(expected("network", "one that returns logits (N, classes)", got))
+    return logits
+
+
+def _resolve(network: nn.Module, layers: Sequence[nn.Module | str]) -> list[nn.Module]:
+    known = dict(network.named_modules())
+    if isinstance(layers, (str, nn.Module)) or len(layers) == 0:
+        raise ArgumentError(expected("layers", "a list of modules of the network or their dotted names", layers))
+    found = []
+    for layer in layers:
+        if isinstance(layer, str):
+            if layer not in known:
+                raise unknown_name("layers", layer, [name for name in known if name])
+            found.append(known[layer])
+        elif any(layer is module for module in known.values()):
+            found.append(layer)
+        else:
+            raise ArgumentError(expected("layers", "modules of the network", f"another {type(layer).__name__}"))
+    return found
