@@ -6,6 +6,7 @@ from ce_plugin.interventions.base import Context, Intervention
 from ce_plugin.interventions.masking import PixelMask
 from ce_plugin.interventions.nodes import MeanOut, Patch, Resample, ZeroOut
 from ce_plugin.interventions.normalization import Normalization
+from ce_plugin.interventions.smoothing import Smooth
 
 __all__ = [
     "Adversarial",
@@ -17,5 +18,6 @@ __all__ = [
     "Patch",
     "PixelMask",
     "Resample",
+    "Smooth",
     "ZeroOut",
 ]
