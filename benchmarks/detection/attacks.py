@@ -1,0 +1,130 @@
+"""Make the attacked images that detectors are tried on, once, and keep them in the cache; a stopped run is resumed.
+
+    python benchmarks/detection/attacks.py                         everything, what is most wanted first
+    python benchmarks/detection/attacks.py --problem mnist --seed 1 --attack deepfool pgd-0.1
+    python benchmarks/detection/attacks.py --list                  what there is so far
+
+Per problem, seed, part and attack one file `CACHE/detection/attacks/PROBLEM-SEED/PART/ATTACK.npz`, read by
+`ce_plugin.evaluation.detection.attacks.Attacked.load`. Part "test" is attacked with the whole suite; part "fit" with
+FGSM, for detectors that learn from it. Images of eight bits; success is judged after rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from _data import DEVELOPMENT_SEED, PROBLEMS, SEEDS, Problem, cache_folder, load
+
+from ce_plugin.errors import FileError
+from ce_plugin.evaluation.detection.attacks import Attacked, AttackSpec, cached_attack
+from ce_plugin.evaluation.detection.suites import fit_suite, suite
+
+QUICK = ("FastGradientMethod", "BasicIterativeMethod", "ProjectedGradientDescent", "DeepFool")
+
+
+def suite_name(problem: str) -> str:
+    """The suite of a problem."""
+    return "imagenet" if problem == "imagenet" else "small"
+
+
+def attack_file(problem: str, seed: int, part: str, attack: str, cache: str | Path | None = None) -> Path:
+    """Where the attacked images of a problem, seed, part and attack are kept."""
+    return cache_folder(cache) / "attacks" / f"{problem}-{seed}" / part / f"{attack}.npz"
+
+
+def specs(problem: str, part: str) -> tuple[AttackSpec, ...]:
+    """The attacks on a part: all on "test", those that may be learnt from on "fit", the quick ones on "select"."""
+    known = suite(suite_name(problem))
+    if part == "fit":
+        return fit_suite(suite_name(problem))
+    return known if part == "test" else tuple(spec for spec in known if spec.attack in QUICK)
+
+
+def ensure(problem: Problem, part: str, spec: AttackSpec, cache: str | Path | None = None) -> Attacked:
+    """The attacked images, from the cache or made now."""
+    file = attack_file(problem.name, problem.seed, part, spec.name, cache)
+    return cached_attack(file, spec, problem.network, problem.images[part], problem.labels[part], seed=problem.seed)
+
+
+def stages() -> Iterator[tuple[str, int, str, bool]]:
+    """(problem, seed, part, quick attacks only), what is most wanted first."""
+    for seed in SEEDS["fashion"]:
+        for quick in (True, False):
+            for name in ("fashion", "mnist"):
+                if quick:
+                    yield name, seed, "fit", False
+                yield name, seed, "test", quick
+        if seed == 0:
+            yield "imagenet", 0, "fit", False
+            yield "imagenet", 0, "test", True
+    yield "imagenet", 0, "test", False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problem", nargs="*", choices=PROBLEMS, default=PROBLEMS)
+    parser.add_argument("--seed", nargs="*", type=int, help=f"{DEVELOPMENT_SEED} is for development")
+    parser.add_argument("--part", nargs="*", default=("fit", "test"), choices=("fit", "select", "test"))
+    parser.add_argument("--attack", nargs="*", help="only these, by name")
+    parser.add_argument("--cache", help="folder of the cache; default CE_PLUGIN_CACHE or ~/.cache/ce-plugin")
+    parser.add_argument("--list", action="store_true", help="show what is in the cache, make nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.list:
+        show(options.cache)
+        return
+    plan = list(stages())
+    for name in options.problem:
+        extra = [seed for seed in options.seed or () if seed not in SEEDS[name]]
+        plan += [(name, seed, part, False) for seed in extra for part in ("fit", "select", "test")]
+        if "select" in options.part:
+            plan += [(name, seed, "select", False) for seed in SEEDS[name]]
+    for name, seed, part, quick in plan:
+        wanted = name in options.problem and part in options.part
+        if wanted and (options.seed is None or seed in options.seed):
+            run(name, seed, part, quick, options.attack, options.cache)
+
+
+def run(name: str, seed: int, part: str, quick: bool, chosen: list[str] | None, cache: str | None) -> None:
+    """All attacks of one stage; one that breaks off is reported, and the others are made."""
+    start, problem = time.perf_counter(), load(name, seed, cache)
+    for spec in specs(name, part):
+        if (quick and spec.attack not in QUICK) or (chosen and spec.name not in chosen):
+            continue
+        try:
+            line = summary(name, seed, part, ensure(problem, part, spec, cache))
+        except (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError):
+            line = f"{name}-{seed} {part} {spec.name}: broke off\n{traceback.format_exc()}"
+        print(time.strftime("%H:%M:%S", time.gmtime()), line, flush=True)
+    print(f"{name}-{seed} {part} {'quick' if quick else 'all'}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def summary(name: str, seed: int, part: str, made: Attacked) -> str:
+    """One line on what an attack found."""
+    good = made.success
+    sizes = "nothing"
+    if good.any():
+        sizes = f"L2 {made.l2[good].mean():.2f}, Linf {made.linf[good].mean():.3f}, pixels {made.changed[good].mean():.0f}"
+    return (
+        f"{name}-{seed} {part:6s} {made.spec['name']:16s} {good.sum():4d} of {len(good):4d}; {sizes}, stretch "
+        f"{made.stretch.mean():.2f}; {made.forwards:.0f} passes and {made.seconds / len(good):.3f} s an image"
+    )
+
+
+def show(cache: str | None) -> None:
+    """What is in the cache."""
+    for file in sorted((cache_folder(cache) / "attacks").glob("*/*/*.npz")):
+        problem, seed = file.parent.parent.name.rsplit("-", 1)
+        try:
+            print(summary(problem, int(seed), file.parent.name, Attacked.load(file)))
+        except FileError as error:
+            print(error)
+
+
+if __name__ == "__main__":
+    main()
