@@ -304,6 +304,28 @@ def test_gradient_is_that_of_finite_differences(smooth: Smooth) -> None:
     assert torch.autograd.gradcheck(lambda x: smooth.values(x, Context(ids=(0, 1))), x, eps=1e-7, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_gradient_of_the_median_goes_to_the_pixels_that_are_the_median(size: int) -> None:
+    """In equal shares where several are; large batches are worked on in pieces."""
+    x = images(3, 2, 9, 8).requires_grad_()
+    places = size // 2, size - 1 - size // 2
+    padded = np.pad(np.arange(72).reshape(9, 8), (places, places), mode="symmetric")
+    upstream, wanted = images(3, 2, 9, 8, seed=1), torch.zeros(3, 2, 72, dtype=torch.float64)
+    flat = x.detach().flatten(2)
+    for row, column in np.ndindex(9, 8):
+        window = torch.as_tensor(padded[row : row + size, column : column + size].copy()).flatten()
+        middle = flat[..., window].sort(-1).values[..., size**2 // 2, None]
+        equal = (flat[..., window] == middle).double()
+        wanted.index_add_(2, window, equal / equal.sum(-1, keepdim=True) * upstream[..., row, column, None])
+    found = torch.autograd.grad(Smooth.median(size)(x), x, upstream)[0]
+    np.testing.assert_allclose(found.flatten(2), wanted, atol=1e-12)
+
+    flat_image = torch.full((40, 1, 60, 70), 0.5, dtype=torch.float64, requires_grad=True)
+    spread = torch.autograd.grad(Smooth.median(size)(flat_image).sum(), flat_image)[0]
+    np.testing.assert_allclose(spread[:, :, 5:-5, 5:-5], 1.0, atol=1e-12)
+    assert float(spread.sum()) == pytest.approx(flat_image.numel())
+
+
 @pytest.mark.parametrize("smooth", [Smooth.bits(1), Smooth.bits(8), Smooth.jpeg(10)], ids=repr)
 def test_gradient_goes_straight_through_roundings(smooth: Smooth) -> None:
     x = images().requires_grad_()
