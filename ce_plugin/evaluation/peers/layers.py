@@ -17,6 +17,7 @@ _ACTIVATIONS = (
 )  # fmt: skip
 _WEIGHTED = (nn.Conv2d, nn.Linear)
 _MOST = 5
+_MANY = 2**15
 
 Layers = Sequence[nn.Module | str] | None
 
@@ -35,8 +36,8 @@ def pooled(value: Tensor) -> Tensor:
     return value if value.dim() == 2 else value.flatten(2).mean(2)
 
 
-def default_layers(network: nn.Module, images: Tensor) -> list[nn.Module]:
-    """Where features are read unless told: at most five activations, the last of each size of map, and dense ones.
+def default_layers(network: nn.Module, images: Tensor, most: int = _MOST) -> list[nn.Module]:
+    """Where features are read unless told: the last activations, one of each size of map, and dense ones.
 
     The last activation at each resolution is the end of a stage: where Lee et al. read a ResNet. Networks without
     activation modules are read behind their convolutions and linear layers, the logits left out.
@@ -44,6 +45,7 @@ def default_layers(network: nn.Module, images: Tensor) -> list[nn.Module]:
     Args:
         network: images to logits.
         images: one image or a few; run once.
+        most: number of layers, the last ones.
 
     Returns:
         Modules in the order in which they are run.
@@ -71,7 +73,7 @@ def default_layers(network: nn.Module, images: Tensor) -> list[nn.Module]:
     if not chosen:
         todo = "Pass `layers=` with modules or their dotted names."
         raise ModelError(expected("network", "one with activation, convolution or linear layers", "none", todo))
-    return chosen[:_MOST][::-1]
+    return chosen[:most][::-1]
 
 
 class LayerReader:
@@ -81,7 +83,8 @@ class LayerReader:
         network: images to logits.
         layers: modules or dotted names; None means :func:`default_layers`, found at the first call. Of a layer that is
             called several times, the last call counts.
-        pool: average over space; else values are flattened.
+        pool: average over space; else values are flattened. None averages layers of more than 32768 values only.
+        most: how many layers, where ``layers`` is None.
 
     Raises:
         ArgumentError: ``layers`` is empty, or a module is not part of the network.
@@ -94,9 +97,12 @@ class LayerReader:
         (torch.Size([5, 2]), torch.Size([5, 3]))
     """
 
-    def __init__(self, network: nn.Module, layers: Layers = None, *, pool: bool = True) -> None:
+    def __init__(
+        self, network: nn.Module, layers: Layers = None, *, pool: bool | None = True, most: int = _MOST
+    ) -> None:
         self.network = network
         self.pool = pool
+        self.most = most
         self.modules: list[nn.Module] | None = None if layers is None else _resolve(network, layers)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -107,13 +113,14 @@ class LayerReader:
         """
         if self.modules is None:
             with torch.no_grad():
-                self.modules = default_layers(self.network, images[:1])
+                self.modules = default_layers(self.network, images[:1], self.most)
         held: dict[nn.Module, Tensor] = {}
 
         def keep(module: nn.Module, _: object, value: object) -> None:
             if isinstance(value, Tensor) and value.dim() >= 2:
-                # Pooled at once: a later layer may write into this very tensor.
-                held[module] = pooled(value) if self.pool else value.flatten(1).clone()
+                pool = value[0].numel() > _MANY if self.pool is None else self.pool
+                # Pooled or copied at once: a later layer may write into this very tensor.
+                held[module] = pooled(value) if pool else value.flatten(1).clone()
 
         logits = _run(self.network, images, [(module, keep) for module in self.modules])
         missing = [type(module).__name__ for module in self.modules if module not in held]

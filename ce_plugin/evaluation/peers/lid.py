@@ -58,7 +58,8 @@ class LID(DifferentiablePeer):
         k: number of neighbours; the paper takes 20 on MNIST and CIFAR-10.
         minibatch: clean images in a minibatch; the paper takes 100.
         n_minibatches: how many there are; fewer where there are fewer clean images.
-        pool: average maps over space first, as Lee et al. do when they compare with LID; the paper takes all values.
+        pool: average maps over space first, as Lee et al. do when they compare with LID. The paper takes all values,
+            and so does None, up to 32768 in a layer.
         seed: draws the minibatches.
 
     Raises:
@@ -86,7 +87,7 @@ class LID(DifferentiablePeer):
         k: int = 20,
         minibatch: int = 100,
         n_minibatches: int = 5,
-        pool: bool = False,
+        pool: bool | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(network)

@@ -1,0 +1,63 @@
+"""All peers by name, so that a harness can go through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from ce_plugin.errors import unknown_name
+from ce_plugin.evaluation.peers.base import Peer
+from ce_plugin.evaluation.peers.confidence import Entropy, Margin, MaxSoftmax
+from ce_plugin.evaluation.peers.density import KernelDensity
+from ce_plugin.evaluation.peers.filters import FilterEffects
+from ce_plugin.evaluation.peers.lid import LID
+from ce_plugin.evaluation.peers.mahalanobis import Mahalanobis
+from ce_plugin.evaluation.peers.mlloo import MLLOO
+from ce_plugin.evaluation.peers.nss import NSS
+from ce_plugin.evaluation.peers.squeezing import FeatureSqueezing
+from ce_plugin.evaluation.peers.toolbox import BinaryActivation, BinaryInput
+from ce_plugin.evaluation.peers.toolbox_scans import SubsetScanning
+
+__all__ = ["PEERS", "peers"]
+
+PEERS: dict[str, Callable[[nn.Module], Peer]] = {
+    "max-softmax": MaxSoftmax,
+    "entropy": Entropy,
+    "margin": Margin,
+    "feature-squeezing": FeatureSqueezing,
+    "mahalanobis": Mahalanobis,
+    "lid": LID,
+    "ml-loo": MLLOO,
+    "kernel-density": KernelDensity,
+    "nss": NSS,
+    "filter-effects": FilterEffects,
+    "art-binary-input": BinaryInput,
+    "art-binary-activation": BinaryActivation,
+    "art-subset-scanning": SubsetScanning,
+}
+"""Peers that run on any network, as their papers set them. BEYOND is none: it needs a self-supervised network."""
+
+
+def peers(network: nn.Module, names: Iterable[str] | None = None, *, labels: bool = True) -> list[Peer]:
+    """Peers of a network, not fitted yet.
+
+    Args:
+        network: images (N, C, H, W) in image units to logits.
+        names: which of :data:`PEERS`; None means all.
+        labels: whether there will be labels; without, those that need them are left out.
+
+    Raises:
+        UnknownNameError: no peer of this name.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> [peer.name for peer in peers(net, ["margin", "lid", "art-binary-input"], labels=False)]
+        ['margin', 'LID']
+    """
+    wanted = list(PEERS) if names is None else list(names)
+    for name in wanted:
+        if name not in PEERS:
+            raise unknown_name("names", name, PEERS)
+    found = [PEERS[name](network) for name in wanted]
+    return [peer for peer in found if labels or not peer.needs_labels]
