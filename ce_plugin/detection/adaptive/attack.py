@@ -1,0 +1,313 @@
+"""The adaptive attack as ART knows attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ce_plugin._art import load_art, unwrap
+from ce_plugin.detection.adaptive.ball import Ball
+from ce_plugin.detection.adaptive.checks import (
+    Array,
+    check_detector,
+    check_ids,
+    check_images,
+    check_settings,
+    norm_name,
+    whole_labels,
+)
+from ce_plugin.detection.adaptive.directions import LOSSES
+from ce_plugin.detection.adaptive.others import Others
+from ce_plugin.detection.adaptive.results import AdaptiveReport, Best, Curves, distances
+from ce_plugin.detection.adaptive.search import Batch, Plan, search
+from ce_plugin.detection.adaptive.victim import Victim
+from ce_plugin.detection.protocol import DifferentiableDetector
+from ce_plugin.errors import AttackError, InputError, expected
+from ce_plugin.guard import state_guard
+from ce_plugin.randomness import derived_seed
+
+load_art()
+from art.attacks.attack import EvasionAttack  # noqa: E402 - after load_art, which keeps ART from closing log files
+from art.estimators.classification.classifier import ClassifierMixin  # noqa: E402
+from art.estimators.estimator import BaseEstimator, LossGradientsMixin  # noqa: E402
+
+__all__ = ["AdaptiveEvasion"]
+
+
+class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
+    """Fool the classifier and look clean to the detector, with the gradients of both.
+
+    Sought is, for each image x of class y,
+
+        x' = argmin s(x')  over  |x' - x| <= eps, x' inside the clip values and stored in ``levels`` values,
+             subject to  argmax f(x') != y,
+
+    with the logits f and the detector's score s. For every loss and from every start, projected steps (of the
+    gradient's sign in L-inf, of its direction in L2, with momentum, their length falling by a cosine) follow
+
+    * ``"selective"``: the gradient of the margin until the image is misclassified, then that of the score;
+    * ``"orthogonal"``: the same, each without its component along the other;
+    * ``"lagrangian"``: both at once, the margin's weighted by what each image needs to stay misclassified;
+    * ``"targeted"``: the same towards one class, with each restart another.
+
+    Every image on the way is rounded to ``levels`` before it is judged, and gradients are those at the rounded image,
+    so that one pass serves for both. The lead that is asked of the wrong class is large at first (how large differs
+    between restarts) and falls to zero over the first half of the steps, traded for a lower score. Restarts start at
+    the clean image, at a random point, at the best image so far, at a candidate, and at the best again; further ones
+    go round once more. What is returned is the best image of all: misclassified with the least score, or, where none
+    is misclassified, that with the greatest margin, which counts as a failure. A restart knows only of those before
+    it, so that more restarts never weaken the attack.
+
+    Only two things are asked of what is attacked: the network inside the classifier, and
+    ``detector.score_tensor(images)``. Roundings inside a detector are its own affair (it passes gradients straight
+    through); for one that draws random numbers, ``eot`` draws are averaged.
+
+    A search that ends is no proof that nothing lower exists: look at ``report.late_gain()``, at whether the losses
+    agree, and at what more restarts bring.
+
+    Args:
+        estimator: ART ``PyTorchClassifier`` with clip values, of at least two classes.
+        detector: fitted, with ``score_tensor``; a greater score is more adversarial.
+        norm: ``"inf"`` or 2.
+        eps: largest distance from the clean image, in image units, above 0; ``math.inf``: anything inside the clip
+            values. There, images of another class among ``candidates`` are results too, so that the attack always
+            wins against a detector that lets clean images pass.
+        eps_step: length of the first step, as a share of ``eps`` (and of the range of the clip values, if less).
+        steps: of each run; a run costs so many forward and backward passes of classifier and detector, and one image
+            ``steps * restarts * len(losses)``.
+        restarts: runs of each loss.
+        losses: which of the four.
+        eot: draws of the detector's score that are averaged at each step.
+        levels: values that a stored pixel can take, equally spaced over the clip values: 256 for files of 8 bits;
+            None for images that are never stored.
+        batch_size: images attacked together; results do not depend on it beyond rounding.
+        seed: of everything random, together with each image's id.
+        threshold: score above which the detector raises an alarm. An image at or below it is not attacked further,
+            which is quicker; None lowers every score as far as it goes, as an AUROC asks for.
+        candidates: images (M, ...) of other classes, such as those that the detector was fitted on. At most 32 of
+            them are tried for each image; brought into the ball they are also starts.
+        verbose: show progress.
+
+    Attributes:
+        report: an :class:`AdaptiveReport` of the last ``generate``; None before.
+
+    Raises:
+        AttackError: a setting that cannot be.
+        ModelError: the detector has no ``score_tensor``.
+        UnknownNameError: no such loss.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from ce_plugin._art import build_classifier
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> with torch.no_grad():
+        ...     _ = net[1].weight.copy_(torch.tensor([[0.0, 0, 0, 0], [1, 1, 0, 0]]))
+        ...     _ = net[1].bias.copy_(torch.tensor([0.0, -1.3]))
+        >>> class LooksUneven:
+        ...     name = "uneven"
+        ...     def fit(self, x, y=None): ...
+        ...     def score(self, x, batch_size=128):
+        ...         return self.score_tensor(torch.as_tensor(x)).double().numpy()
+        ...     def score_tensor(self, images):
+        ...         return images.flatten(1).var(dim=1)
+        >>> classifier = build_classifier(net, (1, 2, 2), 2, (0.0, 1.0), torch.device("cpu"))
+        >>> attack = AdaptiveEvasion(classifier, LooksUneven(), eps=0.2, steps=20, restarts=2)
+        >>> grey = np.full((1, 1, 2, 2), 0.6, dtype=np.float32)
+        >>> raised = attack.generate(grey)  # two values would do for the classifier; the others follow
+        >>> bool((raised > 0.65).all()), bool(np.ptp(raised) < 0.01)
+        (True, True)
+        >>> attack.report
+        AdaptiveReport(1 of 1 misclassified, median score ...)
+
+    Source: Bryniarski et al., ICLR 2022 (arXiv 2106.15023): selective and orthogonal projected gradient; Carlini and
+        Wagner 2017 (arXiv 1705.07263) and Tramer et al. 2020 (arXiv 2002.08347): one objective for both.
+    """
+
+    attack_params = [  # noqa: RUF012 - a list in every attack of ART
+        "detector",
+        "norm",
+        "eps",
+        "eps_step",
+        "steps",
+        "restarts",
+        "losses",
+        "eot",
+        "levels",
+        "batch_size",
+        "seed",
+        "threshold",
+        "candidates",
+        "verbose",
+    ]
+    _estimator_requirements = (BaseEstimator, LossGradientsMixin, ClassifierMixin)
+
+    def __init__(
+        self,
+        estimator: Any,
+        detector: DifferentiableDetector,
+        *,
+        norm: str | float = "inf",
+        eps: float = 0.1,
+        eps_step: float = 0.5,
+        steps: int = 100,
+        restarts: int = 5,
+        losses: Sequence[str] = tuple(LOSSES),
+        eot: int = 1,
+        levels: int | None = 256,
+        batch_size: int = 128,
+        seed: int = 0,
+        threshold: float | None = None,
+        candidates: Array | None = None,
+        verbose: bool = False,
+    ) -> None:
+        super().__init__(estimator=estimator)
+        self.detector = detector
+        self.norm = norm
+        self.eps = eps
+        self.eps_step = eps_step
+        self.steps = steps
+        self.restarts = restarts
+        self.losses = losses
+        self.eot = eot
+        self.levels = levels
+        self.batch_size = batch_size
+        self.seed = seed
+        self.threshold = threshold
+        self.candidates = candidates
+        self.verbose = verbose
+        self.report: AdaptiveReport | None = None
+        self._check_params()
+
+    def generate(
+        self,
+        x: Array,
+        y: Array | None = None,
+        *,
+        starts: Array | None = None,
+        ids: Sequence[int] | None = None,
+    ) -> Array:
+        """The best image found for each image; :attr:`report` says what it reached.
+
+        Args:
+            x: images (N, ...) of a floating type, in image units, inside the clip values.
+            y: classes to leave, (N,) or one-hot (N, C); None: those that the network predicts.
+            starts: images (N, ...), such as the results for a smaller ``eps``: brought into the ball they are among
+                the results from the first, so that the new ones are never worse.
+            ids: one for each image, which names its random numbers; None: its position.
+
+        Returns:
+            Images of the shape and type of ``x``, in the ball.
+
+        Raises:
+            AttackError: the classifier has no clip values; ``eps`` leaves no room for one level.
+            InputError: images of another shape or type, or outside the clip values.
+            TargetError: labels that are no classes.
+            ModelError: the classifier is not torch's; the score has no gradient, or is not one number per image.
+        """
+        network, clip = unwrap(self.estimator)
+        if clip is None:
+            raise AttackError(expected("estimator", "a classifier with clip values", "none", "Pass `clip_values=`."))
+        images = check_images("x", x, clip)
+        shape = images.shape[1:]
+        given = None if starts is None else check_images("starts", starts, clip, shape)
+        if given is not None and len(given) != len(images):
+            raise InputError(expected("starts", f"one image for each of `x`, {len(images)}", len(given)))
+        pool = None if self.candidates is None else check_images("candidates", self.candidates, clip, shape)
+        names = check_ids(ids, len(images))
+        with state_guard(network, self.detector, seed=derived_seed(self.seed, "adaptive")):
+            job = _Job(self, Victim(network, self.detector, self.eot), clip, images, given, pool, names)
+            found, self.report = job.run(y)
+        return found
+
+    def _check_params(self) -> None:
+        super()._check_params()
+        check_detector(self.detector)
+        check_settings(self)
+
+
+class _Job:
+    """One call of ``generate``, with everything checked that can be checked without running the network."""
+
+    def __init__(
+        self,
+        attack: AdaptiveEvasion,
+        victim: Victim,
+        clip: tuple[float, float],
+        images: Array,
+        starts: Array | None,
+        pool: Array | None,
+        ids: list[int],
+    ) -> None:
+        self.attack = attack
+        self.victim = victim
+        self.clip = clip
+        self.images = images
+        self.starts = starts
+        self.ids = ids
+        self.device = torch.device(attack.estimator.device)
+        self.plan = Plan(
+            tuple(attack.losses), attack.restarts, attack.steps, attack.eps_step, attack.seed, attack.threshold
+        )
+        self.curves = Curves(self.plan.losses, attack.restarts, attack.steps)
+        self.others = None if pool is None else Others(victim, self._tensor(pool), attack.batch_size)
+
+    def run(self, y: Array | None) -> tuple[Array, AdaptiveReport]:
+        """Attack all images, batch by batch."""
+        size, n = self.attack.batch_size, len(self.images)
+        slices = [slice(begin, min(begin + size, n)) for begin in range(0, n, size)]
+        logits = torch.cat([self.victim.predict(self._tensor(self.images[rows])) for rows in slices])
+        labels = whole_labels(y, logits.argmax(dim=1).cpu().numpy(), logits.shape[1])
+        balls = [self._ball(rows) for rows in slices]
+        ticks = len(slices) * self.plan.restarts * len(self.plan.losses)
+        parts = []
+        with tqdm(total=ticks, desc="AdaptiveEvasion", disable=not self.attack.verbose) as bar:
+            for rows, ball in zip(slices, balls, strict=True):
+                whole = torch.from_numpy(labels[rows]).to(self.device)
+                parts.append(self._attack(ball, whole, logits[rows], rows, bar))
+        found = np.concatenate([part[0] for part in parts])
+        columns = {key: np.concatenate([part[1][key] for part in parts]) for key in parts[0][1]}
+        return found, AdaptiveReport(**columns, curves=self.curves.means(), threshold=self.plan.threshold)
+
+    def _tensor(self, images: Array) -> Tensor:
+        like = np.float64 if self.images.dtype == np.float64 else np.float32
+        return torch.from_numpy(np.ascontiguousarray(images, dtype=like)).to(self.device).clamp(*self.clip)
+
+    def _ball(self, rows: slice) -> Ball:
+        norm = norm_name(self.attack.norm)
+        ball = Ball(self._tensor(self.images[rows]), float(self.attack.eps), norm, self.clip, self.attack.levels)
+        if ball.is_frozen or not ball.contains(ball.store(ball.clean)).all():
+            step = (self.clip[1] - self.clip[0]) / ((self.attack.levels or 2) - 1)
+            todo = "Allow more, or pass `levels=None`."
+            raise AttackError(expected("eps", f"large enough for one level, {step:.4g}", self.attack.eps, todo))
+        return ball
+
+    def _attack(
+        self, ball: Ball, labels: Tensor, logits: Tensor, rows: slice, bar: Any
+    ) -> tuple[Array, dict[str, Array]]:
+        stored = ball.store(ball.clean)
+        best = Best(stored, self.victim.judge(stored, labels), "clean")
+        everything = torch.arange(len(stored), device=self.device)
+        if self.starts is not None:
+            stored = ball.store(ball.project(self._tensor(self.starts[rows])))
+            best.offer(stored, self.victim.judge(stored, labels), everything, ("start", -1))
+        ids = self.ids[rows]
+        none = ball.clean[:, None][:, :0]
+        others = none if self.others is None else self.others.near(ball, labels, ids, self.plan, best)
+        search(self.victim, Batch(ball, labels, ids, logits, others), self.plan, best, self.curves, bar.update)
+        judged = self.victim.judge(best.images, labels)
+        columns = {
+            "success": best.success.cpu().numpy(),
+            "score": judged.score.double().cpu().numpy(),
+            "margin": judged.margin.double().cpu().numpy(),
+            "norm": distances(ball.clean, best.images, ball.norm),
+            "prediction": judged.predicted.cpu().numpy(),
+            "loss": np.array([name for name, _ in best.origin], dtype=object),
+            "restart": np.array([restart for _, restart in best.origin]),
+        }
+        return best.images.cpu().numpy().astype(self.images.dtype), columns

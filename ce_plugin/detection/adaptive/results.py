@@ -1,0 +1,170 @@
+"""What an attack found: the best image so far while it runs, and the report afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ce_plugin.detection.adaptive.victim import Judgement
+
+__all__ = ["AdaptiveReport", "Best", "Curves", "distances"]
+
+Floats = npt.NDArray[np.float64]
+
+
+class Best:
+    """The best image so far of each image of a batch: misclassified, with the least score; failing that, with the
+    greatest margin.
+
+    Args:
+        images: (N, ...), where the search stands before it starts.
+        judged: what the victim says to them.
+        origin: what they are called in the report.
+    """
+
+    def __init__(self, images: Tensor, judged: Judgement, origin: str) -> None:
+        self.images = images.clone()
+        self.success = judged.wrong.clone()
+        self.score = torch.where(judged.wrong, judged.score, torch.inf)
+        self.margin = judged.margin.clone()
+        self.predicted = judged.predicted.clone()
+        self.origin = [(origin, -1)] * len(images)
+
+    def offer(self, images: Tensor, judged: Judgement, rows: Tensor, origin: tuple[str, int]) -> None:
+        """Take over what is better.
+
+        Args:
+            images: (n, ...).
+            judged: what the victim says to them.
+            rows: which images of the batch these are, (n,).
+            origin: loss and restart.
+        """
+        won, score, margin = self.success[rows], self.score[rows], self.margin[rows]
+        # An infinite score is no score: the first misclassified image counts all the same.
+        better = (judged.wrong & (~won | (judged.score < score))) | (~judged.wrong & ~won & (judged.margin > margin))
+        if not better.any():
+            return
+        take = rows[better]
+        self.images[take] = images[better]
+        self.success[take] = judged.wrong[better]
+        self.score[take] = torch.where(judged.wrong, judged.score, torch.inf)[better]
+        self.margin[take] = judged.margin[better]
+        self.predicted[take] = judged.predicted[better]
+        for row in take.tolist():
+            self.origin[row] = origin
+
+    def open(self, threshold: float | None) -> Tensor:
+        """Rows whose score still is to be lowered, (n,)."""
+        done = self.score <= (-torch.inf if threshold is None else threshold)
+        return (~(self.success & done)).nonzero().squeeze(1)
+
+
+class Curves:
+    """Mean over images of the best score so far, step by step, for each loss and restart."""
+
+    def __init__(self, losses: Sequence[str], restarts: int, steps: int) -> None:
+        self._sum = {loss: np.zeros((restarts, steps + 1)) for loss in losses}
+        self._count = {loss: np.zeros((restarts, 1)) for loss in losses}
+
+    def add(self, loss: str, restart: int, scores: Tensor) -> None:
+        """Scores (steps + 1, n) at each step, infinite where an image was not misclassified."""
+        best = scores.double().cummin(dim=0).values
+        found = best[-1].isfinite()
+        if not found.any():
+            return
+        best = best[:, found]
+        # Before its first misclassification an image counts with the score that it had there.
+        first = best.where(best.isfinite(), -torch.inf).amax(dim=0)
+        self._sum[loss][restart] += best.minimum(first).sum(dim=1).cpu().numpy()
+        self._count[loss][restart] += int(found.sum())
+
+    def means(self) -> dict[str, Floats]:
+        """For each loss (restarts, steps + 1); NaN where no image was misclassified."""
+        with np.errstate(invalid="ignore"):
+            return {loss: total / self._count[loss] for loss, total in self._sum.items()}
+
+
+@dataclass(frozen=True)
+class AdaptiveReport:
+    """What an attack reached, image by image.
+
+    Attributes:
+        success: misclassified, as stored, (N,).
+        score: the detector's score of what is returned, (N,).
+        margin: best other logit minus that of the label, (N,).
+        norm: distance from the clean image in the attack's norm, (N,).
+        prediction: the class that the classifier sees, (N,).
+        loss: the loss that found it; "clean", "start" or "candidate" where that was not bettered, (N,).
+        restart: the restart that found it; -1 where none did, (N,).
+        curves: for each loss (restarts, steps + 1): mean over images of the least score so far in that run, over the
+            images that it fooled; before the first misclassification an image counts with its score there.
+        threshold: score above which the detector raises an alarm, where that was given.
+
+    Example:
+        >>> report = AdaptiveReport(
+        ...     success=np.array([True, True, False]), score=np.array([1.0, 3.0, 0.0]), margin=np.array([1.0, 1, -1]),
+        ...     norm=np.array([0.1, 0.1, 0.1]), prediction=np.array([1, 1, 0]),
+        ...     loss=np.array(["selective", "orthogonal", "clean"]), restart=np.array([0, 1, -1]),
+        ...     curves={"selective": np.array([[9.0, 2.0, 1.0, 1.0, 1.0]])}, threshold=2.0,
+        ... )
+        >>> report
+        AdaptiveReport(2 of 3 misclassified, 1 of 3 unnoticed, median score 2)
+        >>> report.late_gain(share=0.75)
+        {'selective': 1.0}
+    """
+
+    success: npt.NDArray[np.bool_]
+    score: Floats
+    margin: Floats
+    norm: Floats
+    prediction: npt.NDArray[np.int64]
+    loss: npt.NDArray[Any]
+    restart: npt.NDArray[np.int64]
+    curves: dict[str, Floats] = field(default_factory=dict)
+    threshold: float | None = None
+
+    @property
+    def unnoticed(self) -> npt.NDArray[np.bool_]:
+        """Misclassified and not above the threshold, (N,)."""
+        limit = np.inf if self.threshold is None else self.threshold
+        return self.success & (self.score <= limit)
+
+    def late_gain(self, share: float = 0.1) -> dict[str, float]:
+        """How far from flat each loss's curves are at their end: by how much the last steps lowered the score.
+
+        Args:
+            share: which part of the steps is the end, in (0, 1).
+
+        Returns:
+            For each loss the mean over restarts, in units of the score; NaN where it fooled no image.
+        """
+        result = {}
+        for loss, curves in self.curves.items():
+            last = curves.shape[1] - 1
+            gain = curves[:, last - max(1, round(share * last))] - curves[:, last]
+            known = gain[np.isfinite(gain)]
+            result[loss] = float(known.mean()) if len(known) else float("nan")
+        return result
+
+    def __repr__(self) -> str:
+        n = len(self.success)
+        parts = [f"{int(self.success.sum())} of {n} misclassified"]
+        if self.threshold is not None:
+            parts.append(f"{int(self.unnoticed.sum())} of {n} unnoticed")
+        if self.success.any():
+            parts.append(f"median score {np.median(self.score[self.success]):.3g}")
+        return f"AdaptiveReport({', '.join(parts)})"
+
+
+def distances(clean: Tensor, images: Tensor, norm: str) -> Floats:
+    """Distance of each image from its clean one, (N,)."""
+    change = (images - clean).flatten(1).double()
+    size = change.abs().amax(dim=1) if norm == "inf" else change.norm(dim=1)
+    result: Floats = size.cpu().numpy()
+    return result
