@@ -9,6 +9,7 @@ from torch import nn
 
 from ce_plugin.detection.protocol import DifferentiableDetector
 from ce_plugin.errors import ArgumentError, InputError
+from ce_plugin.evaluation.peers.layers import every_layer
 from ce_plugin.evaluation.peers.lid import LID, lid_of_distances
 
 
@@ -48,7 +49,7 @@ def test_neighbours_that_are_all_equally_far_or_at_zero_stay_finite() -> None:
 
 def test_score_is_the_standardised_estimate() -> None:
     net, x, test = pixels(), images(), images(7, 1)
-    detector = LID(net, k=10, n_minibatches=1)
+    detector = LID(net, layers=["1"], k=10, n_minibatches=1)
     detector.fit(x)
     assert detector.combination is not None
     sample = detector.reference[0][0].numpy()
@@ -60,7 +61,7 @@ def test_score_is_the_standardised_estimate() -> None:
 def test_fitting_images_are_no_neighbours_of_their_own() -> None:
     """Mean and scale are those of estimates that leave the image itself out of its minibatch."""
     x = images(100)
-    detector = LID(pixels(), k=10, minibatch=100)
+    detector = LID(pixels(), layers=["1"], k=10, minibatch=100)
     detector.fit(x)
     flat = x.reshape(100, 16)
     left_out = [by_hand(flat[i], np.delete(flat, i, 0), 10) for i in range(100)]
@@ -89,7 +90,7 @@ def test_labels_and_clean_only_tell_images_off_the_surface() -> None:
     x = np.concatenate([clean, moved]).reshape(600, 1, 4, 4)
     labels = np.repeat([0, 1], 300)
     for fit_on in ((x[:300], None), (x, labels)):
-        detector = LID(pixels())
+        detector = LID(pixels(), layers=["1"])
         detector.fit(*fit_on)
         score = detector.score(x)
         assert np.mean(score[300:, None] > score[None, :300]) > 0.9
@@ -100,7 +101,7 @@ def test_batches_order_and_state(pool: bool) -> None:
     net = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 2)).double()
     net.train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    detector = LID(net, pool=pool)
+    detector = LID(net, layers=["2"], pool=pool)
     detector.fit(images(), np.arange(130) % 2)
     score = detector.score(images())
     np.testing.assert_allclose(detector.score(images(), batch_size=11), score, atol=1e-8)
@@ -127,3 +128,21 @@ def test_errors() -> None:
         LID(pixels()).fit(images(21))
     with pytest.raises(ArgumentError, match="a fitted one"):
         LID(pixels()).score(images(3))
+
+
+def test_all_layers_are_read_unless_told_and_large_ones_are_averaged() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 32, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 3)).double()
+    detector = LID(net, k=5, minibatch=20)
+    detector.fit(images(40))
+    assert [r.shape[2] for r in detector.reference] == [512, 512, 128, 3]
+    wide = nn.Sequential(nn.Upsample(33), nn.Conv2d(1, 32, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 2))
+    detector = LID(wide.double(), k=5, minibatch=20)
+    detector.fit(images(40))
+    assert [r.shape[2] for r in detector.reference] == [1089, 32, 32, 2]  # 32 x 33 x 33 are more than 32768
+
+
+def test_of_many_layers_twenty_are_read_with_the_logits() -> None:
+    deep = nn.Sequential(nn.Flatten(), *[nn.Linear(16, 16) for _ in range(49)])
+    chosen = every_layer(deep, torch.zeros(1, 1, 4, 4))
+    assert len(set(chosen)) == 20
+    assert chosen[-1] is deep[-1]

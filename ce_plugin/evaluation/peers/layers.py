@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from ce_plugin.errors import ArgumentError, ModelError, expected, unknown_name
 
-__all__ = ["LayerReader", "default_layers", "pooled"]
+__all__ = ["LayerReader", "default_layers", "every_layer", "pooled"]
 
 _ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
     nn.Softplus, nn.Tanh, nn.Sigmoid,
 )  # fmt: skip
 _WEIGHTED = (nn.Conv2d, nn.Linear)
+_SAME_VALUES = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d)
 _MOST = 5
 _MANY = 2**15
 
@@ -76,6 +77,41 @@ def default_layers(network: nn.Module, images: Tensor, most: int = _MOST) -> lis
     return chosen[:most][::-1]
 
 
+def every_layer(network: nn.Module, images: Tensor, most: int = 20) -> list[nn.Module]:
+    """All layers that compute something, the logits included; of more than ``most`` as many, evenly spread.
+
+    Args:
+        network: images to logits.
+        images: one image or a few; run once.
+        most: number of layers.
+
+    Returns:
+        Modules without parts, in the order in which they are run.
+
+    Raises:
+        ModelError: the network has no such layers: ``layers=`` must name some.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+        >>> every_layer(net, torch.zeros(1, 1, 4, 4))
+        [Conv2d(1, 2, kernel_size=(3, 3), stride=(1, 1)), ReLU(), Linear(in_features=8, out_features=2, bias=True)]
+    """
+    run: dict[nn.Module, None] = {}
+
+    def seen(module: nn.Module, _: object, value: object) -> None:
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            run.pop(module, None)
+            run[module] = None
+
+    leaves = [m for m in network.modules() if not list(m.children()) and not isinstance(m, _SAME_VALUES)]
+    _run(network, images, [(module, seen) for module in leaves])
+    if not run:
+        todo = "Pass `layers=` with modules or their dotted names."
+        raise ModelError(expected("network", "one that runs layers", "none", todo))
+    ordered, count = list(run), min(most, len(run))
+    return [ordered[(k + 1) * len(ordered) // count - 1] for k in range(count)]
+
+
 class LayerReader:
     """Runs a network and returns its logits and what chosen layers held.
 
@@ -85,6 +121,7 @@ class LayerReader:
             called several times, the last call counts.
         pool: average over space; else values are flattened. None averages layers of more than 32768 values only.
         most: how many layers, where ``layers`` is None.
+        every: where ``layers`` is None, :func:`every_layer` instead.
 
     Raises:
         ArgumentError: ``layers`` is empty, or a module is not part of the network.
@@ -98,11 +135,18 @@ class LayerReader:
     """
 
     def __init__(
-        self, network: nn.Module, layers: Layers = None, *, pool: bool | None = True, most: int = _MOST
+        self,
+        network: nn.Module,
+        layers: Layers = None,
+        *,
+        pool: bool | None = True,
+        most: int = _MOST,
+        every: bool = False,
     ) -> None:
         self.network = network
         self.pool = pool
         self.most = most
+        self.every = every
         self.modules: list[nn.Module] | None = None if layers is None else _resolve(network, layers)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -113,7 +157,8 @@ class LayerReader:
         """
         if self.modules is None:
             with torch.no_grad():
-                self.modules = default_layers(self.network, images[:1], self.most)
+                choose = every_layer if self.every else default_layers
+                self.modules = choose(self.network, images[:1], self.most)
         held: dict[nn.Module, Tensor] = {}
 
         def keep(module: nn.Module, _: object, value: object) -> None:

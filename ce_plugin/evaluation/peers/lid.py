@@ -16,6 +16,7 @@ from ce_plugin.randomness import numpy_generator
 
 __all__ = ["LID", "lid_of_distances"]
 
+_MOST_LAYERS = 20
 _NEAREST = 5e-3  # of r_k: an image's distance to itself is rounding, and its logarithm would be noise
 _FLATTEST = 1e-6  # of the mean log ratio: neighbours that are all equally far would give infinity
 
@@ -54,7 +55,8 @@ class LID(DifferentiablePeer):
 
     Args:
         network: images (N, C, H, W) in image units to logits.
-        layers: modules or dotted names; None means the ends of the last five stages.
+        layers: modules or dotted names; None means all, the logits included, as in the paper; of more than twenty as
+            many, evenly spread.
         k: number of neighbours; the paper takes 20 on MNIST and CIFAR-10.
         minibatch: clean images in a minibatch; the paper takes 100.
         n_minibatches: how many there are; fewer where there are fewer clean images.
@@ -95,7 +97,7 @@ class LID(DifferentiablePeer):
             raise ArgumentError(expected("k", f"a number of neighbours from 2 to minibatch - 1 = {minibatch - 1}", k))
         if n_minibatches < 1:
             raise ArgumentError(expected("n_minibatches", "at least 1", n_minibatches))
-        self.reader = LayerReader(network, layers, pool=pool)
+        self.reader = LayerReader(network, layers, pool=pool, most=_MOST_LAYERS, every=True)
         self.k, self.minibatch, self.n_minibatches, self.seed = k, minibatch, n_minibatches, seed
         self.least = k + 2
         self.reference: list[Tensor] = []
