@@ -1,0 +1,255 @@
+"""What a detector may learn from, and which images it then scores: the protocols P1 to P4."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ce_plugin.detection.calibration import Calibration
+from ce_plugin.detection.protocol import Detector
+from ce_plugin.errors import ArgumentError, InputError, expected, unknown_name
+from ce_plugin.randomness import numpy_generator
+
+__all__ = ["PROTOCOLS", "ImageSet", "Material", "Task", "fit_detector", "fold_of", "plan"]
+
+Array = npt.NDArray[Any]
+Ids = npt.NDArray[np.int64]
+
+PROTOCOLS = {
+    "P3": "fitted on clean images only",
+    "P2": "fitted on clean images and FGSM",
+    "P4": "fitted on clean images and all norm-bounded attacks but those of the family it is tried on",
+    "P1": "fitted on clean images and the attack it is tried on",
+}
+"""What each protocol lets a detector learn from."""
+
+HELD_OUT = 0.3
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images that are scored together.
+
+    Args:
+        name: of the attack or the alteration.
+        images: (N, C, H, W), uint8 as stored, or float32 in [0, 1].
+        ids: (N,), which image each was made from; each at most once.
+        family: of the attack, see :class:`~ce_plugin.evaluation.detection.AttackSpec`.
+        apart: the attack bounds no norm: reported, but not in any mean or worst case.
+
+    Raises:
+        InputError: not one id per image, or an id twice.
+
+    Example:
+        >>> one = ImageSet("fgsm", np.full((2, 1, 1, 1), 255, np.uint8), np.array([4, 7]), family="sign")
+        >>> len(one), one.units().ravel().tolist(), one.of_fold(1).ids.tolist()
+        (2, [1.0, 1.0], [7])
+    """
+
+    name: str
+    images: Array = field(repr=False)
+    ids: Ids = field(repr=False)
+    family: str = ""
+    apart: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ids.shape != (len(self.images),):
+            raise InputError(expected("ids", f"one for each of {len(self.images)} images", f"shape {self.ids.shape}"))
+        if len(np.unique(self.ids)) < len(self.ids):
+            raise InputError(expected("ids", f"each image once in {self.name!r}", "an id twice"))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def units(self) -> npt.NDArray[np.float32]:
+        """The images as float32 in [0, 1]."""
+        return _units(self.images)
+
+    def select(self, rows: Array) -> ImageSet:
+        """Some of them: a mask or indices, (N,)."""
+        return ImageSet(self.name, self.images[rows], self.ids[rows], self.family, self.apart)
+
+    def of_fold(self, fold: int | None) -> ImageSet:
+        """Those whose source is in a fold; None is all."""
+        return self if fold is None else self.select(fold_of(self.ids) == fold)
+
+    def checksum(self) -> str:
+        """Of images and ids."""
+        start = zlib.crc32(np.ascontiguousarray(self.ids, dtype=np.int64).tobytes())
+        return f"{zlib.crc32(np.ascontiguousarray(self.images).tobytes(), start):08x}"
+
+
+@dataclass(frozen=True)
+class Material:
+    """All images of one classifier that a protocol draws on. Parts are disjoint: nothing to fit on is a test image.
+
+    Args:
+        pool: clean images to fit and calibrate on, (N, C, H, W).
+        taught: attacks on images of the pool; their ids are rows of ``pool``.
+        clean: correctly classified test images.
+        attacks: successful attacks on test images; ids as in ``clean``.
+        others: further sets that are scored for false alarms: misclassified test images, altered ones.
+        seed: draws which images of the pool are held out.
+    """
+
+    pool: Array = field(repr=False)
+    taught: Mapping[str, ImageSet]
+    clean: ImageSet
+    attacks: Mapping[str, ImageSet]
+    others: Mapping[str, ImageSet] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One fit of a detector, and what is scored with it.
+
+    Args:
+        key: names it among the tasks of a protocol.
+        learns: attacks that are learnt from; none means clean images only.
+        taught_on: whether these are attacks on the pool or on test images.
+        tries: attacks that are scored.
+        fold: of the test images that are scored; attacked test images that are learnt from are of the other fold.
+        alarms: whether false alarms are counted with this fit.
+    """
+
+    key: str
+    learns: tuple[str, ...]
+    taught_on: Literal["pool", "test"]
+    tries: tuple[str, ...]
+    fold: int | None = None
+    alarms: bool = False
+
+
+def fold_of(ids: Ids) -> Ids:
+    """The fold, 0 or 1, of test images: an image and all that is made of it are in one fold, whatever the attack.
+
+    Example:
+        >>> fold_of(np.array([4, 7])).tolist()
+        [0, 1]
+    """
+    folds: Ids = ids % 2
+    return folds
+
+
+def plan(protocol: str, material: Material) -> tuple[Task, ...]:
+    """The fits that a protocol asks for.
+
+    * P3: clean images of the pool, once; P2: these and their FGSM.
+    * P1: for each attack, and P4: for each family of attacks (learnt from all norm-bounded attacks of other families),
+      two fits: one learns from attacks on one half of the test images and scores the other half, clean and attacked.
+      Clean images are always learnt from the pool.
+
+    Args:
+        protocol: one of :data:`PROTOCOLS`.
+        material: the images.
+
+    Raises:
+        UnknownNameError: another protocol.
+        InputError: no attacks to learn from, where the protocol asks for them.
+
+    Example:
+        >>> one = np.zeros((4, 1, 2, 2), np.uint8)
+        >>> attacks = {n: ImageSet(n, one, np.arange(4), family=f) for n, f in (("fgsm", "sign"), ("jsma", "sparse"))}
+        >>> material = Material(one, {"fgsm": attacks["fgsm"]}, ImageSet("clean", one, np.arange(4)), attacks)
+        >>> [(task.key, task.learns, task.tries) for task in plan("P4", material)][:2]
+        [('sign-0', ('jsma',), ('fgsm',)), ('sign-1', ('jsma',), ('fgsm',))]
+    """
+    if protocol not in PROTOCOLS:
+        raise unknown_name("protocol", protocol, PROTOCOLS)
+    names = tuple(material.attacks)
+    if protocol == "P3":
+        return (Task("all", (), "pool", names, alarms=True),)
+    if protocol == "P2":
+        if not any(len(one) for one in material.taught.values()):
+            raise InputError(expected("taught", "attacks on images of the pool, for P2", "none"))
+        return (Task("all", tuple(material.taught), "pool", names, alarms=True),)
+    if protocol == "P1":
+        return tuple(Task(f"{name}-{fold}", (name,), "test", (name,), fold) for name in names for fold in (0, 1))
+    return _left_out(material.attacks)
+
+
+def _left_out(attacks: Mapping[str, ImageSet]) -> tuple[Task, ...]:
+    tasks = []
+    for family in dict.fromkeys(one.family for one in attacks.values()):
+        learns = tuple(name for name, one in attacks.items() if one.family != family and not one.apart)
+        tries = tuple(name for name, one in attacks.items() if one.family == family)
+        if learns:
+            tasks += [Task(f"{family}-{fold}", learns, "test", tries, fold) for fold in (0, 1)]
+    return tuple(tasks)
+
+
+def fit_detector(
+    detector: Detector, task: Task, material: Material, *, limit: int | None = None, batch_size: int = 128
+) -> Calibration:
+    """Fit a detector for a task, and calibrate it on clean images that it was not fitted on.
+
+    30 % of the clean images are held out, drawn by the material's seed, and scored: the calibration. A detector that
+    has an attribute ``calibration`` holds out images itself: it is fitted on all, and its own calibration is taken.
+
+    Args:
+        detector: is fitted.
+        task: what it may learn from.
+        material: the images.
+        limit: at most so many clean images of the pool, fitting and calibration together, for detectors that are slow.
+        batch_size: images at a time.
+
+    Returns:
+        The calibration, whose thresholds hold a nominal false-alarm rate.
+
+    Raises:
+        InputError: the attacks that are to be learnt from were not successful on enough images.
+
+    Example:
+        >>> class Brightness:
+        ...     name = "brightness"
+        ...     def fit(self, x, y=None): ...
+        ...     def score(self, x, batch_size=128):
+        ...         return x.mean((1, 2, 3)).astype(float)
+        >>> pool = np.random.default_rng(0).random((100, 1, 2, 2)).astype(np.float32)
+        >>> material = Material(pool, {}, ImageSet("clean", pool, np.arange(100)), {})
+        >>> fit_detector(Brightness(), plan("P3", material)[0], material).n
+        30
+    """
+    if limit is not None and limit < 1:
+        raise ArgumentError(expected("limit", "a number of images, 1 or more, or None", limit))
+    own = hasattr(type(detector), "calibration") or "calibration" in vars(detector)
+    order = numpy_generator(material.seed, "held out").permutation(len(material.pool))[:limit]
+    n_held = 0 if own else round(HELD_OUT * len(order))
+    held, rows = np.sort(order[:n_held]), np.sort(order[n_held:])
+    taught = _taught(task, material, rows)
+    clean = _units(material.pool[rows])
+    if task.learns:
+        if not len(taught):
+            raise InputError(expected("taught", f"successful attacks among {', '.join(task.learns)}", "none"))
+        labels = np.concatenate([np.zeros(len(clean), np.int64), np.ones(len(taught), np.int64)])
+        detector.fit(np.concatenate([clean, taught]), labels)
+    else:
+        detector.fit(clean)
+    calibration = getattr(detector, "calibration", None)
+    if isinstance(calibration, Calibration):
+        return calibration
+    return Calibration(detector.score(_units(material.pool[held]), batch_size=batch_size))
+
+
+def _taught(task: Task, material: Material, rows: Ids) -> npt.NDArray[np.float32]:
+    """Attacked images that a task may learn from: none whose clean image is held out, or is scored."""
+    if task.taught_on == "pool":
+        sets = [material.taught[name] for name in task.learns]
+        chosen = [one.select(np.isin(one.ids, rows)) for one in sets]
+    else:
+        other = None if task.fold is None else 1 - task.fold
+        chosen = [material.attacks[name].of_fold(other) for name in task.learns]
+    parts: Sequence[Array] = [one.units() for one in chosen]
+    return np.concatenate(parts) if parts else np.zeros((0,), np.float32)
+
+
+def _units(images: Array) -> npt.NDArray[np.float32]:
+    if images.dtype == np.uint8:
+        images = images.astype(np.float32) / np.float32(255)
+    return np.asarray(images, dtype=np.float32)

@@ -1,0 +1,171 @@
+"""Scores of a fitted detector on every set of images, kept in files: nothing is scored twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple, Union
+
+import numpy as np
+import numpy.typing as npt
+
+from ce_plugin.detection.calibration import Calibration
+from ce_plugin.detection.protocol import Detector
+from ce_plugin.errors import FileError, expected
+from ce_plugin.evaluation.detection.protocols import ImageSet, Material, Task, fit_detector
+
+__all__ = ["Scored", "Sheet", "score_task", "sets_of"]
+
+FilePath = Union[str, "PathLike[str]"]
+
+
+class Scored(NamedTuple):
+    """Scores of a set of images.
+
+    Attributes:
+        ids: of the images, (N,).
+        scores: (N,), float64.
+        checksum: of the set that was scored.
+    """
+
+    ids: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float64]
+    checksum: str = ""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """What one fit of a detector gave.
+
+    Args:
+        calibration: scores of clean images that it was not fitted on.
+        sets: set -> scores: "clean", "attack NAME", "other NAME".
+        passes: forward passes of the classifier for one image; None where the detector does not say.
+        seconds: time for one image, measured on the clean test images.
+
+    Example:
+        >>> sheet = Sheet(Calibration(np.arange(99.0)), {"clean": Scored(np.arange(3), np.ones(3))}, 1.0, 0.001)
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sheet.save(f"{folder}/sheet.npz", key="margin 1")
+        ...     Sheet.load(f"{folder}/sheet.npz", key="margin 1").sets["clean"].scores.tolist()
+        [1.0, 1.0, 1.0]
+    """
+
+    calibration: Calibration
+    sets: Mapping[str, Scored] = field(repr=False)
+    passes: float | None = None
+    seconds: float | None = None
+
+    def save(self, file: FilePath, key: str = "") -> None:
+        """Write everything to one file, whole or not at all."""
+        target = Path(file)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(f"{target.name}.{os.getpid()}.part")
+        names = list(self.sets)
+        checksums = [self.sets[name].checksum for name in names]
+        about = {"key": key, "sets": names, "checksums": checksums, "passes": self.passes, "seconds": self.seconds}
+        arrays: dict[str, Any] = {f"ids{i}": self.sets[name].ids for i, name in enumerate(names)}
+        arrays |= {f"scores{i}": self.sets[name].scores for i, name in enumerate(names)}
+        with draft.open("wb") as stream:
+            np.savez(stream, about=np.array(json.dumps(about)), calibration=self.calibration.scores, **arrays)
+        draft.replace(target)
+
+    @classmethod
+    def load(cls, file: FilePath, key: str | None = None) -> Sheet:
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            FileError: there is none, it is damaged, or it was written under another key.
+        """
+        try:
+            with np.load(Path(file), allow_pickle=False) as stored:
+                about = json.loads(str(stored["about"]))
+                calibration = Calibration(stored["calibration"])
+                rows = list(zip(about["sets"], about["checksums"], strict=True))
+                sets = {n: Scored(stored[f"ids{i}"], stored[f"scores{i}"], c) for i, (n, c) in enumerate(rows)}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise FileError(expected("file", "a file of scores", f"{str(file)!r} ({error})", "Score again.")) from error
+        if key is not None and about["key"] != key:
+            todo = "The detector or what it was fitted on has changed: score again."
+            raise FileError(expected("file", f"one written under the key {key}", about["key"], todo))
+        return cls(calibration, sets, about["passes"], about["seconds"])
+
+
+def sets_of(task: Task, material: Material) -> dict[str, ImageSet]:
+    """All sets of images that a task scores, under the names that a :class:`Sheet` has for them.
+
+    Example:
+        >>> from ce_plugin.evaluation.detection.protocols import plan
+        >>> one = np.zeros((4, 1, 2, 2), np.uint8)
+        >>> clean, fgsm = (ImageSet(name, one, np.arange(4)) for name in ("clean", "fgsm"))
+        >>> material = Material(one, {}, clean, {"fgsm": fgsm}, {"noise": clean})
+        >>> list(sets_of(plan("P3", material)[0], material))
+        ['clean', 'attack fgsm', 'other noise']
+    """
+    sets = {"clean": material.clean.of_fold(task.fold)}
+    sets |= {f"attack {name}": material.attacks[name].of_fold(task.fold) for name in task.tries}
+    if task.alarms:
+        sets |= {f"other {name}": one for name, one in material.others.items()}
+    return sets
+
+
+def score_task(
+    detector: Detector,
+    task: Task,
+    material: Material,
+    *,
+    known: Sheet | None = None,
+    limit: int | None = None,
+    batch_size: int = 128,
+) -> Sheet:
+    """Fit a detector for a task and score all its sets of images, but for those that have been scored.
+
+    Args:
+        detector: is fitted, unless nothing is left to score.
+        task: see :func:`~ce_plugin.evaluation.detection.plan`.
+        material: the images.
+        known: scores of an equal detector, fitted on the same images: sets that have not changed are taken from it.
+        limit: see :func:`~ce_plugin.evaluation.detection.fit_detector`.
+        batch_size: images at a time.
+
+    Returns:
+        Scores of all sets of the task, and of no other.
+
+    Example:
+        >>> from ce_plugin.evaluation.detection.protocols import plan
+        >>> from ce_plugin.evaluation.peers import Margin
+        >>> import torch
+        >>> images = np.random.default_rng(0).random((40, 1, 2, 2)).astype(np.float32)
+        >>> material = Material(images, {}, ImageSet("clean", images, np.arange(40)), {})
+        >>> sheet = score_task(Margin(torch.nn.Flatten()), plan("P3", material)[0], material)
+        >>> sheet.calibration.n, sheet.sets["clean"].scores.shape, sheet.passes
+        (12, (40,), 1.0)
+    """
+    wanted = sets_of(task, material)
+    checksums = {name: one.checksum() for name, one in wanted.items()}
+    old = {} if known is None else known.sets
+    kept = {name: old[name] for name, checksum in checksums.items() if name in old and old[name].checksum == checksum}
+    if known is not None and len(kept) == len(wanted):
+        return Sheet(known.calibration, kept, known.passes, known.seconds)
+    calibration = fit_detector(detector, task, material, limit=limit, batch_size=batch_size)
+    seconds = None if known is None else known.seconds
+    sets = {}
+    for name, one in wanted.items():
+        if name in kept:
+            sets[name] = kept[name]
+            continue
+        start = time.perf_counter()
+        scores = detector.score(one.units(), batch_size=batch_size) if len(one) else np.zeros(0)
+        if name == "clean" and len(one):
+            seconds = (time.perf_counter() - start) / len(one)
+        sets[name] = Scored(one.ids, np.asarray(scores, np.float64), checksums[name])
+    passes = getattr(detector, "passes", None)
+    return Sheet(calibration, sets, None if passes is None else float(passes), seconds)

@@ -1,0 +1,246 @@
+"""From scores to what a table says: each attack, mean and worst, and the worst case per image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ce_plugin.errors import InputError, expected
+from ce_plugin.evaluation.detection.alarms import RATES
+from ce_plugin.evaluation.detection.bootstrap import Resampled
+from ce_plugin.evaluation.detection.metrics import (
+    Figures,
+    Interval,
+    auroc,
+    enough,
+    mean_and_worst,
+    tpr_at_fpr,
+    worst_case_scores,
+)
+from ce_plugin.evaluation.detection.protocols import Task
+from ce_plugin.evaluation.detection.records import Scored, Sheet
+from ce_plugin.evaluation.detection.resampling import CleanScores, ImageDraws
+
+__all__ = ["Evaluation", "Tried", "evaluate", "pooled"]
+
+Floats = npt.NDArray[np.float64]
+WORST_CASE = "worst case per image"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One detector against one attack.
+
+    Args:
+        figures: with intervals; None inside where there are too few images.
+        samples: the same of every bootstrap sample; None where there are too few images.
+        apart: the attack is in no mean.
+    """
+
+    figures: Figures
+    samples: Resampled | None = field(default=None, repr=False)
+    apart: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One detector on one problem by one protocol: of one classifier, or the mean over several.
+
+    Args:
+        attacks: attack -> figures.
+        worst_case: of each image the attack that is detected least; None where the protocol has no such figure.
+        mean: AUROC, mean over the attacks that were evaluated and are not apart; None where there is none.
+        worst: the least of these, with that attack's interval.
+        worst_attack: which one.
+        tpr_1, tpr_5: detection at 1 % and 5 % false alarms, mean over the same attacks.
+        mean_samples: ``mean`` in every bootstrap sample.
+        n_seeds: classifiers that went in.
+    """
+
+    attacks: Mapping[str, Tried]
+    worst_case: Tried | None
+    mean: Interval | None = None
+    worst: Interval | None = None
+    worst_attack: str | None = None
+    tpr_1: Interval | None = None
+    tpr_5: Interval | None = None
+    mean_samples: Floats | None = field(default=None, repr=False)
+    n_seeds: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a JSON file holds."""
+        whole = {name: getattr(self, name) for name in ("mean", "worst", "worst_attack", "tpr_1", "tpr_5", "n_seeds")}
+        rows = [one.figures.to_dict() | {"apart": one.apart} for one in self.attacks.values()]
+        least = None if self.worst_case is None else self.worst_case.figures.to_dict()
+        return {**whole, "attacks": rows, "worst_case": least}
+
+
+def evaluate(
+    tasks: Sequence[Task],
+    sheets: Mapping[str, Sheet],
+    draws: ImageDraws,
+    *,
+    detector: str,
+    needed: int = 200,
+    apart: Sequence[str] = (),
+    worst_case: bool = True,
+    level: float = 0.95,
+) -> Evaluation:
+    """The figures of one detector for one classifier.
+
+    Where a protocol takes several fits, scores of different fits are compared by the share of clean images, scored by
+    the same fit, that lie below: the scale of a score changes from fit to fit.
+
+    Args:
+        tasks: of the protocol.
+        sheets: task's key -> scores.
+        draws: the bootstrap samples, of all test images.
+        detector: its name.
+        needed: successes, and clean images, below which an attack is not evaluated.
+        apart: attacks that are in no mean and no worst case.
+        worst_case: whether to take of each image the attack that is detected least.
+        level: coverage of the intervals.
+
+    Raises:
+        InputError: no scores of a task.
+
+    Example:
+        >>> from ce_plugin.detection.calibration import Calibration
+        >>> task = Task("all", (), "pool", ("fgsm", "jsma"))
+        >>> ids, scores = np.arange(100), np.arange(100.0)
+        >>> sets = {"clean": Scored(ids, scores), "attack fgsm": Scored(ids, scores + 50)}
+        >>> sheet = Sheet(Calibration(scores), {**sets, "attack jsma": Scored(ids[:3], scores[:3])})
+        >>> found = evaluate((task,), {"all": sheet}, ImageDraws(100), detector="margin", needed=50)
+        >>> print(found.attacks["fgsm"].figures)
+        margin, fgsm: AUROC 0.875 [0.847, 0.905], 51.0% at 1 %, 55.0% at 5 % false alarms
+        >>> print(found.attacks["jsma"].figures)
+        margin, jsma: not evaluated (3 successful attacks)
+        >>> found.worst_attack, round(found.mean.value, 3)
+        ('fgsm', 0.875)
+    """
+    missing = [task.key for task in tasks if task.key not in sheets]
+    if missing or not tasks:
+        raise InputError(expected("sheets", "scores of each task of the protocol", f"none of {missing or 'any'}"))
+    names = list(dict.fromkeys(name for task in tasks for name in task.tries))
+    sides: dict[tuple[str, ...], tuple[CleanScores, int]] = {}
+    tried, attacked = {}, {}
+    for name in names:
+        mine = [task for task in tasks if name in task.tries]
+        keys = tuple(task.key for task in mine)
+        ranked = len(tasks) > 1
+        clean, attacked[name] = _of_tasks([sheets[key] for key in keys], name, ranked)
+        if keys not in sides:
+            sides[keys] = CleanScores(clean.scores, clean.ids, draws, RATES), len(clean.ids)
+        tried[name] = _tried(detector, name, sides[keys][0], attacked[name], needed, level, name in apart)
+    counted = {name: one for name, one in attacked.items() if name not in apart and len(one.ids)}
+    least = None
+    if worst_case and counted:
+        found = worst_case_scores({name: (one.ids, one.scores) for name, one in counted.items()})
+        side = next(iter(sides.values()))[0]
+        least = _tried(detector, WORST_CASE, side, Scored(found.ids, found.scores), needed, level, False)
+    return _summed(tried, least, level)
+
+
+def pooled(evaluations: Sequence[Evaluation], *, level: float = 0.95) -> Evaluation:
+    """The mean over classifiers that were tried on the same images with the same draws.
+
+    An attack counts with those classifiers on which it had successes enough; the number attacked is the sum. Intervals
+    are those of the mean over classifiers: the same images are drawn for all of them, classifiers are not drawn.
+
+    Raises:
+        InputError: no evaluations.
+
+    Example:
+        >>> from ce_plugin.detection.calibration import Calibration
+        >>> ids, scores = np.arange(100), np.arange(100.0)
+        >>> sheet = Sheet(Calibration(scores), {"clean": Scored(ids, scores), "attack a": Scored(ids, scores + 50)})
+        >>> task = Task("all", (), "pool", ("a",))
+        >>> one = evaluate((task,), {"all": sheet}, ImageDraws(100), detector="margin", needed=50)
+        >>> pooled([one, one]).mean == one.mean
+        True
+    """
+    if not evaluations:
+        raise InputError(expected("evaluations", "at least one", "none"))
+    names = list(dict.fromkeys(name for one in evaluations for name in one.attacks))
+    tried = {name: _mean([one.attacks[name] for one in evaluations if name in one.attacks], level) for name in names}
+    least = [one.worst_case for one in evaluations if one.worst_case is not None]
+    return _summed(tried, _mean(least, level) if least else None, level, len(evaluations))
+
+
+def _of_tasks(sheets: Sequence[Sheet], name: str, ranked: bool) -> tuple[Scored, Scored]:
+    """Clean and attacked scores of an attack, of all folds together."""
+    clean, attacked = [], []
+    for sheet in sheets:
+        below, above = sheet.sets["clean"], sheet.sets[f"attack {name}"]
+        if ranked:
+            order = np.sort(below.scores)
+            clean.append(Scored(below.ids, _share_below(order, below.scores)))
+            attacked.append(Scored(above.ids, _share_below(order, above.scores)))
+        else:
+            clean.append(below)
+            attacked.append(above)
+    return _joined(clean), _joined(attacked)
+
+
+def _share_below(order: Floats, scores: Floats) -> Floats:
+    """Share of clean scores below, equal ones counting one half."""
+    twice = np.searchsorted(order, scores, "left") + np.searchsorted(order, scores, "right")
+    share: Floats = twice / (2 * len(order))
+    return share
+
+
+def _joined(parts: Sequence[Scored]) -> Scored:
+    return Scored(np.concatenate([one.ids for one in parts]), np.concatenate([one.scores for one in parts]))
+
+
+def _tried(
+    detector: str, attack: str, clean: CleanScores, attacked: Scored, needed: int, level: float, apart: bool
+) -> Tried:
+    n, m = len(clean.scores), len(attacked.ids)
+    if not (enough(n, needed) and enough(m, needed)):
+        return Tried(Figures(detector, attack, n, m), apart=apart)
+    samples = clean.against(attacked.scores, attacked.ids)
+    values = (auroc(clean.scores, attacked.scores), *(tpr_at_fpr(clean.scores, attacked.scores, f) for f in RATES))
+    ends = [samples.interval(one, level) for one in (samples.auroc, *samples.tpr)]
+    three = [Interval(value, *end) for value, end in zip(values, ends, strict=True)]
+    return Tried(Figures(detector, attack, n, m, *three), samples, apart)
+
+
+def _average(known: Sequence[Tried], level: float) -> tuple[list[Interval], Resampled]:
+    """Mean AUROC and detection rates of what was evaluated, with the intervals of the means."""
+    resampled = [one.samples for one in known if one.samples is not None]
+    samples = Resampled(
+        np.mean([one.auroc for one in resampled], axis=0), np.mean([one.tpr for one in resampled], axis=0)
+    )
+    three = [
+        Interval(float(np.mean([getattr(one.figures, name).value for one in known])), *samples.interval(which, level))
+        for name, which in zip(("auroc", "tpr_1", "tpr_5"), (samples.auroc, *samples.tpr), strict=True)
+    ]
+    return three, samples
+
+
+def _mean(tried: Sequence[Tried], level: float) -> Tried:
+    """The mean over classifiers, with the interval of the mean."""
+    first = tried[0].figures
+    n, m = (sum(getattr(one.figures, name) for one in tried) for name in ("n_clean", "n_attacked"))
+    known = [one for one in tried if one.samples is not None]
+    if not known:
+        return Tried(Figures(first.detector, first.attack, n, m), apart=tried[0].apart)
+    three, samples = _average(known, level)
+    return Tried(Figures(first.detector, first.attack, n, m, *three), samples, tried[0].apart)
+
+
+def _summed(tried: Mapping[str, Tried], least: Tried | None, level: float, n_seeds: int = 1) -> Evaluation:
+    """Mean and worst over the attacks that count."""
+    counted = {name: one for name, one in tried.items() if not one.apart and one.samples is not None}
+    values = {name: one.figures.auroc.value for name, one in counted.items() if one.figures.auroc is not None}
+    if not values:
+        return Evaluation(tried, least, n_seeds=n_seeds)
+    attack = mean_and_worst(values).worst_attack
+    (mean, tpr_1, tpr_5), samples = _average(list(counted.values()), level)
+    worst = None if attack is None else tried[attack].figures.auroc
+    return Evaluation(tried, least, mean, worst, attack, tpr_1, tpr_5, samples.auroc, n_seeds)
