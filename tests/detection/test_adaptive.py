@@ -107,14 +107,14 @@ def closest(net: nn.Sequential, centre: Tensor, eps: float) -> float:
 def test_planted_optimum_in_the_box(loss: str, eps: float) -> None:
     """At eps 0.25 the nearest point of the half space is free; at 0.125 the largest weights hit the ball."""
     net, centre = linear(), torch.full(SHAPE, 0.5, dtype=torch.float64)
-    made = attack(net, FromCentre(centre), eps=eps, losses=[loss], levels=None, restarts=2, steps=100)
+    made = attack(net, FromCentre(centre), eps=eps, losses=[loss], levels=None, restarts=1, steps=80)
     made.generate(centre[None].numpy())
     report = report_of(made)
     assert report.success.all()
     assert report.norm[0] <= eps + 1e-9
     best = closest(net, centre, eps)
     # Orthogonal steps are lost where the gradients are parallel, as they are at this optimum.
-    assert best - 1e-9 <= report.score[0] <= best * (2.0 if loss == "orthogonal" else 1.02)
+    assert best - 1e-9 <= report.score[0] <= best * (1.5 if loss == "orthogonal" else 1.02)
 
 
 def test_planted_optimum_in_the_euclidean_ball() -> None:
@@ -122,7 +122,7 @@ def test_planted_optimum_in_the_euclidean_ball() -> None:
     net, centre = linear(), torch.full(SHAPE, 0.5, dtype=torch.float64)
     best = closest(net, centre, 1.0)
     for room, success in ((1.05, True), (0.95, False)):
-        made = attack(net, FromCentre(centre), norm=2, eps=math.sqrt(best) * room, levels=None, restarts=2)
+        made = attack(net, FromCentre(centre), norm=2, eps=math.sqrt(best) * room, levels=None, restarts=1, steps=60)
         made.generate(centre[None].numpy())
         assert report_of(made).success[0] == success
         assert report_of(made).norm[0] <= math.sqrt(best) * room * (1 + 1e-6)
@@ -132,7 +132,7 @@ def test_planted_optimum_in_the_euclidean_ball() -> None:
 
 def test_nothing_is_given_away_by_rounding_in_the_detector() -> None:
     net, centre = linear(), torch.full(SHAPE, 0.5, dtype=torch.float64)
-    made = attack(net, Rounding(centre), eps=0.25, levels=None, restarts=3)
+    made = attack(net, Rounding(centre), eps=0.25, levels=None, restarts=2, steps=50)
     start = attack(net, FromCentre(centre + 10), eps=0.25, levels=None, steps=2, restarts=1)
     careless = start.generate(centre[None].numpy())
     found = made.generate(centre[None].numpy())
@@ -246,8 +246,8 @@ def test_batches_change_nothing() -> None:
             FromCentre(torch.tensor(clean[0])),
             4,
             eps=0.3,
-            restarts=5,
-            steps=6,
+            restarts=4,
+            steps=4,
             batch_size=batch_size,
             candidates=pool,
         )
@@ -305,7 +305,7 @@ def test_plateaus_and_broken_gradients_are_left_by_random_steps() -> None:
     clean = images(6)
     for detector in (Flat(torch.zeros(1)), Broken(torch.zeros(1))):
         for loss in LOSSES:
-            made = attack(curved(), detector, 4, eps=0.4, steps=20, restarts=1, losses=[loss])
+            made = attack(curved(), detector, 4, eps=0.4, steps=10, restarts=1, losses=[loss])
             made.generate(clean)
             assert report_of(made).success.mean() > 0.5
     dead = nn.Sequential(nn.Flatten(), nn.Linear(SIZE, 1), nn.Hardtanh(0, 1), nn.Linear(1, 2)).double()
@@ -314,7 +314,7 @@ def test_plateaus_and_broken_gradients_are_left_by_random_steps() -> None:
             dead.parameters(), (10.0, -62.0, torch.tensor([[0.0], [1.0]]), torch.tensor([0.0, -0.1])), strict=True
         ):
             parameter.copy_(torch.as_tensor(value))
-    made = attack(dead, Flat(torch.zeros(1)), eps=0.3, steps=60, restarts=2)
+    made = attack(dead, Flat(torch.zeros(1)), eps=0.3, steps=30, restarts=2)
     made.generate(np.full((2, *SHAPE), 128 / 255))
     assert report_of(made).success.all(), "random steps cross a plateau of the classifier"
 

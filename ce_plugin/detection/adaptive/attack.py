@@ -47,8 +47,8 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
         x' = argmin s(x')  over  |x' - x| <= eps, x' inside the clip values and stored in ``levels`` values,
              subject to  argmax f(x') != y,
 
-    with the logits f and the detector's score s. For every loss and from every start, projected steps (of the
-    gradient's sign in L-inf, of its direction in L2, with momentum, their length falling by a cosine) follow
+    with the logits f and the detector's score s. For every loss and from every start, projected steps (close to
+    the gradient's sign in L-inf, along it in L2, with momentum, their length falling by a cosine) follow
 
     * ``"selective"``: the gradient of the margin until the image is misclassified, then that of the score;
     * ``"orthogonal"``: the same, each without its component along the other;

@@ -22,6 +22,7 @@ _STARTS = ("clean", "random", "best", "candidate", "best")
 _KAPPAS = (0.1, 0.3, 0.03, 1.0, 0.0)
 _MOMENTUM = 0.5
 _LAST = 0.005
+_SOFT = 0.3
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,14 @@ class _Run:
         return self.plan.step * self.ball.radius * (_LAST + (1 - _LAST) * falling)
 
     def _shape(self, speed: Tensor) -> Tensor:
-        """Every value by one unit in the box, the image by one unit in a Euclidean ball."""
-        return speed.sign() if self.ball.is_box else speed / per_image(flat_norm(speed).clamp_min(1e-30), speed)
+        """Nearly one unit for each value in the box, the image by one unit in a Euclidean ball.
+
+        Plain signs would step as far where the gradient hardly points anywhere, and never settle.
+        """
+        size = per_image(flat_norm(speed).clamp_min(1e-30), speed)
+        if not self.ball.is_box:
+            return speed / size
+        return speed / (speed.abs() + _SOFT * size / math.sqrt(speed[0].numel()))
 
     def _moving(self, direction: Tensor, step: int) -> Tensor:
         """Random directions in the place of those that are zero, so that a plateau can be left."""
