@@ -15,7 +15,6 @@ from typing import Any, Union
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
 
 from ce_plugin.errors import ArgumentError, FileError, InputError, expected
@@ -119,7 +118,8 @@ class Attacked:
 
     def adversarial(self) -> npt.NDArray[np.float32]:
         """The successful ones, (S, C, H, W), float32 in [0, 1]."""
-        return self.images[self.success].astype(np.float32) / np.float32(255)
+        images: npt.NDArray[np.float32] = self.images[self.success].astype(np.float32) / np.float32(255)
+        return images
 
     def sources(self) -> npt.NDArray[np.int64]:
         """Where the clean image of each successful one stands among those offered, (S,)."""
@@ -184,6 +184,7 @@ def attack_images(
         UnknownNameError: ART has no such attack.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False)).eval()
         >>> with torch.no_grad():
         ...     _ = net[1].weight.copy_(torch.tensor([[1.0, 1, 1, 1], [0, 0, 2, 2]]))

@@ -1,4 +1,4 @@
-"""ART's attacks on a network: an estimator that is quick on a CPU, and the attacks that need more than their settings."""
+"""ART's attacks on a network: an estimator that is quick on a CPU, and attacks that need more than settings."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ce_plugin._art import attack_class, attack_with_estimator, load_art
+from ce_plugin.evaluation.detection.carlini import CarliniL2, CarliniLInf
 from ce_plugin.interventions.problems import ImageNetwork
 
 __all__ = ["BUILDERS", "CountedNetwork", "build_attack", "build_estimator", "predict"]
@@ -46,7 +47,10 @@ class CountedNetwork(ImageNetwork):
 def predict(network: nn.Module, images: Array, batch_size: int = 128) -> Array:
     """Scores (N, C) of images (N, ...), float32, both numpy."""
     with torch.no_grad():
-        parts = [network(part).float() for part in torch.from_numpy(np.ascontiguousarray(images)).split(batch_size)]
+        parts = [
+            network(torch.from_numpy(np.ascontiguousarray(images[i : i + batch_size]))).float()
+            for i in range(0, len(images), batch_size)
+        ]
     scores: Array = torch.cat(parts).cpu().numpy()
     return scores
 
@@ -175,6 +179,8 @@ class _Patch:
 
 BUILDERS: dict[str, Callable[[Any, dict[str, Any], int], Any]] = {
     "AutoAttackCapped": _auto_attack,
+    "CarliniL2": lambda estimator, settings, count: CarliniL2(estimator.model, **settings),
+    "CarliniLInf": lambda estimator, settings, count: CarliniLInf(estimator.model, **settings),
     "AdversarialPatchLearnt": _Patch,
 }
 """Attacks that are put together here: name -> (estimator, settings, number of images) -> an attack of ART."""

@@ -59,9 +59,7 @@ def fit_suite(name: str) -> tuple[AttackSpec, ...]:
 
 
 def _sign(name: str, attack: str, eps: float, tries: int, enough: int, chunk: int, **settings: Any) -> AttackSpec:
-    return AttackSpec(
-        name, "sign", "linf", attack, {"eps": eps, **settings}, tries=tries, enough=enough, chunk=chunk
-    )
+    return AttackSpec(name, "sign", "linf", attack, {"eps": eps, **settings}, tries=tries, enough=enough, chunk=chunk)
 
 
 def _bounded(bounds: dict[str, float], tries: int, enough: int, chunk: int) -> list[AttackSpec]:
@@ -79,15 +77,52 @@ def _bounded(bounds: dict[str, float], tries: int, enough: int, chunk: int) -> l
     return made
 
 
+def _minimal(name: str, norm: str, attack: str, settings: dict[str, Any], **counts: Any) -> AttackSpec:
+    return AttackSpec(name, "minimal", norm, attack, settings, stretch=_STRETCH, **counts)
+
+
+def _query(name: str, norm: str, attack: str, settings: dict[str, Any], **counts: Any) -> AttackSpec:
+    return AttackSpec(name, "query", norm, attack, settings, **counts)
+
+
 _SMALL = (
-    *_bounded({"0.1": 0.1, "0.3": 0.3}, tries=1000, enough=400, chunk=100),
+    *_bounded({"0.1": 0.1, "0.3": 0.3}, tries=1000, enough=250, chunk=50),
+    _minimal("deepfool", "l2", "DeepFool", {"max_iter": 50, "epsilon": 0.02}, tries=300, enough=250, chunk=50),
     AttackSpec(
-        "deepfool", "minimal", "l2", "DeepFool", {"max_iter": 50, "epsilon": 0.02},
-        tries=420, enough=400, chunk=70, stretch=_STRETCH,
+        "jsma", "sparse", "l0", "SaliencyMapMethod", {"theta": 1.0, "gamma": 0.15},
+        tries=400, enough=250, chunk=50, aims=True,
     ),
-    AttackSpec("jsma", "sparse", "l0", "SaliencyMapMethod", {"theta": 1.0, "gamma": 0.15}, tries=400, aims=True),
+    *[
+        _query(f"square-{eps}", "linf", "SquareAttack", {"eps": eps, "max_iter": 2000, "nb_restarts": 1},
+               tries=600, enough=220, chunk=50)
+        for eps in (0.1, 0.3)
+    ],
+    *[
+        _minimal(f"cw-l2-{confidence}", "l2", "CarliniL2", {"confidence": float(confidence)},
+                 tries=240, enough=205, chunk=15)
+        for confidence in (0, 5, 20)
+    ],
+    AttackSpec(
+        "autoattack-0.1", "sign", "linf", "AutoAttackCapped", {"eps": 0.1, "steps": 50, "restarts": 1, "queries": 1000},
+        tries=500, enough=205, chunk=50,
+    ),
+    AttackSpec(
+        "spatial", "spatial", "none", "SpatialTransformation",
+        {"max_translation": 10, "num_translations": 3, "max_rotation": 30, "num_rotations": 9},
+        tries=400, enough=205, chunk=1, apart=True,
+    ),
+    AttackSpec(
+        "patch", "patch", "none", "AdversarialPatchLearnt",
+        {"scale": 0.4, "rotation": 22.5, "rate": 0.05, "max_iter": 60, "batch": 50}, tries=400, chunk=400, apart=True,
+    ),
+    _minimal("elasticnet", "l1", "ElasticNet",
+             {"binary_search_steps": 3, "max_iter": 40, "initial_const": 10.0, "beta": 0.01, "learning_rate": 0.05},
+             tries=240, enough=205, chunk=50),
+    _minimal("cw-linf", "linf", "CarliniLInf", {}, tries=240, enough=205, chunk=15),
+    _query("hopskipjump", "l2", "HopSkipJump", {"norm": 2, "max_iter": 10, "max_eval": 1000, "init_eval": 100},
+           tries=220, enough=205, chunk=1, stretch=_STRETCH),
+    AttackSpec("pixel-20", "sparse", "l0", "PixelAttack", {"th": 20, "es": 1, "max_iter": 20},
+               tries=500, enough=205, chunk=1),
 )  # fmt: skip
-_IMAGENET = (
-    *_bounded({"2": 2 / 255, "4": 4 / 255, "8": 8 / 255}, tries=100, enough=80, chunk=20),
-)
+_IMAGENET = (*_bounded({"2": 2 / 255, "4": 4 / 255, "8": 8 / 255}, tries=100, enough=80, chunk=20),)
 _SUITES = {"small": _SMALL, "imagenet": _IMAGENET}
