@@ -198,6 +198,21 @@ def test_a_layer_written_over_later_is_read_as_it_was() -> None:
         torch.testing.assert_close(read, wanted)
 
 
+def test_half_precision_values_are_summed_in_float32() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    _, (read,) = LayerReader(net.half(), ["0"])(torch.ones(1, 1, 4, 4).half())
+    assert read.dtype == torch.float32
+
+
+def test_read_only_images_are_taken_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    x = images()
+    x.flags.writeable = False
+    detector = Mahalanobis(network())
+    detector.fit(x)
+    detector.score(x)
+    assert not [warning for warning in recwarn if "writable" in str(warning.message)]
+
+
 def test_combination_is_the_logistic_regression_of_standardised_statistics() -> None:
     from sklearn.linear_model import LogisticRegression
 
@@ -207,6 +222,22 @@ def test_combination_is_the_logistic_regression_of_standardised_statistics() -> 
     z = (statistics - statistics.mean(0)) / statistics.std(0)
     wanted = LogisticRegression().fit(z, labels).decision_function(z)
     np.testing.assert_allclose(Combination.of_labels(statistics, labels)(torch.tensor(statistics)), wanted, rtol=1e-3)
+
+
+def test_the_penalty_is_chosen_by_the_log_loss_of_images_left_out() -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
+
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 40)
+    statistics = rng.normal(size=(80, 12)) + labels[:, None] * (np.arange(12) < 2)
+    z = (statistics - statistics.mean(0)) / statistics.std(0)
+    folds = StratifiedKFold(5, shuffle=True, random_state=3)
+    grid = {"C": np.logspace(-4, 4, 9)}
+    model = GridSearchCV(LogisticRegression(max_iter=2000), grid, scoring="neg_log_loss", cv=folds).fit(z, labels)
+    found = Combination.of_labels(statistics, labels, seed=3)(torch.tensor(statistics))
+    np.testing.assert_allclose(found, model.decision_function(z), rtol=1e-2, atol=1e-3)
+    assert model.best_params_["C"] < 1
 
 
 def test_a_constant_statistic_says_nothing() -> None:

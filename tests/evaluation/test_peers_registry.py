@@ -11,10 +11,11 @@ from torch import nn
 
 from ce_plugin.detection.protocol import Detector, DifferentiableDetector
 from ce_plugin.errors import InputError, UnknownNameError
-from ce_plugin.evaluation.peers import PEERS, BinaryActivation, BinaryInput, Peer, peers
+from ce_plugin.evaluation.peers import PEERS, BinaryActivation, BinaryInput, KernelDensity, Peer, peers
 
 QUICK: dict[str, Callable[[nn.Module], Peer]] = {
     **PEERS,
+    "kernel-density": lambda network: KernelDensity(network, n_passes=3),
     "art-binary-input": lambda network: BinaryInput(network, epochs=1),
     "art-binary-activation": lambda network: BinaryActivation(network, epochs=1),
 }

@@ -120,7 +120,7 @@ class Peer(ABC):
 
     def _batches(self, images: Array, batch_size: int = _FIT_BATCH) -> Iterator[Tensor]:
         for start in range(0, len(images), batch_size):
-            yield self._on_network(torch.as_tensor(np.ascontiguousarray(images[start : start + batch_size])))
+            yield self._on_network(torch.as_tensor(np.array(images[start : start + batch_size])))
 
 
 class DifferentiablePeer(Peer):

@@ -163,6 +163,7 @@ class LayerReader:
 
         def keep(module: nn.Module, _: object, value: object) -> None:
             if isinstance(value, Tensor) and value.dim() >= 2:
+                value = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
                 pool = value[0].numel() > _MANY if self.pool is None else self.pool
                 # Pooled or copied at once: a later layer may write into this very tensor.
                 held[module] = pooled(value) if pool else value.flatten(1).clone()
