@@ -5,26 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
 from ce_plugin._art import load_art, unwrap
-from ce_plugin.detection.adaptive.ball import Ball
-from ce_plugin.detection.adaptive.checks import (
-    Array,
-    check_detector,
-    check_ids,
-    check_images,
-    check_settings,
-    norm_name,
-    whole_labels,
-)
+from ce_plugin.detection.adaptive.checks import Array, check_detector, check_ids, check_images, check_settings
 from ce_plugin.detection.adaptive.directions import LOSSES
-from ce_plugin.detection.adaptive.others import Others
-from ce_plugin.detection.adaptive.results import AdaptiveReport, Best, Curves, distances
-from ce_plugin.detection.adaptive.search import Batch, Plan, search
+from ce_plugin.detection.adaptive.job import Job
+from ce_plugin.detection.adaptive.results import AdaptiveReport
 from ce_plugin.detection.adaptive.victim import Victim
 from ce_plugin.detection.protocol import DifferentiableDetector
 from ce_plugin.errors import AttackError, InputError, expected
@@ -102,6 +87,7 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
         UnknownNameError: no such loss.
 
     Example:
+        >>> import numpy as np
         >>> import torch
         >>> from torch import nn
         >>> from ce_plugin._art import build_classifier
@@ -154,7 +140,7 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
         *,
         norm: str | float = "inf",
         eps: float = 0.1,
-        eps_step: float = 0.5,
+        eps_step: float = 0.7,
         steps: int = 100,
         restarts: int = 5,
         losses: Sequence[str] = tuple(LOSSES),
@@ -221,7 +207,7 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
         pool = None if self.candidates is None else check_images("candidates", self.candidates, clip, shape)
         names = check_ids(ids, len(images))
         with state_guard(network, self.detector, seed=derived_seed(self.seed, "adaptive")):
-            job = _Job(self, Victim(network, self.detector, self.eot), clip, images, given, pool, names)
+            job = Job(self, Victim(network, self.detector, self.eot), clip, images, given, pool, names)
             found, self.report = job.run(y)
         return found
 
@@ -229,85 +215,3 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
         super()._check_params()
         check_detector(self.detector)
         check_settings(self)
-
-
-class _Job:
-    """One call of ``generate``, with everything checked that can be checked without running the network."""
-
-    def __init__(
-        self,
-        attack: AdaptiveEvasion,
-        victim: Victim,
-        clip: tuple[float, float],
-        images: Array,
-        starts: Array | None,
-        pool: Array | None,
-        ids: list[int],
-    ) -> None:
-        self.attack = attack
-        self.victim = victim
-        self.clip = clip
-        self.images = images
-        self.starts = starts
-        self.ids = ids
-        self.device = torch.device(attack.estimator.device)
-        self.plan = Plan(
-            tuple(attack.losses), attack.restarts, attack.steps, attack.eps_step, attack.seed, attack.threshold
-        )
-        self.curves = Curves(self.plan.losses, attack.restarts, attack.steps)
-        self.others = None if pool is None else Others(victim, self._tensor(pool), attack.batch_size)
-
-    def run(self, y: Array | None) -> tuple[Array, AdaptiveReport]:
-        """Attack all images, batch by batch."""
-        size, n = self.attack.batch_size, len(self.images)
-        slices = [slice(begin, min(begin + size, n)) for begin in range(0, n, size)]
-        logits = torch.cat([self.victim.predict(self._tensor(self.images[rows])) for rows in slices])
-        labels = whole_labels(y, logits.argmax(dim=1).cpu().numpy(), logits.shape[1])
-        balls = [self._ball(rows) for rows in slices]
-        ticks = len(slices) * self.plan.restarts * len(self.plan.losses)
-        parts = []
-        with tqdm(total=ticks, desc="AdaptiveEvasion", disable=not self.attack.verbose) as bar:
-            for rows, ball in zip(slices, balls, strict=True):
-                whole = torch.from_numpy(labels[rows]).to(self.device)
-                parts.append(self._attack(ball, whole, logits[rows], rows, bar))
-        found = np.concatenate([part[0] for part in parts])
-        columns = {key: np.concatenate([part[1][key] for part in parts]) for key in parts[0][1]}
-        return found, AdaptiveReport(**columns, curves=self.curves.means(), threshold=self.plan.threshold)
-
-    def _tensor(self, images: Array) -> Tensor:
-        like = np.float64 if self.images.dtype == np.float64 else np.float32
-        return torch.from_numpy(np.ascontiguousarray(images, dtype=like)).to(self.device).clamp(*self.clip)
-
-    def _ball(self, rows: slice) -> Ball:
-        norm = norm_name(self.attack.norm)
-        ball = Ball(self._tensor(self.images[rows]), float(self.attack.eps), norm, self.clip, self.attack.levels)
-        if ball.is_frozen or not ball.contains(ball.store(ball.clean)).all():
-            step = (self.clip[1] - self.clip[0]) / ((self.attack.levels or 2) - 1)
-            todo = "Allow more, or pass `levels=None`."
-            raise AttackError(expected("eps", f"large enough for one level, {step:.4g}", self.attack.eps, todo))
-        return ball
-
-    def _attack(
-        self, ball: Ball, labels: Tensor, logits: Tensor, rows: slice, bar: Any
-    ) -> tuple[Array, dict[str, Array]]:
-        stored = ball.store(ball.clean)
-        best = Best(stored, self.victim.judge(stored, labels), "clean")
-        everything = torch.arange(len(stored), device=self.device)
-        if self.starts is not None:
-            stored = ball.store(ball.project(self._tensor(self.starts[rows])))
-            best.offer(stored, self.victim.judge(stored, labels), everything, ("start", -1))
-        ids = self.ids[rows]
-        none = ball.clean[:, None][:, :0]
-        others = none if self.others is None else self.others.near(ball, labels, ids, self.plan, best)
-        search(self.victim, Batch(ball, labels, ids, logits, others), self.plan, best, self.curves, bar.update)
-        judged = self.victim.judge(best.images, labels)
-        columns = {
-            "success": best.success.cpu().numpy(),
-            "score": judged.score.double().cpu().numpy(),
-            "margin": judged.margin.double().cpu().numpy(),
-            "norm": distances(ball.clean, best.images, ball.norm),
-            "prediction": judged.predicted.cpu().numpy(),
-            "loss": np.array([name for name, _ in best.origin], dtype=object),
-            "restart": np.array([restart for _, restart in best.origin]),
-        }
-        return best.images.cpu().numpy().astype(self.images.dtype), columns

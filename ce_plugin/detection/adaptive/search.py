@@ -84,7 +84,7 @@ def _start(
     kind = _STARTS[restart % len(_STARTS)]
     clean = batch.ball.clean
     if kind == "candidate" and batch.others.shape[1]:
-        start = batch.others[:, restart % batch.others.shape[1]]
+        start = batch.others[:, restart // len(_STARTS) % batch.others.shape[1]]
     elif kind == "clean" and restart == 0:
         start = clean
     else:
