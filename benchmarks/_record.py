@@ -29,7 +29,9 @@ def machine(*packages: str) -> str:
 
 def write(name: str, text: str, data: dict[str, Any], *packages: str) -> None:
     """``results/NAME.md`` for people and ``results/NAME.json`` for programs, with machine, date and command."""
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    here, script = Path(__file__).resolve().parent, Path(sys.argv[0]).resolve()
+    name_of_script = script.relative_to(here).as_posix() if script.is_relative_to(here) else script.name
+    command = " ".join(["python", f"benchmarks/{name_of_script}", *sys.argv[1:]])
     record = {"machine": machine(*packages), "date": datetime.date.today().isoformat(), "command": command, **data}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,102 @@
+"""One page: the tables, ROC curves, and attacked images with what the detector says of them."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _curves import curves
+from _detectors import OURS, label
+from _outcome import TITLES, Outcome
+from _scores import Result, Setting, predictions
+from _table import Table, marked
+
+from ce_plugin.datasets import FASHION_CLASSES
+
+EXAMPLES = 4
+
+
+def write_html(folder: Path, tables: Sequence[Table], outcome: Outcome) -> Path:
+    """Write `detection.html`, which needs no other file, and say where."""
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    environment.filters["marked"] = marked
+    page = environment.get_template("report.html.j2").render(
+        tables=tables, figures=_figures(outcome), pictures=_pictures(outcome), date=datetime.date.today().isoformat()
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "detection.html"
+    file.write_text(page, encoding="utf-8")
+    return file
+
+
+def _figures(outcome: Outcome) -> list[dict[str, str]]:
+    """ROC curves of ours and the best peers, on the first classifier of each problem."""
+    found = []
+    for protocol in ("P3", "P2"):
+        for problem in outcome.problems():
+            shown = outcome.shown(problem, protocol)
+            results = [outcome.results(problem, protocol)[name][0] for name in shown]
+            if results:
+                title = f"{TITLES[problem]}, {protocol}, classifier {results[0].seed}"
+                found.append({"title": title, "svg": curves(results)})
+    return found
+
+
+def _pictures(outcome: Outcome) -> list[dict[str, Any]]:
+    groups = [group for group in outcome.groups if group.examples]
+    return [{"title": f"{TITLES[one.problem]}, classifier {one.seed}", "attacks": one.examples} for one in groups]
+
+
+def examples(setting: Setting, results: Sequence[Result]) -> list[dict[str, Any]]:
+    """The first attacked images of each attack, chosen by number alone, with the verdict of one clean-only detector."""
+    judges = [one for one in results if one.protocol == "P3" and one.evaluation is not None]
+    judges.sort(key=lambda one: (one.detector != OURS, -(one.evaluation.mean.value if _has_mean(one) else 0.0)))
+    if not judges:
+        return []
+    sheet = judges[0].sheets["all"]
+    threshold = sheet.calibration.threshold(0.05)
+    found = []
+    for name, attacked in setting.material.attacks.items():
+        some = attacked.select(np.argsort(attacked.ids)[:EXAMPLES])
+        scored = sheet.sets[f"attack {name}"]
+        scores = [float(scored.scores[scored.ids == one][0]) for one in some.ids]
+        now = predictions(setting.problem.network, some.units())
+        images = []
+        for row, score in enumerate(scores):
+            clean = setting.problem.images["test"][some.ids[row]]
+            p = float(sheet.calibration.p_values(np.array([score]))[0])
+            was = _class_name(setting, int(setting.problem.labels["test"][some.ids[row]]))
+            change = 0.5 + 0.5 * (some.units()[row] - clean) / max(float(np.abs(some.units()[row] - clean).max()), 1e-9)
+            three = [_png(picture) for picture in (clean, some.units()[row], change)]
+            verdict = {"p": f"{p:.2g}", "flagged": score > threshold}
+            images.append({"three": three, "was": was, "now": _class_name(setting, int(now[row])), **verdict})
+        found.append({"name": name, "images": images, "judge": label(judges[0].detector).strip("*")})
+    return found
+
+
+def _has_mean(one: Result) -> bool:
+    return one.evaluation is not None and one.evaluation.mean is not None
+
+
+def _class_name(setting: Setting, k: int) -> str:
+    return FASHION_CLASSES[k] if setting.problem.name == "fashion" else str(k)
+
+
+def _png(image: np.ndarray) -> str:
+    from PIL import Image
+
+    pixels = np.rint(image.clip(0, 1) * 255).astype(np.uint8)
+    picture = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+    stream = io.BytesIO()
+    if picture.width > 112:
+        picture.resize((112, 112)).save(stream, "WEBP", quality=85)
+        return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
+    picture.save(stream, "PNG")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

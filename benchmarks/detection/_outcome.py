@@ -1,0 +1,116 @@
+"""Everything that an evaluation found, for tables and pages to draw on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from _detectors import OURS
+from _scores import NEEDED, Result, Setting
+
+from ce_plugin.evaluation.detection import Evaluation, ImageDraws, pooled
+
+TITLES = {"fashion": "Fashion-MNIST", "mnist": "MNIST-5k", "imagenet": "photographs (EfficientNet-lite0)"}
+
+
+@dataclass
+class Group:
+    """What was found on one classifier.
+
+    Args:
+        problem, seed: of the classifier.
+        accuracy: of the classifier on the test images.
+        n_clean: correctly classified test images that are scored.
+        missing: attacks that have not been made.
+        tried: attack -> images that were attacked.
+        keep: altered set -> share of images that keep their class.
+        results: one for each protocol and detector.
+        examples: what the page shows of each attack.
+    """
+
+    problem: str
+    seed: int
+    accuracy: float
+    n_clean: int
+    missing: tuple[str, ...]
+    tried: dict[str, int]
+    keep: dict[str, float]
+    results: list[Result] = field(default_factory=list)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, setting: Setting) -> Group:
+        """Without results yet."""
+        problem, clean = setting.problem, len(setting.material.clean)
+        tried, keep = dict(setting.tried), dict(setting.keep)
+        return cls(problem.name, problem.seed, setting.accuracy, clean, setting.missing, tried, keep)
+
+
+@dataclass
+class Outcome:
+    """All classifiers.
+
+    Args:
+        groups: one for each classifier.
+        draws: problem -> bootstrap samples, the same for all classifiers and detectors.
+    """
+
+    groups: list[Group] = field(default_factory=list)
+    draws: dict[str, ImageDraws] = field(default_factory=dict)
+
+    def problems(self) -> list[str]:
+        """In the order of the tables."""
+        return list(dict.fromkeys(group.problem for group in self.groups))
+
+    def results(self, problem: str, protocol: str) -> dict[str, list[Result]]:
+        """Detector -> one result for each classifier; without those that broke off."""
+        found: dict[str, list[Result]] = {}
+        for group in self.groups:
+            for one in group.results:
+                if (one.problem, one.protocol) == (problem, protocol) and one.evaluation is not None:
+                    found.setdefault(one.detector, []).append(one)
+        return found
+
+    def pooled(self, problem: str, protocol: str) -> dict[str, Evaluation]:
+        """Detector -> mean over classifiers, the best mean AUROC first; only detectors tried on all that any was."""
+        found = self.results(problem, protocol)
+        most = max((len(ones) for ones in found.values()), default=0)
+        whole = {name: pooled(_evaluations(ones)) for name, ones in found.items() if len(ones) == most}
+        return dict(sorted(whole.items(), key=lambda item: -(item[1].mean.value if item[1].mean else -1.0)))
+
+    def shown(self, problem: str, protocol: str, n_peers: int = 4) -> list[str]:
+        """Ours, and the peers that are best on the mean."""
+        known = list(self.pooled(problem, protocol))
+        best = [name for name in known if name != OURS][:n_peers]
+        return ([OURS] if OURS in known else []) + best
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the JSON file holds."""
+        classifiers = []
+        for group in self.groups:
+            about = {
+                n: getattr(group, n) for n in ("problem", "seed", "accuracy", "n_clean", "missing", "tried", "keep")
+            }
+            classifiers.append({**about, "results": [_row(one) for one in group.results]})
+        means = [
+            {"problem": problem, "protocol": protocol, "detector": name, **one.to_dict()}
+            for problem in self.problems()
+            for protocol in ("P3", "P2", "P4", "P1")
+            for name, one in self.pooled(problem, protocol).items()
+        ]
+        return {"needed": NEEDED, "classifiers": classifiers, "mean_over_classifiers": means}
+
+
+def _evaluations(results: Sequence[Result]) -> list[Evaluation]:
+    return [one.evaluation for one in results if one.evaluation is not None]
+
+
+def _row(one: Result) -> dict[str, Any]:
+    row: dict[str, Any] = {name: getattr(one, name) for name in ("protocol", "detector", "passes", "seconds", "error")}
+    if one.evaluation is not None:
+        row |= one.evaluation.to_dict()
+    if one.alarms is not None:
+        rates = {name: [rate.to_dict() for rate in rates] for name, rates in one.alarms.rates.items()}
+        row["false_alarms"] = {"rates": rates, "due": one.alarms.due, "n_calibration": one.alarms.n_calibration}
+    return row

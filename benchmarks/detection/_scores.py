@@ -1,0 +1,213 @@
+"""Scores of every detector on every set of images, from the cache or made now."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from _data import Problem, cache_folder, predictions
+from _detectors import LIMITS, OURS, build, needs_labels, version
+from attacks import attack_file, specs
+
+from ce_plugin.errors import FileError
+from ce_plugin.evaluation.detection import (
+    Alarms,
+    Attacked,
+    Evaluation,
+    ImageDraws,
+    ImageSet,
+    Material,
+    Sheet,
+    Task,
+    evaluate,
+    false_alarms,
+    plan,
+    score_task,
+    sets_of,
+)
+from ce_plugin.evaluation.detection.attacks import attack_key
+from ce_plugin.evaluation.detection.benign import BENIGN, benign
+
+CLEAN = 1500
+ALTERED = 500
+NEEDED = {"fashion": 200, "mnist": 200, "imagenet": 50}
+NOISE = {"fashion": 0.1, "mnist": 0.1, "imagenet": 8 / 255}
+FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A problem with all images that detectors are tried on.
+
+    Args:
+        problem: name and seed, classifier.
+        material: what protocols draw on.
+        missing: attacks that have not been made, or were made with other settings.
+        tried: attack -> images that were attacked.
+        accuracy: of the classifier on the test images.
+        keep: altered set -> share of images that keep their class.
+    """
+
+    problem: Problem
+    material: Material
+    missing: tuple[str, ...]
+    tried: Mapping[str, int]
+    accuracy: float
+    keep: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One detector on one problem, classifier and protocol.
+
+    Args:
+        problem, seed, protocol, detector: names.
+        evaluation: figures; None where it broke off.
+        alarms: false alarms, for protocols with one fit.
+        passes: forward passes for one image.
+        seconds: time for one image.
+        sheets: task -> scores.
+        error: why it broke off.
+    """
+
+    problem: str
+    seed: int
+    protocol: str
+    detector: str
+    evaluation: Evaluation | None = None
+    alarms: Alarms | None = None
+    passes: float | None = None
+    seconds: float | None = None
+    sheets: Mapping[str, Sheet] = field(default_factory=dict, repr=False)
+    error: str = ""
+
+
+def setting(problem: Problem, cache: str | None) -> Setting:
+    """All images of a problem: the first 1500 correctly classified test images, and those between them that are not."""
+    images, labels = problem.images["test"], problem.labels["test"]
+    right = predictions(problem.network, images) == labels
+    chosen = np.flatnonzero(right)[:CLEAN]
+    wrong = np.flatnonzero(~right[: chosen[-1] + 1])
+    attacks, missing, tried = _attacks(problem, "test", cache)
+    taught, _, _ = _attacks(problem, "fit", cache)
+    others = {"misclassified": ImageSet("misclassified", _bytes(images[wrong]), wrong)}
+    keep = {}
+    for kind in BENIGN:
+        some = chosen[:ALTERED]
+        altered = benign(images[some], kind, problem.seed, size=NOISE[problem.name])
+        keep[kind] = float((predictions(problem.network, altered) == labels[some]).mean())
+        others[kind] = ImageSet(kind, _bytes(altered), some)
+    clean = ImageSet("clean", _bytes(images[chosen]), chosen)
+    material = Material(problem.images["fit"], taught, clean, attacks, others)
+    return Setting(problem, material, missing, tried, float(right.mean()), keep)
+
+
+def _attacks(
+    problem: Problem, part: str, cache: str | None
+) -> tuple[dict[str, ImageSet], tuple[str, ...], dict[str, int]]:
+    images, labels = problem.images[part], problem.labels[part]
+    found, missing, tried = {}, [], {}
+    for spec in specs(problem.name, part):
+        file = attack_file(problem.name, problem.seed, part, spec.name, cache)
+        try:
+            made = Attacked.load(file, attack_key(spec, problem.network, images, labels, problem.seed))
+        except FileError:
+            missing.append(spec.name)
+            continue
+        tried[spec.name] = len(made.success)
+        pictures = made.images[made.success]
+        found[spec.name] = ImageSet(spec.name, pictures, made.sources(), spec.family, spec.apart)
+    return found, tuple(missing), tried
+
+
+def result(
+    setting: Setting, protocol: str, name: str, draws: ImageDraws, cache: str | None, *, make: bool
+) -> Result | None:
+    """Scores and figures; None where there are none, and none are to be made."""
+    problem, material = setting.problem, setting.material
+    about = (problem.name, problem.seed, protocol, name)
+    if protocol == "P3" and needs_labels(name):
+        return None
+    try:
+        tasks, sheets = plan(protocol, material), {}
+        for task in tasks:
+            sheet = _sheet(setting, protocol, name, task, cache, make)
+            if sheet is None:
+                return None
+            sheets[task.key] = sheet
+    except FAILURES as error:
+        if make:
+            traceback.print_exc()
+        return Result(*about, error=f"{type(error).__name__}: {error}".splitlines()[0]) if make else None
+    if not tasks or not material.attacks:
+        return None
+    figures = evaluate(
+        tasks,
+        sheets,
+        draws,
+        detector=name,
+        needed=NEEDED[problem.name],
+        apart=[one.name for one in material.attacks.values() if one.apart],
+        worst_case=protocol != "P1",
+    )
+    one = sheets[tasks[0].key]
+    alarms = false_alarms(one) if tasks[0].alarms else None
+    return Result(*about, figures, alarms, one.passes, one.seconds, sheets)
+
+
+def _sheet(setting: Setting, protocol: str, name: str, task: Task, cache: str | None, make: bool) -> Sheet | None:
+    problem, material = setting.problem, setting.material
+    detector = build(name, problem.network)
+    key = f"{version(detector)} {_fitted_on(material, task, problem, name)}"
+    file = cache_folder(cache) / "scores" / f"{problem.name}-{problem.seed}" / protocol / name / f"{task.key}.npz"
+    known = _known(file, key)
+    wanted = sets_of(task, material)
+    if known is not None and all(n in known.sets and known.sets[n].checksum == s.checksum() for n, s in wanted.items()):
+        return score_task(detector, task, material, known=known)
+    if not make:
+        return None
+    start = time.perf_counter()
+    sheet = score_task(detector, task, material, known=known, limit=LIMITS.get(name), batch_size=_batch(problem))
+    sheet.save(file, key)
+    took = time.perf_counter() - start
+    now = time.strftime("%H:%M:%S", time.gmtime())
+    print(f"{now} {problem.name}-{problem.seed} {protocol} {name} {task.key}: {took:.0f} s", flush=True)
+    return sheet
+
+
+def _known(file: Path, key: str) -> Sheet | None:
+    try:
+        return Sheet.load(file, key)
+    except FileError:
+        return None
+
+
+def _batch(problem: Problem) -> int:
+    return 16 if problem.name == "imagenet" else 128
+
+
+def _fitted_on(material: Material, task: Task, problem: Problem, name: str) -> str:
+    """A checksum of everything that a fit depends on, but for the detector's code."""
+    learnt = material.taught if task.taught_on == "pool" else material.attacks
+    words = [(one, learnt[one].checksum()) for one in task.learns]
+    checksum = zlib.crc32(json.dumps([words, task.fold, material.seed, LIMITS.get(name)]).encode())
+    for tensor in problem.network.state_dict().values():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            checksum = zlib.crc32(tensor.detach().cpu().float().numpy().tobytes(), checksum)
+    return f"{zlib.crc32(np.ascontiguousarray(material.pool).tobytes(), checksum):08x}"
+
+
+def _bytes(images: np.ndarray) -> np.ndarray:
+    return np.rint(images * 255).astype(np.uint8)
+
+
+def order(names: Sequence[str]) -> list[str]:
+    """Detectors in the order in which they are scored: ours first, the slow ones last."""
+    return sorted(names, key=lambda name: (name != OURS, name in LIMITS))

@@ -1,0 +1,82 @@
+"""Try all detectors on all attacks that have been made; what has been scored before is read from the cache.
+
+    python benchmarks/detection/evaluate.py                             everything, by P3 and P2
+    python benchmarks/detection/evaluate.py fashion --detectors margin mahalanobis --protocols P3
+    python benchmarks/detection/evaluate.py --no-scoring                tables of what is in the cache
+
+Attacks are made by `attacks.py`; those that are missing are "not evaluated" until they have been made. Writes
+`benchmarks/results/detection.md` and `.json`, and one HTML page with curves and pictures to the folder `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).parent.parent))
+
+from _data import PROBLEMS, SEEDS, load
+from _detection_tables import tables
+from _detectors import available, names
+from _html import examples, write_html
+from _outcome import Group, Outcome
+from _record import write
+from _scores import order, result, setting
+
+from ce_plugin.evaluation.detection import PROTOCOLS, ImageDraws
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("problem", nargs="*", help=f"of {', '.join(PROBLEMS)}; all by default")
+    parser.add_argument("--detectors", nargs="*", default=names(), choices=names(), help="which are scored")
+    parser.add_argument("--protocols", nargs="*", default=("P3", "P2"), choices=tuple(PROTOCOLS))
+    parser.add_argument("--seed", nargs="*", type=int, help="classifiers; all by default")
+    parser.add_argument("--no-scoring", action="store_true", help="only tables of what is in the cache")
+    parser.add_argument("--out", type=Path, help="folder for detection.html")
+    parser.add_argument("--dry", action="store_true", help="do not write to benchmarks/results")
+    parser.add_argument("--cache", help="folder of the cache; default CE_PLUGIN_CACHE or ~/.cache/ce-plugin")
+    options = parser.parse_args()
+    unknown = set(options.problem) - set(PROBLEMS)
+    if unknown:
+        parser.error(f"no problem called {', '.join(sorted(unknown))}; there are {', '.join(PROBLEMS)}")
+    torch.set_num_threads(1)
+    outcome = Outcome()
+    for name in options.problem or PROBLEMS:
+        for seed in SEEDS[name]:
+            if options.seed is None or seed in options.seed:
+                run(outcome, name, seed, options)
+    built = tables(outcome)
+    if not options.dry:
+        text = "# Detecting adversarial examples\n\n" + "\n\n".join(table.markdown() for table in built)
+        write("detection", text, outcome.to_dict(), "adversarial-robustness-toolbox")
+    if options.out:
+        print(write_html(options.out, built, outcome))
+
+
+def run(outcome: Outcome, name: str, seed: int, options: argparse.Namespace) -> None:
+    """All detectors and protocols on one classifier."""
+    found = setting(load(name, seed, options.cache), options.cache)
+    if not found.material.attacks:
+        return
+    draws = outcome.draws.setdefault(name, ImageDraws(len(found.problem.images["test"])))
+    group = Group.of(found)
+    for protocol in PROTOCOLS:
+        for detector in order([one for one in names() if available(one)]):
+            make = not options.no_scoring and detector in options.detectors and protocol in options.protocols
+            one = result(found, protocol, detector, draws, options.cache, make=make)
+            if one is not None:
+                group.results.append(one)
+    if options.out and not any(other.problem == name for other in outcome.groups):
+        group.examples = examples(found, group.results)
+    outcome.groups.append(group)
+    del found
+    gc.collect()
+
+
+if __name__ == "__main__":
+    main()
