@@ -17,6 +17,8 @@ from ce_plugin.interventions import Smooth
 
 __all__ = ["FeatureSqueezing", "NonLocalMeans", "paper_squeezers"]
 
+_CACHED = 2**18  # values
+
 Squeezer = Callable[[Tensor], Tensor]
 
 
@@ -65,17 +67,31 @@ class NonLocalMeans:
         if min(height, width) <= reach + border:
             wanted = f"images of more than {reach + border} pixels each way for {self!r}"
             raise InputError(expected("x", wanted, f"{height} x {width}"))
+        # In parts that stay in a processor's cache: each is passed over once for every place in the window.
+        few = max(1, _CACHED // images[0].numel())
+        return torch.cat([self._filtered(images[k : k + few]) for k in range(0, len(images), few)])
+
+    def _filtered(self, images: Tensor) -> Tensor:
+        reach, border = self.window // 2, self.patch // 2
+        height, width = images.shape[2:]
         wide = F.pad(images, [reach + border] * 4, mode="reflect")
         centre = wide[:, :, reach : wide.shape[2] - reach, reach : wide.shape[3] - reach]
+        steepness = (255 / self.strength) ** 2 / (self.patch**2 * images.shape[1])
         total, weights = torch.zeros_like(images), torch.zeros_like(images[:, :1])
         for dy in range(self.window):
             for dx in range(self.window):
                 other = wide[:, :, dy : dy + height + 2 * border, dx : dx + width + 2 * border]
-                distance = F.avg_pool2d((other - centre).square().mean(1, keepdim=True), self.patch, stride=1)
-                weight = torch.exp(-distance / (self.strength / 255) ** 2)
+                weight = torch.exp(-self._of_patches((other - centre).square().sum(1, keepdim=True)) * steepness)
                 total = total + weight * other[:, :, border : border + height, border : border + width]
                 weights = weights + weight
         return total / weights
+
+    def _of_patches(self, values: Tensor) -> Tensor:
+        """Sums over patches, rows first; several times as fast as pooling."""
+        for dim in (2, 3):
+            size = values.shape[dim] - self.patch + 1
+            values = sum((values.narrow(dim, k, size) for k in range(1, self.patch)), start=values.narrow(dim, 0, size))
+        return values
 
 
 def paper_squeezers(channels: int) -> tuple[Squeezer, ...]:
