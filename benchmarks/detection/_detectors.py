@@ -18,7 +18,13 @@ from ce_plugin.evaluation.peers import PEERS
 OURS = "causal-effects"
 LIMITS = {"ml-loo": 600}
 """Clean images to fit and calibrate on, for detectors that take hundreds of passes an image."""
-_WATCHED = ("ce_plugin.detection", "ce_plugin.evaluation.peers", "ce_plugin.interventions.smooth")
+_WATCHED = (
+    "ce_plugin.detection",
+    "ce_plugin.evaluation.peers",
+    "ce_plugin.interventions.smoothing",
+    "ce_plugin.interventions.jpeg",
+)
+_IRRELEVANT = tuple(f"ce_plugin.detection.{name}" for name in ("adaptive", "explanation", "stored"))
 
 
 def names() -> tuple[str, ...]:
@@ -91,4 +97,4 @@ def _sources(module: ModuleType) -> Iterator[str]:
 
 
 def _watched(module: str) -> bool:
-    return module.startswith(_WATCHED) and not module.startswith("ce_plugin.detection.adaptive")
+    return module.startswith(_WATCHED) and not module.startswith(_IRRELEVANT)

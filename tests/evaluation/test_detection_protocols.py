@@ -200,7 +200,8 @@ def test_nothing_is_scored_twice(material: Material, tmp_path: Path) -> None:
     new = Material(material.pool, material.taught, material.clean, changed, material.others)
     third = Recorder()
     after = score_task(third, plan("P3", new)[0], new, known=known)
-    assert third.scored == [30, 7]  # calibration, and the attack that changed
+    assert third.scored == [30, 7]  # calibration, and the attack that changed; its time is known
+    assert after.seconds == known.seconds
     np.testing.assert_allclose(after.sets["attack pgd"].scores, (8000 + np.arange(7)) / 10000, rtol=1e-6)
 
 
