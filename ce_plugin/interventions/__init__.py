@@ -3,6 +3,7 @@
 from ce_plugin.interventions.adversarial import Adversarial
 from ce_plugin.interventions.attacks import AttackResult
 from ce_plugin.interventions.base import Context, Intervention
+from ce_plugin.interventions.denoising import Denoise
 from ce_plugin.interventions.masking import PixelMask
 from ce_plugin.interventions.nodes import MeanOut, Patch, Resample, ZeroOut
 from ce_plugin.interventions.normalization import Normalization
@@ -12,6 +13,7 @@ __all__ = [
     "Adversarial",
     "AttackResult",
     "Context",
+    "Denoise",
     "Intervention",
     "MeanOut",
     "Normalization",

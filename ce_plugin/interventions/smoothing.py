@@ -43,6 +43,10 @@ _KINDS: dict[str, tuple[_Parameter, ...]] = {
         _Parameter("low", "a number", lambda low: True),
         _Parameter("high", "a number", lambda high: True),
     ),
+    "stretch": (
+        _Parameter("low", "a number", lambda low: True),
+        _Parameter("high", "a number", lambda high: True),
+    ),
     "scale": (_Parameter("factor", "a number, 0 or more", lambda factor: factor >= 0),),
     "shift": (
         _Parameter("dx", "a whole number of pixels", lambda dx: True, whole=True),
@@ -55,7 +59,7 @@ _KINDS: dict[str, tuple[_Parameter, ...]] = {
     "noise": (_SIGMA,),
 }
 # These look at one value at a time, so that inputs need not be images.
-_POINTWISE = ("bits", "soft_threshold", "clip", "scale", "noise")
+_POINTWISE = ("bits", "soft_threshold", "clip", "stretch", "scale", "noise")
 
 
 class Smooth(Intervention):
@@ -161,6 +165,15 @@ class Smooth(Intervention):
         return cls([("clip", low, high)], normalization=normalization, value_range=value_range)
 
     @classmethod
+    def stretch(
+        cls, low: float, high: float, *, normalization: NormalizationLike = None, value_range: Range = (0.0, 1.0)
+    ) -> Smooth:
+        """Contrast: ``low`` and ``high`` move to the ends of the range; what lies beyond them is cut off."""
+        if not low < high:
+            raise ArgumentError(expected("high", f"greater than low, which is {low:g}", high))
+        return cls([("stretch", low, high)], normalization=normalization, value_range=value_range)
+
+    @classmethod
     def scale(
         cls, factor: float, *, normalization: NormalizationLike = None, value_range: Range = (0.0, 1.0)
     ) -> Smooth:
@@ -246,6 +259,7 @@ class Smooth(Intervention):
             "jpeg": lambda: jpeg(image, int(a), low, high),
             "soft_threshold": lambda: filters.soft_threshold(image, a, low),
             "clip": lambda: image.clamp(a, b),
+            "stretch": lambda: ((image - a) * ((high - low) / (b - a)) + low).clamp(low, high),
             "scale": lambda: (image - low) * a + low,
             "shift": lambda: filters.translated(image, int(a), int(b)),
             "tv": lambda: filters.total_variation(image, a, int(b), high - low),

@@ -1,0 +1,141 @@
+"""The classifier that a detector protects: one network from images in image units to logits, and its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ce_plugin._art import is_art_classifier, unwrap
+from ce_plugin.errors import ArgumentError, InputError, ModelError, expected, unknown_name
+from ce_plugin.guard import state_guard
+from ce_plugin.interventions import Normalization
+from ce_plugin.interventions.normalization import NormalizationLike
+from ce_plugin.randomness import generator
+
+__all__ = ["Protected"]
+
+
+class Protected(nn.Module):
+    """The protected classifier: images in image units to logits (N, K).
+
+    Args:
+        classifier: an ART ``PyTorchClassifier`` (its preprocessing and clip values are used) or a network.
+        clip_values: least and greatest value of an image; None takes the classifier's, or (0, 1).
+        normalization: what is done to an image before the network, where the network does not do it itself.
+
+    Attributes:
+        network: the user's network, with ART's preprocessing where there is any.
+        clip_values: (low, high), in image units.
+
+    Raises:
+        ModelError: neither a network nor an ART classifier in PyTorch.
+        ArgumentError: an empty range of values.
+
+    Example:
+        >>> protected = Protected(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
+        >>> protected(torch.zeros(2, 1, 2, 2)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        classifier: object,
+        clip_values: tuple[float, float] | None = None,
+        normalization: NormalizationLike = None,
+    ) -> None:
+        super().__init__()
+        network, own = unwrap(classifier) if is_art_classifier(classifier) else (classifier, None)
+        if not isinstance(network, nn.Module):
+            todo = "Pass the network itself; a function can be wrapped into a module."
+            got = type(classifier).__name__
+            raise ModelError(expected("classifier", "an nn.Module or an ART PyTorchClassifier", got, todo))
+        low, high = clip_values if clip_values is not None else own if own is not None else (0.0, 1.0)
+        if not low < high:
+            raise ArgumentError(expected("clip_values", "(low, high) with low < high", (low, high)))
+        self.network = network
+        # Where layers' names are looked up: without the wrapper that ART's preprocessing needs.
+        self._named = (network.model if network is not classifier else network,)
+        self.clip_values = (float(low), float(high))
+        self.normalization = Normalization.of(normalization)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the network's device and dtype."""
+        tensors = (*self.network.parameters(), *self.network.buffers())
+        return next((one for one in tensors if one.is_floating_point()), torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, K) of images in image units."""
+        logits = self.network(self.normalization.to_model(images))
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
+            got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            todo = "Wrap the network so that it returns the logits of its classes."
+            raise ModelError(expected("classifier", "a network with logits (N, K), K >= 2", got, todo))
+        return logits
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Eval mode inside; the network and the random state as they were afterwards."""
+        with state_guard(self.network):
+            yield
+
+    def images(self, x: object, argument: str = "x") -> Tensor:
+        """The user's images as a tensor of the network's device and dtype, checked.
+
+        Raises:
+            InputError: not images (N, C, H, W), none, not finite, or outside the clip values.
+        """
+        if not isinstance(x, (np.ndarray, Tensor)) or x.ndim != 4 or not len(x):
+            got = f"shape {tuple(x.shape)}" if isinstance(x, (np.ndarray, Tensor)) else type(x).__name__
+            raise InputError(expected(argument, "images (N, C, H, W), N >= 1, as an array or a tensor", got))
+        images = torch.as_tensor(x)
+        if not images.is_floating_point():
+            todo = f"Convert it to float32 in image units {self.clip_values}."
+            raise InputError(expected(argument, "of floating point", str(images.dtype).removeprefix("torch."), todo))
+        images = images.detach()
+        low, high = self.clip_values
+        least, greatest = float(images.min()), float(images.max())
+        if not (least >= low - 1e-6 and greatest <= high + 1e-6):
+            todo = "Pass images in image units (normalization= says what the network wants), or other clip_values=."
+            got = f"values from {least:g} to {greatest:g}"
+            raise InputError(expected(argument, f"finite and inside the clip values [{low:g}, {high:g}]", got, todo))
+        return images.to(self.like)
+
+    def fingerprint(self) -> str:
+        """A digest of the network's parameters and buffers: another network has another one."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, value in sorted(self.network.state_dict().items()):
+            if isinstance(value, Tensor):
+                digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                plain = value.detach().cpu().contiguous()
+                digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def version(self) -> tuple[tuple[int, int], ...]:
+        """What changes when a parameter is replaced or written to: cheap to ask, unlike the fingerprint."""
+        return tuple((id(value), value._version) for value in self.network.state_dict(keep_vars=True).values())
+
+    def probe(self, shape: tuple[int, ...]) -> Tensor:
+        """Logits (1, K) of one fixed image of a shape (C, H, W), float32, on the CPU: other units, other logits."""
+        low, high = self.clip_values
+        noise = torch.rand((1, *shape), generator=generator(0, "probe")) * (high - low) + low
+        with self.guarded(), torch.no_grad():
+            logits: Tensor = self(noise.to(self.like))
+        return logits.float().cpu()
+
+    def module(self, layer: str) -> nn.Module:
+        """The network's submodule of a dotted name.
+
+        Raises:
+            UnknownNameError: there is none.
+        """
+        known = dict(self._named[0].named_modules())
+        if layer not in known:
+            raise unknown_name("layer", layer, (name for name in known if name))
+        found: nn.Module = known[layer]
+        return found

@@ -1,0 +1,152 @@
+"""A small denoiser, learned from clean images and the network's answers to them: no attack is needed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ce_plugin.detection.classifier import Protected
+from ce_plugin.randomness import derived_seed, generator
+
+__all__ = ["Denoiser", "train_denoiser"]
+
+# The squared error of the logits (in their own variances) counts a hundredth of that of the pixels.
+_LOGITS, _PIXELS = 0.1, 10.0
+_LEARNING_RATE = 4e-3
+
+
+class Denoiser(nn.Module):
+    """A convolutional network of three scales with connections across, from an image and a mask to the image.
+
+    Args:
+        channels: of the images.
+        width: channels of the finest scale; the coarser two have two and three times as many.
+        value_range: least and greatest value of an image.
+
+    Example:
+        >>> Denoiser(3)(torch.rand(2, 3, 30, 21)).shape
+        torch.Size([2, 3, 30, 21])
+    """
+
+    def __init__(self, channels: int, width: int = 16, value_range: tuple[float, float] = (0.0, 1.0)) -> None:
+        super().__init__()
+        self.channels, self.width, self.value_range = channels, width, value_range
+        self.fine = nn.Conv2d(channels + 1, width, 3, padding=1)
+        self.middle = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.coarse = nn.Conv2d(2 * width, 3 * width, 3, stride=2, padding=1)
+        self.mix = nn.Conv2d(3 * width, 3 * width, 3, padding=1)
+        self.to_middle = nn.Conv2d(3 * width, 2 * width, 1)
+        self.mix_middle = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
+        self.to_fine = nn.Conv2d(2 * width, width, 1)
+        self.mix_fine = nn.Conv2d(width, width, 3, padding=1)
+        self.out = nn.Conv2d(width, channels, 3, padding=1)
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Denoised images, (N, C, H, W), inside the range of values in eval mode.
+
+        Args:
+            images: (N, C, H, W), image units.
+            mask: (N, 1, H, W), 1 where a pixel is known, 0 where it is to be painted; None: all are.
+        """
+        low, high = self.value_range
+        unit = (images - low) / (high - low)
+        known = torch.ones_like(unit[:, :1]) if mask is None else mask.to(unit)
+        fine = F.silu(self.fine(torch.cat([unit * known, known], 1)))
+        middle = F.silu(self.middle(fine))
+        coarse = F.silu(self.coarse(middle))
+        coarse = coarse + F.silu(self.mix(coarse))
+        up = F.interpolate(self.to_middle(coarse), size=middle.shape[-2:]) + middle
+        up = F.silu(self.mix_middle(F.silu(up)))
+        up = F.interpolate(self.to_fine(up), size=fine.shape[-2:]) + fine
+        out: Tensor = self.out(F.silu(self.mix_fine(F.silu(up))))
+        return (out if self.training else out.clamp(0, 1)) * (high - low) + low
+
+
+def train_denoiser(
+    protected: Protected, images: Tensor, *, width: int = 16, n_steps: int, batch_size: int = 64, seed: int = 0
+) -> Denoiser:
+    """A denoiser for these images and this classifier.
+
+    It minimises 10 |D(x~) - x|^2 + 0.1 |f(D(x~)) - f(x)|^2 / var f, means over pixels and logits f, where x~ is a clean
+    image with Gaussian, sign or coarse noise of a random strength and, for half of them, with random pixels missing.
+
+    Args:
+        protected: the classifier; nothing of it is changed.
+        images: clean ones, (N, C, H, W), image units.
+        width: see :class:`Denoiser`.
+        n_steps: of Adam, with a learning rate that rises and falls.
+        batch_size: images per step.
+        seed: of the weights and of everything drawn.
+
+    Returns:
+        The denoiser in eval mode, on the images' device; its parameters want no gradient.
+
+    Example:
+        >>> protected = Protected(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
+        >>> denoiser = train_denoiser(protected, torch.rand(32, 1, 8, 8), n_steps=2)
+        >>> denoiser.training
+        False
+
+    Source: the loss on the classifier's logits is that of Liao et al., CVPR 2018 (arXiv 1712.02976), Eq. 4, which they
+    train on attacked images; here the noise is random.
+    """
+    low, high = protected.clip_values
+    random = generator(seed, "denoiser")
+    with torch.random.fork_rng(devices=[]), protected.guarded():
+        torch.manual_seed(derived_seed(seed, "denoiser", "weights"))
+        denoiser = Denoiser(images.shape[1], width, (low, high)).to(images.device, torch.float32).train()
+        wants = [(parameter, parameter.requires_grad) for parameter in protected.network.parameters()]
+        for parameter, _ in wants:
+            parameter.requires_grad_(False)
+        try:
+            _train(denoiser, protected, images, random, n_steps, batch_size)
+        finally:
+            for parameter, want in wants:
+                parameter.requires_grad_(want)
+    for parameter in denoiser.parameters():
+        parameter.requires_grad_(False)
+    return denoiser.eval()
+
+
+def _train(
+    denoiser: Denoiser, protected: Protected, images: Tensor, random: torch.Generator, n_steps: int, batch_size: int
+) -> None:
+    low, high = protected.clip_values
+    with torch.no_grad():
+        answers = torch.cat([protected(part) for part in torch.split(images, batch_size)]).float()
+    variance = answers.var(unbiased=False).clamp_min(1e-12)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=_LEARNING_RATE / 2, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=max(n_steps, 2))
+    with torch.enable_grad():
+        for _ in range(n_steps):
+            rows = torch.randint(len(images), (min(batch_size, len(images)),), generator=random)
+            clean = images[rows.to(images.device)]
+            noisy, known = _spoiled(clean.float(), high - low, random)
+            restored = denoiser(noisy.clamp(low, high), known)
+            pixels = ((restored - clean.float()) / (high - low)).square().mean()
+            logits = protected(restored.to(clean.dtype)).float() - answers[rows.to(answers.device)]
+            loss = _PIXELS * pixels + _LOGITS * (logits.square() / variance).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+def _spoiled(clean: Tensor, unit: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images with noise up to 0.3 of the range of values, and which pixels are known: all, or 30 to 80 %."""
+    n, _, height, width = clean.shape
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=random)
+
+    white = torch.randn(clean.shape, generator=random)
+    grid = (n, clean.shape[1], math.ceil(height / 3), math.ceil(width / 3))
+    coarse = F.interpolate(torch.randn(grid, generator=random), size=(height, width), mode="bilinear")
+    kind = drawn(n, 1, 1, 1)
+    noise = torch.where(kind < 0.5, white, torch.where(kind < 0.8, white.sign(), 1.5 * coarse))
+    noisy = clean + 0.3 * unit * drawn(n, 1, 1, 1).to(clean) * noise.to(clean)
+    share = torch.where(drawn(n, 1, 1, 1) < 0.5, torch.ones(()), 0.3 + 0.5 * drawn(n, 1, 1, 1))
+    return noisy, (drawn(n, 1, height, width) < share).to(clean)

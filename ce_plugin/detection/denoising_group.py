@@ -1,0 +1,116 @@
+"""The group of the learned denoiser: what the network makes of the image as clean images taught it to be cleaned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ce_plugin.detection.classifier import Protected
+from ce_plugin.detection.denoiser import Denoiser, train_denoiser
+from ce_plugin.detection.group import SIDES, Group, Response, checked_sides, labels_of, response_of
+from ce_plugin.detection.view import View
+from ce_plugin.errors import ArgumentError, InferenceError, expected
+from ce_plugin.interventions import Denoise
+
+__all__ = ["Denoising"]
+
+
+class Denoising(Group):
+    """Effects of do(x = D(x)), where the denoiser D is trained, when the detector is fitted, on clean images alone.
+
+    Args:
+        width: of the :class:`~ce_plugin.detection.denoiser.Denoiser`.
+        least_steps: training takes ``nb_epochs`` of :meth:`CausalEffectDetector.fit`, and at least so many steps.
+        passes: what a denoised run costs, in forward passes of the network, the denoiser included.
+        judged: from which sides, see :data:`~ce_plugin.detection.groups.SIDES`.
+        name: of the group.
+
+    Example:
+        >>> protected = Protected(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)))
+        >>> images = torch.rand(8, 1, 8, 8)
+        >>> group = Denoising(least_steps=2).prepared(protected, images, n_epochs=1, seed=0)
+        >>> group.respond(View(protected, images)).effects.shape
+        torch.Size([8, 3])
+
+    Source: :func:`~ce_plugin.detection.denoiser.train_denoiser`.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int = 16,
+        least_steps: int = 800,
+        passes: float = 3.0,
+        judged: Sequence[str] = SIDES,
+        name: str = "denoising",
+    ) -> None:
+        self.judged = checked_sides(judged)
+        if width < 1 or least_steps < 1:
+            raise ArgumentError(expected("width and least_steps", "1 or more", (width, least_steps)))
+        self.name = name
+        self.width, self.least_steps, self.passes = width, least_steps, passes
+        self._denoiser: Denoiser | None = None
+
+    def prepared(self, protected: Protected, images: Tensor, *, n_epochs: int, seed: int) -> Group:
+        """The group with a denoiser trained on clean images."""
+        n_steps = max(self.least_steps, n_epochs * len(images) // 64)
+        ready = Denoising(**self.settings())
+        ready._denoiser = train_denoiser(protected, images, width=self.width, n_steps=n_steps, seed=seed)
+        return ready
+
+    def respond(self, view: View) -> Response:
+        """Effects of denoising on the logits, and the margin that is left."""
+        if self._denoiser is None:
+            raise InferenceError(expected("signature", "one whose denoiser is trained", "one before `fit`"))
+        denoiser = self._denoiser
+
+        def denoise(images: Tensor) -> Tensor:
+            cleaned: Tensor = denoiser(images.to(denoiser.out.weight))
+            return cleaned.to(images)
+
+        return response_of(view, [view.do(Denoise(denoise))], self.judged)
+
+    def labels(self, n_classes: int) -> list[str]:
+        """See :meth:`Group.labels`."""
+        return labels_of(self.interventions(), n_classes)
+
+    def interventions(self) -> list[str]:
+        """One."""
+        return ["denoising"]
+
+    def settings(self) -> dict[str, Any]:
+        """See :meth:`Group.settings`."""
+        return {
+            "width": self.width,
+            "least_steps": self.least_steps,
+            "passes": self.passes,
+            "judged": list(self.judged),
+            "name": self.name,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The denoiser's parameters and what it was built with."""
+        if self._denoiser is None:
+            return {}
+        built = torch.tensor([self._denoiser.channels, *self._denoiser.value_range], dtype=torch.float64)
+        return {**self._denoiser.state_dict(), "built": built}
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Group:
+        """The group with this denoiser."""
+        if not tensors:
+            return self
+        channels, low, high = tensors["built"].tolist()
+        ready = Denoising(**self.settings())
+        ready._denoiser = Denoiser(int(channels), self.width, (low, high))
+        ready._denoiser.load_state_dict({name: value for name, value in tensors.items() if name != "built"})
+        ready._denoiser.eval().requires_grad_(False)
+        return ready
+
+    def to(self, device: torch.device) -> Denoising:
+        """On another device, in place."""
+        if self._denoiser is not None:
+            self._denoiser.to(device)
+        return self

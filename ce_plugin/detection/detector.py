@@ -1,0 +1,379 @@
+"""The detector: an `EvasionDetector` of ART that judges an image by what interventions do to the network's answer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ce_plugin._art import load_art
+from ce_plugin.detection.aggregation import AGGREGATES
+from ce_plugin.detection.benign import Benign
+from ce_plugin.detection.calibration import Calibration
+from ce_plugin.detection.classifier import Protected
+from ce_plugin.detection.explanation import Alarm, explained
+from ce_plugin.detection.fitting import LEAST_CALIBRATION, Recipe, attacked, fit_to, held_out
+from ce_plugin.detection.labels import adversarial_labels
+from ce_plugin.detection.measuring import checked_count, digests, measured
+from ce_plugin.detection.protocol import Array
+from ce_plugin.detection.signature import Signature
+from ce_plugin.detection.state import State
+from ce_plugin.detection.stored import read_detector, write_detector
+from ce_plugin.errors import ArgumentError, InferenceError, InputError, ModelError, expected, unknown_name
+from ce_plugin.interventions.normalization import NormalizationLike
+
+load_art()
+from art.defences.detector.evasion import EvasionDetector  # noqa: E402
+
+__all__ = ["CausalEffectDetector"]
+
+Scores = npt.NDArray[np.float64]
+
+
+class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
+    """Tells adversarial images by the effects of interventions on them.
+
+    An attack moves the network's answer with what it put into the image; interventions that take it out, or push back,
+    then have effects that they do not have on clean images. The detector measures the effects of a
+    :class:`~ce_plugin.detection.Signature` on the logits, asks for each group of interventions how far they lie from
+    those of clean images of the same predicted class (a Mahalanobis distance of effects standardised by class), and
+    adds up what is unusual. The threshold is split-conformal: it holds its false-alarm rate on clean images whatever
+    their distribution. No adversarial images are needed.
+
+    Args:
+        classifier: an ART ``PyTorchClassifier``, or a network from images to logits (N, K).
+        signature: what is measured; None takes :meth:`Signature.of` the images' shape.
+        clip_values: least and greatest value of an image; None takes the classifier's, or (0, 1).
+        normalization: what is done to an image before a network that does not do it itself.
+        fpr: false-alarm rate on clean images at which :meth:`detect` flags, in (0, 1).
+        holdout: share of the clean images that :meth:`fit` keeps for calibration.
+        benign: harmless alterations that are no reason for an alarm; "default" fits their strength to the kind of
+            images, None leaves them out.
+        aggregate: how groups become one score, see :func:`~ce_plugin.detection.aggregation.aggregate`.
+        attacks: attacks that :meth:`fit` runs on its images to learn from: presets ("fgsm", "bim", "pgd", "jsma"),
+            :class:`~ce_plugin.interventions.Adversarial` interventions, or attacks of ART.
+        seed: of everything random.
+
+    Attributes:
+        state: what was learned; None before :meth:`fit`.
+
+    Raises:
+        ModelError: no network.
+        ArgumentError, UnknownNameError: an option that cannot be.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()
+        >>> images = np.random.default_rng(0).random((300, 1, 8, 8), dtype=np.float32)
+        >>> detector = CausalEffectDetector(network)
+        >>> detector.fit(images)
+        >>> report, is_adversarial = detector.detect(images[:5])
+        >>> sorted(report)
+        ['groups', 'p_values', 'predictions', 'scores', 'threshold']
+        >>> is_adversarial.shape
+        (5,)
+
+    Source: the interventions are those of Yang et al., ICIP 2019 (arXiv 1902.03380), Eq. 1, turned from explaining to
+    telling apart; the threshold is that of inductive conformal prediction (Vovk, Gammerman, Shafer 2005).
+    """
+
+    name = "CausalEffectDetector"
+    defence_params = ["aggregate", "attacks", "benign", "fpr", "holdout", "seed", "signature"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        classifier: object,
+        signature: Signature | None = None,
+        *,
+        clip_values: tuple[float, float] | None = None,
+        normalization: NormalizationLike = None,
+        fpr: float = 0.05,
+        holdout: float = 0.3,
+        benign: Benign | str | None = "default",
+        aggregate: str = "soft_square",
+        attacks: Sequence[Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.protected = Protected(classifier, clip_values, normalization)
+        self.signature = signature
+        self.fpr = fpr
+        self.holdout = holdout
+        self.benign = benign
+        self.aggregate = aggregate
+        self.attacks = attacks
+        self.seed = seed
+        self._check_params()
+        self.state: State | None = None
+        self._version: tuple[tuple[int, int], ...] = ()
+
+    def _check_params(self) -> None:
+        """Whether the options can be; ART calls it after `set_params`."""
+        for name in ("fpr", "holdout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+                raise ArgumentError(expected(name, "a float in (0, 1)", repr(value)))
+        if self.aggregate not in AGGREGATES:
+            raise unknown_name("aggregate", self.aggregate, AGGREGATES)
+        if self.signature is not None and not isinstance(self.signature, Signature):
+            raise ArgumentError(expected("signature", "a Signature or None", type(self.signature).__name__))
+        if self.benign not in (None, "default") and not isinstance(self.benign, Benign):
+            raise ArgumentError(expected("benign", 'a Benign, "default" or None', repr(self.benign)))
+        if self.attacks is not None and (isinstance(self.attacks, str) or not len(self.attacks)):
+            raise ArgumentError(expected("attacks", "a list of attacks, or None", repr(self.attacks)))
+
+    def set_params(self, **kwargs: Any) -> None:
+        """Change options; a change of any but ``fpr`` undoes the fit.
+
+        Args:
+            kwargs: options among :attr:`defence_params`.
+
+        Raises:
+            UnknownNameError: another name.
+            ArgumentError: a value that cannot be; nothing is changed then.
+
+        Example:
+            >>> detector = CausalEffectDetector(torch.nn.Flatten())
+            >>> detector.set_params(**{**detector.get_params(), "fpr": 0.01})
+            >>> detector.fpr
+            0.01
+        """
+        unknown = next((name for name in kwargs if name not in self.defence_params), None)
+        if unknown is not None:
+            raise unknown_name("params", unknown, self.defence_params)
+        before = self.get_params()
+        try:
+            super().set_params(**kwargs)
+        except (ArgumentError, ValueError):
+            self.__dict__.update(before)
+            raise
+        if any(name != "fpr" and not _same(before[name], value) for name, value in kwargs.items()):
+            self.state = None
+
+    @property
+    def passes(self) -> float:
+        """Forward passes for one image, a backward pass counting two; before :meth:`fit`, those of small images."""
+        signature = self.signature if self.state is None else self.state.signature
+        return (signature or Signature.small_images()).passes
+
+    def fit(
+        self, x: Array, y: npt.ArrayLike | None = None, batch_size: int = 128, nb_epochs: int = 20, **kwargs: Any
+    ) -> None:
+        """Learn what effects are like on clean images, and calibrate on those that are held out.
+
+        Args:
+            x: images (N, C, H, W), floating point, in image units.
+            y: None: all are clean. Else 0 for clean and 1 for adversarial, (N,), (N, 1) or one-hot (N, 2).
+            batch_size: images at a time; the result does not depend on it.
+            nb_epochs: of what the signature trains, the denoiser.
+            kwargs: of ART's interface, not used.
+
+        Raises:
+            InputError: images or labels that cannot be used, too few clean images, or all of one predicted class.
+            ArgumentError: too few images are held out for ``fpr``.
+        """
+        images = self.protected.images(x)
+        adversarial = torch.as_tensor(adversarial_labels(y, len(images)))
+        size = checked_count("batch_size", batch_size)
+        if bool(adversarial.all()):
+            todo = "The detector learns what clean images are like; adversarial ones are optional."
+            raise InputError(expected("y", "labels with clean images (0) among them", "adversarial ones only", todo))
+        clean, taught = images[~adversarial], images[adversarial] if bool(adversarial.any()) else None
+        names = digests(clean)
+        kept = held_out(names, self.holdout, self.seed)
+        if int(kept.sum()) < LEAST_CALIBRATION:
+            wanted = f"enough clean images that {self.holdout:.0%} held out are {LEAST_CALIBRATION} or more"
+            raise InputError(expected("x", wanted, f"{len(clean)} clean images, of which {int(kept.sum())}"))
+        signature = self.signature or Signature.of(images.shape[1:], self.protected.clip_values)
+        epochs = checked_count("nb_epochs", nb_epochs)
+        recipe = Recipe(signature, self._benign(images.shape[1:]), self.aggregate, self.seed, size, epochs)
+        if self.attacks is not None:
+            made = attacked(self.protected, self.attacks, clean[~kept], size)
+            taught = made if taught is None else torch.cat([taught, made])
+        signature, fitted = fit_to(self.protected, recipe, clean[~kept], taught)
+        held = measured(self.protected, signature, clean[kept], batch_size=size, seed=self.seed)
+        calibration = Calibration(fitted.score(fitted.deviations(held)).numpy())
+        calibration.threshold(self.fpr)  # before anything is replaced: an error leaves the old fit
+        seen = frozenset(name for name, keep in zip(names, kept.tolist(), strict=True) if not keep)
+        shape, fingerprint = tuple(images.shape[1:]), self.protected.fingerprint()
+        self.restore(State(fitted, signature, calibration, shape, seen, fingerprint, self.seed))
+
+    def restore(self, state: State) -> None:
+        """Take over what was learned; :attr:`state` of this detector or of another one on the same network."""
+        self.state, self._version = state, self.protected.version()
+
+    def _benign(self, shape: Sequence[int]) -> Benign | None:
+        return Benign.of(shape, self.protected.clip_values) if isinstance(self.benign, str) else self.benign
+
+    def learned(self) -> State:
+        """What was learned.
+
+        Raises:
+            InferenceError: nothing was.
+            ModelError: the network is not the one that it was learned on.
+        """
+        if self.state is None:
+            todo = "Call `fit(x)` with clean images first."
+            raise InferenceError(expected("detector", "a fitted one", "one that is not fitted", todo))
+        version = self.protected.version()
+        if version != self._version:
+            if self.protected.fingerprint() != self.state.fingerprint:
+                todo = "Fit again: what is usual changes with the network."
+                raise ModelError(expected("classifier", "the network that the detector was fitted on", "another", todo))
+            self._version = version
+        return self.state
+
+    def score(self, x: Array, batch_size: int = 128) -> Scores:
+        """How adversarial images look: greater is more so.
+
+        Args:
+            x: images (N, C, H, W), image units.
+            batch_size: images at a time; the scores do not depend on it.
+
+        Returns:
+            (N,), float64.
+
+        Raises:
+            InferenceError: the detector is not fitted.
+            ModelError: the network has changed since.
+            InputError: images that cannot be used.
+        """
+        state, size = self.learned(), checked_count("batch_size", batch_size)
+        images = state.checked(self.protected, x)
+        return state.scores(state.measured(self.protected, images, size))
+
+    def decision_function(self, x: Array) -> Scores:
+        """Score minus threshold, (N,): above zero is flagged; ready for scikit-learn's metrics with 1 = adversarial."""
+        return self.score(x) - self.threshold
+
+    @property
+    def threshold(self) -> float:
+        """Scores above it are flagged, at the false-alarm rate ``fpr``."""
+        return self.learned().calibration.threshold(self.fpr)
+
+    def detect(
+        self, x: Array, batch_size: int = 128, *, explain: bool = False, layer: str | None = None, **kwargs: Any
+    ) -> tuple[dict[str, Any], npt.NDArray[np.bool_]]:
+        """Flag adversarial images.
+
+        Args:
+            x: images (N, C, H, W), image units.
+            batch_size: images at a time; nothing depends on it.
+            explain: say for each flagged image what raised the alarm.
+            layer: dotted name of a layer whose channels the explanation names.
+            kwargs: of ART's interface, not used.
+
+        Returns:
+            The report, and which images are flagged, (N,), bool. The report holds ``scores`` (N,), conformal
+            ``p_values`` (N,), ``threshold``, ``predictions`` (N,), ``groups`` {name: (N,)}, the groups' standardised
+            distances, and with ``explain`` ``explanations``, one :class:`~ce_plugin.detection.Alarm` or None for each.
+
+        Raises:
+            InferenceError: the detector is not fitted.
+            ModelError: the network has changed since.
+            InputError: images that cannot be used.
+        """
+        state, size = self.learned(), checked_count("batch_size", batch_size)
+        images = state.checked(self.protected, x)
+        threshold = self.threshold
+        sample = state.measured(self.protected, images, size)
+        deviations = state.fitted.deviations(sample)
+        scores: Scores = state.fitted.score(deviations).numpy()
+        flagged = scores > threshold
+        report: dict[str, Any] = {
+            "scores": scores,
+            "p_values": state.calibration.p_values(scores),
+            "threshold": threshold,
+            "predictions": sample.predicted.numpy(),
+            "groups": state.groups(deviations),
+        }
+        if explain:
+            alarms: list[Alarm | None] = [None] * len(images)
+            for i in np.flatnonzero(flagged).tolist():
+                one = slice(i, i + 1)
+                alarms[i] = explained(self.protected, state, sample.select(one), images[one], deviations[i], layer)
+            report["explanations"] = alarms
+        return report, flagged
+
+    def calibrate(self, x: Array, fpr: float | None = None, batch_size: int = 128) -> Calibration:
+        """Calibrate on other clean images than those held out by :meth:`fit`.
+
+        Args:
+            x: clean images (N, C, H, W) that the detector was not fitted on.
+            fpr: false-alarm rate from now on; None keeps it.
+            batch_size: images at a time.
+
+        Returns:
+            The calibration; its ``realised_interval(fpr)`` says where the true false-alarm rate lies.
+
+        Raises:
+            InputError: an image is among those that the detector was fitted on.
+            ArgumentError: these images are too few for the false-alarm rate.
+        """
+        state, size = self.learned(), checked_count("batch_size", batch_size)
+        state = state.recalibrated(self.protected, state.checked(self.protected, x), size)
+        rate = self.fpr if fpr is None else fpr
+        state.calibration.threshold(rate)
+        self.state, self.fpr = state, rate
+        return state.calibration
+
+    def score_tensor(self, images: Tensor) -> Tensor:
+        """The scores (N,), with a gradient with respect to the images: what an attacker lowers.
+
+        Args:
+            images: (N, C, H, W), image units.
+
+        Raises:
+            InferenceError: not fitted.
+            ArgumentError: a group of the signature has no gradient.
+        """
+        return self.learned().score_tensor(self.protected, images)
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write what was learned to a file, without the network and without pickled code.
+
+        Args:
+            path: the file.
+            force: replace a file that exists.
+
+        Raises:
+            InferenceError: not fitted.
+            FileError: the file exists, or cannot be written.
+        """
+        self.learned()
+        return write_detector(path, self, force=force)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], classifier: object, *, normalization: NormalizationLike = None
+    ) -> CausalEffectDetector:
+        """The detector in a file, on the classifier that it was fitted on.
+
+        Args:
+            path: the file.
+            classifier, normalization: as for the constructor.
+
+        Raises:
+            FileError: no such file, or not one of a detector.
+            ModelError: another classifier.
+        """
+        return read_detector(path, cls, classifier, normalization)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Scores of the held-out images; None before :meth:`fit`."""
+        return None if self.state is None else self.state.calibration
+
+    def __repr__(self) -> str:
+        state = "not fitted" if self.state is None else repr(self.calibration)
+        return f"CausalEffectDetector({state}, fpr={self.fpr:g}, passes={self.passes:g})"
+
+
+def _same(mine: object, theirs: object) -> bool:
+    return mine is theirs or bool(mine == theirs)

@@ -1,0 +1,202 @@
+"""What a detector has learned from images, and how it turns what interventions do into a score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ce_plugin.detection.aggregation import aggregate, fit_weights
+from ce_plugin.detection.group import Response
+from ce_plugin.detection.reference import EffectDistance
+from ce_plugin.detection.reversal import Reversal
+from ce_plugin.detection.view import leading_logits
+from ce_plugin.randomness import generator
+
+__all__ = ["Fitted", "Judge", "Sample", "learn"]
+
+_FOLDS = 4
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Measured images.
+
+    Args:
+        responses: of each group.
+        idle: logits without any intervention, (N, K).
+    """
+
+    responses: dict[str, Response]
+    idle: Tensor
+
+    @property
+    def predicted(self) -> Tensor:
+        """Classes, (N,)."""
+        return self.idle.detach().argmax(1)
+
+    def __len__(self) -> int:
+        return len(self.idle)
+
+    def select(self, rows: Tensor | slice) -> Sample:
+        """Some of them."""
+        responses = {name: one.select(rows) for name, one in self.responses.items()}
+        return Sample(responses, self.idle[rows])
+
+    @staticmethod
+    def joined(samples: list[Sample]) -> Sample:
+        """Several one after the other."""
+        names = samples[0].responses
+        responses = {name: Response.joined([one.responses[name] for one in samples]) for name in names}
+        return Sample(responses, torch.cat([one.idle for one in samples]))
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The two ways in which a group can be unusual.
+
+    Args:
+        distance: of effects and idle logits from those of clean images; None where the group has no effects.
+        reversal: what its interventions take from the predicted class beyond the usual; None where it has no margins.
+    """
+
+    distance: EffectDistance | None
+    reversal: Reversal | None
+
+    @classmethod
+    def fit(cls, response: Response, sample: Sample) -> Judge:
+        """Learn from clean images."""
+        n_classes = sample.idle.shape[1]
+        has = response.effects.shape[1], response.margins.shape[1]
+        distance = EffectDistance.fit(_beside(response, sample), sample.predicted, n_classes) if has[0] else None
+        return cls(distance, Reversal.fit(response.margins, sample.idle) if has[1] else None)
+
+    def __call__(self, response: Response, sample: Sample) -> Tensor:
+        """Distance, then each reversal, (N, 1 + S), float64."""
+        columns = []
+        if self.distance is not None:
+            columns.append(self.distance(_beside(response, sample), sample.predicted)[:, None])
+        if self.reversal is not None:
+            columns.append(self.reversal(response.margins, sample.idle))
+        return torch.cat(columns, 1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What has to be stored."""
+        distance = {} if self.distance is None else self.distance.tensors()
+        reversal = {} if self.reversal is None else self.reversal.tensors()
+        return {**_under("distance", distance), **_under("reversal", reversal)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Judge:
+        """What :meth:`tensors` gave."""
+        distance, reversal = _inside("distance", tensors), _inside("reversal", tensors)
+        return cls(
+            EffectDistance.from_tensors(distance) if distance else None, Reversal(**reversal) if reversal else None
+        )
+
+    def to(self, device: torch.device) -> Judge:
+        """The same on another device."""
+        return Judge(
+            None if self.distance is None else self.distance.to(device),
+            None if self.reversal is None else self.reversal.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A judge for each group, what its verdicts are like on clean images, and their weights.
+
+    Args:
+        judges: group -> judge.
+        center, spread: mean and standard deviation of each verdict on clean images that the judge was not fitted on,
+            (D,), float64.
+        weights: of the verdicts, (D,), float64.
+        how: see :func:`~ce_plugin.detection.aggregation.aggregate`.
+    """
+
+    judges: dict[str, Judge] = field(repr=False)
+    center: Tensor = field(repr=False)
+    spread: Tensor = field(repr=False)
+    weights: Tensor
+    how: str
+
+    def deviations(self, sample: Sample) -> Tensor:
+        """Every verdict, centred and scaled on clean images, (N, D), float64."""
+        raw = _verdicts(self.judges, sample)
+        return (raw - self.center) / self.spread
+
+    def score(self, deviations: Tensor) -> Tensor:
+        """The scores (N,), float64."""
+        return aggregate(deviations, self.how, self.weights)
+
+    def to(self, device: torch.device) -> Fitted:
+        """The same on another device."""
+        judges = {name: one.to(device) for name, one in self.judges.items()}
+        return Fitted(judges, self.center.to(device), self.spread.to(device), self.weights.to(device), self.how)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What has to be stored."""
+        inner = {key: value for name, one in self.judges.items() for key, value in _under(name, one.tensors()).items()}
+        return {**inner, "center": self.center, "spread": self.spread, "weights": self.weights}
+
+    @classmethod
+    def from_tensors(cls, names: tuple[str, ...], tensors: Mapping[str, Any], how: str) -> Fitted:
+        """What :meth:`tensors` gave."""
+        judges = {name: Judge.from_tensors(_inside(name, tensors)) for name in names}
+        return cls(judges, tensors["center"], tensors["spread"], tensors["weights"], how)
+
+
+def learn(clean: Sample, altered: Sample | None, adversarial: Sample | None, *, how: str, seed: int) -> Fitted:
+    """Learn what clean images are like; with attacked ones, also how much each verdict tells.
+
+    Centre and spread of the verdicts come from images that the judge was not fitted on (four folds), for on its own
+    images every distance is too small.
+
+    Args:
+        clean: clean images.
+        altered: harmless alterations of the same images, one each, in the same order, or None.
+        adversarial: attacked images, or None.
+        how: of :func:`~ce_plugin.detection.aggregation.aggregate`.
+        seed: of the folds.
+    """
+    folds = torch.arange(len(clean)) % _FOLDS
+    folds = folds[torch.randperm(len(clean), generator=generator(seed, "folds"))]
+    parts = []
+    for fold in range(_FOLDS):
+        judges = _fit(clean, altered, (folds != fold).nonzero().squeeze(1))
+        parts.append(_verdicts(judges, clean.select((folds == fold).nonzero().squeeze(1))))
+    held_out = torch.cat(parts)
+    center, spread = held_out.mean(0), held_out.std(0).clamp_min(1e-9)
+    judges = _fit(clean, altered, torch.arange(len(clean)))
+    weights = torch.ones(len(center), dtype=torch.float64)
+    if adversarial is not None:
+        attacked = (_verdicts(judges, adversarial) - center) / spread
+        weights = fit_weights((held_out - center) / spread, attacked, how)
+    return Fitted(judges, center, spread, weights, how)
+
+
+def _fit(clean: Sample, altered: Sample | None, rows: Tensor) -> dict[str, Judge]:
+    parts = [clean.select(rows), *([altered.select(rows)] if altered is not None else [])]
+    sample = Sample.joined(parts)
+    return {name: Judge.fit(response, sample) for name, response in sample.responses.items()}
+
+
+def _verdicts(judges: dict[str, Judge], sample: Sample) -> Tensor:
+    return torch.cat([judge(sample.responses[name], sample) for name, judge in judges.items()], 1)
+
+
+def _beside(response: Response, sample: Sample) -> Tensor:
+    """Effects beside the idle logits: a distance then sees whether an effect fits the answer that it changed."""
+    return torch.cat([response.effects, leading_logits(sample.idle).to(response.effects)], 1)
+
+
+def _under(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{name}/{key}": value for key, value in tensors.items()}
+
+
+def _inside(name: str, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    start = f"{name}/"
+    return {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}

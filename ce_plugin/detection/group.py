@@ -1,0 +1,133 @@
+"""What a group of interventions is: what it does to a batch of images, and from which sides that is judged."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ce_plugin.detection.classifier import Protected
+from ce_plugin.detection.view import View, effects_on_logits, margin_under, outcome_names
+from ce_plugin.errors import ArgumentError, expected
+from ce_plugin.interventions import Smooth
+
+__all__ = ["SIDES", "Group", "Response", "checked_sides", "labels_of", "response_of", "smooth_settings"]
+
+# "distance": are the effects unlike those of clean images, in any way? "reversal": does an intervention take more of
+# the predicted class's margin than from clean images?
+SIDES = ("distance", "reversal")
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a group's interventions did to a batch of images.
+
+    Args:
+        effects: (N, F), judged from both sides by their distance from those of clean images; F may be 0.
+        margins: of the predicted class under each of S interventions, (N, S), judged from one side: does an
+            intervention take away more than usual? S may be 0.
+        answers: the class that each of the S interventions leaves as the answer, (N, S).
+    """
+
+    effects: Tensor
+    margins: Tensor
+    answers: Tensor
+
+    def select(self, rows: Tensor | slice) -> Response:
+        """That of some of the images."""
+        return Response(self.effects[rows], self.margins[rows], self.answers[rows])
+
+    def detached(self) -> Response:
+        """Without gradients, on the CPU."""
+        return Response(self.effects.detach().cpu(), self.margins.detach().cpu(), self.answers.detach().cpu())
+
+    @staticmethod
+    def joined(parts: Sequence[Response]) -> Response:
+        """Those of several batches, one after the other."""
+        columns = zip(*((one.effects, one.margins, one.answers) for one in parts), strict=True)
+        return Response(*(torch.cat(column) for column in columns))
+
+
+class Group(ABC):
+    """Interventions whose effects are judged together: one distance, one place in the report.
+
+    Attributes:
+        name: what reports call it.
+        passes: what it costs for one image, in forward passes of the network (a backward pass counts as two), the
+            idle run not included.
+        differentiable: whether its effects have a gradient with respect to the images.
+    """
+
+    name: str
+    passes: float
+    differentiable: bool = True
+
+    @abstractmethod
+    def respond(self, view: View) -> Response:
+        """What the group's interventions do to a batch of images."""
+
+    @abstractmethod
+    def labels(self, n_classes: int) -> list[str]:
+        """What each of the F effects is, in words: "Smooth.gauss(1.0) on the logit of class 3"."""
+
+    @abstractmethod
+    def interventions(self) -> list[str]:
+        """The S interventions whose margins are looked at, in words."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make this group again, as JSON takes them."""
+
+    def prepared(self, protected: Protected, images: Tensor, *, n_epochs: int, seed: int) -> Group:
+        """The group, having learned what it needs from clean images (N, C, H, W); most need nothing."""
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it has learned."""
+        return {}
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Group:
+        """The group with what :meth:`tensors` gave."""
+        return self
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+        return f"{type(self).__name__}({inside})"
+
+
+def response_of(view: View, runs: Sequence[Tensor], judged: Sequence[str]) -> Response:
+    """Effects, margins and answers of interventions with these logits, as far as they are judged."""
+    nothing = view.logits[:, :0]
+    logits = torch.stack(list(runs), 1) if runs else None
+    if logits is None:
+        return Response(nothing, nothing, nothing.long())
+    effects = torch.cat([effects_on_logits(run, view.logits) for run in runs], 1) if "distance" in judged else nothing
+    if "reversal" not in judged:
+        return Response(effects, nothing, nothing.long())
+    return Response(effects, margin_under(logits, view.logits), logits.argmax(2))
+
+
+def checked_sides(judged: Sequence[str]) -> tuple[str, ...]:
+    """From which sides a group is judged.
+
+    Raises:
+        ArgumentError: none, or unknown ones.
+    """
+    if isinstance(judged, str) or not judged or not set(judged) <= set(SIDES):
+        raise ArgumentError(expected("judged", f"one or more of {SIDES}", repr(judged)))
+    return tuple(side for side in SIDES if side in judged)
+
+
+def smooth_settings(smooth: Smooth) -> dict[str, Any]:
+    """The arguments that make a smoothing again, as JSON takes them."""
+    return {"steps": [list(step) for step in smooth.steps], "value_range": list(smooth.value_range)}
+
+
+def labels_of(interventions: Sequence[str], n_classes: int) -> list[str]:
+    """One label for each intervention and outcome."""
+    outcomes = outcome_names(n_classes, "class {}".format)
+    return [f"{one} on {outcome}" for one in interventions for outcome in outcomes]

@@ -1,0 +1,160 @@
+"""The signature of an image: effects of named groups of interventions on the network's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ce_plugin.detection.benign import SMALL
+from ce_plugin.detection.classifier import Protected
+from ce_plugin.detection.denoising_group import Denoising
+from ce_plugin.detection.fitted import Fitted
+from ce_plugin.detection.group import Group, Response
+from ce_plugin.detection.groups import CounterAttack, PixelMasking, Smoothing
+from ce_plugin.detection.node_groups import Interchange, NodeZeroing
+from ce_plugin.detection.view import View
+from ce_plugin.errors import ArgumentError, FileError, expected
+from ce_plugin.interventions import Smooth
+
+__all__ = ["Signature"]
+
+_KINDS: dict[str, type[Group]] = {
+    one.__name__: one for one in (Smoothing, CounterAttack, Denoising, PixelMasking, NodeZeroing, Interchange)
+}
+
+
+class Signature:
+    """Which interventions a detector looks at, in groups.
+
+    Args:
+        groups: their names differ.
+
+    Attributes:
+        groups: as given.
+        passes: forward passes for one image, the idle run included; a backward pass counts as two.
+        differentiable: whether every group is.
+
+    Raises:
+        ArgumentError: no group, or two of one name.
+
+    Example:
+        >>> signature = Signature([Smoothing("blur", [Smooth.gauss(1.0)]), CounterAttack()])
+        >>> signature.passes
+        4
+        >>> Signature.small_images().names
+        ('denoising', 'counter-attack', 'filters')
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = tuple(groups)
+        if not self.groups or not all(isinstance(group, Group) for group in self.groups):
+            got = [type(group).__name__ for group in self.groups]
+            raise ArgumentError(expected("groups", "at least one Group, and nothing else", got))
+        if len(set(self.names)) < len(self.names):
+            raise ArgumentError(expected("groups", "groups of different names", list(self.names), "Pass `name=`."))
+
+    @classmethod
+    def of(cls, shape: Sequence[int], value_range: tuple[float, float] = (0.0, 1.0)) -> Signature:
+        """The default for images of a shape (C, H, W): small pictures, or photographs."""
+        small = min(shape[-2:]) <= SMALL
+        return cls.small_images(value_range) if small else cls.photographs(value_range)
+
+    @classmethod
+    def small_images(cls, value_range: tuple[float, float] = (0.0, 1.0)) -> Signature:
+        """For pictures of some ten pixels a side, such as digits."""
+        low, high = value_range
+        unit = high - low
+        filters = [
+            Smooth.median(2, value_range=value_range),
+            Smooth.stretch(low + 0.25 * unit, high - 0.25 * unit, value_range=value_range),
+        ]
+        counter = CounterAttack(steps=(0.05 * unit,), value_range=value_range)
+        return cls([Denoising(), counter, Smoothing("filters", filters, judged=("reversal",))])
+
+    @classmethod
+    def photographs(cls, value_range: tuple[float, float] = (0.0, 1.0)) -> Signature:
+        """For photographs of a hundred pixels a side and more."""
+        unit = value_range[1] - value_range[0]
+        filters = [
+            Smooth.median(3, value_range=value_range),
+            Smooth.jpeg(50, value_range=value_range),
+            Smooth.gauss(1.0, value_range=value_range),
+            Smooth.bits(3, value_range=value_range),
+        ]
+        counter = CounterAttack(steps=(unit / 255,), value_range=value_range)
+        return cls([counter, Smoothing("filters", filters)])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The groups' names."""
+        return tuple(group.name for group in self.groups)
+
+    @property
+    def passes(self) -> float:
+        """Forward passes for one image."""
+        return 1 + sum(group.passes for group in self.groups)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether the effects of every group have a gradient."""
+        return all(group.differentiable for group in self.groups)
+
+    def measure(self, view: View) -> dict[str, Response]:
+        """What every group does to a batch of images."""
+        return {group.name: group.respond(view) for group in self.groups}
+
+    def prepared(self, protected: Protected, images: Tensor, *, n_epochs: int, seed: int) -> Signature:
+        """The signature, its groups having learned what they need from clean images (N, C, H, W)."""
+        return Signature([one.prepared(protected, images, n_epochs=n_epochs, seed=seed) for one in self.groups])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the groups have learned."""
+        return {f"{one.name}/{key}": value for one in self.groups for key, value in one.tensors().items()}
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Signature:
+        """The signature with what :meth:`tensors` gave."""
+        groups = []
+        for one in self.groups:
+            start = f"{one.name}/"
+            own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+            groups.append(one.with_tensors(own))
+        return Signature(groups)
+
+    def verdicts(self, fitted: Fitted) -> list[str]:
+        """What each column of :meth:`Fitted.deviations` is: a group, or one of its interventions by its margin."""
+        names = []
+        for one in self.groups:
+            judge = fitted.judges[one.name]
+            names += [one.name] * (judge.distance is not None)
+            names += [f"{one.name}: {what}" for what in one.interventions()] * (judge.reversal is not None)
+        return names
+
+    def settings(self) -> list[dict[str, Any]]:
+        """What :meth:`from_settings` makes the signature of again, as JSON takes it."""
+        return [{"kind": type(group).__name__, **group.settings()} for group in self.groups]
+
+    @classmethod
+    def from_settings(cls, settings: Sequence[dict[str, Any]]) -> Signature:
+        """The signature whose :meth:`settings` these are.
+
+        Raises:
+            FileError: a group of a kind that this version does not know.
+        """
+        groups = []
+        for one in settings:
+            kind = one["kind"]
+            if kind not in _KINDS:
+                raise FileError(expected("path", f"a signature of groups among {sorted(_KINDS)}", repr(kind)))
+            groups.append(_KINDS[kind](**{name: value for name, value in one.items() if name != "kind"}))
+        return cls(groups)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Signature) and self.settings() == other.settings()
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def __repr__(self) -> str:
+        return f"Signature([{', '.join(map(repr, self.groups))}])"
