@@ -75,6 +75,18 @@ def test_dropout_uncertainty_is_the_variance_over_passes() -> None:
     p = torch.stack([(flat * mask / 0.6 @ weight.T).softmax(1) for mask in masks])
     wanted = p.var(0, correction=0).sum(1)
     torch.testing.assert_close(detector._uncertainty(x)[:, 0], wanted)
+    assert detector.passes == 2  # dropout stands in front of the last layer: the rest need not be run again
+
+
+def test_dropout_elsewhere_runs_the_whole_network_and_comes_to_the_same() -> None:
+    """A layer that changes nothing between dropout and the last layer hides that the rest could run once."""
+    plain = network(dropout=True).eval()
+    hidden = nn.Sequential(plain[0], plain[1], nn.LeakyReLU(1.0), plain[2])
+    x = torch.tensor(images(5))
+    short, long = KernelDensity(plain, n_passes=4), KernelDensity(hidden, n_passes=4)
+    torch.testing.assert_close(short._uncertainty(x), long._uncertainty(x))
+    assert (short.passes, long.passes) == (2.0, 5.0)
+    assert not any(m._forward_hooks for m in hidden.modules())
 
 
 def test_dropped_channels_are_whole_and_as_many_as_asked_for() -> None:

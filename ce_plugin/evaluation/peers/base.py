@@ -20,6 +20,7 @@ from ce_plugin.randomness import numpy_generator
 __all__ = ["DifferentiablePeer", "Peer", "StatisticsPeer"]
 
 _FIT_BATCH = 128
+_FIT_VALUES = 2**22  # pixel values in a batch of large images while fitting: 27 photographs of 224 x 224
 _FOLDS = 5
 
 
@@ -118,7 +119,8 @@ class Peer(ABC):
         like = next((tensor for tensor in tensors if tensor.is_floating_point()), images)
         return images.to(like.device, like.dtype)
 
-    def _batches(self, images: Array, batch_size: int = _FIT_BATCH) -> Iterator[Tensor]:
+    def _batches(self, images: Array, batch_size: int | None = None) -> Iterator[Tensor]:
+        batch_size = batch_size or max(8, min(_FIT_BATCH, _FIT_VALUES // images[0].size))
         for start in range(0, len(images), batch_size):
             yield self._on_network(torch.as_tensor(np.array(images[start : start + batch_size])))
 
@@ -189,10 +191,12 @@ class StatisticsPeer(Peer):
         for k in range(_FOLDS):
             rows = np.flatnonzero(fold == k)
             reference = self._learn(_rows(read, clean[fold[clean] != k]))
-            for some in np.array_split(rows, -(-len(rows) // _FIT_BATCH)):
-                (batch,) = self._batches(images[some])
+            start = 0
+            for batch in self._batches(images[rows]):
+                some = rows[start : start + len(batch)]
                 parts.append(self._statistics(batch, _rows(read, some), reference).double().cpu().numpy())
                 order.append(some)
+                start += len(batch)
         found: Array = np.concatenate(parts)[np.argsort(np.concatenate(order))]
         return found
 

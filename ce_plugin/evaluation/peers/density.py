@@ -70,6 +70,10 @@ class KernelDensity(DifferentiablePeer, StatisticsPeer):
         n_passes: T; the paper takes 50.
         seed: draws the folds and the dropped-out networks.
 
+    Attributes:
+        passes: T + 1; 2 where the only dropout stands right in front of the last layer, which is found when the first
+            images are seen.
+
     Raises:
         ArgumentError: a bandwidth or number of passes that is not positive.
 
@@ -148,13 +152,34 @@ class KernelDensity(DifferentiablePeer, StatisticsPeer):
         if not self.dropouts:
             return images.new_zeros((len(images), 0), dtype=torch.float64)
         squares = total = torch.zeros(1, dtype=torch.float64, device=images.device)
+        tail = self._tail(images)
         for number in range(self.n_passes):
-            with ExitStack() as hooks:
-                for place, module in enumerate(self.dropouts):
-                    hooks.callback(module.register_forward_hook(self._dropping(module, number, place)).remove)
-                p = self.network(images).double().softmax(1)
+            if tail is None:
+                with ExitStack() as hooks:
+                    for place, module in enumerate(self.dropouts):
+                        hooks.callback(module.register_forward_hook(self._dropping(module, number, place)).remove)
+                    p = self.network(images).double().softmax(1)
+            else:
+                last, hidden = tail
+                p = last(self._dropping(self.dropouts[0], number, 0)(last, None, hidden)).double().softmax(1)
             squares, total = squares + p.square(), total + p
+        self.passes = 1.0 + self.n_passes if tail is None else 2.0
         return (squares / self.n_passes - (total / self.n_passes).square()).sum(1, keepdim=True)
+
+    def _tail(self, images: Tensor) -> tuple[nn.Linear, Tensor] | None:
+        """The last layer and what it takes, where the only dropout stands right in front of it: the rest runs once."""
+        linear = [m for m in self.network.modules() if isinstance(m, nn.Linear)]
+        dropped: list[Tensor] = []
+        found: list[tuple[nn.Linear, Tensor, Tensor]] = []
+        with ExitStack() as hooks:
+            for dropout in self.dropouts:
+                hooks.callback(dropout.register_forward_hook(lambda m, i, value: dropped.append(value)).remove)
+            for module in linear:
+                hooks.callback(module.register_forward_hook(lambda m, i, value: found.append((m, i[0], value))).remove)
+            logits = self.network(images)
+        if len(dropped) != 1 or not found or found[-1][1] is not dropped[0] or found[-1][2] is not logits:
+            return None
+        return found[-1][0], dropped[0]
 
     def _dropping(self, module: nn.Module, number: int, place: int) -> Callable[..., Tensor]:
         """A hook that drops values as the module would in training, in one pass the same ones of every image."""
