@@ -93,7 +93,9 @@ def _mnist() -> Split:
     rows: dict[str, list[npt.NDArray[np.int64]]] = {part: [] for part in MNIST_COUNTS}
     for digit in range(10):
         order = draw.permutation(np.flatnonzero(y == digit))
-        for part, chosen in zip(MNIST_COUNTS, np.split(order, np.cumsum(list(MNIST_COUNTS.values()))[:-1]), strict=True):
+        for part, chosen in zip(
+            MNIST_COUNTS, np.split(order, np.cumsum(list(MNIST_COUNTS.values()))[:-1]), strict=True
+        ):
             rows[part].append(chosen)
     mixed = {part: draw.permutation(np.concatenate(chosen)) for part, chosen in rows.items()}
     return {part: (x[chosen], y[chosen]) for part, chosen in mixed.items()}

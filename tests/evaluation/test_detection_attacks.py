@@ -119,11 +119,11 @@ class TestCarlini:
         near = CarliniL2(linear(), steps=8, max_iter=80).generate(images, goal)
         l2 = np.linalg.norm((near - images).reshape(12, -1), axis=1)
         assert np.allclose(l2, margins(images) / WEIGHTS.norm().item(), rtol=0.05, atol=0.01)
-        small = CarliniLInf(linear(), rounds=40).generate(images, goal)
+        small = CarliniLInf(linear()).generate(images, goal)
         linf = np.abs(small - images).reshape(12, -1).max(1)
         least = margins(images) / WEIGHTS.abs().sum().item()
         assert (linf >= least - 1e-4).all()
-        assert np.mean(linf / (least + 0.005)) < 1.3
+        assert np.mean(linf / (least + 0.005)) < 1.2
 
     @pytest.mark.parametrize("confidence", [0.0, 0.5, 1.0])
     def test_confidence_is_a_lead_in_logits(self, confidence: float) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,6 +16,7 @@ import numpy.typing as npt
 from torch import nn
 
 from ce_plugin.errors import ArgumentError, FileError, InputError, expected
+from ce_plugin.evaluation.detection.attacked import Attacked
 from ce_plugin.evaluation.detection.estimators import CountedNetwork, build_attack, build_estimator, predict
 from ce_plugin.guard import state_guard
 from ce_plugin.randomness import derived_seed
@@ -80,85 +79,6 @@ class AttackSpec:
         return known
 
 
-@dataclass(frozen=True)
-class Attacked:
-    """Images after an attack, as a file of eight bits would hold them; only correctly classified ones were attacked.
-
-    Args:
-        spec: the attack, as :meth:`AttackSpec.described` writes it.
-        images: (N, C, H, W), uint8: every image that was tried, successful or not.
-        index: (N,), where each stands among the images that were offered.
-        labels: (N,), the true classes, which the network gave for the clean images.
-        predicted: (N,), the classes that it gives now.
-        stretch: (N,), the factor by which each perturbation was lengthened before it was rounded.
-        l2: (N,), Euclidean norm of the change, values in [0, 1].
-        linf: (N,), greatest change of a value.
-        changed: (N,), number of pixels that changed, in whichever channel.
-        forwards: images that went through the network while attacking, per image.
-        seconds: time the attack took, all images together.
-    """
-
-    spec: dict[str, Any] = field(repr=False)
-    images: npt.NDArray[np.uint8] = field(repr=False)
-    index: npt.NDArray[np.int64] = field(repr=False)
-    labels: npt.NDArray[np.int64] = field(repr=False)
-    predicted: npt.NDArray[np.int64] = field(repr=False)
-    stretch: npt.NDArray[np.float64] = field(repr=False)
-    l2: npt.NDArray[np.float64] = field(repr=False)
-    linf: npt.NDArray[np.float64] = field(repr=False)
-    changed: npt.NDArray[np.int64] = field(repr=False)
-    forwards: float
-    seconds: float
-
-    @property
-    def success(self) -> npt.NDArray[np.bool_]:
-        """Which images the network takes for another class, after rounding, (N,)."""
-        successful: npt.NDArray[np.bool_] = self.predicted != self.labels
-        return successful
-
-    def adversarial(self) -> npt.NDArray[np.float32]:
-        """The successful ones, (S, C, H, W), float32 in [0, 1]."""
-        images: npt.NDArray[np.float32] = self.images[self.success].astype(np.float32) / np.float32(255)
-        return images
-
-    def sources(self) -> npt.NDArray[np.int64]:
-        """Where the clean image of each successful one stands among those offered, (S,)."""
-        return self.index[self.success]
-
-    def save(self, file: FilePath, key: str = "") -> None:
-        """Write everything to one compressed file, whole or not at all."""
-        target = Path(file)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f"{target.name}.{os.getpid()}.part")
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
-        about = json.dumps({"key": key, "spec": self.spec, "forwards": self.forwards, "seconds": self.seconds})
-        with draft.open("wb") as stream:
-            np.savez_compressed(stream, about=np.array(about), **arrays)
-        draft.replace(target)
-
-    @classmethod
-    def load(cls, file: FilePath, key: str | None = None) -> Attacked:
-        """Read a file that :meth:`save` wrote.
-
-        Raises:
-            FileError: there is none, it is damaged, or it was made under another key.
-        """
-        try:
-            with np.load(Path(file), allow_pickle=False) as stored:
-                about = json.loads(str(stored["about"]))
-                arrays = {name: stored[name] for name in _ARRAYS}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            todo = "Make it again."
-            raise FileError(expected("file", "a file of attacked images", f"{str(file)!r} ({error})", todo)) from error
-        if key is not None and about["key"] != key:
-            todo = "It was made with other settings, another network or other images: make it again."
-            raise FileError(expected("file", f"one made under the key {key}", about["key"], todo))
-        return cls(about["spec"], **arrays, forwards=about["forwards"], seconds=about["seconds"])
-
-
-_ARRAYS = ("images", "index", "labels", "predicted", "stretch", "l2", "linf", "changed")
-
-
 def attack_images(
     spec: AttackSpec, network: nn.Module, images: Array, labels: Array, *, seed: int = 0, order: Array | None = None
 ) -> Attacked:
@@ -209,22 +129,26 @@ def attack_images(
         parts.append((*_rounded(spec, network, images[index], labels[index], crafted), index))
         if sum(int((part[1] != labels[part[3]]).sum()) for part in parts) >= spec.enough:
             break
-    found, predicted, stretch, index = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    change = found.astype(np.float64) / 255 - images[index]
-    flat = np.abs(change).reshape(len(change), -1)
-    return Attacked(
-        spec=spec.described(),
-        images=found,
-        index=index.astype(np.int64),
-        labels=labels[index].astype(np.int64),
-        predicted=predicted,
-        stretch=stretch,
-        l2=np.sqrt((flat**2).sum(1)),
-        linf=flat.max(1),
-        changed=(np.abs(change).max(1) > 1e-3).reshape(len(change), -1).sum(1),
-        forwards=counted.images / len(index),
-        seconds=time.perf_counter() - start,
-    )
+    measured = _measured([np.concatenate(columns) for columns in zip(*parts, strict=True)], images, labels)
+    forwards = counted.images / len(measured["index"])
+    return Attacked(spec.described(), **measured, forwards=forwards, seconds=time.perf_counter() - start)
+
+
+def _measured(columns: list[Array], images: Array, labels: Array) -> dict[str, Array]:
+    """The columns of :class:`Attacked`, from what was found, what it is taken for, its stretch, and its index."""
+    found, predicted, stretch, index = columns
+    change = np.abs(found.astype(np.float64) / 255 - images[index])
+    flat = change.reshape(len(change), -1)
+    return {
+        "images": found,
+        "index": index.astype(np.int64),
+        "labels": labels[index].astype(np.int64),
+        "predicted": predicted,
+        "stretch": stretch,
+        "l2": np.sqrt((flat**2).sum(1)),
+        "linf": flat.max(1),
+        "changed": (change.max(1) > 1e-3).reshape(len(change), -1).sum(1),
+    }
 
 
 def cached_attack(

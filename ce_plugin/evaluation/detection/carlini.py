@@ -116,14 +116,15 @@ class CarliniL2:
 class CarliniLInf:
     """An image whose greatest change is small: what exceeds a limit is punished, and the limit is lowered.
 
-    min over w of sum max(0, |x'(w) - x| - tau) + c max(0, margin(x')); where it succeeds, tau becomes 0.9 of the
+    min over w of sum max(0, |x'(w) - x| - tau) + c max(0, margin(x')); where it succeeds, tau becomes ``shrink`` of the
     greatest change; where it fails, c is raised, up to ``largest``.
 
     Args:
         network: images (N, ...) in [0, 1] to logits.
         rounds: values of (tau, c) that are tried.
         max_iter: steps of Adam for each, each round from where the last success was.
-        rate: of Adam.
+        rate: of Adam in the first round, falling to a tenth in the last.
+        shrink: what the limit is lowered to, as a share of the change found.
         initial: the first c.
         largest: the last c.
 
@@ -143,6 +144,7 @@ class CarliniLInf:
     rounds: int = 24
     max_iter: int = 20
     rate: float = 0.1
+    shrink: float = 0.8
     initial: float = 1.0
     largest: float = 1000.0
 
@@ -152,9 +154,10 @@ class CarliniLInf:
         count = len(clean)
         limit, weight = torch.full((count,), 0.5), torch.full((count,), self.initial)
         nearest, best, start = torch.full((count,), torch.inf), clean.clone(), _to_free(clean)
-        for _ in range(self.rounds):
+        for turn in range(self.rounds):
             free = start.clone().requires_grad_()
-            adam = torch.optim.Adam([free], lr=self.rate)
+            # Late rounds make small changes: great steps would jump across the limit.
+            adam = torch.optim.Adam([free], lr=self.rate * (1 - 0.9 * turn / self.rounds))
             before = nearest.clone()
             for _ in range(self.max_iter):
                 images = _to_images(free)
@@ -171,6 +174,6 @@ class CarliniLInf:
             # Until a first success each round goes on from where the last one ended.
             never = nearest.isinf()
             start[never] = free.detach()[never]
-            limit = torch.where(found, 0.9 * torch.minimum(limit, nearest), limit)
+            limit = torch.where(found, self.shrink * torch.minimum(limit, nearest), limit)
             weight = torch.where(found, weight, (weight * 4).clamp_max(self.largest))
         return best.numpy()

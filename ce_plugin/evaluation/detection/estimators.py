@@ -97,8 +97,7 @@ def _quick_classifier() -> type[Any]:
         def class_gradient(
             self, x: Array, label: Any = None, training_mode: bool = False, **kwargs: Any
         ) -> npt.NDArray[np.float32]:
-            images = torch.from_numpy(np.array(x, dtype=np.float32)).requires_grad_()
-            scores = self.model(images)
+            images, scores = self._graph(np.array(x, dtype=np.float32))
             if label is None:
                 wanted = torch.arange(self.nb_classes).expand(len(x), -1)
             else:
@@ -107,10 +106,18 @@ def _quick_classifier() -> type[Any]:
             columns = []
             for column in range(wanted.shape[1]):
                 total = scores.gather(1, wanted[:, column : column + 1]).sum()
-                (gradient,) = torch.autograd.grad(total, images, retain_graph=column + 1 < wanted.shape[1])
+                (gradient,) = torch.autograd.grad(total, images, retain_graph=True)
                 columns.append(gradient)
             gradients: npt.NDArray[np.float32] = torch.stack(columns, 1).numpy()
             return gradients
+
+        def _graph(self, x: npt.NDArray[np.float32]) -> tuple[Tensor, Tensor]:
+            """Images and their scores, with what leads from one to the other: one pass for all classes asked for."""
+            last = self.__dict__.get("last_graph")
+            if last is None or not np.array_equal(last[0], x):
+                images = torch.from_numpy(x.copy()).requires_grad_()
+                last = self.__dict__["last_graph"] = (x, images, self.model(images))
+            return last[1], last[2]
 
     return QuickClassifier
 

@@ -62,18 +62,15 @@ def _sign(name: str, attack: str, eps: float, tries: int, enough: int, chunk: in
     return AttackSpec(name, "sign", "linf", attack, {"eps": eps, **settings}, tries=tries, enough=enough, chunk=chunk)
 
 
-def _bounded(bounds: dict[str, float], tries: int, enough: int, chunk: int) -> list[AttackSpec]:
-    """FGSM, BIM and PGD for each bound."""
-    made = []
-    for attack, start in (("FastGradientMethod", 0), ("BasicIterativeMethod", 0), ("ProjectedGradientDescent", 1)):
-        short = {"FastGradientMethod": "fgsm", "BasicIterativeMethod": "bim", "ProjectedGradientDescent": "pgd"}[attack]
-        for words, eps in bounds.items():
-            steps: dict[str, Any] = {}
-            if short == "bim":
-                steps = {"eps_step": eps / 10, "max_iter": 20}
-            elif short == "pgd":
-                steps = {"eps_step": eps / 16, "max_iter": 40, "num_random_init": start}
-            made.append(_sign(f"{short}-{words}", attack, eps, tries, enough, chunk, **steps))
+def _bounded(bounds: dict[str, float], steps: tuple[int, int], tries: int, enough: int, chunk: int) -> list[AttackSpec]:
+    """FGSM, BIM and PGD for each bound; BIM goes twice as far as its bound, PGD two and a half times."""
+    made = [_sign(f"fgsm-{words}", "FastGradientMethod", eps, tries, enough, chunk) for words, eps in bounds.items()]
+    for words, eps in bounds.items():
+        settings = {"eps_step": 2 * eps / steps[0], "max_iter": steps[0]}
+        made.append(_sign(f"bim-{words}", "BasicIterativeMethod", eps, tries, enough, chunk, **settings))
+    for words, eps in bounds.items():
+        settings = {"eps_step": 2.5 * eps / steps[1], "max_iter": steps[1], "num_random_init": 1}
+        made.append(_sign(f"pgd-{words}", "ProjectedGradientDescent", eps, tries, enough, chunk, **settings))
     return made
 
 
@@ -86,7 +83,7 @@ def _query(name: str, norm: str, attack: str, settings: dict[str, Any], **counts
 
 
 _SMALL = (
-    *_bounded({"0.1": 0.1, "0.3": 0.3}, tries=1000, enough=250, chunk=50),
+    *_bounded({"0.1": 0.1, "0.3": 0.3}, (20, 40), tries=1000, enough=250, chunk=50),
     _minimal("deepfool", "l2", "DeepFool", {"max_iter": 50, "epsilon": 0.02}, tries=300, enough=250, chunk=50),
     AttackSpec(
         "jsma", "sparse", "l0", "SaliencyMapMethod", {"theta": 1.0, "gamma": 0.15},
@@ -113,16 +110,50 @@ _SMALL = (
     ),
     AttackSpec(
         "patch", "patch", "none", "AdversarialPatchLearnt",
-        {"scale": 0.4, "rotation": 22.5, "rate": 0.05, "max_iter": 60, "batch": 50}, tries=400, chunk=400, apart=True,
+        {"scale": 0.45, "rotation": 22.5, "rate": 0.05, "max_iter": 40, "batch": 50}, tries=600, chunk=600, apart=True,
     ),
     _minimal("elasticnet", "l1", "ElasticNet",
              {"binary_search_steps": 3, "max_iter": 40, "initial_const": 10.0, "beta": 0.01, "learning_rate": 0.05},
              tries=240, enough=205, chunk=50),
-    _minimal("cw-linf", "linf", "CarliniLInf", {}, tries=240, enough=205, chunk=15),
+    _minimal("cw-linf", "linf", "CarliniLInf", {"rounds": 24, "max_iter": 20, "rate": 0.1, "shrink": 0.8},
+             tries=240, enough=205, chunk=15),
     _query("hopskipjump", "l2", "HopSkipJump", {"norm": 2, "max_iter": 10, "max_eval": 1000, "init_eval": 100},
            tries=220, enough=205, chunk=1, stretch=_STRETCH),
     AttackSpec("pixel-20", "sparse", "l0", "PixelAttack", {"th": 20, "es": 1, "max_iter": 20},
                tries=500, enough=205, chunk=1),
 )  # fmt: skip
-_IMAGENET = (*_bounded({"2": 2 / 255, "4": 4 / 255, "8": 8 / 255}, tries=100, enough=80, chunk=20),)
+_PHOTOGRAPHS = {"tries": 80, "enough": 56, "chunk": 16}
+_IMAGENET = (
+    *_bounded({"2": 2 / 255, "4": 4 / 255, "8": 8 / 255}, (10, 20), **_PHOTOGRAPHS),
+    _minimal("deepfool", "l2", "DeepFool", {"max_iter": 20, "epsilon": 0.02, "nb_grads": 5},
+             tries=64, enough=56, chunk=1),
+    _sign("autoattack-4", "AutoAttackCapped", 4 / 255, steps=20, restarts=1, queries=200, **_PHOTOGRAPHS),
+    *[
+        _minimal(f"cw-l2-{confidence}", "l2", "CarliniL2",
+                 {"confidence": float(confidence), "steps": 3, "max_iter": 20, "rate": 0.02, "initial": 4.0},
+                 tries=64, enough=56, chunk=8)
+        for confidence in (0, 5, 20)
+    ],
+    AttackSpec(
+        "patch", "patch", "none", "AdversarialPatchLearnt",
+        {"scale": 0.3, "rotation": 22.5, "rate": 0.05, "max_iter": 12, "batch": 16}, tries=64, chunk=64, apart=True,
+    ),
+    _query("square-8", "linf", "SquareAttack", {"eps": 8 / 255, "max_iter": 500, "nb_restarts": 1}, **_PHOTOGRAPHS),
+    AttackSpec(
+        "spatial", "spatial", "none", "SpatialTransformation",
+        {"max_translation": 10, "num_translations": 3, "max_rotation": 30, "num_rotations": 9},
+        tries=80, enough=56, chunk=1, apart=True,
+    ),
+    AttackSpec("jsma", "sparse", "l0", "SaliencyMapMethod", {"theta": 1.0, "gamma": 0.002},
+               tries=64, enough=56, chunk=16, aims=True),
+    _minimal("cw-linf", "linf", "CarliniLInf", {"rounds": 10, "max_iter": 8, "rate": 0.03, "shrink": 0.8},
+             tries=64, enough=56, chunk=8),
+    _minimal("elasticnet", "l1", "ElasticNet",
+             {"binary_search_steps": 2, "max_iter": 20, "initial_const": 10.0, "beta": 0.01, "learning_rate": 0.02},
+             tries=64, enough=56, chunk=4),
+    _query("hopskipjump", "l2", "HopSkipJump", {"norm": 2, "max_iter": 5, "max_eval": 300, "init_eval": 100},
+           tries=64, enough=56, chunk=1, stretch=_STRETCH),
+    AttackSpec("pixel-100", "sparse", "l0", "PixelAttack", {"th": 100, "es": 1, "max_iter": 5},
+               tries=64, enough=56, chunk=1),
+)  # fmt: skip
 _SUITES = {"small": _SMALL, "imagenet": _IMAGENET}
