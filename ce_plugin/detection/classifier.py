@@ -59,7 +59,8 @@ class Protected(nn.Module):
             raise ArgumentError(expected("clip_values", "(low, high) with low < high", (low, high)))
         self.network = network
         # Where layers' names are looked up: without the wrapper that ART's preprocessing needs.
-        self._named = (network.model if network is not classifier else network,)
+        inner = network.model if network is not classifier else network
+        self._named: tuple[nn.Module] = (inner if isinstance(inner, nn.Module) else network,)
         self.clip_values = (float(low), float(high))
         self.normalization = Normalization.of(normalization)
 
@@ -134,8 +135,7 @@ class Protected(nn.Module):
         Raises:
             UnknownNameError: there is none.
         """
-        known = dict(self._named[0].named_modules())
+        known: dict[str, nn.Module] = dict(self._named[0].named_modules())
         if layer not in known:
             raise unknown_name("layer", layer, (name for name in known if name))
-        found: nn.Module = known[layer]
-        return found
+        return known[layer]

@@ -51,11 +51,8 @@ def adversarial_labels(y: npt.ArrayLike | None, n_images: int) -> npt.NDArray[np
     if odd.size:
         got = "values " + " and ".join(f"{value:g}" for value in odd[:2])
         raise InputError(expected("y", _FORMS, got, "Classes of the images are not wanted here."))
-    if labels.ndim == 1:
-        adversarial: npt.NDArray[np.bool_] = labels == 1
-        return adversarial
-    if not (labels.sum(1) == 1).all():
+    if labels.ndim == 2 and not (labels.sum(1) == 1).all():
         got = f"{int((labels.sum(1) != 1).sum())} rows that do not have exactly one 1"
         raise InputError(expected("y", _FORMS, got))
-    adversarial = labels[:, 1] == 1
+    adversarial: npt.NDArray[np.bool_] = (labels if labels.ndim == 1 else labels[:, 1]) == 1
     return adversarial

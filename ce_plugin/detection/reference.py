@@ -33,8 +33,8 @@ class ClassScale:
         >>> effects = torch.tensor([[1.0], [2.0], [3.0], [40.0]], dtype=torch.float64)
         >>> scale = ClassScale.fit(effects, torch.tensor([0, 0, 0, 1]), n_classes=3)
         >>> scale.center[2].item()  # a class without images has everyone's median
-        2.0
-        >>> scale.standardised(torch.tensor([[2.0]]), torch.tensor([2])).item()
+        2.5
+        >>> scale.standardised(torch.tensor([[2.5]]), torch.tensor([2])).item()
         0.0
     """
 
