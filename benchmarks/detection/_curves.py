@@ -69,8 +69,8 @@ def _scores(one: Result, panel: str) -> tuple[np.ndarray, np.ndarray]:
     sets = one.sheets["all"].sets
     if panel != WORST_CASE:
         return sets["clean"].scores, sets[f"attack {panel}"].scores
-    attacks = (
-        [] if one.evaluation is None else [name for name, tried in one.evaluation.attacks.items() if not tried.apart]
-    )
-    found = worst_case_scores({name: (sets[f"attack {name}"].ids, sets[f"attack {name}"].scores) for name in attacks})
+    tried = {} if one.evaluation is None else one.evaluation.attacks
+    scored = {name: sets[f"attack {name}"] for name, each in tried.items() if not each.apart}
+    rows = {name: np.isin(each.ids, one.among) for name, each in scored.items()}
+    found = worst_case_scores({name: (each.ids[rows[name]], each.scores[rows[name]]) for name, each in scored.items()})
     return sets["clean"].scores, found.scores

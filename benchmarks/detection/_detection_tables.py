@@ -36,8 +36,8 @@ _SUMMARY = (
     "AUROC over the attacks that bound or minimise a norm: mean, and worst with the attack it belongs to. TPR: share "
     "of attacked images that are detected where 1 % or 5 % of the correctly classified clean images are flagged, mean "
     "over attacks. Worst case per image: a detector is credited for an image only with the attack that it detects "
-    "least (MEAD). Brackets: 95 % bootstrap intervals; images are drawn with everything that was made of them, the "
-    "same for all classifiers, attacks and detectors. Best mean first."
+    "least (MEAD), over the images that every attack was tried on. Brackets: 95 % bootstrap intervals; images are "
+    "drawn with everything that was made of them, the same for all classifiers, attacks and detectors. Best mean first."
 )
 _BY_ATTACK = (
     "AUROC, mean over classifiers. Attacks that bound no norm (apart) count in no mean. Fewer successes than are "

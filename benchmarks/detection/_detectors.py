@@ -18,6 +18,8 @@ from ce_plugin.evaluation.peers import PEERS
 OURS = "causal-effects"
 LIMITS = {"ml-loo": 600}
 """Clean images to fit and calibrate on, for detectors that take hundreds of passes an image."""
+LABELS = {"kernel-density": "kernel density"}
+"""Of detectors whose name depends on the network: with dropout it is KD+BU."""
 _WATCHED = (
     "ce_plugin.detection",
     "ce_plugin.evaluation.peers",
@@ -53,7 +55,7 @@ def label(name: str) -> str:
     """What tables call it."""
     if name == OURS:
         return "**causal effects (ours)**"
-    return str(getattr(PEERS[name], "name", name))
+    return LABELS.get(name) or str(getattr(PEERS[name], "name", name))
 
 
 def version(detector: Detector) -> str:

@@ -43,8 +43,8 @@ class Group:
     def of(cls, setting: Setting) -> Group:
         """Without results yet."""
         problem, clean = setting.problem, len(setting.material.clean)
-        tried, keep = dict(setting.tried), dict(setting.keep)
-        return cls(problem.name, problem.seed, setting.accuracy, clean, setting.missing, tried, keep)
+        tried = {name: len(ids) for name, ids in setting.tried.items()}
+        return cls(problem.name, problem.seed, setting.accuracy, clean, setting.missing, tried, dict(setting.keep))
 
 
 @dataclass
@@ -99,7 +99,8 @@ class Outcome:
             for protocol in ("P3", "P2", "P4", "P1")
             for name, one in self.pooled(problem, protocol).items()
         ]
-        return {"needed": NEEDED, "classifiers": classifiers, "mean_over_classifiers": means}
+        whole: dict[str, Any] = _rounded({"needed": NEEDED, "classifiers": classifiers, "means": means})
+        return whole
 
 
 def _evaluations(results: Sequence[Result]) -> list[Evaluation]:
@@ -107,10 +108,24 @@ def _evaluations(results: Sequence[Result]) -> list[Evaluation]:
 
 
 def _row(one: Result) -> dict[str, Any]:
+    """One classifier: of each attack the number of successes and the AUROC; intervals stand with the means."""
     row: dict[str, Any] = {name: getattr(one, name) for name in ("protocol", "detector", "passes", "seconds", "error")}
     if one.evaluation is not None:
-        row |= one.evaluation.to_dict()
+        row |= {name: getattr(one.evaluation, name) for name in ("mean", "worst", "worst_attack", "tpr_1", "tpr_5")}
+        attacks = {name: tried.figures for name, tried in one.evaluation.attacks.items()}
+        row["attacks"] = {n: [f.n_attacked, None if f.auroc is None else f.auroc.value] for n, f in attacks.items()}
     if one.alarms is not None:
-        rates = {name: [rate.to_dict() for rate in rates] for name, rates in one.alarms.rates.items()}
-        row["false_alarms"] = {"rates": rates, "due": one.alarms.due, "n_calibration": one.alarms.n_calibration}
+        row["n_calibration"], row["due"] = one.alarms.n_calibration, one.alarms.due
+        row["false_alarms"] = {
+            name: [f"{rate.n_flagged} of {rate.n}" for rate in rates] for name, rates in one.alarms.rates.items()
+        }
     return row
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits behind the point are more than the intervals allow."""
+    if isinstance(value, float):
+        return round(value, 5)
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, (list, tuple)) else value

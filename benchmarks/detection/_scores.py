@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 import traceback
@@ -50,7 +51,7 @@ class Setting:
         problem: name and seed, classifier.
         material: what protocols draw on.
         missing: attacks that have not been made, or were made with other settings.
-        tried: attack -> images that were attacked.
+        tried: attack -> ids of the images that were attacked.
         accuracy: of the classifier on the test images.
         keep: altered set -> share of images that keep their class.
     """
@@ -58,9 +59,14 @@ class Setting:
     problem: Problem
     material: Material
     missing: tuple[str, ...]
-    tried: Mapping[str, int]
+    tried: Mapping[str, np.ndarray]
     accuracy: float
     keep: Mapping[str, float]
+
+    def among(self) -> np.ndarray:
+        """Images that every attack was tried on, attacks apart from the others left out."""
+        known = [ids for name, ids in self.tried.items() if not self.material.attacks[name].apart]
+        return functools.reduce(np.intersect1d, known)
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class Result:
         passes: forward passes for one image.
         seconds: time for one image.
         sheets: task -> scores.
+        among: ids of the images that every attack was tried on.
         error: why it broke off.
     """
 
@@ -86,6 +93,7 @@ class Result:
     passes: float | None = None
     seconds: float | None = None
     sheets: Mapping[str, Sheet] = field(default_factory=dict, repr=False)
+    among: np.ndarray = field(default_factory=lambda: np.arange(0), repr=False)
     error: str = ""
 
 
@@ -111,7 +119,7 @@ def setting(problem: Problem, cache: str | None) -> Setting:
 
 def _attacks(
     problem: Problem, part: str, cache: str | None
-) -> tuple[dict[str, ImageSet], tuple[str, ...], dict[str, int]]:
+) -> tuple[dict[str, ImageSet], tuple[str, ...], dict[str, np.ndarray]]:
     images, labels = problem.images[part], problem.labels[part]
     found, missing, tried = {}, [], {}
     for spec in specs(problem.name, part):
@@ -121,7 +129,7 @@ def _attacks(
         except FileError:
             missing.append(spec.name)
             continue
-        tried[spec.name] = len(made.success)
+        tried[spec.name] = made.index
         pictures = made.images[made.success]
         found[spec.name] = ImageSet(spec.name, pictures, made.sources(), spec.family, spec.apart)
     return found, tuple(missing), tried
@@ -156,10 +164,11 @@ def result(
         needed=NEEDED[problem.name],
         apart=[one.name for one in material.attacks.values() if one.apart],
         worst_case=protocol != "P1",
+        among=setting.among(),
     )
     one = sheets[tasks[0].key]
     alarms = false_alarms(one) if tasks[0].alarms else None
-    return Result(*about, figures, alarms, one.passes, one.seconds, sheets)
+    return Result(*about, figures, alarms, one.passes, one.seconds, sheets, setting.among())
 
 
 def _sheet(setting: Setting, protocol: str, name: str, task: Task, cache: str | None, make: bool) -> Sheet | None:

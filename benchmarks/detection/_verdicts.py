@@ -34,6 +34,9 @@ def bars(outcome: Outcome) -> Table:
             rows.append([where, f"{what} at least {number(least)}", interval(figure), _met(figure.value >= least)])
     rows += [row for problem in outcome.problems() for row in _promised(outcome, problem)]
     words = [] if rows else ["Ours has not been scored yet."]
+    wanting = [f"{TITLES[group.problem]} ({group.seed})" for group in outcome.groups if group.missing]
+    if rows and wanting:
+        words.append(f"Preliminary: attacks have not been made for {', '.join(wanting)}.")
     return Table("What was asked for in advance", words, ["where", "asked", "found", ""], rows)
 
 

@@ -302,6 +302,14 @@ def test_worst_case_takes_of_each_image_the_least_score_of_attacks_that_count() 
     assert found.worst_case.figures.auroc is not None
     expected = roc_auc_score(np.repeat([0, 1], 100), np.r_[clean, least])
     assert found.worst_case.figures.auroc.value == pytest.approx(expected)
+    few = evaluate((task,), {"all": sheet}, ImageDraws(100, 50), detector="d", needed=9, apart=["apart"], among=ids[:9])
+    assert few.worst_case is not None
+    assert few.worst_case.figures.auroc is not None
+    assert few.worst_case.figures.n_attacked == 9
+    expected = roc_auc_score(np.repeat([0, 1], (100, 9)), np.r_[clean, clean[:9] + 20])
+    assert few.worst_case.figures.auroc.value == pytest.approx(expected)
+    none = evaluate((task,), {"all": sheet}, ImageDraws(100, 50), detector="d", needed=9, among=np.array([500]))
+    assert none.worst_case is None
     without = evaluate((task,), {"all": sheet}, ImageDraws(100, 50), detector="d", worst_case=False)
     assert without.worst_case is None
 

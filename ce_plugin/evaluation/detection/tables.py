@@ -88,6 +88,7 @@ def evaluate(
     needed: int = 200,
     apart: Sequence[str] = (),
     worst_case: bool = True,
+    among: npt.NDArray[np.int64] | None = None,
     level: float = 0.95,
 ) -> Evaluation:
     """The figures of one detector for one classifier.
@@ -103,6 +104,8 @@ def evaluate(
         needed: successes, and clean images, below which an attack is not evaluated.
         apart: attacks that are in no mean and no worst case.
         worst_case: whether to take of each image the attack that is detected least.
+        among: ids of the images that every attack was tried on, to which the worst case is confined; None is all.
+            An image that few attacks were tried on would look easier than it is.
         level: coverage of the intervals.
 
     Raises:
@@ -136,10 +139,10 @@ def evaluate(
         if keys not in sides:
             sides[keys] = CleanScores(clean.scores, clean.ids, draws, RATES), len(clean.ids)
         tried[name] = _tried(detector, name, sides[keys][0], attacked[name], needed, level, name in apart)
-    counted = {name: one for name, one in attacked.items() if name not in apart and len(one.ids)}
+    counted = {name: one for name, one in attacked.items() if name not in apart}
     least = None
-    if worst_case and counted:
-        found = worst_case_scores({name: (one.ids, one.scores) for name, one in counted.items()})
+    if worst_case and any(len(_among(one, among)[0]) for one in counted.values()):
+        found = worst_case_scores({name: _among(one, among) for name, one in counted.items()})
         side = next(iter(sides.values()))[0]
         least = _tried(detector, WORST_CASE, side, Scored(found.ids, found.scores), needed, level, False)
     return _summed(tried, least, level)
@@ -184,6 +187,12 @@ def _of_tasks(sheets: Sequence[Sheet], name: str, ranked: bool) -> tuple[Scored,
             clean.append(below)
             attacked.append(above)
     return _joined(clean), _joined(attacked)
+
+
+def _among(one: Scored, ids: npt.NDArray[np.int64] | None) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Ids and scores of some of the images."""
+    rows = np.ones(len(one.ids), bool) if ids is None else np.isin(one.ids, ids)
+    return one.ids[rows], one.scores[rows]
 
 
 def _share_below(order: Floats, scores: Floats) -> Floats:
