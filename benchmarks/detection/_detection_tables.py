@@ -58,7 +58,7 @@ def _pairs(outcome: Outcome) -> list[tuple[str, str]]:
 def _introduction(outcome: Outcome) -> Table:
     protocols = "; ".join(f"**{name}** {what}" for name, what in PROTOCOLS.items())
     words = [
-        "Attacks by ART, rounded to eight bits; successful ones on correctly classified test images only. Detectors "
+        "Attacks run through ART, rounded to eight bits; successful ones on correctly classified images. Detectors "
         "are fitted, calibrated and tried on disjoint images; choices during development were made on others again. "
         f"Protocols: {protocols}. P1 and P4 learn from attacks on one half of the test images and are tried on the "
         "other half, and the other way round.",
