@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         self._check_params()
         self.state: State | None = None
         self._version: tuple[tuple[int, int], ...] = ()
+        self._learnt: tuple[object, State] | None = None
 
     def _check_params(self) -> None:
         """Whether the options can be; ART calls it after `set_params`."""
@@ -190,26 +192,50 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         if int(kept.sum()) < LEAST_CALIBRATION:
             wanted = f"enough clean images that {self.holdout:.0%} held out are {LEAST_CALIBRATION} or more"
             raise InputError(expected("x", wanted, f"{len(clean)} clean images, of which {int(kept.sum())}"))
-        signature = self.signature or Signature.of(images.shape[1:], self.protected.clip_values)
         epochs = checked_count("nb_epochs", nb_epochs)
-        recipe = Recipe(signature, self._benign(images.shape[1:]), self.aggregate, self.seed, size, epochs)
+        state = self._learn(clean, names, kept, size, epochs)
         if self.attacks is not None:
             made = attacked(self.protected, self.attacks, clean[~kept], size)
             taught = made if taught is None else torch.cat([taught, made])
-        signature, fitted = fit_to(self.protected, recipe, clean[~kept], taught)
-        held = measured(self.protected, signature, clean[kept], batch_size=size, seed=self.seed)
-        calibration = Calibration(fitted.score(fitted.deviations(held)).numpy())
-        calibration.threshold(self.fpr)  # before anything is replaced: an error leaves the old fit
+        if taught is not None:
+            state = state.taught(self.protected, taught, size)
+        state.calibration.threshold(self.fpr)  # before anything is replaced: an error leaves the old fit
+        self.restore(state)
+
+    def _learn(self, clean: Tensor, names: list[int], kept: Tensor, batch_size: int, n_epochs: int) -> State:
+        """What clean images teach; kept, so that fitting again with other attacked images beside them is quick."""
+        shape, fingerprint = tuple(clean.shape[1:]), self.protected.fingerprint()
+        signature = self.signature or Signature.of(shape, self.protected.clip_values)
+        benign = Benign.of(shape, self.protected.clip_values) if isinstance(self.benign, str) else self.benign
+        recipe = Recipe(signature, benign, self.aggregate, self.seed, batch_size, n_epochs)
+        key = (repr(replace(recipe, batch_size=1)), self.holdout, tuple(sorted(names)), fingerprint)
+        if self._learnt is not None and self._learnt[0] == key:
+            return self._learnt[1]
+        signature, fitted = fit_to(self.protected, recipe, clean[~kept])
+        held = measured(self.protected, signature, clean[kept], batch_size=batch_size, seed=self.seed)
         seen = frozenset(name for name, keep in zip(names, kept.tolist(), strict=True) if not keep)
-        shape, fingerprint = tuple(images.shape[1:]), self.protected.fingerprint()
-        self.restore(State(fitted, signature, calibration, shape, seen, fingerprint, self.seed))
+        state = State(fitted, signature, fitted.deviations(held), shape, seen, fingerprint, self.seed)
+        self._learnt = (key, state)
+        return state
+
+    def teach(self, x: Array, batch_size: int = 128) -> None:
+        """Learn from attacked images, after :meth:`fit`, how much each verdict tells.
+
+        Args:
+            x: adversarial images (N, C, H, W), image units.
+            batch_size: images at a time.
+
+        Raises:
+            InferenceError: the detector is not fitted.
+            ModelError: the network has changed since.
+            InputError: images that cannot be used.
+        """
+        state, size = self.learned(), checked_count("batch_size", batch_size)
+        self.restore(state.taught(self.protected, state.checked(self.protected, x), size))
 
     def restore(self, state: State) -> None:
         """Take over what was learned; :attr:`state` of this detector or of another one on the same network."""
         self.state, self._version = state, self.protected.version()
-
-    def _benign(self, shape: Sequence[int]) -> Benign | None:
-        return Benign.of(shape, self.protected.clip_values) if isinstance(self.benign, str) else self.benign
 
     def learned(self) -> State:
         """What was learned.
@@ -246,7 +272,7 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         """
         state, size = self.learned(), checked_count("batch_size", batch_size)
         images = state.checked(self.protected, x)
-        return state.scores(state.measured(self.protected, images, size))
+        return state.scores(self.protected, images, size)
 
     def decision_function(self, x: Array) -> Scores:
         """Score minus threshold, (N,): above zero is flagged; ready for scikit-learn's metrics with 1 = adversarial."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ce_plugin.randomness import generator
 __all__ = ["Fitted", "Judge", "Sample", "learn"]
 
 _FOLDS = 4
+_OWN = ("center", "spread", "weights", "usual")
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Fitted:
         center, spread: mean and standard deviation of each verdict on clean images that the judge was not fitted on,
             (D,), float64.
         weights: of the verdicts, (D,), float64.
+        usual: deviations of these clean images, (n, D).
         how: see :func:`~ce_plugin.detection.aggregation.aggregate`.
     """
 
@@ -121,6 +123,7 @@ class Fitted:
     center: Tensor = field(repr=False)
     spread: Tensor = field(repr=False)
     weights: Tensor
+    usual: Tensor = field(repr=False)
     how: str
 
     def deviations(self, sample: Sample) -> Tensor:
@@ -132,25 +135,31 @@ class Fitted:
         """The scores (N,), float64."""
         return aggregate(deviations, self.how, self.weights)
 
+    def taught(self, attacked: Tensor) -> Fitted:
+        """The same with the weights that tell these deviations of attacked images, (M, D), from those of clean ones."""
+        return replace(self, weights=fit_weights(self.usual, attacked, self.how))
+
     def to(self, device: torch.device) -> Fitted:
         """The same on another device."""
         judges = {name: one.to(device) for name, one in self.judges.items()}
-        return Fitted(judges, self.center.to(device), self.spread.to(device), self.weights.to(device), self.how)
+        center, spread, weights, usual = (getattr(self, name).to(device) for name in _OWN)
+        return Fitted(judges, center, spread, weights, usual, self.how)
 
     def tensors(self) -> dict[str, Tensor]:
         """What has to be stored."""
         inner = {key: value for name, one in self.judges.items() for key, value in _under(name, one.tensors()).items()}
-        return {**inner, "center": self.center, "spread": self.spread, "weights": self.weights}
+        return {**inner, **{name: getattr(self, name) for name in _OWN}}
 
     @classmethod
     def from_tensors(cls, names: tuple[str, ...], tensors: Mapping[str, Any], how: str) -> Fitted:
         """What :meth:`tensors` gave."""
         judges = {name: Judge.from_tensors(_inside(name, tensors)) for name in names}
-        return cls(judges, tensors["center"], tensors["spread"], tensors["weights"], how)
+        center, spread, weights, usual = (tensors[name] for name in _OWN)
+        return cls(judges, center, spread, weights, usual, how)
 
 
-def learn(clean: Sample, altered: Sample | None, adversarial: Sample | None, *, how: str, seed: int) -> Fitted:
-    """Learn what clean images are like; with attacked ones, also how much each verdict tells.
+def learn(clean: Sample, altered: Sample | None, *, how: str, seed: int) -> Fitted:
+    """Learn what clean images are like.
 
     Centre and spread of the verdicts come from images that the judge was not fitted on (four folds), for on its own
     images every distance is too small.
@@ -158,7 +167,6 @@ def learn(clean: Sample, altered: Sample | None, adversarial: Sample | None, *, 
     Args:
         clean: clean images.
         altered: harmless alterations of the same images, one each, in the same order, or None.
-        adversarial: attacked images, or None.
         how: of :func:`~ce_plugin.detection.aggregation.aggregate`.
         seed: of the folds.
     """
@@ -171,11 +179,8 @@ def learn(clean: Sample, altered: Sample | None, adversarial: Sample | None, *, 
     held_out = torch.cat(parts)
     center, spread = held_out.mean(0), held_out.std(0).clamp_min(1e-9)
     judges = _fit(clean, altered, torch.arange(len(clean)))
-    weights = torch.ones(len(center), dtype=torch.float64)
-    if adversarial is not None:
-        attacked = (_verdicts(judges, adversarial) - center) / spread
-        weights = fit_weights((held_out - center) / spread, attacked, how)
-    return Fitted(judges, center, spread, weights, how)
+    usual = (held_out - center) / spread
+    return Fitted(judges, center, spread, torch.ones_like(center), usual, how)
 
 
 def _fit(clean: Sample, altered: Sample | None, rows: Tensor) -> dict[str, Judge]:

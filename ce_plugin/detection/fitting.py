@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ce_plugin.detection.benign import Benign
 from ce_plugin.detection.classifier import Protected
-from ce_plugin.detection.fitted import Fitted, Sample, learn
+from ce_plugin.detection.fitted import Fitted, learn
 from ce_plugin.detection.measuring import digests, measured
 from ce_plugin.detection.signature import Signature
 from ce_plugin.errors import InputError, expected
@@ -101,8 +101,8 @@ def _adversarial(protected: Protected, attack: Any, batch_size: int) -> Adversar
     return Adversarial(attack, batch_size=batch_size)
 
 
-def fit_to(protected: Protected, recipe: Recipe, clean: Tensor, adversarial: Tensor | None) -> tuple[Signature, Fitted]:
-    """Learn from clean images, and from attacked ones where there are any.
+def fit_to(protected: Protected, recipe: Recipe, clean: Tensor) -> tuple[Signature, Fitted]:
+    """Learn from clean images.
 
     Returns:
         The signature with what its groups have learned, and what its effects are like.
@@ -117,7 +117,7 @@ def fit_to(protected: Protected, recipe: Recipe, clean: Tensor, adversarial: Ten
     with protected.guarded(), torch.no_grad():
         _check_enough(torch.cat([protected(part).argmax(1) for part in torch.split(clean, recipe.batch_size)]))
     signature = recipe.signature.prepared(protected, clean, n_epochs=recipe.n_epochs, seed=recipe.seed)
-    sample = _measured(protected, signature, recipe, clean)
+    sample = measured(protected, signature, clean, batch_size=recipe.batch_size, seed=recipe.seed, ids=names)
     altered = None
     if recipe.benign is not None:
         benign = recipe.benign
@@ -128,12 +128,7 @@ def fit_to(protected: Protected, recipe: Recipe, clean: Tensor, adversarial: Ten
         altered = measured(
             protected, signature, clean, batch_size=recipe.batch_size, seed=recipe.seed, altered=alter, ids=names
         )
-    attacks = None if adversarial is None else _measured(protected, signature, recipe, adversarial)
-    return signature, learn(sample, altered, attacks, how=recipe.aggregate, seed=recipe.seed)
-
-
-def _measured(protected: Protected, signature: Signature, recipe: Recipe, images: Tensor) -> Sample:
-    return measured(protected, signature, images, batch_size=recipe.batch_size, seed=recipe.seed)
+    return signature, learn(sample, altered, how=recipe.aggregate, seed=recipe.seed)
 
 
 def _check_enough(predicted: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +31,7 @@ class State:
     Args:
         fitted: what clean images' effects are like.
         signature: what is measured, with what its groups have trained.
-        calibration: scores of held-out images.
+        held: deviations of the images that calibrate it, (n, D).
         shape: of an image, (C, H, W).
         seen: digests of the images that it was fitted on.
         fingerprint: of the network.
@@ -39,11 +40,24 @@ class State:
 
     fitted: Fitted
     signature: Signature
-    calibration: Calibration
+    held: Tensor = field(repr=False)
     shape: tuple[int, ...]
     seen: frozenset[int] = field(repr=False)
     fingerprint: str
     seed: int
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """The scores of the images that calibrate it."""
+        return Calibration(self.fitted.score(self.held).numpy())
+
+    def deviations(self, protected: Protected, images: Tensor, batch_size: int) -> Tensor:
+        """Every verdict on images, centred and scaled on clean ones, (N, D)."""
+        return self.fitted.deviations(self.measured(protected, images, batch_size))
+
+    def taught(self, protected: Protected, images: Tensor, batch_size: int) -> State:
+        """The same, with weights that tell these attacked images from clean ones."""
+        return replace(self, fitted=self.fitted.taught(self.deviations(protected, images, batch_size)))
 
     def checked(self, protected: Protected, x: object) -> Tensor:
         """The user's images, of the shape that the detector was fitted on."""
@@ -56,9 +70,9 @@ class State:
         """What the signature finds in images."""
         return measured(protected, self.signature, images, batch_size=batch_size, seed=self.seed)
 
-    def scores(self, sample: Sample) -> npt.NDArray[np.float64]:
-        """Scores (N,) of measured images."""
-        scores: npt.NDArray[np.float64] = self.fitted.score(self.fitted.deviations(sample)).numpy()
+    def scores(self, protected: Protected, images: Tensor, batch_size: int) -> npt.NDArray[np.float64]:
+        """Scores (N,) of images."""
+        scores: npt.NDArray[np.float64] = self.fitted.score(self.deviations(protected, images, batch_size)).numpy()
         return scores
 
     def score_tensor(self, protected: Protected, images: Tensor) -> Tensor:
@@ -86,7 +100,7 @@ class State:
         if again:
             todo = "On its own images every distance is too small, and the threshold would be, too."
             raise InputError(expected("x", "images that the detector was not fitted on", f"{again} that it was", todo))
-        return replace(self, calibration=Calibration(self.scores(self.measured(protected, images, batch_size))))
+        return replace(self, held=self.deviations(protected, images, batch_size))
 
     def groups(self, deviations: Tensor) -> dict[str, npt.NDArray[np.float64]]:
         """The columns of the verdicts (N, D) by name."""

@@ -11,7 +11,6 @@ import torch
 
 from ce_plugin._version import __version__
 from ce_plugin.detection.benign import Benign
-from ce_plugin.detection.calibration import Calibration
 from ce_plugin.detection.fitted import Fitted
 from ce_plugin.detection.signature import Signature
 from ce_plugin.detection.state import State
@@ -45,7 +44,7 @@ def write_detector(path: str | os.PathLike[str], detector: CausalEffectDetector,
         "holdout": detector.holdout,
         "seed": detector.seed,
         "benign": asdict(detector.benign) if isinstance(detector.benign, Benign) else detector.benign,
-        "calibration": torch.as_tensor(state.calibration.scores.copy()),
+        "held": state.held,
         "seen": torch.tensor(sorted(state.seen), dtype=torch.int64),
         "probe": detector.protected.probe(state.shape),
         **{f"fitted/{key}": value for key, value in state.fitted.tensors().items()},
@@ -81,9 +80,8 @@ def read_detector(
     _check_network(detector, values)
     learned = signature.with_tensors(_inside("signature/", values))
     fitted = Fitted.from_tensors(signature.names, _inside("fitted/", values), values["aggregate"])
-    calibration = Calibration(values["calibration"].numpy())
     shape, seen = tuple(values["shape"]), frozenset(values["seen"].tolist())
-    detector.restore(State(fitted, learned, calibration, shape, seen, values["fingerprint"], values["seed"]))
+    detector.restore(State(fitted, learned, values["held"], shape, seen, values["fingerprint"], values["seed"]))
     return detector
 
 
