@@ -4,62 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Union
 
 import torch
 from torch import Tensor
 
-from ce_plugin.errors import ArgumentError, InputError, expected, unknown_name
+from ce_plugin.errors import ArgumentError, InputError, expected
 from ce_plugin.interventions import filters
 from ce_plugin.interventions.base import Context, Intervention
 from ce_plugin.interventions.jpeg import jpeg
 from ce_plugin.interventions.normalization import Normalization, NormalizationLike
+from ce_plugin.interventions.smooth_steps import POINTWISE, Step, checked_step
 
 __all__ = ["Smooth"]
 
 Range = tuple[float, float]
-Step = tuple[Union[str, int, float], ...]
-
-
-class _Parameter(NamedTuple):
-    """What a filter's parameter may be."""
-
-    name: str
-    wanted: str
-    fits: Callable[[Any], bool]
-    whole: bool = False
-
-
-_WINDOW = _Parameter("size", "a whole number of pixels, 1 or more", lambda size: size >= 1, whole=True)
-_SIGMA = _Parameter("sigma", "a positive number", lambda sigma: sigma > 0)
-_KINDS: dict[str, tuple[_Parameter, ...]] = {
-    "bits": (_Parameter("depth", "a whole number of bits from 1 to 16", lambda depth: 1 <= depth <= 16, whole=True),),
-    "median": (_WINDOW,),
-    "mean": (_WINDOW,),
-    "gauss": (_SIGMA,),
-    "jpeg": (_Parameter("quality", "a whole number from 1 to 100", lambda quality: 1 <= quality <= 100, whole=True),),
-    "soft_threshold": (_Parameter("threshold", "a number, 0 or more", lambda threshold: threshold >= 0),),
-    "clip": (
-        _Parameter("low", "a number", lambda low: True),
-        _Parameter("high", "a number", lambda high: True),
-    ),
-    "stretch": (
-        _Parameter("low", "a number", lambda low: True),
-        _Parameter("high", "a number", lambda high: True),
-    ),
-    "scale": (_Parameter("factor", "a number, 0 or more", lambda factor: factor >= 0),),
-    "shift": (
-        _Parameter("dx", "a whole number of pixels", lambda dx: True, whole=True),
-        _Parameter("dy", "a whole number of pixels", lambda dy: True, whole=True),
-    ),
-    "tv": (
-        _Parameter("weight", "a positive number", lambda weight: weight > 0),
-        _Parameter("n_iter", "a whole number of steps, 1 or more", lambda n_iter: n_iter >= 1, whole=True),
-    ),
-    "noise": (_SIGMA,),
-}
-# These look at one value at a time, so that inputs need not be images.
-_POINTWISE = ("bits", "soft_threshold", "clip", "stretch", "scale", "noise")
 
 
 class Smooth(Intervention):
@@ -111,7 +69,7 @@ class Smooth(Intervention):
         if isinstance(steps, str) or not len(steps):
             wanted = "a sequence of steps such as [('gauss', 1.0), ('bits', 1)]"
             raise ArgumentError(expected("steps", wanted, repr(steps), "One filter is `Smooth.gauss(1.0)`."))
-        self.steps = tuple(_checked_step(step) for step in steps)
+        self.steps = tuple(checked_step(step) for step in steps)
         low, high = value_range
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ArgumentError(expected("value_range", "a pair (least, greatest) with least < greatest", value_range))
@@ -169,8 +127,6 @@ class Smooth(Intervention):
         cls, low: float, high: float, *, normalization: NormalizationLike = None, value_range: Range = (0.0, 1.0)
     ) -> Smooth:
         """Contrast: ``low`` and ``high`` move to the ends of the range; what lies beyond them is cut off."""
-        if not low < high:
-            raise ArgumentError(expected("high", f"greater than low, which is {low:g}", high))
         return cls([("stretch", low, high)], normalization=normalization, value_range=value_range)
 
     @classmethod
@@ -237,7 +193,7 @@ class Smooth(Intervention):
         """
         if not clean.is_floating_point():
             raise InputError(expected("inputs", "of a floating type", clean.dtype, "Write `x.float()`."))
-        if clean.dim() != 4 and any(step[0] not in _POINTWISE for step in self.steps):
+        if clean.dim() != 4 and any(step[0] not in POINTWISE for step in self.steps):
             raise InputError(expected("inputs", f"images (N, C, H, W) for {self!r}", f"shape {tuple(clean.shape)}"))
         if not clean.numel():
             return clean
@@ -276,33 +232,6 @@ class Smooth(Intervention):
             units.append(f"value_range={self.value_range}")
         parts = [", ".join([part[:-1], *units]) + ")" for part in parts]
         return parts[0] if len(parts) == 1 else f"Smooth.chain({', '.join(parts)})"
-
-
-def _checked_step(step: Sequence[str | float]) -> Step:
-    if isinstance(step, str) or not len(step) or not isinstance(step[0], str):
-        raise ArgumentError(expected("steps", "tuples (name, parameters) such as ('gauss', 1.0)", repr(step)))
-    kind, given = step[0], step[1:]
-    if kind not in _KINDS:
-        raise unknown_name("steps", kind, _KINDS)
-    parameters = _KINDS[kind]
-    if len(given) != len(parameters):
-        names = ", ".join(f"`{parameter.name}`" for parameter in parameters)
-        raise ArgumentError(expected("steps", f"{names} after {kind!r}", f"{len(given)} parameters"))
-    checked = [_checked_value(parameter, value) for parameter, value in zip(parameters, given, strict=True)]
-    if kind == "clip" and not checked[0] < checked[1]:
-        raise ArgumentError(expected("high", f"greater than low = {checked[0]}", checked[1]))
-    return (kind, *checked)
-
-
-def _checked_value(parameter: _Parameter, given: str | float) -> int | float:
-    try:
-        value = float(given)
-    except (TypeError, ValueError):
-        value = math.nan
-    fits = math.isfinite(value) and not isinstance(given, (str, bool)) and parameter.fits(value)
-    if not fits or (parameter.whole and not value.is_integer()):
-        raise ArgumentError(expected(parameter.name, parameter.wanted, repr(given)))
-    return int(value) if parameter.whole else value
 
 
 def _noise(image: Tensor, context: Context, place: int) -> Tensor:

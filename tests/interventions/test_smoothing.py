@@ -30,6 +30,7 @@ ALL = [
     Smooth.jpeg(75),
     Smooth.soft_threshold(0.1),
     Smooth.clip(0.2, 0.8),
+    Smooth.stretch(0.2, 0.8),
     Smooth.scale(0.8),
     Smooth.shift(2, -1),
     Smooth.tv(0.1, 10),
@@ -167,6 +168,16 @@ def test_soft_threshold_clip_and_scale() -> None:
     np.testing.assert_allclose(Smooth.soft_threshold(0.1, value_range=(-1, 1))(x), x - 0.1, atol=1e-15)
 
 
+def test_stretch_maps_its_bounds_to_the_ends_of_the_range() -> None:
+    x = images()
+    wanted = np.interp(x.numpy(), [0.25, 0.75], [0.0, 1.0])  # a straight line between, flat beyond
+    np.testing.assert_allclose(Smooth.stretch(0.25, 0.75)(x), wanted, atol=1e-15)
+    wanted = np.interp(x.numpy(), [0.1, 0.4], [-1.0, 3.0])
+    np.testing.assert_allclose(Smooth.stretch(0.1, 0.4, value_range=(-1, 3))(x), wanted, atol=1e-14)
+    np.testing.assert_allclose(Smooth.stretch(0.0, 1.0)(x), x, atol=1e-15)
+    assert torch.equal(Smooth([["stretch", 0.25, 0.75]])(x), Smooth.stretch(0.25, 0.75)(x))
+
+
 @pytest.mark.parametrize(("dx", "dy"), [(0, 0), (1, 0), (-2, 1), (0, -3), (100, -100)])
 def test_shift_moves_right_and_down_and_repeats_the_edge(dx: int, dy: int) -> None:
     x = images(2, 3, 5, 6)
@@ -287,7 +298,7 @@ def test_units_of_the_model(smooth: Smooth) -> None:
 def test_units_of_the_picture(smooth: Smooth) -> None:
     """In bytes, with parameters in bytes, the same pictures come out."""
     x = images(2, 3, 9, 10)
-    lengths = ("soft_threshold", "clip", "tv")
+    lengths = ("soft_threshold", "clip", "stretch", "tv")
     steps = [
         (kind, *(p * 255 if kind in lengths and isinstance(p, float) else p for p in rest))
         for kind, *rest in smooth.steps
@@ -378,6 +389,8 @@ def test_repr_says_the_units() -> None:
         (lambda: Smooth.jpeg(101), "`quality` to be a whole number from 1 to 100, but got 101"),
         (lambda: Smooth.soft_threshold(-0.1), "`threshold` to be a number, 0 or more, but got -0.1"),
         (lambda: Smooth.clip(0.5, 0.5), "`high` to be greater than low = 0.5, but got 0.5"),
+        (lambda: Smooth.stretch(0.5, 0.5), "`high` to be greater than low = 0.5, but got 0.5"),
+        (lambda: Smooth([("stretch", 0.75, 0.25)]), "`high` to be greater than low = 0.75, but got 0.25"),
         (lambda: Smooth.scale(-1.0), "`factor` to be a number, 0 or more"),
         (lambda: Smooth.shift(0.5, 0), "`dx` to be a whole number of pixels, but got 0.5"),  # type: ignore[arg-type]
         (lambda: Smooth.tv(0.0), "`weight` to be a positive number"),
