@@ -1,6 +1,8 @@
 """Readers: where images come from. Nothing here knows about effects."""
 
+from ce_plugin.datasets.digits import digits
 from ce_plugin.datasets.fashion import FASHION_CLASSES, fashion_mnist
 from ce_plugin.datasets.images import read_image, sample_photographs
+from ce_plugin.datasets.mnist import mnist_5k
 
-__all__ = ["FASHION_CLASSES", "fashion_mnist", "read_image", "sample_photographs"]
+__all__ = ["FASHION_CLASSES", "digits", "fashion_mnist", "mnist_5k", "read_image", "sample_photographs"]

@@ -1,5 +1,6 @@
 """Networks, each with what must be known to feed it. Nothing here knows about effects."""
 
+from ce_plugin.models.digits import DigitsCNN
 from ce_plugin.models.fashion import FashionCNN
 from ce_plugin.models.framing import Framing, as_batch
 from ce_plugin.models.imagenet import efficientnet_lite0, imagenet_classes
@@ -7,6 +8,7 @@ from ce_plugin.models.loading import load_model, load_weights
 from ce_plugin.models.vision import VisionModel
 
 __all__ = [
+    "DigitsCNN",
     "FashionCNN",
     "Framing",
     "VisionModel",
