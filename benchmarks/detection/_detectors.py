@@ -35,10 +35,15 @@ def names() -> tuple[str, ...]:
 
 
 def build(name: str, network: nn.Module) -> Detector:
-    """A detector that is not fitted yet."""
-    if name == OURS:
-        return importlib.import_module("ce_plugin.detection").CausalEffectDetector(network)
-    return PEERS[name](network)
+    """A detector that is still to be fitted."""
+    return _ours(network) if name == OURS else PEERS[name](network)
+
+
+@functools.lru_cache(maxsize=1)
+def _ours(network: nn.Module) -> Detector:
+    """One detector for all protocols: what clean images have taught it is not learnt anew for every attack."""
+    detector: Detector = importlib.import_module("ce_plugin.detection").CausalEffectDetector(network)
+    return detector
 
 
 def available(name: str) -> bool:
