@@ -4,6 +4,7 @@ Every function returns a :class:`matplotlib.figure.Figure` or plain values. Neit
 touched, so the functions work on a server, in a notebook and in a thread alike.
 """
 
+from ce_plugin.visualization.detection import plot_roc, plot_scores
 from ce_plugin.visualization.estimates import plot_estimate
 from ce_plugin.visualization.mediation import plot_carriers
 from ce_plugin.visualization.nodes import plot_nodes
@@ -29,6 +30,8 @@ __all__ = [
     "plot_carriers",
     "plot_estimate",
     "plot_nodes",
+    "plot_roc",
+    "plot_scores",
     "sheet",
     "spotlight",
 ]
