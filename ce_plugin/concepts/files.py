@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import pickle
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ce_plugin.errors import FileError, expected
+from ce_plugin.files import read_tensors, written_whole
 
 __all__ = ["read_file", "write_file"]
 
@@ -24,19 +22,9 @@ def write_file(path: str | os.PathLike[str], kind: str, content: dict[str, Any])
     Raises:
         FileError: it cannot be written.
     """
-    file, temporary = Path(path), ""
-    try:
-        # In the same folder, so that the last step is a rename within one file system.
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as handle:
-            temporary = handle.name
-            torch.save({"format": _FORMAT, "version": _VERSION, "kind": kind, **content}, handle)
-        os.replace(temporary, file)
-    except OSError as error:
-        raise FileError(expected("path", "a file that can be written", repr(str(file)), str(error))) from error
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-    return file
+    with written_whole(path) as stream:
+        torch.save({"format": _FORMAT, "version": _VERSION, "kind": kind, **content}, stream)
+    return Path(path)
 
 
 def read_file(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
@@ -46,15 +34,7 @@ def read_file(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         FileError: there is no such file, it is damaged, of another kind, or of a later version.
     """
     wanted = f"a file written by {kind}.save" if kind == "ConceptAutoencoder" else f"a {kind} of train_autoencoder"
-    try:
-        # What is no archive would be read as an old kind of pickle, which fails in ways beyond counting.
-        with zipfile.ZipFile(path):
-            pass
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise FileError(expected("path", wanted, repr(str(path)), str(error))) from error
-    except (RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise FileError(expected("path", wanted, f"{str(path)!r}, which is none")) from error
+    content: Any = read_tensors(path, wanted)
     if not isinstance(content, dict) or content.get("format") != _FORMAT or content.get("kind") != kind:
         raise FileError(expected("path", wanted, f"{str(path)!r}, which holds something else"))
     if content["version"] != _VERSION:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ce_plugin.errors import FileError, expected
+from ce_plugin.files import read_tensors, written_whole
 
 __all__ = ["read_result", "same_values", "write_result"]
 
@@ -43,18 +41,8 @@ def write_result(path: str | os.PathLike[str], kind: str, values: dict[str, Any]
     tensors = {name: value.detach().cpu() for name, value in values.items() if isinstance(value, Tensor)}
     rest = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
     content = {"format": _FORMAT, "kind": kind, "tensors": tensors, "json": json.dumps(rest, default=repr)}
-    temporary = ""
-    try:
-        # In the same folder, so that the last step is a rename within one file system.
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as handle:
-            temporary = handle.name
-            torch.save(content, handle)
-        os.replace(temporary, file)
-    except OSError as error:
-        raise FileError(expected("path", "a file that can be written", repr(str(file)), str(error))) from error
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+    with written_whole(file) as stream:
+        torch.save(content, stream)
     return file
 
 
@@ -65,15 +53,7 @@ def read_result(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         FileError: where there is no such file, or it is not one of this kind.
     """
     wanted = f"a file written by {kind}.save"
-    # Other bytes would be read as a pickle, whose reader fails in many ways.
-    if Path(path).is_file() and not zipfile.is_zipfile(path):
-        raise FileError(expected("path", wanted, f"{str(path)!r}, which is none"))
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise FileError(expected("path", wanted, repr(str(path)), str(error))) from error
-    except (RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise FileError(expected("path", wanted, f"{str(path)!r}, which is none")) from error
+    content: Any = read_tensors(path, wanted)
     if not isinstance(content, dict) or content.get("format") != _FORMAT or content.get("kind") != kind:
         raise FileError(expected("path", wanted, f"{str(path)!r}, which holds something else"))
     return {**content["tensors"], **json.loads(content["json"])}

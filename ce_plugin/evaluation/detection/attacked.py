@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ce_plugin.errors import FileError, expected
+from ce_plugin.files import written_whole
 
 __all__ = ["Attacked"]
 
@@ -70,12 +70,10 @@ class Attacked:
         """Write everything to one compressed file, whole or not at all."""
         target = Path(file)
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f"{target.name}.{os.getpid()}.part")
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         about = json.dumps({"key": key, "spec": self.spec, "forwards": self.forwards, "seconds": self.seconds})
-        with draft.open("wb") as stream:
+        with written_whole(target) as stream:
             np.savez_compressed(stream, about=np.array(about), **arrays)
-        draft.replace(target)
 
     @classmethod
     def load(cls, file: FilePath, key: str | None = None) -> Attacked:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import zipfile
 import zlib
@@ -20,6 +19,7 @@ from ce_plugin.detection.calibration import Calibration
 from ce_plugin.detection.protocol import Detector
 from ce_plugin.errors import FileError, expected
 from ce_plugin.evaluation.detection.protocols import ImageSet, Material, Task, fit_detector
+from ce_plugin.files import written_whole
 
 __all__ = ["Scored", "Sheet", "score_task", "sets_of"]
 
@@ -71,15 +71,13 @@ class Sheet:
         """Write everything to one file, whole or not at all."""
         target = Path(file)
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f"{target.name}.{os.getpid()}.part")
         names = list(self.sets)
         checksums = [self.sets[name].checksum for name in names]
         about = {"key": key, "sets": names, "checksums": checksums, "passes": self.passes, "seconds": self.seconds}
         arrays: dict[str, Any] = {f"ids{i}": self.sets[name].ids for i, name in enumerate(names)}
         arrays |= {f"scores{i}": self.sets[name].scores for i, name in enumerate(names)}
-        with draft.open("wb") as stream:
+        with written_whole(target) as stream:
             np.savez(stream, about=np.array(json.dumps(about)), calibration=self.calibration.scores, **arrays)
-        draft.replace(target)
 
     @classmethod
     def load(cls, file: FilePath, key: str | None = None) -> Sheet:
