@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ class Protected(nn.Module):
         if not isinstance(x, (np.ndarray, Tensor)) or x.ndim != 4 or not len(x):
             got = f"shape {tuple(x.shape)}" if isinstance(x, (np.ndarray, Tensor)) else type(x).__name__
             raise InputError(expected(argument, "images (N, C, H, W), N >= 1, as an array or a tensor", got))
-        images = torch.as_tensor(x)
+        images = _as_tensor(x)
         if not images.is_floating_point():
             todo = f"Convert it to float32 in image units {self.clip_values}."
             raise InputError(expected(argument, "of floating point", str(images.dtype).removeprefix("torch."), todo))
@@ -117,9 +118,13 @@ class Protected(nn.Module):
                 digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def version(self) -> tuple[tuple[int, int], ...]:
-        """What changes when a parameter is replaced or written to: cheap to ask, unlike the fingerprint."""
-        return tuple((id(value), value._version) for value in self.network.state_dict(keep_vars=True).values())
+    def version(self) -> tuple[tuple[int, ...], ...]:
+        """What changes when a parameter is replaced or written to: cheap to ask, unlike the fingerprint.
+
+        Only what is written past autograd, through ``parameter.data``, is not seen.
+        """
+        state = self.network.state_dict(keep_vars=True).values()
+        return tuple((id(value), value._version, value.data_ptr()) for value in state)
 
     def probe(self, shape: tuple[int, ...]) -> Tensor:
         """Logits (1, K) of one fixed image of a shape (C, H, W), float32, on the CPU: other units, other logits."""
@@ -139,3 +144,12 @@ class Protected(nn.Module):
         if layer not in known:
             raise unknown_name("layer", layer, (name for name in known if name))
         return known[layer]
+
+
+def _as_tensor(x: Tensor | np.ndarray[Any, Any]) -> Tensor:
+    """An array as a tensor: also one that is reversed, read-only or of the other byte order, as files have them."""
+    if isinstance(x, Tensor):
+        # One that was made in inference mode could have no gradient.
+        return x.clone() if x.is_inference() else x
+    native = np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
+    return torch.from_numpy(native if native.flags.writeable else native.copy())

@@ -96,7 +96,8 @@ def train_denoiser(
     low, high = protected.clip_values
     random = generator(seed, "denoiser")
     with torch.random.fork_rng(devices=[]), protected.guarded():
-        torch.manual_seed(derived_seed(seed, "denoiser", "weights"))
+        # Not torch.manual_seed, which would seed the accelerators as well.
+        torch.default_generator.manual_seed(derived_seed(seed, "denoiser", "weights"))
         denoiser = Denoiser(images.shape[1], width, (low, high)).to(images.device, torch.float32).train()
         wants = [(parameter, parameter.requires_grad) for parameter in protected.network.parameters()]
         for parameter, _ in wants:

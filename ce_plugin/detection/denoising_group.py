@@ -75,7 +75,7 @@ class Denoising(Group):
 
     def labels(self, n_classes: int) -> list[str]:
         """See :meth:`Group.labels`."""
-        return labels_of(self.interventions(), n_classes)
+        return labels_of(self.interventions(), n_classes) if "distance" in self.judged else []
 
     def interventions(self) -> list[str]:
         """One."""

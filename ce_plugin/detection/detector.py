@@ -19,7 +19,7 @@ from ce_plugin.detection.benign import Benign
 from ce_plugin.detection.calibration import Calibration
 from ce_plugin.detection.classifier import Protected
 from ce_plugin.detection.explanation import Alarm, explained
-from ce_plugin.detection.fitting import LEAST_CALIBRATION, Recipe, attacked, fit_to, held_out
+from ce_plugin.detection.fitting import Recipe, attacked, check_enough, fit_to, held_out
 from ce_plugin.detection.labels import adversarial_labels
 from ce_plugin.detection.measuring import checked_count, digests, measured
 from ce_plugin.detection.protocol import Array
@@ -112,7 +112,7 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         self.seed = seed
         self._check_params()
         self.state: State | None = None
-        self._version: tuple[tuple[int, int], ...] = ()
+        self._version: tuple[tuple[int, ...], ...] = ()
         self._learnt: tuple[object, State] | None = None
 
     def _check_params(self) -> None:
@@ -127,7 +127,9 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
             raise ArgumentError(expected("signature", "a Signature or None", type(self.signature).__name__))
         if self.benign not in (None, "default") and not isinstance(self.benign, Benign):
             raise ArgumentError(expected("benign", 'a Benign, "default" or None', repr(self.benign)))
-        if self.attacks is not None and (isinstance(self.attacks, str) or not len(self.attacks)):
+        if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)):
+            raise ArgumentError(expected("seed", "a whole number", repr(self.seed)))
+        if self.attacks is not None and (not isinstance(self.attacks, (list, tuple)) or not self.attacks):
             raise ArgumentError(expected("attacks", "a list of attacks, or None", repr(self.attacks)))
 
     def set_params(self, **kwargs: Any) -> None:
@@ -189,17 +191,15 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         clean, taught = images[~adversarial], images[adversarial] if bool(adversarial.any()) else None
         names = digests(clean)
         kept = held_out(names, self.holdout, self.seed)
-        if int(kept.sum()) < LEAST_CALIBRATION:
-            wanted = f"enough clean images that {self.holdout:.0%} held out are {LEAST_CALIBRATION} or more"
-            raise InputError(expected("x", wanted, f"{len(clean)} clean images, of which {int(kept.sum())}"))
         epochs = checked_count("nb_epochs", nb_epochs)
+        check_enough(self.protected, clean, kept, size)
+        Calibration(np.zeros(int(kept.sum()))).threshold(self.fpr)  # an error comes before the work
         state = self._learn(clean, names, kept, size, epochs)
         if self.attacks is not None:
             made = attacked(self.protected, self.attacks, clean[~kept], size)
             taught = made if taught is None else torch.cat([taught, made])
         if taught is not None:
             state = state.taught(self.protected, taught, size)
-        state.calibration.threshold(self.fpr)  # before anything is replaced: an error leaves the old fit
         self.restore(state)
 
     def _learn(self, clean: Tensor, names: list[int], kept: Tensor, batch_size: int, n_epochs: int) -> State:
@@ -237,8 +237,11 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         """Take over what was learned; :attr:`state` of this detector or of another one on the same network."""
         self.state, self._version = state, self.protected.version()
 
-    def learned(self) -> State:
+    def learned(self, *, quick: bool = False) -> State:
         """What was learned.
+
+        Args:
+            quick: look at the network's parameters only where autograd says that they were written to.
 
         Raises:
             InferenceError: nothing was.
@@ -248,7 +251,7 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
             todo = "Call `fit(x)` with clean images first."
             raise InferenceError(expected("detector", "a fitted one", "one that is not fitted", todo))
         version = self.protected.version()
-        if version != self._version:
+        if not quick or version != self._version:
             if self.protected.fingerprint() != self.state.fingerprint:
                 todo = "Fit again: what is usual changes with the network."
                 raise ModelError(expected("classifier", "the network that the detector was fitted on", "another", todo))
@@ -281,7 +284,7 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
     @property
     def threshold(self) -> float:
         """Scores above it are flagged, at the false-alarm rate ``fpr``."""
-        return self.learned().calibration.threshold(self.fpr)
+        return self.learned(quick=True).calibration.threshold(self.fpr)
 
     def detect(
         self, x: Array, batch_size: int = 128, *, explain: bool = False, layer: str | None = None, **kwargs: Any
@@ -307,6 +310,8 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         """
         state, size = self.learned(), checked_count("batch_size", batch_size)
         images = state.checked(self.protected, x)
+        if explain and layer is not None:
+            self.protected.module(layer)  # an unknown name is an error before the work
         threshold = self.threshold
         sample = state.measured(self.protected, images, size)
         deviations = state.fitted.deviations(sample)
@@ -359,7 +364,7 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
             InferenceError: not fitted.
             ArgumentError: a group of the signature has no gradient.
         """
-        return self.learned().score_tensor(self.protected, images)
+        return self.learned(quick=True).score_tensor(self.protected, images)
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Write what was learned to a file, without the network and without pickled code.

@@ -19,7 +19,7 @@ from ce_plugin.errors import InputError, expected
 from ce_plugin.interventions import Adversarial
 from ce_plugin.randomness import derived_seed
 
-__all__ = ["Recipe", "attacked", "fit_to", "held_out"]
+__all__ = ["Recipe", "attacked", "check_enough", "fit_to", "held_out"]
 
 # With fewer, medians and covariances are noise; with 19 the smallest false-alarm rate is 5 %.
 LEAST_FIT = 50
@@ -72,6 +72,9 @@ def attacked(protected: Protected, attacks: Sequence[Any], images: Tensor, batch
         InputError: no attack turned any image over.
     """
     made = [_adversarial(protected, one, batch_size) for one in attacks]
+    names = digests(images)
+    # In an order of their own: an attack may draw random numbers for one image after the other.
+    images = images[sorted(range(len(names)), key=names.__getitem__)]
     with protected.guarded(), torch.no_grad():
         before = torch.cat([protected(part).argmax(1) for part in torch.split(images, batch_size)])
     successes = []
@@ -106,16 +109,11 @@ def fit_to(protected: Protected, recipe: Recipe, clean: Tensor) -> tuple[Signatu
 
     Returns:
         The signature with what its groups have learned, and what its effects are like.
-
-    Raises:
-        InputError: too few clean images, or all of one predicted class.
     """
     names = digests(clean)
     # In an order of their own, so that folds and batches are the same in whatever order the images came.
     order = sorted(range(len(names)), key=names.__getitem__)
     clean, names = clean[order], [names[i] for i in order]
-    with protected.guarded(), torch.no_grad():
-        _check_enough(torch.cat([protected(part).argmax(1) for part in torch.split(clean, recipe.batch_size)]))
     signature = recipe.signature.prepared(protected, clean, n_epochs=recipe.n_epochs, seed=recipe.seed)
     sample = measured(protected, signature, clean, batch_size=recipe.batch_size, seed=recipe.seed, ids=names)
     altered = None
@@ -131,15 +129,28 @@ def fit_to(protected: Protected, recipe: Recipe, clean: Tensor) -> tuple[Signatu
     return signature, learn(sample, altered, how=recipe.aggregate, seed=recipe.seed)
 
 
-def _check_enough(predicted: Tensor) -> None:
+def check_enough(protected: Protected, clean: Tensor, kept: Tensor, batch_size: int) -> None:
+    """Whether clean images are enough to fit to and to calibrate on.
+
+    Args:
+        protected: the classifier.
+        clean: clean images, (N, C, H, W).
+        kept: which of them are held out for calibration, (N,), bool.
+        batch_size: images at a time.
+
+    Raises:
+        InputError: too few clean images, or all of one predicted class.
+    """
+    with protected.guarded(), torch.no_grad():
+        predicted = torch.cat([protected(part).argmax(1) for part in torch.split(clean, batch_size)])
     counts = Counter(predicted.tolist())
-    shown = ", ".join(f"{n} of class {k}" for k, n in sorted(counts.items())[:12]) + (
-        " ..." if len(counts) > 12 else ""
-    )
-    if len(predicted) < LEAST_FIT:
-        wanted = f"at least {LEAST_FIT} clean images to fit to, beside those held out for calibration"
-        todo = "About 50 of each class are good; classes with fewer than 20 lean on the others."
-        raise InputError(expected("x", wanted, f"{len(predicted)} ({shown})", todo))
+    shown = ", ".join(f"{n} of class {k}" for k, n in sorted(counts.items())[:12]) + " ..." * (len(counts) > 12)
+    n_kept = int(kept.sum())
+    n_fit = len(kept) - n_kept
+    if n_fit < LEAST_FIT or n_kept < LEAST_CALIBRATION:
+        wanted = f"clean images, {LEAST_FIT} or more to fit to and {LEAST_CALIBRATION} or more to calibrate on"
+        todo = "About 50 of each predicted class are good; classes with fewer than 20 lean on the others."
+        raise InputError(expected("x", wanted, f"{n_fit} and {n_kept} ({shown})", todo))
     if len(counts) < 2:
         todo = "Pass images of all classes; about 50 of each are good."
         raise InputError(expected("x", "clean images of two predicted classes or more", shown, todo))

@@ -15,7 +15,16 @@ from ce_plugin.detection.view import View, effects_on_logits, margin_under, outc
 from ce_plugin.errors import ArgumentError, expected
 from ce_plugin.interventions import Smooth
 
-__all__ = ["SIDES", "Group", "Response", "checked_sides", "labels_of", "response_of", "smooth_settings"]
+__all__ = [
+    "SIDES",
+    "Group",
+    "Response",
+    "checked_sides",
+    "in_image_units",
+    "labels_of",
+    "response_of",
+    "smooth_settings",
+]
 
 # "distance": are the effects unlike those of clean images, in any way? "reversal": does an intervention take more of
 # the predicted class's margin than from clean images?
@@ -72,7 +81,7 @@ class Group(ABC):
 
     @abstractmethod
     def labels(self, n_classes: int) -> list[str]:
-        """What each of the F effects is, in words: "Smooth.gauss(1.0) on the logit of class 3"."""
+        """What each of the F effects is, in words: "Smooth.gauss(1.0) on the logit of class 3"; none where F is 0."""
 
     @abstractmethod
     def interventions(self) -> list[str]:
@@ -120,6 +129,19 @@ def checked_sides(judged: Sequence[str]) -> tuple[str, ...]:
     if isinstance(judged, str) or not judged or not set(judged) <= set(SIDES):
         raise ArgumentError(expected("judged", f"one or more of {SIDES}", repr(judged)))
     return tuple(side for side in SIDES if side in judged)
+
+
+def in_image_units(smooth: Smooth | dict[str, Any]) -> Smooth:
+    """A smoothing, or the arguments that make it, as a group can use it.
+
+    Raises:
+        ArgumentError: it expects normalised images, and would smooth images in image units wrongly.
+    """
+    made = smooth if isinstance(smooth, Smooth) else Smooth(**smooth)
+    if not made.normalization.is_identity:
+        todo = "Images come to a detector in image units: leave `normalization` out of the filter."
+        raise ArgumentError(expected("filters", "in image units", repr(made), todo))
+    return made
 
 
 def smooth_settings(smooth: Smooth) -> dict[str, Any]:

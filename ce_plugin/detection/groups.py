@@ -7,7 +7,16 @@ from typing import Any
 
 import torch
 
-from ce_plugin.detection.group import SIDES, Group, Response, checked_sides, labels_of, response_of, smooth_settings
+from ce_plugin.detection.group import (
+    SIDES,
+    Group,
+    Response,
+    checked_sides,
+    in_image_units,
+    labels_of,
+    response_of,
+    smooth_settings,
+)
 from ce_plugin.detection.view import View, effects_on_logits, margin_under
 from ce_plugin.errors import ArgumentError, expected
 from ce_plugin.interventions import PixelMask, Smooth
@@ -42,7 +51,9 @@ class Smoothing(Group):
         if not filters:
             raise ArgumentError(expected("filters", "at least one Smooth intervention", "none"))
         self.name = name
-        self.filters = tuple(one if isinstance(one, Smooth) else Smooth(**one) for one in filters)
+        self.filters = tuple(in_image_units(one) for one in filters)
+        if len(set(self.interventions())) < len(self.filters):
+            raise ArgumentError(expected("filters", "filters that differ", self.interventions()))
         self.passes = len(self.filters)
 
     def respond(self, view: View) -> Response:
@@ -51,7 +62,7 @@ class Smoothing(Group):
 
     def labels(self, n_classes: int) -> list[str]:
         """See :meth:`Group.labels`."""
-        return labels_of(self.interventions(), n_classes)
+        return labels_of(self.interventions(), n_classes) if "distance" in self.judged else []
 
     def interventions(self) -> list[str]:
         """The filters."""
@@ -116,6 +127,8 @@ class CounterAttack(Group):
 
     def labels(self, n_classes: int) -> list[str]:
         """See :meth:`Group.labels`."""
+        if "distance" not in self.judged:
+            return []
         first = [f"log of the {which} norm of the margin's gradient" for which in ("L2", "L1", "largest-entry")]
         first += [f"log of the first-order {which} distance to another answer" for which in ("L-infinity", "L2")]
         return first + labels_of(self.interventions(), n_classes)

@@ -52,7 +52,8 @@ def measured(
     """
     names = list(ids) if ids is not None else digests(images)
     parts = []
-    with protected.guarded(), torch.no_grad():
+    # Inside inference mode no group could ask for a gradient.
+    with protected.guarded(), torch.inference_mode(False), torch.no_grad():
         for start in range(0, len(images), batch_size):
             batch, own = images[start : start + batch_size], names[start : start + batch_size]
             view = View(protected, batch if altered is None else altered(batch, own), own, seed)

@@ -8,7 +8,7 @@ import torch
 
 from ce_plugin.attribution import LayerCausalEffect
 from ce_plugin.detection.classifier import Protected
-from ce_plugin.detection.group import Group, Response, smooth_settings
+from ce_plugin.detection.group import Group, Response, in_image_units, smooth_settings
 from ce_plugin.detection.view import View
 from ce_plugin.interventions import Patch, Smooth, ZeroOut
 from ce_plugin.interventions.base import Intervention
@@ -94,7 +94,7 @@ class Interchange(_ChannelEffects):
 
     def __init__(self, layer: str, filter: Smooth | dict[str, Any], name: str = "interchange") -> None:  # noqa: A002
         super().__init__(layer, name)
-        self.filter = filter if isinstance(filter, Smooth) else Smooth(**filter)
+        self.filter = in_image_units(filter)
         self.passes = 4
 
     def made(self, view: View) -> Intervention:

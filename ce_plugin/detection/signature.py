@@ -52,8 +52,10 @@ class Signature:
         if not self.groups or not all(isinstance(group, Group) for group in self.groups):
             got = [type(group).__name__ for group in self.groups]
             raise ArgumentError(expected("groups", "at least one Group, and nothing else", got))
-        if len(set(self.names)) < len(self.names):
-            raise ArgumentError(expected("groups", "groups of different names", list(self.names), "Pass `name=`."))
+        # With a stroke in it, a group's tensors could be taken for those of another one when they are read from a file.
+        if len(set(self.names)) < len(self.names) or any("/" in name for name in self.names):
+            wanted = "groups of different names without '/'"
+            raise ArgumentError(expected("groups", wanted, list(self.names), "Pass `name=`."))
 
     @classmethod
     def of(cls, shape: Sequence[int], value_range: tuple[float, float] = (0.0, 1.0)) -> Signature:
