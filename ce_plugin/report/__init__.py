@@ -4,6 +4,11 @@ from ce_plugin.report.attacks import evidence_name, planned_attack
 from ce_plugin.report.carriers import carried_by
 from ce_plugin.report.concept_page import save_concepts
 from ce_plugin.report.concepts import Concept, ConceptStudy, Example, concept_study
+from ce_plugin.report.detection import screen, try_detector
+from ce_plugin.report.detection_page import save_evaluation, save_screening
+from ce_plugin.report.detector_attacks import DETECTOR_ATTACKS, DetectorAttack, detector_attack
+from ce_plugin.report.detector_findings import AlarmShown, AttackTried, DetectorTrial, Screened, Screening
+from ce_plugin.report.digits import digits_trial
 from ce_plugin.report.experiment import check_class, study
 from ce_plugin.report.findings import (
     ATTACKS,
@@ -24,17 +29,24 @@ from ce_plugin.report.record import carried_record, record
 
 __all__ = [
     "ATTACKS",
+    "DETECTOR_ATTACKS",
     "OUTCOMES",
+    "AlarmShown",
     "Answer",
+    "AttackTried",
     "Carried",
     "Case",
     "ClassMaps",
     "Concept",
     "ConceptStudy",
+    "DetectorAttack",
+    "DetectorTrial",
     "Example",
     "LayerCase",
     "LayerStudy",
     "Plan",
+    "Screened",
+    "Screening",
     "Study",
     "build_manifest",
     "carried_by",
@@ -42,6 +54,8 @@ __all__ = [
     "check_class",
     "check_out",
     "concept_study",
+    "detector_attack",
+    "digits_trial",
     "evidence_name",
     "file_sha256",
     "grad_cam",
@@ -52,8 +66,12 @@ __all__ = [
     "render",
     "saliency",
     "save_concepts",
+    "save_evaluation",
     "save_report",
+    "save_screening",
+    "screen",
     "state_sha256",
     "study",
     "tensor_sha256",
+    "try_detector",
 ]
