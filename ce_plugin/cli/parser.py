@@ -9,6 +9,7 @@ from typing import Any
 from ce_plugin._version import __version__
 from ce_plugin.cli import options, values
 from ce_plugin.cli.concept_parser import add_concepts
+from ce_plugin.cli.detect_parser import add_detect
 from ce_plugin.cli.options import DEFAULT_MODEL
 
 __all__ = ["DEFAULT_MODEL", "build_parser"]
@@ -32,6 +33,8 @@ examples:
       where the channels are that say "tabby" rather than "tiger cat"
   ce-plugin concepts train photographs --concepts 64 --out concepts.pt
       a few concepts in place of a layer's many channels; then: ce-plugin concepts show concepts.pt --images photographs
+  ce-plugin detect fit photographs --out detector.ce
+      learn what clean pictures are like; then: ce-plugin detect score inbox --detector detector.ce
   ce-plugin explain --help
       all options of a command
 
@@ -118,6 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
     )
     add_concepts(commands)
+    add_detect(commands)
     return parser
 
 

@@ -33,6 +33,11 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         from ce_plugin.cli.maps import draw_map
 
         return draw_map(arguments, words)
+    if arguments.command == "detect":
+        from ce_plugin.cli import detect
+
+        actions = {"fit": detect.fit, "score": detect.score, "evaluate": detect.evaluate}
+        return actions[arguments.action](arguments, words)
     from ce_plugin.cli.concepts import show, train
 
     return (train if arguments.action == "train" else show)(arguments, words)

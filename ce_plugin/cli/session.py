@@ -22,6 +22,7 @@ from ce_plugin.models import Framing, VisionModel, load_model
 from ce_plugin.report import build_manifest, last_conv_layer, named_layer
 
 __all__ = [
+    "PICTURES",
     "Folder",
     "class_index",
     "intervention",
@@ -33,7 +34,7 @@ __all__ = [
     "say",
 ]
 
-_PICTURES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+PICTURES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _REFERENCES = 32
 
 
@@ -150,10 +151,10 @@ class Folder:
     def __post_init__(self) -> None:
         if not self.folder.is_dir():
             raise FileError(expected(self.name, "an existing folder of pictures", repr(str(self.folder))))
-        found = sorted(file for file in self.folder.rglob("*") if file.suffix.lower() in _PICTURES and file.is_file())
+        found = sorted(file for file in self.folder.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
         self.files = found[: self.limit]
         if not self.files:
-            todo = f"Known are {', '.join(sorted(_PICTURES))}."
+            todo = f"Known are {', '.join(sorted(PICTURES))}."
             raise FileError(expected(self.name, "a folder with pictures", f"{str(self.folder)!r}, without any", todo))
 
     def __len__(self) -> int:

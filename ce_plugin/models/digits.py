@@ -76,8 +76,8 @@ class DigitsCNN(nn.Module):
             network = cls(images.shape[-1])
             optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
             for _ in range(epochs):
-                for rows in torch.randperm(len(images), generator=order).split(50):
+                for rows in torch.split(torch.randperm(len(images), generator=order), 50):
                     optimizer.zero_grad()
-                    nn.functional.cross_entropy(network(images[rows]), labels[rows]).backward()
+                    torch.autograd.backward(nn.functional.cross_entropy(network(images[rows]), labels[rows]))
                     optimizer.step()
         return network.eval()

@@ -6,7 +6,7 @@ from ce_plugin.report.concept_page import save_concepts
 from ce_plugin.report.concepts import Concept, ConceptStudy, Example, concept_study
 from ce_plugin.report.detection import screen, try_detector
 from ce_plugin.report.detection_page import save_evaluation, save_screening
-from ce_plugin.report.detector_attacks import DETECTOR_ATTACKS, DetectorAttack, detector_attack
+from ce_plugin.report.detector_attacks import DETECTOR_ATTACKS, DetectorAttack, attack_to_learn, detector_attack
 from ce_plugin.report.detector_findings import AlarmShown, AttackTried, DetectorTrial, Screened, Screening
 from ce_plugin.report.digits import digits_trial
 from ce_plugin.report.experiment import check_class, study
@@ -48,6 +48,7 @@ __all__ = [
     "Screened",
     "Screening",
     "Study",
+    "attack_to_learn",
     "build_manifest",
     "carried_by",
     "carried_record",

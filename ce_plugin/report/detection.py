@@ -204,7 +204,7 @@ def _examples(rows: Sequence[Screened], n: int) -> list[int]:
 def _judged(
     detector: CausalEffectDetector, names: Sequence[str], images: Tensor, batch_size: int = 128
 ) -> list[Screened]:
-    report, flags = detector.detect(images, batch_size=batch_size)  # type: ignore[arg-type]
+    report, flags = detector.detect(images.numpy(), batch_size=batch_size)
     return [
         Screened(
             name,
@@ -223,7 +223,7 @@ def _explained(detector: CausalEffectDetector, row: Screened, image: Tensor, lay
     low, high = detector.protected.clip_values
     alarm: Alarm | None = None
     if row.flagged:
-        report: dict[str, Any] = detector.detect(image, explain=True, layer=layer)[0]  # type: ignore[arg-type]
+        report: dict[str, Any] = detector.detect(image.numpy(), explain=True, layer=layer)[0]
         alarm = report["explanations"][0]
     return AlarmShown(row.name, ((image[0] - low) / (high - low)).cpu(), row, alarm)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ce_plugin.files import written_whole
 from ce_plugin.models import VisionModel
 from ce_plugin.report.detector_cells import alarm, evaluation_section
 from ce_plugin.report.detector_findings import DetectorTrial, Screening
@@ -210,7 +211,6 @@ def _written(out: str | Path, tables: Mapping[str, str], manifest: Mapping[str, 
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     for file, text in {**tables, "manifest.json": json.dumps(manifest, indent=2) + "\n", name: page}.items():
-        part = folder / f".{file}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / file)
+        with written_whole(folder / file) as stream:
+            stream.write(text.encode())
     return folder / name

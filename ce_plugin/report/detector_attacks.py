@@ -16,7 +16,7 @@ from ce_plugin.report.findings import ATTACKS, share
 if TYPE_CHECKING:
     from ce_plugin.detection import CausalEffectDetector
 
-__all__ = ["DETECTOR_ATTACKS", "DetectorAttack", "detector_attack", "rounded"]
+__all__ = ["DETECTOR_ATTACKS", "DetectorAttack", "attack_to_learn", "detector_attack", "rounded"]
 
 DETECTOR_ATTACKS = (*ATTACKS, "adaptive")
 """Attacks that a detector can be tried against: those of a report, and the one that knows the detector."""
@@ -68,12 +68,7 @@ def detector_attack(
         raise unknown_name("attacks", name, DETECTOR_ATTACKS)
     if name == "adaptive":
         return _adaptive(detector, eps, batch_size, seed)
-    clip = detector.protected.clip_values
-    unit = clip[1] - clip[0]
-    settings: dict[str, Any] = {"eps": unit, "max_iter": _PAIRS} if name == "jsma" else {"eps": eps * unit}
-    if name in ("bim", "pgd"):
-        settings["max_iter"] = _ITERATIONS
-    attack = Adversarial.preset(name, detector.protected, clip_values=clip, batch_size=batch_size, **settings)
+    attack = attack_to_learn(detector, name, eps, batch_size=batch_size)
 
     def craft(images: Tensor, classes: Tensor, ids: Sequence[int]) -> Tensor:
         like = detector.protected.like
@@ -82,8 +77,33 @@ def detector_attack(
 
     if name == "jsma":
         return DetectorAttack(name, f"L0, at most {_PAIRS} pairs of values set to the end of the range", None, craft)
-    words = f"L-inf, eps {share(eps)} of the range" + (f", {_ITERATIONS} steps" if "max_iter" in settings else "")
+    words = f"L-inf, eps {share(eps)} of the range" + (f", {_ITERATIONS} steps" if name != "fgsm" else "")
     return DetectorAttack(f"{name} {share(eps)}", words, eps, craft)
+
+
+def attack_to_learn(detector: CausalEffectDetector, name: str, eps: float, *, batch_size: int = 128) -> Adversarial:
+    """One of the paper's attacks on the classifier that a detector protects, as an intervention.
+
+    Args:
+        detector: fitted or not.
+        name: out of :data:`ATTACKS`.
+        eps, batch_size: as for :func:`detector_attack`.
+
+    Raises:
+        UnknownNameError: another attack.
+
+    Example:
+        >>> from ce_plugin.detection import CausalEffectDetector
+        >>> detector = CausalEffectDetector(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)))
+        >>> attack_to_learn(detector, "fgsm", 8 / 255).perturb(torch.rand(2, 1, 2, 2)).shape
+        torch.Size([2, 1, 2, 2])
+    """
+    clip = detector.protected.clip_values
+    unit = clip[1] - clip[0]
+    settings: dict[str, Any] = {"eps": unit, "max_iter": _PAIRS} if name == "jsma" else {"eps": eps * unit}
+    if name in ("bim", "pgd"):
+        settings["max_iter"] = _ITERATIONS
+    return Adversarial.preset(name, detector.protected, clip_values=clip, batch_size=batch_size, **settings)
 
 
 def _adaptive(detector: CausalEffectDetector, eps: float, batch_size: int, seed: int) -> DetectorAttack:

@@ -24,11 +24,10 @@ ClassName = Callable[[int], str]
 
 def evaluation_section(trial: DetectorTrial, class_name: ClassName) -> dict[str, Any]:
     """A detector's figures, curves and examples."""
-    right = trial.clean[trial.right] if trial.tried else []
     scores = {one.attack: one.scores for one in trial.tried if len(one.scores)}
     pictures = []
     if scores:
-        roc = plot_roc(right, scores, fpr=trial.fpr, title="Detected at each false-alarm rate")
+        roc = plot_roc(trial.clean[trial.right], scores, fpr=trial.fpr, title="Detected at each false-alarm rate")
         histogram = plot_scores(trial.calibration.scores, trial.threshold, scores, title="Scores")
         pictures = [
             {"uri": data_uri(roc), "alt": "ROC curves"},

@@ -53,12 +53,12 @@ def digits_trial(
     tell = progress or (lambda step: None)
     images, labels = digits(_SIZE)
     order = torch.randperm(len(images), generator=generator(seed, "digits"))
-    train, fit, test = order[: n_train + n_fit + n_test].split([n_train, n_fit, n_test])
+    train, fit, test = torch.split(order[: n_train + n_fit + n_test], [n_train, n_fit, n_test])
     tell("digits: training the network")
     network = DigitsCNN.trained(images[train], labels[train], seed=seed)
     tell("digits: fitting the detector on clean images")
     detector = _detector(network, steps, seed)
-    detector.fit(images[fit], nb_epochs=1)  # type: ignore[arg-type]
+    detector.fit(images[fit].numpy(), nb_epochs=1)
     return try_detector(
         detector,
         images[test],

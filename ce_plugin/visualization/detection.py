@@ -57,7 +57,8 @@ def plot_scores(
     everything = np.concatenate([clean, *sets.values(), [threshold]])
     # Where a few scores are far out, a plain axis would press all others into one bar.
     ratio = everything.max() / max(float(np.median(clean)), 1e-300) if everything.min() > 0 else 0.0
-    edges = (np.geomspace if ratio > 20 else np.linspace)(everything.min(), everything.max() + 1e-9, _BINS + 1)
+    spaced = np.geomspace if ratio > 20 else np.linspace
+    edges: list[float] = spaced(everything.min(), everything.max() + 1e-9, _BINS + 1).tolist()
     figure = Figure(figsize=(5.6, 3.4), dpi=100, layout="constrained")
     axes = figure.subplots()
     axes.hist(clean, edges, weights=_shares(clean), color=_GRAY, label=f"clean, calibration ({len(clean)})")
