@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ce_plugin.detection.classifier import Protected
@@ -14,6 +13,7 @@ from ce_plugin.detection.group import SIDES, Group, Response, checked_sides, lab
 from ce_plugin.detection.view import View
 from ce_plugin.errors import ArgumentError, InferenceError, expected
 from ce_plugin.interventions import Denoise
+from ce_plugin.trials.flops import flops_of
 
 __all__ = ["Denoising"]
 
@@ -24,7 +24,8 @@ class Denoising(Group):
     Args:
         width: of the :class:`~ce_plugin.detection.denoiser.Denoiser`.
         least_steps: training takes ``nb_epochs`` of :meth:`CausalEffectDetector.fit`, and at least so many steps.
-        passes: what a denoised run costs, in forward passes of the network, the denoiser included.
+        passes: what a denoised run costs, in forward passes of the network, the denoiser included; counted in
+            floating-point operations when it is prepared.
         judged: from which sides, see :data:`~ce_plugin.detection.groups.SIDES`.
         name: of the group.
 
@@ -59,13 +60,15 @@ class Denoising(Group):
         n_steps = max(self.least_steps, n_epochs * len(images) // 64)
         ready = Denoising(**self.settings())
         ready._denoiser = train_denoiser(protected, images, width=self.width, n_steps=n_steps, seed=seed)
+        ready.passes = 1 + _share(ready._denoiser, protected, images[:1])
         return ready
 
     def respond(self, view: View) -> Response:
         """Effects of denoising on the logits, and the margin that is left."""
         if self._denoiser is None:
             raise InferenceError(expected("signature", "one whose denoiser is trained", "one before `fit`"))
-        denoiser = self._denoiser
+        # Where the images are, wherever it was trained or read from a file.
+        denoiser = self._denoiser.to(view.images.device)
 
         def denoise(images: Tensor) -> Tensor:
             cleaned: Tensor = denoiser(images.to(denoiser.out.weight))
@@ -109,8 +112,9 @@ class Denoising(Group):
         ready._denoiser.eval().requires_grad_(False)
         return ready
 
-    def to(self, device: torch.device) -> Denoising:
-        """On another device, in place."""
-        if self._denoiser is not None:
-            self._denoiser.to(device)
-        return self
+
+def _share(denoiser: Denoiser, protected: Protected, image: Tensor) -> float:
+    """What denoising costs in forward passes of the network, by floating-point operations, to a tenth."""
+    with protected.guarded():
+        one = flops_of(lambda: protected(image))
+    return round(flops_of(lambda: denoiser(image.float())) / one, 1) if one else 0.0
