@@ -71,8 +71,10 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
     Example:
         >>> _ = torch.manual_seed(0)
         >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()
-        >>> images = np.random.default_rng(0).random((300, 1, 8, 8), dtype=np.float32)
-        >>> detector = CausalEffectDetector(network)
+        >>> images = np.random.default_rng(0).random((90, 1, 8, 8), dtype=np.float32)
+        >>> from ce_plugin.detection import CounterAttack
+        >>> quick = Signature([CounterAttack()])  # leave it out: the default trains a denoiser, in half a minute
+        >>> detector = CausalEffectDetector(network, quick)
         >>> detector.fit(images)
         >>> report, is_adversarial = detector.detect(images[:5])
         >>> sorted(report)

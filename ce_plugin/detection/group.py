@@ -85,7 +85,7 @@ class Group(ABC):
 
     @abstractmethod
     def interventions(self) -> list[str]:
-        """The S interventions whose margins are looked at, in words."""
+        """The interventions in words; where margins are looked at, these are the S."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:

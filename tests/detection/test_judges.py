@@ -1,0 +1,288 @@
+"""What is usual and how far from it an image is: closed forms, another library, gradients, and the way to a score."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from scipy.spatial.distance import mahalanobis
+from sklearn.covariance import ledoit_wolf
+from torch import Tensor
+
+from ce_plugin.detection.aggregation import AGGREGATES, aggregate, fit_weights
+from ce_plugin.detection.fitted import Fitted, Judge, Sample, learn
+from ce_plugin.detection.group import Response
+from ce_plugin.detection.reference import ClassScale, EffectDistance
+from ce_plugin.detection.reversal import Reversal
+from ce_plugin.detection.view import margin_under
+from ce_plugin.errors import InputError, UnknownNameError
+
+PRIOR = 20
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def median(values: np.ndarray) -> np.ndarray:
+    return np.asarray(np.median(values, axis=0))
+
+
+# --- centres and scales
+
+
+def test_centres_and_scales_are_shrunk_to_everyones() -> None:
+    """Written down once more in numpy; the third class has no images."""
+    effects, predicted = drawn(150, 4).numpy() * [1, 2, 3, 4] + 7, np.array([0] * 140 + [1] * 10)
+    found = ClassScale.fit(torch.as_tensor(effects), torch.as_tensor(predicted), n_classes=3)
+    everyone, center = median(effects), np.empty((3, 4))
+    for k, n in enumerate((140, 10, 0)):
+        own = median(effects[predicted == k]) if n else 0
+        center[k] = (n * own + PRIOR * everyone) / (n + PRIOR)
+    np.testing.assert_allclose(found.center, center)
+    away = np.abs(effects - center[predicted])
+    typical = 1.4826 * median(away)
+    for k, n in enumerate((140, 10, 0)):
+        own = 1.4826 * median(away[predicted == k]) if n else 0
+        np.testing.assert_allclose(found.scale[k], np.sqrt((n * own**2 + PRIOR * typical**2) / (n + PRIOR)))
+    np.testing.assert_allclose(found.scale[2], typical)
+
+
+def test_a_class_of_many_images_speaks_for_itself() -> None:
+    effects, predicted = drawn(40000, 1), torch.arange(40000) % 2
+    scale = ClassScale.fit(effects * (1 + 4 * predicted[:, None]) + 10 * predicted[:, None], predicted, 2)
+    torch.testing.assert_close(scale.scale[:, 0], torch.tensor([1.0, 5.0]).double(), rtol=0.05, atol=0)
+    torch.testing.assert_close(scale.center[:, 0], torch.tensor([0.0, 10.0]).double(), rtol=0.01, atol=0.1)
+
+
+def test_constant_effects_are_not_blown_up() -> None:
+    effects, predicted = drawn(60, 3), torch.arange(60) % 2
+    effects[:, 1] = 3.0
+    scale = ClassScale.fit(effects, predicted, 2)
+    typical = 1.4826 * (effects - scale.center[predicted]).abs().quantile(0.5, dim=0)
+    # Everyone's scale is a twentieth of the typical one (of the three, the middle one); 30 images say that it is 0.
+    everyone = 0.05 * float(typical.median())
+    assert float(scale.scale[0, 1]) == pytest.approx(everyone * (PRIOR / (30 + PRIOR)) ** 0.5, rel=0.05)
+    nothing = ClassScale.fit(torch.zeros(60, 3), predicted, 2)
+    assert bool((nothing.standardised(torch.zeros(2, 3), predicted[:2]) == 0).all())
+
+
+# --- distances
+
+
+def test_the_distance_is_that_of_mahalanobis_with_the_covariance_of_scikit_learn() -> None:
+    effects, predicted = drawn(120, 5), torch.arange(120) % 3
+    distance = EffectDistance.fit(effects, predicted, 3)
+    scale = ClassScale.fit(effects, predicted, 3)
+    values = np.arcsinh(scale.standardised(effects, predicted).numpy())
+    covariance, _ = ledoit_wolf(values)
+    precision = np.linalg.inv(covariance)
+    new, classes = drawn(7, 5, seed=1) * 4, torch.arange(7) % 3
+    odd = np.arcsinh(((new - scale.center[classes]) / scale.scale[classes]).numpy())
+    wanted = [2 * np.log(mahalanobis(one, values.mean(0), precision)) for one in odd]
+    np.testing.assert_allclose(distance(new, classes), wanted, rtol=1e-9)
+
+
+def test_effects_that_are_too_small_count_as_well() -> None:
+    """Clean images' effects are 5 +- 1 or so: none at all is as odd as twice as much."""
+    effects, predicted = 5 + drawn(400, 4), torch.arange(400) % 2
+    distance = EffectDistance.fit(effects, predicted, 2)
+    usual = distance(effects, predicted)
+    for odd in (0.0, 10.0):
+        assert float(distance(torch.full((1, 4), odd), predicted[:1])) > float(usual.max())
+
+
+def test_distance_and_reversal_have_the_gradient_of_finite_differences() -> None:
+    effects, predicted = drawn(80, 3), torch.arange(80) % 2
+    distance = EffectDistance.fit(effects, predicted, 2)
+    assert torch.autograd.gradcheck(lambda e: distance(e, predicted[:3]), drawn(3, 3, seed=2).requires_grad_())
+    idle = drawn(80, 4) * 3
+    reversal = Reversal.fit(margin_under(idle[:, None] + drawn(80, 2, 4, seed=1), idle), idle)
+    inputs = drawn(3, 2, seed=3).requires_grad_(), (drawn(3, 4, seed=4) * 3).requires_grad_()
+    assert torch.autograd.gradcheck(reversal, inputs)
+
+
+def test_what_is_stored_is_all_there_is() -> None:
+    idle, effects = drawn(80, 3) * 3, drawn(80, 5)
+    distance = EffectDistance.fit(effects, idle.argmax(1), 3)
+    again = EffectDistance.from_tensors(distance.tensors()).to(torch.device("cpu"))
+    assert torch.equal(again(effects, idle.argmax(1)), distance(effects, idle.argmax(1)))
+    margins = margin_under(idle[:, None] + drawn(80, 2, 3, seed=1), idle)
+    reversal = Reversal.fit(margins, idle)
+    assert torch.equal(Reversal(**reversal.tensors()).to(torch.device("cpu"))(margins, idle), reversal(margins, idle))
+    response = Response(effects, margins, margins.long())
+    sample = Sample({"a": response}, idle)
+    for keep in ((True, True), (True, False), (False, True)):
+        part = Response(effects[:, : 5 * keep[0]], margins[:, : 2 * keep[1]], margins[:, : 2 * keep[1]].long())
+        judge = Judge.fit(part, sample)
+        assert judge(part, sample).shape == (80, keep[0] + 2 * keep[1])
+        assert torch.equal(Judge.from_tensors(judge.tensors())(part, sample), judge(part, sample))
+
+
+def test_infinite_effects_are_refused() -> None:
+    effects, predicted = drawn(60, 3), torch.arange(60) % 2
+    effects[3, 1] = torch.inf
+    with pytest.raises(InputError, match=r"`x` to be images with finite effects.*run it in float32"):
+        EffectDistance.fit(effects, predicted, 2)
+    with pytest.raises(InputError, match=r"`x` to be images with finite logits.*run it in float32"):
+        Reversal.fit(effects, drawn(60, 3))
+
+
+# --- reversals
+
+
+@pytest.mark.parametrize("n_classes", [2, 3, 25])
+def test_a_planted_relation_leaves_nothing_over(n_classes: int) -> None:
+    """arsinh(m / s) is linear in the largest logits: what is left is what the ridge penalty holds back."""
+    idle = drawn(3000, n_classes) * 3
+    top = idle.topk(2, dim=1).values
+    linear = 0.3 * top[:, :1] - 0.2 * top[:, 1:]
+    # The unit is the typical margin: the planted one must have 2 for it, arsinh(1) is where the relation is centred.
+    linear = linear - linear.median() + float(np.arcsinh(1.0))
+    margins = 2 * linear.sinh()
+    assert bool((linear > 0).float().mean() > 0.6)
+    reversal = Reversal.fit(margins, idle)
+    left = reversal(margins, idle) * reversal.spread[idle.argmax(1)]
+    wanted = (margins / reversal.unit).asinh()
+    assert float(left.square().mean() / wanted.var()) < 0.02
+    noisy = Reversal.fit(margins + drawn(3000, 1, seed=1), idle)
+    assert float(noisy.spread.mean()) > 3 * float(reversal.spread.mean())
+
+
+def test_the_less_is_left_the_greater_the_alarm() -> None:
+    idle = drawn(300, 3) * 3
+    margins = margin_under(idle[:, None] + 0.3 * drawn(300, 1, 3, seed=1), idle)
+    reversal = Reversal.fit(margins, idle)
+    path = torch.linspace(20, -20, 41).double()[:, None]
+    verdicts = reversal(path, idle[:1].expand(41, -1))[:, 0]
+    assert bool((verdicts.diff() > 0).all())
+    usual = reversal(margins, idle)
+    assert abs(float(usual.mean())) < 0.1
+    assert float(usual.std()) == pytest.approx(1, abs=0.15)
+    # One-sided: an answer that nothing shakes adds next to nothing to a score.
+    assert float(aggregate(verdicts[:1, None])) < 0.01
+
+
+# --- from verdicts to a score
+
+VERDICTS = st.lists(st.lists(st.floats(-50, 50), min_size=3, max_size=3), min_size=1, max_size=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=VERDICTS, how=st.sampled_from(AGGREGATES), column=st.integers(0, 2), more=st.floats(0, 20))
+def test_a_score_never_falls_where_a_verdict_rises(rows: list[list[float]], how: str, column: int, more: float) -> None:
+    z, weights = torch.tensor(rows).double(), torch.tensor([0.5, 0.0, 2.5]).double()
+    higher = z.clone()
+    higher[:, column] += more
+    assert bool((aggregate(higher, how, weights) >= aggregate(z, how, weights) - 1e-9).all())
+    assert torch.equal(aggregate(z.flip(0), how, weights).flip(0), aggregate(z, how, weights))
+    torch.testing.assert_close(aggregate(z.flip(1), how, weights.flip(0)), aggregate(z, how, weights))
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=VERDICTS)
+def test_scores_are_those_of_the_table(rows: list[list[float]]) -> None:
+    z, weights = np.array(rows), np.array([0.5, 1.0, 1.5])
+    soft = np.logaddexp(0, z) ** 2
+    given_weights = torch.as_tensor(weights)
+    np.testing.assert_allclose(aggregate(torch.as_tensor(z)), soft.sum(1), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        aggregate(torch.as_tensor(z), weights=given_weights), soft @ weights, rtol=1e-9, atol=1e-12
+    )
+    np.testing.assert_allclose(aggregate(torch.as_tensor(z), "sum", given_weights), z @ weights, atol=1e-9)
+    np.testing.assert_allclose(aggregate(torch.as_tensor(z), "max", given_weights), (z * weights).max(1))
+
+
+def test_an_unknown_aggregate_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match=r"`aggregate` to be one of 'max', 'soft_square', 'sum', but got 'mean'"):
+        aggregate(torch.zeros(1, 2), "mean")
+
+
+@pytest.mark.parametrize("how", AGGREGATES)
+def test_weights_minimise_what_they_are_said_to(how: str) -> None:
+    """Against a minimiser that knows no gradient, on the loss written down once more."""
+    clean, adversarial = drawn(80, 2), drawn(50, 2, seed=1) + torch.tensor([1.5, 0.6])
+    found = fit_weights(clean, adversarial, how)
+    both = [one.numpy() if how != "soft_square" else np.logaddexp(0, one.numpy()) ** 2 for one in (clean, adversarial)]
+    size = np.concatenate(both).std()
+
+    def loss(p: np.ndarray) -> float:
+        scores = [one / size @ p[:2] + p[2] for one in both]
+        fit = 0.5 * np.logaddexp(0, scores[0]).mean() + 0.5 * np.logaddexp(0, -scores[1]).mean()
+        return float(fit + ((p[:2] - p[:2].mean()) ** 2).sum() / 130) if p[:2].min() >= 0 else np.inf
+
+    best = minimize(loss, [0.5, 0.5, 0.0], method="Nelder-Mead", options={"xatol": 1e-7, "fatol": 1e-12}).x[:2]
+    np.testing.assert_allclose(found, best / best.mean(), atol=2e-3)
+    assert float(found.mean()) == pytest.approx(1)
+
+
+def test_a_misleading_verdict_weighs_nothing_and_equal_ones_weigh_the_same() -> None:
+    clean, adversarial = drawn(100, 3), drawn(100, 3, seed=1)
+    adversarial[:, 0] += 3
+    adversarial[:, 1] -= 2
+    weights = fit_weights(clean, adversarial, "sum")
+    assert float(weights[1]) == 0
+    assert float(weights[0]) > 2 * float(weights[2])
+    twins = fit_weights(clean[:, [0, 0]], adversarial[:, [0, 0]], "soft_square")
+    torch.testing.assert_close(twins, torch.ones(2).double(), atol=1e-3, rtol=0)
+    nothing = fit_weights(clean[:, :2], clean[:, :2] - 5, "sum")
+    torch.testing.assert_close(nothing, torch.ones(2).double())
+
+
+# --- all of it
+
+
+def sample(n: int, seed: int = 0) -> Sample:
+    idle = drawn(n, 3, seed=seed) * 3
+    do = idle[:, None] + drawn(n, 2, 3, seed=seed + 100)
+    effects = (do - idle[:, None]).flatten(1)
+    return Sample({"a": Response(effects, margin_under(do, idle), do.argmax(2))}, idle)
+
+
+def test_verdicts_are_centred_on_images_that_were_held_out() -> None:
+    clean = sample(400)
+    fitted = learn(clean, None, how="sum", seed=0)
+    torch.testing.assert_close(fitted.usual.mean(0), torch.zeros(3).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(fitted.usual.std(0), torch.ones(3).double())
+    # On its own images a distance is too small; on others it is not.
+    others = fitted.deviations(sample(400, seed=1))[:, 0].mean()
+    own = fitted.deviations(clean)[:, 0].mean()
+    assert float(own) < float(others) - 0.1
+    assert abs(float(others)) < 0.2
+
+
+def test_what_was_learned_comes_back_and_is_sure_of_itself() -> None:
+    clean, harmless = sample(200), sample(200, seed=5)
+    fitted = learn(clean, harmless, how="soft_square", seed=0)
+    again = Fitted.from_tensors(("a",), fitted.tensors(), "soft_square").to(torch.device("cpu"))
+    deviations = fitted.deviations(clean)
+    assert torch.equal(again.deviations(clean), deviations)
+    assert torch.equal(again.score(deviations), fitted.score(deviations))
+    same = learn(clean, harmless, how="soft_square", seed=0)
+    assert torch.equal(same.deviations(clean), deviations)
+    assert not torch.equal(learn(clean, harmless, how="soft_square", seed=1).center, fitted.center)
+    assert not torch.equal(learn(clean, None, how="soft_square", seed=0).center, fitted.center)
+
+
+def test_teaching_moves_weights_only() -> None:
+    fitted = learn(sample(200), None, how="soft_square", seed=0)
+    attacked = fitted.usual.clone()
+    attacked[:, 2] += 4
+    taught = fitted.taught(attacked)
+    assert int(taught.weights.argmax()) == 2
+    assert torch.equal(taught.center, fitted.center)
+    assert bool((fitted.weights == 1).all())
+
+
+def test_some_rows_of_a_sample_and_several_samples() -> None:
+    whole = sample(30)
+    parts = [whole.select(slice(0, 10)), whole.select(torch.arange(10, 30))]
+    again = Sample.joined(parts)
+    assert len(again) == 30
+    assert torch.equal(again.idle, whole.idle)
+    assert torch.equal(again.predicted, whole.idle.argmax(1))
+    for name in ("effects", "margins", "answers"):
+        assert torch.equal(getattr(again.responses["a"], name), getattr(whole.responses["a"], name))
