@@ -95,7 +95,11 @@ class Protected(nn.Module):
         if not isinstance(x, (np.ndarray, Tensor)) or x.ndim != 4 or not len(x):
             got = f"shape {tuple(x.shape)}" if isinstance(x, (np.ndarray, Tensor)) else type(x).__name__
             raise InputError(expected(argument, "images (N, C, H, W), N >= 1, as an array or a tensor", got))
-        images = _as_tensor(x)
+        # What is made in inference mode could have no gradient later on.
+        with torch.inference_mode(False):
+            return self._checked(_as_tensor(x), argument)
+
+    def _checked(self, images: Tensor, argument: str) -> Tensor:
         if not images.is_floating_point():
             todo = f"Convert it to float32 in image units {self.clip_values}."
             raise InputError(expected(argument, "of floating point", str(images.dtype).removeprefix("torch."), todo))
@@ -149,7 +153,6 @@ class Protected(nn.Module):
 def _as_tensor(x: Tensor | np.ndarray[Any, Any]) -> Tensor:
     """An array as a tensor: also one that is reversed, read-only or of the other byte order, as files have them."""
     if isinstance(x, Tensor):
-        # One that was made in inference mode could have no gradient.
         return x.clone() if x.is_inference() else x
     native = np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
     return torch.from_numpy(native if native.flags.writeable else native.copy())
