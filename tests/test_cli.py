@@ -202,14 +202,28 @@ def test_warnings_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str])
 def test_a_small_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
     monkeypatch.setattr(command, "Plan", partial(command.Plan, jsma_pairs=2))
+    small = partial(command.digits_trial, n_train=300, n_fit=120, n_test=20, steps=2)
+    monkeypatch.setattr(command, "digits_trial", small)
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--trials", "8", "--quiet"]) == 0
     assert f"Report: {out / 'report.html'}" in capsys.readouterr().out
     text = (out / "report.html").read_text()
-    for words in ("why “daisy”?", "why “palace”?", "FGSM", "BIM", "PGD", "JSMA", "Nodes that carry the attack"):
+    for words in (
+        "why “daisy”?",
+        "why “palace”?",
+        "FGSM",
+        "BIM",
+        "PGD",
+        "JSMA",
+        "Nodes that carry the attack",
+        "Handwritten digits",
+    ):
         assert words in text
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["command"].startswith("ce-plugin demo")
+    detector = manifest["findings"]["detector on handwritten digits"]
+    assert [one["attack"] for one in detector["attacks"]] == ["fgsm 0.3", "bim 0.3", "pgd 0.3", "jsma"]
+    assert detector["true_classes_given"]
     layer = manifest["findings"]["flower.jpg"]["layer"]
     assert layer["name"] == "_conv_head"
     carried = layer["evidence"]["FGSM"]["carried"]
@@ -236,6 +250,7 @@ def test_help_names_what_a_newcomer_needs(capsys: pytest.CaptureFixture[str]) ->
         "nodes",
         "map",
         "concepts",
+        "detect",
         "examples:",
         "exit codes",
         "ce-plugin explain cat.jpg",
@@ -253,7 +268,12 @@ def _parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
 
 def test_every_option_has_its_words() -> None:
     parsers = _parsers(build_parser())
-    assert {parser.prog for parser in parsers} >= {"ce-plugin nodes", "ce-plugin map", "ce-plugin concepts train"}
+    assert {parser.prog for parser in parsers} >= {
+        "ce-plugin nodes",
+        "ce-plugin map",
+        "ce-plugin concepts train",
+        "ce-plugin detect fit",
+    }
     missing = [
         action.dest for parser in parsers for action in parser._actions if action.dest != "action" and not action.help
     ]

@@ -18,10 +18,12 @@ from ce_plugin.interventions import PixelMask
 from ce_plugin.models import VisionModel, efficientnet_lite0
 from ce_plugin.report import (
     ATTACKS,
+    DetectorTrial,
     Plan,
     Study,
     build_manifest,
     check_out,
+    digits_trial,
     file_sha256,
     named_layer,
     save_report,
@@ -30,6 +32,9 @@ from ce_plugin.report import (
 )
 
 __all__ = ["demo", "explain"]
+
+# Training, fitting, clean digits, and the attacks.
+_DIGITS_STEPS = 3 + len(ATTACKS)
 
 _FILLS = {
     "mixed": ("zero", "mean", "blur"),
@@ -48,7 +53,7 @@ _WORDS = {
 
 
 def demo(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    """Explain scikit-learn's two photographs."""
+    """Explain scikit-learn's two photographs, and try a detector on its handwritten digits."""
     check_out(arguments.out, force=arguments.force)
     net = efficientnet_lite0()
     photographs = sample_photographs()
@@ -65,7 +70,7 @@ def demo(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     plan = _plan(net, settings, ATTACKS)
     prints = {name: {"sha256_of_pixels": tensor_sha256(image)} for name, image in photographs.items()}
     readers = {name: (lambda image=image: image) for name, image in photographs.items()}
-    return _run(net, readers, plan, settings, words, prints)
+    return _run(net, readers, plan, settings, words, prints, with_digits=True)
 
 
 def explain(arguments: argparse.Namespace, words: Sequence[str]) -> int:
@@ -92,6 +97,8 @@ def _run(
     arguments: argparse.Namespace,
     words: Sequence[str],
     prints: Mapping[str, Any],
+    *,
+    with_digits: bool = False,
 ) -> int:
     target = getattr(arguments, "target", None)
     index = None if target is None else net.class_index(target)
@@ -104,6 +111,7 @@ def _run(
         model=net.model,
     )
     studies: list[Study] = []
+    digits: DetectorTrial | None = None
 
     def save(incomplete: str = "") -> Path:
         return save_report(
@@ -115,22 +123,26 @@ def _run(
             manifest=manifest,
             force=arguments.force,
             incomplete=incomplete,
+            digits=digits,
         )
 
     try:
-        with progress(len(readers) * (2 + 3 * len(plan.attacks)), quiet=arguments.quiet) as tell:
+        steps = len(readers) * (2 + 3 * len(plan.attacks)) + with_digits * _DIGITS_STEPS
+        with progress(steps, quiet=arguments.quiet) as tell:
             for number, (name, read) in enumerate(readers.items()):
                 inputs = net.inputs([read()])
                 studies.append(study(net, inputs, name, plan, target=index, example_id=number, progress=tell))
+            if with_digits:
+                digits = digits_trial(seed=plan.seed, progress=tell)
     except BaseException:
         # Whatever happened, what is finished is not lost.
         if studies:
-            page = save(f"stopped early: {len(studies)} of {len(readers)} photographs")
+            page = save(f"stopped early: {len(studies)} of {len(readers)} photographs" + ", no detector" * with_digits)
             sys.stderr.write(f"What was finished is in {page.absolute()}\n")
         raise
     page = save()
     if not arguments.quiet:
-        sys.stdout.write(_summary(studies))
+        sys.stdout.write(_summary(studies) + ("" if digits is None else _detected(digits)))
     sys.stdout.write(f"Report: {page.absolute()}\n")
     return 0
 
@@ -188,6 +200,16 @@ def _names(files: Sequence[Path]) -> list[str]:
         twice = next(name for name in long if long.count(name) > 1)
         raise ArgumentError(expected("IMAGE", "each picture once", f"{twice!r} several times"))
     return long
+
+
+def _detected(trial: DetectorTrial) -> str:
+    """What the detector noticed of each attack on digits."""
+    lines = [f"Detector on handwritten digits: flags {trial.false_alarms.share:.0%} of clean ones\n"]
+    for one in trial.tried:
+        figure = "" if one.figures.auroc is None else f", AUROC {one.figures.auroc.value:.3f}"
+        flagged = 0.0 if one.flagged is None else one.flagged.share
+        lines.append(f"  {one.attack:8} {flagged:.0%} of {len(one.scores)} successful attacks{figure}\n")
+    return "".join(lines)
 
 
 def _summary(studies: Sequence[Study]) -> str:

@@ -22,7 +22,8 @@ attack, beside Grad-CAM and saliency."""
 _EPILOG = """\
 examples:
   ce-plugin demo
-      two photographs that are installed with scikit-learn, explained under four attacks, in about a minute
+      two photographs that are installed with scikit-learn, explained under four attacks, and a detector
+      tried on handwritten digits, in little more than a minute
   ce-plugin explain cat.jpg
       your own photograph, with the same network
   ce-plugin explain cat.jpg dog.jpg --model torchvision:resnet50 --attack pgd --attack jsma
@@ -88,9 +89,10 @@ def build_parser() -> argparse.ArgumentParser:
     _demo(
         commands.add_parser(
             "demo",
-            help="explain two photographs, clean and under four attacks",
+            help="explain two photographs under four attacks, and detect attacks on digits",
             description="Explain scikit-learn's two photographs with EfficientNet-lite0, clean and under FGSM, BIM, "
-            "PGD and JSMA. Nothing is downloaded.",
+            "PGD and JSMA; and fit a detector that notices the same attacks on handwritten digits. Nothing is "
+            "downloaded.",
         )
     )
     _explain(

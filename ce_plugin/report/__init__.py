@@ -25,7 +25,7 @@ from ce_plugin.report.findings import (
 from ce_plugin.report.manifest import build_manifest, file_sha256, state_sha256, tensor_sha256
 from ce_plugin.report.page import check_out, render, save_report
 from ce_plugin.report.peers import grad_cam, last_conv_layer, named_layer, saliency
-from ce_plugin.report.record import carried_record, record
+from ce_plugin.report.record import carried_record, record, trial_record
 
 __all__ = [
     "ATTACKS",
@@ -74,5 +74,6 @@ __all__ = [
     "state_sha256",
     "study",
     "tensor_sha256",
+    "trial_record",
     "try_detector",
 ]

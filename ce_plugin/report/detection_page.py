@@ -14,10 +14,11 @@ from ce_plugin.models import VisionModel
 from ce_plugin.report.detector_cells import alarm, evaluation_section
 from ce_plugin.report.detector_findings import DetectorTrial, Screening
 from ce_plugin.report.page import template
+from ce_plugin.report.record import trial_record
 from ce_plugin.report.words import percent, probability
 from ce_plugin.visualization import NEGATIVE, POSITIVE, data_uri, plot_scores
 
-__all__ = ["save_evaluation", "save_screening", "trial_record"]
+__all__ = ["save_evaluation", "save_screening"]
 
 # A page of thousands of rows is not read; the table beside it has them all.
 _ROWS = 100
@@ -89,38 +90,6 @@ def save_evaluation(
         model=net.name, detector=detector, trial=evaluation_section(trial, net.class_name), **_common(full)
     )
     return _written(out, {"evaluation.csv": _evaluation_csv(trial)}, full, "evaluation.html", page)
-
-
-def trial_record(trial: DetectorTrial) -> dict[str, Any]:
-    """What was found, as JSON holds it; it stands in the manifest.
-
-    Example:
-        >>> from ce_plugin.detection import Calibration, rate
-        >>> right = rate([True])
-        >>> trial = DetectorTrial(None, [True], False, right, (0.0, 1.0), (), Calibration([0.1]), 0.6, 0.3, 7, 0.01)
-        >>> trial_record(trial)["false_alarms"]["share"]
-        1.0
-    """
-    return {
-        "pictures": len(trial.right),
-        "correctly_classified": int(sum(trial.right)),
-        "true_classes_given": trial.truth_known,
-        "fpr": trial.fpr,
-        "threshold": trial.threshold,
-        "calibration_images": trial.calibration.n,
-        "false_alarms": trial.false_alarms.to_dict(),
-        "false_alarms_due": list(trial.due),
-        "forward_passes": trial.passes,
-        "attacks": [
-            {
-                **one.figures.to_dict(),
-                "settings": one.words,
-                "n_tried": one.n_tried,
-                "flagged": None if one.flagged is None else one.flagged.to_dict(),
-            }
-            for one in trial.tried
-        ],
-    }
 
 
 def _screening(found: Screening, net: VisionModel) -> dict[str, Any]:

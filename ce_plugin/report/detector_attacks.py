@@ -77,8 +77,8 @@ def detector_attack(
 
     if name == "jsma":
         return DetectorAttack(name, f"L0, at most {_PAIRS} pairs of values set to the end of the range", None, craft)
-    words = f"L-inf, eps {share(eps)} of the range" + (f", {_ITERATIONS} steps" if name != "fgsm" else "")
-    return DetectorAttack(f"{name} {share(eps)}", words, eps, craft)
+    words = f"L-inf, eps {_size(eps)} of the range" + (f", {_ITERATIONS} steps" if name != "fgsm" else "")
+    return DetectorAttack(f"{name} {_size(eps)}", words, eps, craft)
 
 
 def attack_to_learn(detector: CausalEffectDetector, name: str, eps: float, *, batch_size: int = 128) -> Adversarial:
@@ -122,8 +122,8 @@ def _adaptive(detector: CausalEffectDetector, eps: float, batch_size: int, seed:
         return torch.from_numpy(found)
 
     runs = f"{len(attack.losses)} losses x {attack.restarts} restarts x {attack.steps} steps"
-    words = f"L-inf, eps {share(eps)} of the range, knows network and detector, {runs}"
-    return DetectorAttack(f"adaptive {share(eps)}", words, eps, craft)
+    words = f"L-inf, eps {_size(eps)} of the range, knows network and detector, {runs}"
+    return DetectorAttack(f"adaptive {_size(eps)}", words, eps, craft)
 
 
 def rounded(moved: Tensor, clean: Tensor, bound: float | None, clip_values: tuple[float, float]) -> Tensor:
@@ -146,3 +146,8 @@ def rounded(moved: Tensor, clean: Tensor, bound: float | None, clip_values: tupl
         original, step = (clean - low) / unit * 255, int(bound * 255 + 1e-6)
         levels = torch.minimum(torch.maximum(levels, original.round() - step), original.round() + step)
     return levels / 255 * unit + low
+
+
+def _size(eps: float) -> str:
+    """In levels of a file where they are few, as for photographs."""
+    return share(eps) if eps * 255 < 20 else f"{eps:.3g}"

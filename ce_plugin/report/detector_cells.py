@@ -50,7 +50,7 @@ def evaluation_section(trial: DetectorTrial, class_name: ClassName) -> dict[str,
         "rows": [_row(one) for one in trial.tried],
         "pictures": pictures,
         "examples": [
-            {"attack": one.attack.upper(), **alarm(shown, class_name)} for one in trial.tried for shown in one.shown
+            {**alarm(shown, class_name), "attack": one.attack.upper()} for one in trial.tried for shown in one.shown
         ],
     }
 
@@ -88,6 +88,7 @@ def alarm(shown: AlarmShown, class_name: ClassName) -> dict[str, Any]:
     if shown.truth is not None:
         said = f"“{class_name(shown.truth)}” before, now {said}"
     found: dict[str, Any] = {
+        "attack": "",
         "name": shown.name,
         "said": said,
         "score": f"{row.score:.3g}",

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ce_plugin.errors import FileError, expected
 from ce_plugin.report.cells import photograph
+from ce_plugin.report.detector_cells import evaluation_section
+from ce_plugin.report.detector_findings import DetectorTrial
 from ce_plugin.report.findings import OUTCOMES, Plan, Study, share
-from ce_plugin.report.record import record
+from ce_plugin.report.record import record, trial_record
 from ce_plugin.visualization import NEGATIVE, POSITIVE
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ def save_report(
     manifest: Mapping[str, Any],
     force: bool = False,
     incomplete: str = "",
+    digits: DetectorTrial | None = None,
 ) -> Path:
     """Write ``report.html`` and ``manifest.json``; each appears only when it is complete.
 
@@ -73,6 +76,7 @@ def save_report(
         manifest: see :func:`ce_plugin.report.build_manifest`; the findings are added to it.
         force: whether an existing report is replaced.
         incomplete: what is missing, where something is.
+        digits: a detector tried on handwritten digits, shown below the photographs.
 
     Returns:
         Path of the page.
@@ -91,8 +95,11 @@ def save_report(
         ('report.html', True)
     """
     folder = check_out(out, force=force)
-    manifest = {**manifest, "findings": record(studies)}
-    page = render(studies, model=model, plan=plan, experiment=experiment, manifest=manifest, incomplete=incomplete)
+    found = record(studies) | ({} if digits is None else {"detector on handwritten digits": trial_record(digits)})
+    manifest = {**manifest, "findings": found}
+    page = render(
+        studies, model=model, plan=plan, experiment=experiment, manifest=manifest, incomplete=incomplete, digits=digits
+    )
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in ((MANIFEST, json.dumps(manifest, indent=2) + "\n"), (PAGE, page)):
         part = folder / f".{name}.part"
@@ -109,6 +116,7 @@ def render(
     experiment: str,
     manifest: Mapping[str, Any],
     incomplete: str = "",
+    digits: DetectorTrial | None = None,
 ) -> str:
     """The page as text; see :func:`save_report`.
 
@@ -129,6 +137,7 @@ def render(
         outcome=OUTCOMES[plan.outcome],
         scope_text=_scope_text(plan),
         incomplete=incomplete,
+        trial=None if digits is None else evaluation_section(digits, str),
         positive=POSITIVE,
         negative=NEGATIVE,
         **_outline_words(exact, plan),

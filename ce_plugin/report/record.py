@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ce_plugin.report.detector_findings import DetectorTrial
 from ce_plugin.report.findings import Answer, Carried, Case, LayerCase, Study
 
-__all__ = ["carried_record", "record"]
+__all__ = ["carried_record", "record", "trial_record"]
 
 _SHOWN = 20
 
@@ -96,4 +97,36 @@ def carried_record(carried: Carried, *, top: int) -> dict[str, Any]:
         "channels_needed": {f"{level:g}": k for level, k in carried.needed.items()},
         "chosen_and_tested_on": "the same image",
         "layer_is_a_cut": carried.cut,
+    }
+
+
+def trial_record(trial: DetectorTrial) -> dict[str, Any]:
+    """What was found, as JSON holds it; it stands in the manifest.
+
+    Example:
+        >>> from ce_plugin.detection import Calibration, rate
+        >>> right = rate([True])
+        >>> trial = DetectorTrial(None, [True], False, right, (0.0, 1.0), (), Calibration([0.1]), 0.6, 0.3, 7, 0.01)
+        >>> trial_record(trial)["false_alarms"]["share"]
+        1.0
+    """
+    return {
+        "pictures": len(trial.right),
+        "correctly_classified": int(sum(trial.right)),
+        "true_classes_given": trial.truth_known,
+        "fpr": trial.fpr,
+        "threshold": trial.threshold,
+        "calibration_images": trial.calibration.n,
+        "false_alarms": trial.false_alarms.to_dict(),
+        "false_alarms_due": list(trial.due),
+        "forward_passes": trial.passes,
+        "attacks": [
+            {
+                **one.figures.to_dict(),
+                "settings": one.words,
+                "n_tried": one.n_tried,
+                "flagged": None if one.flagged is None else one.flagged.to_dict(),
+            }
+            for one in trial.tried
+        ],
     }

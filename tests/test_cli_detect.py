@@ -1,0 +1,305 @@
+"""The commands about detectors: what is fitted, what its judgement says, and what stays untouched after a mistake."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ce_plugin.cli import main
+from ce_plugin.cli.pictures import Pictures, column_of
+from ce_plugin.datasets import digits
+from ce_plugin.detection import CausalEffectDetector, CounterAttack, Signature, Smoothing
+from ce_plugin.errors import FileError
+from ce_plugin.interventions import Adversarial, Smooth
+from ce_plugin.models import DigitsCNN, Framing, VisionModel
+
+FACTORY = """
+from torch import nn
+from ce_plugin.models import DigitsCNN, Framing, VisionModel
+
+def gray():
+    return VisionModel(DigitsCNN(8), "digits", Framing(8), class_names=("zero", *"123456789"))
+
+def colour():
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 3))
+    return VisionModel(model, "colour", Framing(8))
+"""
+NETWORK = ("--model", "tiny_digits:gray", "--weights", "weights.pt")
+TEST = range(500, 560)
+
+
+def network(folder: Path) -> DigitsCNN:
+    model = DigitsCNN(8).eval()
+    model.load_state_dict(torch.load(folder / "weights.pt"))
+    return model
+
+
+def save(images: torch.Tensor, folder: Path, names: list[str]) -> None:
+    folder.mkdir()
+    for image, name in zip(images, names, strict=True):
+        Image.fromarray((image[0] * 255).round().byte().numpy()).save(folder / name)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a trained network, clean and attacked digits, and a detector that was fitted by the command."""
+    folder = tmp_path_factory.mktemp("detect")
+    images, labels = digits()
+    model = DigitsCNN.trained(images[:250], labels[:250], epochs=6)
+    torch.save(model.state_dict(), folder / "weights.pt")
+    (folder / "tiny_digits.py").write_text(FACTORY)
+    save(images[250:500], folder / "clean", [f"{i:04}.png" for i in range(250, 500)])
+    save(images[list(TEST)], folder / "test", [f"{i:04}.png" for i in TEST])
+    attack = Adversarial.fgsm(model, eps=0.2, batch_size=60)
+    save(attack.perturb(images[list(TEST)], target=labels[list(TEST)]), folder / "bad", [f"bad{i}.png" for i in TEST])
+    rows = [f"{i:04}.png,{'zero' if labels[i] == 0 else int(labels[i])}" for i in TEST]
+    (folder / "truth.csv").write_text("\n".join(["file,class", *rows]) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        quick_signature(patch)
+        sys.modules.pop("tiny_digits", None)
+        words = ["detect", "fit", "clean", *NETWORK, "--grayscale", "--out", "d.ce", "--seed", "3", "--quiet"]
+        assert main(words) == 0
+        yield folder
+
+
+@pytest.fixture
+def folder(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(made)
+    quick_signature(monkeypatch)
+    return made
+
+
+def quick_signature(patch: pytest.MonkeyPatch) -> None:
+    """The default signature without its denoiser, whose training takes longer than a test should."""
+    signature = Signature([CounterAttack(steps=(0.05,)), Smoothing("filters", [Smooth.median(2), Smooth.gauss(1.0)])])
+    patch.setattr(Signature, "small_images", classmethod(lambda cls, value_range=(0.0, 1.0): signature))
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_fit_writes_a_detector_and_what_it_was_fitted_with(folder: Path) -> None:
+    detector = CausalEffectDetector.load(folder / "d.ce", network(folder))
+    assert detector.learned().shape == (1, 8, 8)
+    assert (detector.fpr, detector.seed) == (0.05, 3)
+    record = json.loads((folder / "d.ce.json").read_text())
+    assert record["command"].startswith("ce-plugin detect fit clean")
+    found = record["findings"]
+    assert found["pictures"] == 250
+    assert found["calibration_images"] == detector.learned().calibration.n == 75
+    assert found["threshold"] == detector.threshold
+    low, high = found["false_alarms_due"]
+    assert 0 < low < 0.05 < high < 0.2
+
+
+def test_fit_is_what_the_detector_itself_does(folder: Path) -> None:
+    images = digits()[0][250:500]
+    detector = CausalEffectDetector(network(folder), seed=3)
+    detector.fit(images.numpy())
+    loaded = CausalEffectDetector.load(folder / "d.ce", network(folder))
+    np.testing.assert_allclose(loaded.score(images[:9].numpy()), detector.score(images[:9].numpy()), rtol=1e-5)
+
+
+def test_score_writes_a_table_a_page_and_a_manifest(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["detect", "score", "test", "bad", "--detector", "d.ce", *NETWORK, "--out", "alarms", "--explain", "3"]
+    assert main([*words, "--layer", "features.2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.endswith(f"Alarms: {folder / 'alarms' / 'alarms.html'}\n")
+    rows = rows_of(folder / "alarms" / "scores.csv")
+    detector = CausalEffectDetector.load(folder / "d.ce", network(folder))
+    assert list(rows[0])[:6] == ["file", "score", "p_value", "flagged", "predicted", "class_name"]
+    assert list(rows[0])[6:] == detector.learned().signature.verdicts(detector.learned().fitted)
+    clean = digits()[0][list(TEST)].numpy()
+    report, flags = detector.detect(clean)
+    first = rows[: len(clean)]
+    np.testing.assert_allclose([float(row["score"]) for row in first], report["scores"], rtol=1e-4)
+    np.testing.assert_allclose([float(row["p_value"]) for row in first], report["p_values"])
+    assert [row["flagged"] == "1" for row in first] == flags.tolist()
+    assert [int(row["predicted"]) for row in first] == report["predictions"].tolist()
+    assert {row["class_name"] for row in first if row["predicted"] == "0"} == {"zero"}
+    flagged = [row["file"] for row in rows if row["flagged"] == "1"]
+    assert f"{len(flagged)} of 120 pictures flagged; of clean ones about 6 would be" in shown
+    attacked = sum(name.startswith("bad") for name in flagged)
+    assert attacked > 2 * (len(flagged) - attacked)
+    assert json.loads((folder / "alarms" / "manifest.json").read_text())["findings"]["flagged"] == flagged
+    page = (folder / "alarms" / "alarms.html").read_text()
+    assert page.count('class="card">\n    <h3>') == 3
+    assert "Channels that smoothing takes most from" in page
+    best = max(rows, key=lambda row: float(row["score"]))["file"]
+    assert page.index(f"<td>{best}") == min(page.index(f"<td>{name}") for name in flagged)
+
+
+def test_a_picture_alone_scores_as_in_company(folder: Path) -> None:
+    assert main(["detect", "score", "test", "--detector", "d.ce", *NETWORK, "--out", "all", "--quiet"]) == 0
+    words = ["detect", "score", "test/0507.png", "--detector", "d.ce", *NETWORK, "--out", "one", "--fpr", "0.5"]
+    assert main([*words, "--quiet"]) == 0
+    (alone,) = rows_of(folder / "one" / "scores.csv")
+    (among,) = [row for row in rows_of(folder / "all" / "scores.csv") if row["file"] == "0507.png"]
+    assert float(alone["score"]) == pytest.approx(float(among["score"]), rel=1e-4)
+    assert (alone["flagged"] == "1") == (float(alone["p_value"]) <= 0.5)
+
+
+def test_evaluate_attacks_what_is_classified_correctly(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["detect", "evaluate", "test", "--detector", "d.ce", *NETWORK, "--truth", "truth.csv", "--out", "tried"]
+    assert main([*words, "--attacks", "fgsm", "jsma", "--eps", "0.1", "0.2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.endswith(f"Evaluation: {folder / 'tried' / 'evaluation.html'}\n")
+    images, labels = digits()
+    with torch.no_grad():
+        right = network(folder)(images[list(TEST)]).argmax(1) == labels[list(TEST)]
+    clean, *rows = rows_of(folder / "tried" / "evaluation.csv")
+    assert [row["attack"] for row in rows] == ["fgsm 0.1", "fgsm 0.2", "jsma"]
+    assert {int(row["n_tried"]) for row in rows} == {int(right.sum())}
+    assert 0 < int(rows[0]["n_successful"]) < int(rows[1]["n_successful"])
+    detector = CausalEffectDetector.load(folder / "d.ce", network(folder))
+    false_alarms = (detector.score(images[list(TEST)].numpy()) > detector.threshold).mean()
+    assert (clean["attack"], clean["n_tried"]) == ("clean", "60")
+    assert float(clean["flagged"]) == pytest.approx(false_alarms)
+    assert 0.5 < float(rows[1]["auroc_low"]) < float(rows[1]["auroc"]) <= float(rows[1]["auroc_high"])
+    page = (folder / "tried" / "evaluation.html").read_text()
+    assert "None of these attackers knows the detector" in page
+    assert "FGSM 0.2" in page
+    assert json.loads((folder / "tried" / "manifest.json").read_text())["findings"]["true_classes_given"]
+
+
+def test_the_attacker_who_knows_the_detector(folder: Path) -> None:
+    words = ["detect", "evaluate", "test", "--detector", "d.ce", *NETWORK, "--limit", "2", "--out", "known", "--quiet"]
+    from ce_plugin.detection import AdaptiveEvasion
+
+    with pytest.MonkeyPatch.context() as patch:
+        # A hundred steps of five restarts of four losses are for a real evaluation.
+        default = AdaptiveEvasion.__init__.__kwdefaults__
+        patch.setitem(default, "steps", 3)
+        patch.setitem(default, "restarts", 1)
+        assert main([*words, "--attacks", "fgsm", "adaptive", "--eps", "0.2"]) == 0
+    _, _, adaptive = rows_of(folder / "known" / "evaluation.csv")
+    assert adaptive["attack"] == "adaptive 0.2"
+    assert "knows network and detector, 4 losses x 1 restarts x 3 steps" in adaptive["settings"]
+    page = (folder / "known" / "evaluation.html").read_text()
+    assert "None of these attackers" not in page
+    assert "count as classified correctly" in page
+    assert "not evaluated" in page  # two pictures are too few for an AUROC
+
+
+def test_attacked_pictures_teach(folder: Path) -> None:
+    rows = [*(f"clean/{i:04}.png,clean" for i in range(250, 500)), *(f"bad{i}.png,1" for i in TEST)]
+    (folder / "labels.csv").write_text("\n".join(["file,label", *rows]) + "\n")
+    words = ["detect", "fit", "clean", "bad", *NETWORK, "--grayscale", "--out", "taught.ce", "--quiet"]
+    assert main([*words, "--labels", "labels.csv"]) == 0
+    taught = CausalEffectDetector.load(folder / "taught.ce", network(folder))
+    assert taught.learned().calibration.n == 75  # of the clean ones alone
+    words = ["detect", "fit", "clean", *NETWORK, "--grayscale", "--out", "self-taught.ce", "--quiet"]
+    assert main([*words, "--attacks", "fgsm", "--eps", "0.2"]) == 0
+    pictures = digits()[0][list(TEST)].numpy()
+    plain = CausalEffectDetector.load(folder / "d.ce", network(folder)).score(pictures)
+    for file in ("taught.ce", "self-taught.ce"):
+        scores = CausalEffectDetector.load(folder / file, network(folder)).score(pictures)
+        assert not np.allclose(scores, plain), file
+
+
+def test_what_exists_stays_without_force(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (folder / "d.ce").read_bytes()
+    words = ["detect", "fit", "clean", *NETWORK, "--grayscale", "--out", "d.ce", "--quiet"]
+    assert main(words) == 1
+    assert "--force" in capsys.readouterr().err
+    assert (folder / "d.ce").read_bytes() == before
+    words = ["detect", "score", "test/0507.png", "--detector", "d.ce", *NETWORK, "--out", "kept", "--quiet"]
+    assert main(words) == 0
+    (folder / "kept" / "mine.txt").write_text("mine")
+    assert main(words) == 1
+    assert main([*words, "--force"]) == 0
+    assert (folder / "kept" / "mine.txt").read_text() == "mine"
+
+
+FIT = ("detect", "fit", "clean", *NETWORK, "--out", "new.ce")
+SCORE = ("detect", "score", "test", *NETWORK, "--out", "new", "--detector")
+EVALUATE = ("detect", "evaluate", "test", *NETWORK, "--out", "new", "--detector", "d.ce")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (FIT, "Add --grayscale"),
+        ((*FIT, "--grayscale", "--model", "tiny_digits:colour", "--weights", "DEFAULT"), "one that takes 3"),
+        ((*FIT, "--grayscale", "--out", "no/folder/d.ce"), "a file in an existing folder"),
+        ((*FIT, "--grayscale", "--fpr", "0.001"), "what 75 calibration images can resolve"),
+        ((*FIT, "--grayscale", "--labels", "none.csv"), "a CSV table with the columns file and label"),
+        ((*FIT, "--grayscale", "--labels", "truth.csv"), "with file, class"),
+        (("detect", "fit", "test", *NETWORK, "--grayscale", "--out", "new.ce"), "19 or more"),
+        (("detect", "fit", "none", *NETWORK, "--grayscale", "--out", "new.ce"), "existing files or folders"),
+        (("detect", "fit", "clean", "clean/0300.png", *NETWORK, "--grayscale", "--out", "new.ce"), "several times"),
+        ((*SCORE, "none.ce"), "CausalEffectDetector.save"),
+        ((*SCORE, "weights.pt"), "CausalEffectDetector"),
+        ((*SCORE, "d.ce", "--size", "10"), "`size` to be 8, as the detector was fitted"),
+        ((*SCORE, "d.ce", "--value-range", "0,255"), "`value_range`"),
+        ((*SCORE, "d.ce", "--weights", "DEFAULT"), "the network that the detector was fitted on"),
+        ((*SCORE, "d.ce", "--normalization", "0.5/0.5"), "answers a test image otherwise"),
+        ((*SCORE, "d.ce", "--fpr", "0.001"), "what 75 calibration images can resolve"),
+        ((*SCORE, "d.ce", "--layer", "features.9"), "`layer`"),
+        ((*EVALUATE, "--truth", "half.csv"), "a class for every picture, but got none for '0501.png'"),
+        ((*EVALUATE, "--truth", "odd.csv"), "`target`"),
+        (("detect", "evaluate", "clean", *EVALUATE[3:]), "that the detector was not fitted on"),
+    ],
+)
+def test_mistakes_get_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    lines = (folder / "truth.csv").read_text().splitlines()
+    (folder / "half.csv").write_text("\n".join(lines[:2]) + "\n")
+    (folder / "odd.csv").write_text("\n".join(lines[:-1] + ["0559.png,dog"]) + "\n")
+    assert main([*words, "--quiet"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("ce-plugin: error: Expected argument ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert not (folder / "new.ce").exists()
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["detect"], "ACTION"),
+        (["detect", "fit", "clean"], "--out"),
+        (["detect", "score", "test"], "--detector"),
+        (["detect", "evaluate", "test", "--detector", "d.ce", "--attacks", "pdg"], "invalid choice: 'pdg'"),
+        (["detect", "fit", "clean", "--out", "d", "--fpr", "1"], "1 is all of it"),
+        (["detect", "fit", "clean", "--out", "d", "--attacks", "adaptive"], "invalid choice: 'adaptive'"),
+    ],
+)
+def test_words_that_are_not_understood(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_gray_pictures_keep_their_values_and_colours_their_order(tmp_path: Path) -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(levels).save(tmp_path / "levels.png")
+    net = VisionModel(torch.nn.Flatten(), framing=Framing(16), value_range=(0.0, 255.0))
+    assert torch.equal(Pictures([tmp_path], net, gray=True).all()[0, 0], torch.from_numpy(levels).float())
+    Image.new("RGB", (16, 16), (10, 20, 30)).save(tmp_path / "colour.png")
+    colour = Pictures([tmp_path / "colour.png"], net)
+    assert colour.all()[0, :, 0, 0].tolist() == [10.0, 20.0, 30.0]
+    gray = Pictures([tmp_path / "colour.png"], net, gray=True)
+    assert gray.all()[0, :, 0, 0].tolist() == [round(0.299 * 10 + 0.587 * 20 + 0.114 * 30)]
+
+
+def test_a_table_finds_pictures_by_path_and_by_file_name(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("\ufefffile,label\na/one.png,0\nb/one.png,1\ntwo.png,1\n", encoding="utf-8")
+    assert column_of(table, ["b/one.png", "deep/two.png"], "label", "labels") == ["1", "1"]
+    with pytest.raises(FileError, match=r"none for 'one\.png'"):  # two pictures are called so
+        column_of(table, ["one.png"], "label", "labels")
