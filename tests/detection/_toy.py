@@ -16,13 +16,15 @@ SIDE = 8
 Images = npt.NDArray[np.float32]
 
 
-def patterns(n: int, n_classes: int = 3, channels: int = 1, *, seed: int = 0) -> tuple[Images, npt.NDArray[np.int64]]:
+def patterns(
+    n: int, n_classes: int = 3, channels: int = 1, *, seed: int = 0, noise: float = 0.08
+) -> tuple[Images, npt.NDArray[np.int64]]:
     """Images (N, C, 8, 8) in [0, 1], each its class's pattern at a random strength with noise; and the classes."""
     planted = np.random.default_rng(99).choice([-1.0, 1.0], (n_classes, channels, SIDE // 2, SIDE // 2))
     random = np.random.default_rng(seed)
     classes = np.arange(n) % n_classes
     large = planted.repeat(2, 2).repeat(2, 3)[classes] * random.uniform(0.1, 0.3, (n, 1, 1, 1))
-    x = 0.5 + large + 0.08 * random.standard_normal(large.shape)
+    x = 0.5 + large + noise * random.standard_normal(large.shape)
     return np.clip(x, 0, 1).astype(np.float32), classes
 
 
