@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ce_plugin._art import build_classifier
 from ce_plugin.detection.adaptive import LOSSES, AdaptiveEvasion, AdaptiveReport
 from ce_plugin.detection.adaptive.ball import Ball
+from ce_plugin.detection.adaptive.victim import Judgement
 from ce_plugin.errors import AttackError, InputError, ModelError, TargetError, UnknownNameError
 from ce_plugin.randomness import generator
 
@@ -195,6 +196,48 @@ def test_more_restarts_never_weaken() -> None:
     assert np.isfinite(before).any()
 
 
+def test_several_starts_leave_the_valley_that_one_stays_in() -> None:
+    """Valleys at 0.3 and, deeper, at 0.7 of the first value: short steps from 0.4 lead to the near one."""
+
+    class TwoValleys(FromCentre):
+        def score_tensor(self, images: Tensor) -> Tensor:
+            place = images.flatten(1)[:, 0] - 0.5
+            return (place.square() - 0.04).square() - 0.002 * place
+
+    clean, net = np.full((3, *SHAPE), 0.5), curved()
+    clean[:, 0, 0, 0] = 0.4
+    with torch.no_grad():
+        wrong = (net(torch.tensor(clean)).argmax(1).numpy() + 1) % 4
+    scores = {}
+    for width in (1, 16):
+        made = attack(
+            net,
+            TwoValleys(torch.zeros(1)),
+            4,
+            eps=0.4,
+            eps_step=0.1,
+            steps=40,
+            restarts=1,
+            width=width,
+            levels=None,
+            losses=["lagrangian"],
+        )
+        made.generate(clean, wrong)
+        assert report_of(made).success.all()
+        scores[width] = report_of(made).score
+    np.testing.assert_allclose(scores[1], 0.0004, atol=5e-5)
+    np.testing.assert_allclose(scores[16], -0.0004, atol=5e-5)
+
+
+def test_the_best_of_several_starts() -> None:
+    margin = torch.tensor([-1.0, 0.5, 2.0, -3.0, -2.0, -4.0, 1.0, -9.0, 3.0])
+    score = torch.tensor([0.0, 7.0, 5.0, 1.0, 9.0, 0.0, torch.inf, 0.0, torch.inf], dtype=torch.float64)
+    judged = Judgement(margin, margin > 0, score, torch.arange(9))
+    first = judged.foremost(3)
+    assert first.tolist() == [2, 4, 8], "least score of the wrong ones; greatest margin where none has a score"
+    assert judged.select(first).predicted.tolist() == [2, 4, 8]
+
+
 def test_more_steps_do_not_weaken_on_average() -> None:
     clean, net, means = images(12), curved(), []
     for steps in (3, 12, 48):
@@ -240,7 +283,7 @@ def test_batches_change_nothing() -> None:
     clean, net = images(7), curved()
     pool = images(9, seed=2)
     results = []
-    for batch_size in (7, 3, 1):
+    for batch_size in (28, 12, 1):
         made = attack(
             net,
             FromCentre(torch.tensor(clean[0])),
@@ -337,7 +380,7 @@ def test_labels_in_every_form_and_images_that_are_wrong_already() -> None:
     clean, net = images(6), curved()
     with torch.no_grad():
         predicted = net(torch.tensor(clean)).argmax(1).numpy()
-    made = attack(net, FromCentre(torch.tensor(clean)), 4, eps=0.1, steps=3, restarts=1)
+    made = attack(net, FromCentre(torch.tensor(clean[0])), 4, eps=0.1, steps=3, restarts=1)
     default = made.generate(clean)
     for y in (predicted, predicted[:, None], np.eye(4)[predicted], predicted.astype(np.float32)):
         np.testing.assert_array_equal(made.generate(clean, y), default)
@@ -383,6 +426,7 @@ def test_art_takes_it_for_an_attack() -> None:
         ({"norm": 1}, AttackError, "`norm` to be 'inf' or 2, but got 1"),
         ({"steps": 0}, AttackError, "`steps` to be a whole number from 1, but got 0"),
         ({"restarts": 1.5}, AttackError, "`restarts` to be a whole number"),
+        ({"width": 0}, AttackError, "`width` to be a whole number from 1, but got 0"),
         ({"levels": 1}, AttackError, "`levels` to be a whole number from 2"),
         ({"eot": 0}, AttackError, "`eot`"),
         ({"batch_size": 0}, AttackError, "`batch_size`"),

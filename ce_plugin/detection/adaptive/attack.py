@@ -42,11 +42,13 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
 
     Every image on the way is rounded to ``levels`` before it is judged, and gradients are those at the rounded image,
     so that one pass serves for both. The lead that is asked of the wrong class is large at first (how large differs
-    between restarts) and falls to zero over the first half of the steps, traded for a lower score. Restarts start at
-    the clean image, at a random point, at the best image so far, at a candidate, and at the best again; further ones
-    go round once more. What is returned is the best image of all: misclassified with the least score, or, where none
-    is misclassified, that with the greatest margin, which counts as a failure. A restart knows only of those before
-    it, so that more restarts never weaken the attack.
+    between starts) and falls to zero over the first half of the steps, traded for a lower score. Restarts start at
+    the clean image, at random points, at the best image so far, at candidates, and at the best again; further ones go
+    round once more, with the best in the place of the clean image. Each runs from ``width`` points at once: several
+    random ones, several candidates, several classes to aim at, or the best image and points at some distance from it,
+    so that a run from the best leaves the valley that it is in. What is returned is the best image of all:
+    misclassified with the least score, or, where none is misclassified, that with the greatest margin, which counts
+    as a failure. A restart knows only of those before it, so that more restarts never weaken the attack.
 
     Only two things are asked of what is attacked: the network inside the classifier, and
     ``detector.score_tensor(images)``. Roundings inside a detector are its own affair (it passes gradients straight
@@ -67,17 +69,19 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
             values. There, images of another class among ``candidates`` are results too, so that the attack always
             wins against a detector that lets clean images pass.
         eps_step: length of the first step, as a share of ``eps`` (and of the range of the clip values, if less).
-        steps: of each run; a run costs so many forward and backward passes of classifier and detector, and one image
-            ``steps * restarts * len(losses)``.
+        steps: of each run; one image costs ``steps * width * restarts * len(losses)`` forward and backward passes of
+            classifier and detector, fewer where a ``threshold`` is given.
         restarts: runs of each loss.
+        width: points that a run starts from at once.
         losses: which of the four.
         eot: draws of the detector's score that are averaged at each step.
         levels: values that a stored pixel can take, equally spaced over the clip values: 256 for files of 8 bits;
             None for images that are never stored.
-        batch_size: images attacked together; results do not depend on it beyond rounding.
+        batch_size: images evaluated together, those of all starts counted; results do not depend on it beyond rounding.
         seed: of everything random, together with each image's id.
         threshold: score above which the detector raises an alarm. An image at or below it is not attacked further,
-            which is quicker; None lowers every score as far as it goes, as an AUROC asks for.
+            which is quicker; None lowers every score as far as it goes. For an AUROC the least score of
+            clean images is enough: nothing is won below it.
         candidates: images (M, ...) of other classes, such as those that the detector was fitted on. At most 32 of
             them are tried for each image; brought into the ball they are also starts.
         verbose: show progress.
@@ -126,6 +130,7 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
         "eps_step",
         "steps",
         "restarts",
+        "width",
         "losses",
         "eot",
         "levels",
@@ -145,8 +150,9 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
         norm: str | float = "inf",
         eps: float = 0.1,
         eps_step: float = 0.7,
-        steps: int = 100,
+        steps: int = 50,
         restarts: int = 5,
+        width: int = 4,
         losses: Sequence[str] = tuple(LOSSES),
         eot: int = 1,
         levels: int | None = 256,
@@ -163,6 +169,7 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
         self.eps_step = eps_step
         self.steps = steps
         self.restarts = restarts
+        self.width = width
         self.losses = losses
         self.eot = eot
         self.levels = levels

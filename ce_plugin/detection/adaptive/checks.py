@@ -51,7 +51,7 @@ def check_settings(attack: Any) -> None:
         raise AttackError(expected("eps", "a number above 0, or math.inf", repr(attack.eps)))
     if not _number(attack.eps_step) or not 0 < attack.eps_step < math.inf:
         raise AttackError(expected("eps_step", "a share of eps, above 0", repr(attack.eps_step)))
-    for name, least in (("steps", 1), ("restarts", 1), ("eot", 1), ("batch_size", 1)):
+    for name, least in (("steps", 1), ("restarts", 1), ("width", 1), ("eot", 1), ("batch_size", 1)):
         _check_count(name, getattr(attack, name), least)
     if attack.levels is not None:
         _check_count("levels", attack.levels, 2)

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from ce_plugin.detection.adaptive.ball import Ball
 from ce_plugin.detection.adaptive.checks import Array, norm_name, whole_labels
 from ce_plugin.detection.adaptive.others import Others
+from ce_plugin.detection.adaptive.plan import Batch, Plan
 from ce_plugin.detection.adaptive.results import AdaptiveReport, Best, Curves, distances
-from ce_plugin.detection.adaptive.search import Batch, Plan, search
+from ce_plugin.detection.adaptive.search import search
 from ce_plugin.detection.adaptive.victim import Victim
 from ce_plugin.errors import AttackError, expected
 
@@ -44,14 +45,20 @@ class Job:
         self.ids = ids
         self.device = torch.device(attack.estimator.device)
         self.plan = Plan(
-            tuple(attack.losses), attack.restarts, attack.steps, attack.eps_step, attack.seed, attack.threshold
+            losses=tuple(attack.losses),
+            restarts=attack.restarts,
+            width=attack.width,
+            steps=attack.steps,
+            step=attack.eps_step,
+            seed=attack.seed,
+            threshold=attack.threshold,
         )
         self.curves = Curves(self.plan.losses, attack.restarts, attack.steps)
         self.others = None if pool is None else Others(victim, self._tensor(pool), attack.batch_size)
 
     def run(self, y: Array | None) -> tuple[Array, AdaptiveReport]:
         """Attack all images, batch by batch."""
-        size, n = self.attack.batch_size, len(self.images)
+        size, n = max(1, self.attack.batch_size // self.plan.width), len(self.images)
         slices = [slice(begin, min(begin + size, n)) for begin in range(0, n, size)]
         logits = torch.cat([self.victim.predict(self._tensor(self.images[rows])) for rows in slices])
         labels = whole_labels(y, logits.argmax(dim=1).cpu().numpy(), logits.shape[1])

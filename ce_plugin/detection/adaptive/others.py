@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ce_plugin.detection.adaptive.ball import Ball
+from ce_plugin.detection.adaptive.plan import Plan
 from ce_plugin.detection.adaptive.results import Best
-from ce_plugin.detection.adaptive.search import Plan
 from ce_plugin.detection.adaptive.victim import Judgement, Victim
 from ce_plugin.randomness import numpy_generator
 
 __all__ = ["Others"]
 
 _TRIED = 32
+_EVERY = 5  # of so many restarts one starts at candidates
 
 
 class Others:
@@ -40,7 +42,7 @@ class Others:
         First come those that are misclassified, by their score, then the others, by their margin. The first of all is
         offered to ``best``.
         """
-        keep = max(1, plan.restarts)
+        keep = plan.width * math.ceil(plan.restarts / _EVERY)
         rows = []
         for row, name in enumerate(ids):
             usable = (self.predicted != int(labels[row])).nonzero()[0]
@@ -56,7 +58,7 @@ class Others:
             ranks = _ranks(judged)
             rows.append(stored[ranks[torch.arange(keep, device=ranks.device) % len(ranks)]])
             first = ranks[:1]
-            best.offer(stored[first], _only(judged, first), some[:1], ("candidate", -1))
+            best.offer(stored[first], judged.select(first), some[:1], ("candidate", -1))
         return torch.stack(rows)
 
     def _judge(self, images: Tensor, labels: Tensor) -> Judgement:
@@ -72,7 +74,3 @@ def _ranks(judged: Judgement) -> Tensor:
     by_margin = judged.margin.argsort(descending=True, stable=True)
     key = torch.where(judged.wrong, judged.score, torch.inf)[by_margin]
     return by_margin[key.argsort(stable=True)]
-
-
-def _only(judged: Judgement, rows: Tensor) -> Judgement:
-    return Judgement(judged.margin[rows], judged.wrong[rows], judged.score[rows], judged.predicted[rows])

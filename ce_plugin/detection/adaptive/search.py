@@ -3,107 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ce_plugin.detection.adaptive.ball import Ball, flat_norm, per_image
+from ce_plugin.detection.adaptive.ball import flat_norm, per_image
 from ce_plugin.detection.adaptive.directions import Course
+from ce_plugin.detection.adaptive.plan import Batch, Plan
 from ce_plugin.detection.adaptive.results import Best, Curves
+from ce_plugin.detection.adaptive.starts import Starts
 from ce_plugin.detection.adaptive.victim import Victim, margin_of
 from ce_plugin.randomness import generator
 
-__all__ = ["Batch", "Plan", "search"]
+__all__ = ["search"]
 
-# Each restart starts elsewhere and trades the margin for the score in another place.
-_STARTS = ("clean", "random", "best", "candidate", "best")
+# Points and restarts trade the margin for the score in different places.
 _KAPPAS = (0.1, 0.3, 0.03, 1.0, 0.0)
+# Every second point takes longer steps: they cross what shorter ones end at, and settle less.
+_PACES = (1.0, 2.0)
 _MOMENTUM = 0.5
 _LAST = 0.005
 _SOFT = 0.3
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How the search is run.
-
-    Attributes:
-        losses: names of :data:`LOSSES`.
-        restarts: runs of each loss.
-        steps: steps of each run.
-        step: first step as a share of the ball's radius.
-        seed: seed of everything random.
-        threshold: score at which an image is left alone; None never leaves one alone.
-    """
-
-    losses: Sequence[str]
-    restarts: int
-    steps: int
-    step: float
-    seed: int
-    threshold: float | None
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What is attacked together; nothing in it depends on the others.
-
-    Attributes:
-        ball: where images may go.
-        labels: classes to leave, (N,).
-        ids: one for each image, which names its random numbers.
-        logits: of the clean images, (N, C).
-        others: candidates in the ball, the most promising first, (N, K, ...).
-    """
-
-    ball: Ball
-    labels: Tensor
-    ids: Sequence[int]
-    logits: Tensor
-    others: Tensor
-
-
 def search(victim: Victim, batch: Batch, plan: Plan, best: Best, curves: Curves, tick: Callable[[], None]) -> None:
     """Better ``best`` by every loss from every start; a restart knows only of the restarts before it."""
+    starts = Starts(victim, batch, plan, best)
     for restart in range(plan.restarts):
         for loss in plan.losses:
             rows = best.open(plan.threshold)
             if len(rows):
-                start, targets = _start(victim, batch, plan, best, loss, restart)
                 run = _Run(victim, batch, plan, loss, restart, rows)
-                curves.add(loss, restart, run(start[rows], None if targets is None else targets[rows], best))
+                curves.add(loss, restart, run(*starts(loss, restart, rows), best))
             tick()
 
 
-def _start(
-    victim: Victim, batch: Batch, plan: Plan, best: Best, loss: str, restart: int
-) -> tuple[Tensor, Tensor | None]:
-    """Where a run starts, (N, ...), and the classes that it is to reach, (N,), if it aims at one."""
-    kind = _STARTS[restart % len(_STARTS)]
-    clean = batch.ball.clean
-    if kind == "candidate" and batch.others.shape[1]:
-        start = batch.others[:, restart // len(_STARTS) % batch.others.shape[1]]
-    elif kind == "clean" and restart == 0:
-        start = clean
-    else:
-        start = batch.ball.random([generator(plan.seed, i, "start", restart) for i in batch.ids])
-        if kind == "best":
-            start = torch.where(per_image(best.success, start), best.images, start)
-    if loss != "targeted":
-        return start, None
-    # Each restart aims at another class, the least unlikely first, unless it starts at an image of one.
-    if kind == "best":
-        start = clean
-    there = victim.predict(start).argmax(dim=1)
-    others = batch.logits.scatter(1, batch.labels[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
-    aimed = others[:, restart % (others.shape[1] - 1)]
-    return start, torch.where(there == batch.labels, aimed, there) if kind == "candidate" else aimed
-
-
 class _Run:
-    """One loss from one start."""
+    """One loss from one start, or from several at once, of each image."""
 
     def __init__(self, victim: Victim, batch: Batch, plan: Plan, loss: str, restart: int, rows: Tensor) -> None:
         self.victim = victim
@@ -111,24 +48,30 @@ class _Run:
         self.loss = loss
         self.restart = restart
         self.rows = rows
-        self.ball = batch.ball.select(rows)
-        self.labels = batch.labels[rows]
-        self.ids = [batch.ids[row] for row in rows.tolist()]
-        clean = margin_of(batch.logits[rows], self.labels)
-        self.course = Course(loss, _KAPPAS[restart % len(_KAPPAS)] * clean.abs())
+        many = rows.repeat_interleave(plan.width)
+        self.ball = batch.ball.select(many)
+        self.labels = batch.labels[many]
+        self.names = [(batch.ids[row], copy) for row in rows.tolist() for copy in range(plan.width)]
+        paces = [_PACES[copy % len(_PACES)] for copy in range(plan.width)]
+        self.pace = torch.tensor(paces, dtype=batch.logits.dtype).repeat(len(rows)).to(batch.logits.device)
+        shares = [_KAPPAS[(restart + copy) % len(_KAPPAS)] for copy in range(plan.width)]
+        clean = margin_of(batch.logits[many], self.labels).abs()
+        self.course = Course(loss, clean * torch.tensor(shares, dtype=clean.dtype).repeat(len(rows)).to(clean.device))
 
     def __call__(self, start: Tensor, targets: Tensor | None, best: Best) -> Tensor:
-        """Run, offer every image on the way to ``best``, and return the scores (steps + 1, n)."""
+        """Run, offer the best image of every step to ``best``, and return its scores (steps + 1, n)."""
         x, speed = start, torch.zeros_like(start)
         scores = []
         for step in range(self.plan.steps + 1):
             self.course.move_to(step / self.plan.steps)
             stored = self.ball.store(x)
             at = self.victim.differentiate(stored, self.labels, targets, self.course.selective)
-            best.offer(stored, at.judged, self.rows, (self.loss, self.restart))
-            scores.append(torch.where(at.judged.wrong, at.judged.score, torch.inf))
+            first = at.judged.foremost(self.plan.width)
+            judged = at.judged.select(first)
+            best.offer(stored[first], judged, self.rows, (self.loss, self.restart))
+            scores.append(torch.where(judged.wrong, judged.score, torch.inf))
             speed = _MOMENTUM * speed + (1 - _MOMENTUM) * self._moving(self.course.direction(at), step)
-            x = self.ball.project(x + self._length(step) * self._shape(speed))
+            x = self.ball.project(x + self._length(step) * per_image(self.pace, x) * self._shape(speed))
         return torch.stack(scores)
 
     def _length(self, step: int) -> float:
@@ -150,7 +93,7 @@ class _Run:
         """Random directions in the place of those that are zero, so that a plateau can be left."""
         stuck = flat_norm(direction) == 0
         for row in stuck.nonzero().flatten().tolist():
-            draw = generator(self.plan.seed, self.ids[row], "direction", self.loss, self.restart, step)
+            draw = generator(self.plan.seed, *self.names[row], "direction", self.loss, self.restart, step)
             noise = torch.randn(direction.shape[1:], generator=draw, dtype=direction.dtype).to(direction.device)
             direction[row] = noise / noise.norm()
         return direction

@@ -36,6 +36,19 @@ class Judgement:
     score: Tensor
     predicted: Tensor
 
+    def select(self, rows: Tensor) -> Judgement:
+        """What they say to some of the images."""
+        return Judgement(self.margin[rows], self.wrong[rows], self.score[rows], self.predicted[rows])
+
+    def foremost(self, width: int) -> Tensor:
+        """Of every ``width`` images side by side the place of the best, (N / width,): misclassified with the least
+        score; failing that, with the greatest margin.
+        """
+        score = torch.where(self.wrong, self.score, torch.inf).reshape(-1, width)
+        least, first = score.min(dim=1)
+        first = torch.where(least.isinf(), self.margin.reshape(-1, width).argmax(dim=1), first)
+        return first + width * torch.arange(len(first), device=first.device)
+
 
 @dataclass(frozen=True)
 class Gradients:
