@@ -1,0 +1,198 @@
+"""The adaptive attack on one detector of one classifier, chunk by chunk, kept in the cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _data import Problem, cache_folder
+from _detectors import LIMITS, OURS, build
+
+from ce_plugin._art import build_classifier
+from ce_plugin.detection import CausalEffectDetector
+from ce_plugin.detection.adaptive import AdaptiveEvasion
+from ce_plugin.detection.protocol import DifferentiableDetector
+from ce_plugin.errors import CEPluginError
+
+CHUNK = 10
+CLEAN = 1500
+CANDIDATES = 1500
+ATTACK = 1
+"""Raised by hand when the attack changes: what an older one found is not used."""
+_PROBED = 16
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard the attack tries.
+
+    Args:
+        losses, steps, restarts, width: of :class:`AdaptiveEvasion`.
+        hops: further restarts from the best so far, with one loss, on the images whose score lies above that of every
+            clean image, or of any clean image if that is lower.
+        seed: of everything random.
+    """
+
+    losses: tuple[str, ...] = ("lagrangian", "targeted", "selective", "orthogonal")
+    steps: int = 50
+    restarts: int = 5
+    width: int = 4
+    hops: int = 10
+    seed: int = 0
+
+    @property
+    def evaluations(self) -> int:
+        """The most forward and backward passes that one image takes."""
+        return (self.steps + 1) * (self.restarts * self.width * len(self.losses) + 8 * self.hops)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What was found for some images at one eps.
+
+    Args:
+        images: (n, C, H, W), eight bits.
+        success: misclassified, (n,).
+        score: the detector's, (n,).
+        late: by how much the last tenth of the steps lowered the score, mean over losses; NaN where none fooled.
+        seconds: time for one image.
+    """
+
+    images: np.ndarray = field(repr=False)
+    success: np.ndarray
+    score: np.ndarray
+    late: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Victims:
+    """One classifier with one fitted detector, and the images to attack.
+
+    Args:
+        problem: classifier and images.
+        name: the detector's.
+        detector: fitted on clean images.
+        index: the correctly classified test images, (n,).
+        clean: the detector's scores of the first 1500 of them.
+        probe: scores that tell whether a chunk belongs to this detector.
+        folder: of the cache.
+    """
+
+    problem: Problem
+    name: str
+    detector: DifferentiableDetector
+    index: np.ndarray = field(repr=False)
+    clean: np.ndarray = field(repr=False)
+    probe: np.ndarray = field(repr=False)
+    folder: Path
+
+    @classmethod
+    def ready(cls, problem: Problem, name: str, cache: str | None) -> Victims:
+        """Fit the detector, or take it from the cache, and score the clean images."""
+        detector = _fitted(problem, name, cache)
+        index = np.flatnonzero(problem.correct("test"))
+        clean = detector.score(problem.images["test"][index[:CLEAN]])
+        probe = detector.score(problem.images["fit"][:_PROBED])
+        folder = cache_folder(cache) / "adaptive" / f"{problem.name}-{problem.seed}" / name
+        return cls(problem, name, detector, index, clean, probe, folder)
+
+    def own(self, number: int) -> np.ndarray:
+        """The scores of a chunk's clean images, (n,)."""
+        rows = self.index[number * CHUNK : (number + 1) * CHUNK]
+        known = self.clean[number * CHUNK : (number + 1) * CHUNK]
+        return known if len(known) == len(rows) else self.detector.score(self.problem.images["test"][rows])
+
+    def chunk(self, number: int, eps: float, effort: Effort, starts: np.ndarray | None, *, make: bool) -> Chunk | None:
+        """What was found for a chunk of images: from the cache, or found now; None where it is not to be made."""
+        rows = self.index[number * CHUNK : (number + 1) * CHUNK]
+        file = self.folder / f"eps-{eps:g}" / f"{number:04d}.npz"
+        key = json.dumps({"attack": ATTACK, "effort": asdict(effort), "images": rows.tolist()})
+        known = self._read(file, key)
+        if known is not None or not make or not len(rows):
+            return known
+        found = self._attack(rows, eps, effort, starts)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(f".{os.getpid()}.part.npz")
+        np.savez_compressed(draft, key=np.array(key), probe=self.probe, **asdict(found))
+        draft.replace(file)
+        return found
+
+    def _read(self, file: Path, key: str) -> Chunk | None:
+        if not file.is_file():
+            return None
+        with np.load(file) as stored:
+            if str(stored["key"]) != key or not np.allclose(stored["probe"], self.probe, rtol=1e-3, atol=1e-3):
+                return None
+            late, seconds = float(stored["late"]), float(stored["seconds"])
+            return Chunk(stored["images"], stored["success"], stored["score"], late, seconds)
+
+    def _attack(self, rows: np.ndarray, eps: float, effort: Effort, starts: np.ndarray | None) -> Chunk:
+        x, y = self.problem.images["test"][rows], self.problem.labels["test"][rows]
+        given = None if starts is None else starts.astype(np.float32) / 255
+        begin = time.perf_counter()
+        first = self._evasion(eps, effort)
+        found = first.generate(x, y, starts=given, ids=rows.tolist())
+        report = first.report
+        late = [gain for gain in report.late_gain().values() if np.isfinite(gain)]
+        if effort.hops:
+            more = self._evasion(
+                eps, effort, losses=("lagrangian",), restarts=effort.hops, width=8, seed=effort.seed + 1
+            )
+            found = more.generate(x, y, starts=found, ids=rows.tolist())
+            report = more.report
+        seconds = (time.perf_counter() - begin) / len(rows)
+        images = np.rint(found * 255).astype(np.uint8)
+        return Chunk(images, report.success, report.score, float(np.mean(late)) if late else float("nan"), seconds)
+
+    def _evasion(self, eps: float, effort: Effort, **other: Any) -> Any:
+        shape = self.problem.images["test"].shape[1:]
+        classifier = build_classifier(
+            self.problem.network, shape, self.problem.n_classes, (0.0, 1.0), torch.device("cpu")
+        )
+        settings = {"losses": effort.losses, "restarts": effort.restarts, "width": effort.width, "seed": effort.seed}
+        return AdaptiveEvasion(
+            classifier,
+            self.detector,
+            eps=eps,
+            steps=effort.steps,
+            batch_size=CHUNK * 8,
+            # Below the score of every clean image there is nothing left to win, in no figure.
+            threshold=float(self.clean.min()),
+            candidates=self.problem.images["fit"][:CANDIDATES],
+            **{**settings, **other},
+        )
+
+
+def _fitted(problem: Problem, name: str, cache: str | None) -> DifferentiableDetector:
+    """The detector, fitted on the clean images of the fitting part; ours is kept in a file."""
+    pool = problem.images["fit"][: LIMITS.get(name)]
+    detector: Any = build(name, problem.network)
+    if name != OURS:
+        detector.fit(pool)
+        return detector  # type: ignore[no-any-return]
+    file = cache_folder(cache) / "fitted" / f"{problem.name}-{problem.seed}.ce"
+    if file.is_file():
+        try:
+            return CausalEffectDetector.load(file, problem.network)
+        except CEPluginError as error:
+            print(f"{file.name} is not used: {error}", flush=True)
+    begin = time.perf_counter()
+    detector.fit(pool)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    detector.save(file, force=True)
+    print(f"{problem.name}-{problem.seed}: fitted in {time.perf_counter() - begin:.0f} s", flush=True)
+    return detector  # type: ignore[no-any-return]
+
+
+def chunks(victims: Victims, eps: float, effort: Effort, numbers: Sequence[int]) -> list[tuple[int, Chunk]]:
+    """What the cache holds, (number, chunk)."""
+    found = [(number, victims.chunk(number, eps, effort, None, make=False)) for number in numbers]
+    return [(number, chunk) for number, chunk in found if chunk is not None]

@@ -1,0 +1,162 @@
+"""The table of the adaptive attack."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _adaptive import Chunk, Effort, Victims
+from _detectors import label
+from _outcome import TITLES
+from _table import Table, interval, number, percent
+
+from ce_plugin.evaluation.detection import Figures, auroc, figures
+
+WANTED = 200
+
+_WORDS = (
+    "**successes**: AUROC of the images that end misclassified, against clean ones; a robust classifier leaves few of "
+    "them, and with little room to look clean. **all**: AUROC of all attacked images, where one that could not be "
+    "turned over counts with the score of its clean self: it neither evades nor is detected. **evades**: share of all "
+    "attacked images that are misclassified and not flagged, at the threshold that flags 5 % of the clean images. "
+    "**late gain**: by how much the last tenth of the steps lowered the score, mean over runs, as a share of the "
+    "distance between the 5 % and 95 % quantiles of clean scores; near 0: the curves were flat. **static worst**: "
+    "the least AUROC over the attacks that do not know the detector (P3). What the attack found bounds the least AUROC "
+    "from above; nothing proves that there is nothing lower. Brackets: 95 % bootstrap intervals."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One detector of one classifier at one eps.
+
+    Args:
+        problem, seed, detector, eps: which.
+        effort: how hard the attack tried.
+        n: images attacked.
+        success: share that was misclassified.
+        over_successes: figures of those.
+        over_all: AUROC of all.
+        evades: share of all.
+        late: late gain, as a share of the spread of clean scores.
+        seconds: time for one image.
+        scores: of the images, and which are successes.
+    """
+
+    problem: str
+    seed: int
+    detector: str
+    eps: float
+    effort: Effort
+    n: int
+    success: float
+    over_successes: Figures
+    over_all: float
+    evades: float
+    late: float
+    seconds: float
+    scores: dict[str, list[Any]] = field(repr=False)
+
+    @classmethod
+    def of(cls, victims: Victims, eps: float, effort: Effort, found: Sequence[tuple[int, Chunk]]) -> Row:
+        """The figures of some chunks."""
+        success = np.concatenate([chunk.success for _, chunk in found])
+        score = np.concatenate([chunk.score for _, chunk in found])
+        own = np.concatenate([victims.own(number) for number, _ in found])
+        counted = np.where(success, score, own)
+        problem, clean = victims.problem, victims.clean
+        what = figures(clean, score[success], detector=victims.name, attack=f"adaptive-{eps:g}")
+        detected = 1.0 if what.tpr_5 is None else what.tpr_5.value
+        low, high = np.quantile(clean, [0.05, 0.95])
+        late = [chunk.late for _, chunk in found if np.isfinite(chunk.late)]
+        return cls(
+            problem.name,
+            problem.seed,
+            victims.name,
+            eps,
+            effort,
+            len(success),
+            float(success.mean()),
+            what,
+            auroc(clean, counted),
+            float(success.mean()) * (1 - detected),
+            float(np.mean(late) / (high - low)) if late else float("nan"),
+            float(np.mean([chunk.seconds for _, chunk in found])),
+            {"score": score.tolist(), "clean": own.tolist(), "success": success.tolist()},
+        )
+
+    def cells(self, static: str) -> list[str]:
+        """A row of the table."""
+        late = "-" if np.isnan(self.late) else f"{self.late:.3f}"
+        return [
+            label(self.detector),
+            str(self.seed),
+            f"{self.eps:g}",
+            str(self.n),
+            percent(self.success),
+            interval(self.over_successes.auroc),
+            number(self.over_all),
+            percent(self.evades),
+            late,
+            static,
+            f"{self.seconds:.0f}",
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the JSON file holds; an unbounded eps is "inf"."""
+        names = ("problem", "seed", "detector", "n", "success", "over_all", "evades", "late", "seconds")
+        row = {name: _round(getattr(self, name)) for name in names}
+        scores = {name: _round(values) for name, values in self.scores.items()}
+        found = _round(self.over_successes.to_dict())
+        return {**row, "eps": f"{self.eps:g}", "over_successes": found, "images": scores}
+
+
+def tables(rows: Sequence[Row], effort: Effort, results: Path) -> list[Table]:
+    """Introduction, and one table for each problem."""
+    losses = ", ".join(effort.losses)
+    tried = (
+        "`AdaptiveEvasion` (L-inf, stored in eight bits) on correctly classified test images, in their order; of each "
+        f"image the best of {len(effort.losses)} losses ({losses}) times {effort.restarts} restarts of {effort.width} "
+        f"starts and {effort.steps} steps, then {effort.hops} restarts of 8 starts from the best so far, for images "
+        f"that do not score below all clean ones yet: at most {effort.evaluations} forward and backward passes of "
+        "classifier and detector. Each eps starts from what a smaller one found. Detectors are fitted on clean images "
+        "(P3); the attacker knows all of them."
+    )
+    found = [Table("What was tried", [tried, _WORDS])]
+    for problem in dict.fromkeys(row.problem for row in rows):
+        own = [row for row in rows if row.problem == problem]
+        few = min(row.n for row in own)
+        words = [] if few >= WANTED else [f"Asked: {WANTED} images; attacked so far: {few}. The intervals say it."]
+        header = ["detector", "seed", "eps", "images", "misclassified", "successes", "all", "evades", "late gain"]
+        header += ["static worst", "s an image"]
+        cells = [row.cells(_static(results, row)) for row in own]
+        found.append(Table(TITLES[problem], words, header, cells))
+    return found
+
+
+def _static(results: Path, row: Row) -> str:
+    """The worst AUROC over static attacks of the same classifier, where the other benchmark has been run."""
+    file = results / "detection.json"
+    if not file.is_file():
+        return "not run"
+    for classifier in json.loads(file.read_text()).get("classifiers", []):
+        if (classifier["problem"], classifier["seed"]) == (row.problem, row.seed):
+            for one in classifier["results"]:
+                if (one["detector"], one["protocol"]) == (row.detector, "P3") and one.get("worst"):
+                    worst = one["worst"]
+                    return number(float(worst[0] if isinstance(worst, list) else worst))
+    return "not run"
+
+
+def _round(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _round(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_round(one) for one in value]
+    if isinstance(value, float):
+        return None if np.isnan(value) else round(value, 5)
+    return value

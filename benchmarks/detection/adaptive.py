@@ -1,0 +1,118 @@
+"""Attack detectors by one who knows them; what has been found before is read from the cache, a stopped run goes on.
+
+    python benchmarks/detection/adaptive.py                                  all problems, seed 0, 200 images
+    python benchmarks/detection/adaptive.py mnist --detectors causal-effects mahalanobis --eps 0.1 0.3 --images 40
+    python benchmarks/detection/adaptive.py mnist fashion --seed 0 1 2       all that is to be reported
+    python benchmarks/detection/adaptive.py mnist --no-attacks               the table of what is in the cache
+
+The same losses, steps, restarts, width and hops find the same chunks again. Writes
+`benchmarks/results/detection_adaptive.md` and `.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).parent.parent))
+
+from _adaptive import CHUNK, Effort, Victims, chunks
+from _adaptive_tables import Row, tables
+from _data import PROBLEMS, SEEDS, load
+from _detectors import OURS, names
+from _record import RESULTS, write
+
+from ce_plugin.detection.adaptive import LOSSES
+
+EPS = (0.05, 0.1, 0.2, 0.3, math.inf)
+
+
+def main() -> None:
+    options = parsed()
+    torch.set_num_threads(1)
+    effort = Effort(
+        tuple(options.losses), options.steps, options.restarts, options.width, options.hops, options.attack_seed
+    )
+    until = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
+    rows: list[Row] = []
+    for name in options.problem or [problem for problem in PROBLEMS if problem != "imagenet"]:
+        for seed in options.seed:
+            if seed in SEEDS[name] or options.dry:
+                rows += run(name, seed, effort, options, until)
+    built = tables(rows, effort, RESULTS)
+    text = "# Detectors against an attacker who knows them\n\n" + "\n\n".join(table.markdown() for table in built)
+    print(text)
+    if rows and not options.dry:
+        data = {"wanted": 200, "effort": asdict(effort), "rows": [row.to_dict() for row in rows]}
+        write("detection_adaptive", text, data, "adversarial-robustness-toolbox")
+
+
+def parsed() -> argparse.Namespace:
+    """What was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("problem", nargs="*", help=f"of {', '.join(PROBLEMS)}; the two with small images by default")
+    parser.add_argument("--detectors", nargs="*", default=(OURS, "mahalanobis"), choices=names())
+    parser.add_argument("--seed", nargs="*", type=int, default=(0,), help="classifiers")
+    parser.add_argument("--eps", nargs="*", type=float, default=EPS, help="inf: anything inside the clip values")
+    parser.add_argument("--images", type=int, default=200, help=f"rounded up to {CHUNK}")
+    parser.add_argument("--losses", nargs="*", default=Effort.losses, choices=tuple(LOSSES))
+    parser.add_argument("--steps", type=int, default=Effort.steps)
+    parser.add_argument("--restarts", type=int, default=Effort.restarts)
+    parser.add_argument("--width", type=int, default=Effort.width)
+    parser.add_argument("--hops", type=int, default=Effort.hops, help="further restarts from the best so far")
+    parser.add_argument("--attack-seed", type=int, default=Effort.seed)
+    parser.add_argument("--minutes", type=float, help="start no chunk after so many")
+    parser.add_argument("--no-attacks", action="store_true", help="only the table of what is in the cache")
+    parser.add_argument("--dry", action="store_true", help="do not write to benchmarks/results")
+    parser.add_argument("--cache", help="folder of the cache; default CE_PLUGIN_CACHE or ~/.cache/ce-plugin")
+    options = parser.parse_args()
+    unknown = set(options.problem) - set(PROBLEMS)
+    if unknown:
+        parser.error(f"no problem called {', '.join(sorted(unknown))}; there are {', '.join(PROBLEMS)}")
+    options.eps = sorted(set(options.eps))
+    return options
+
+
+def run(name: str, seed: int, effort: Effort, options: argparse.Namespace, until: float) -> Iterator[Row]:
+    """All detectors on one classifier, chunk by chunk, so that a run that is stopped has something of each."""
+    problem, numbers = load(name, seed, options.cache), range(math.ceil(options.images / CHUNK))
+    attacked = []
+    for detector in options.detectors:
+        victims = Victims.ready(problem, detector, options.cache)
+        if callable(getattr(victims.detector, "score_tensor", None)):
+            attacked.append(victims)
+        else:
+            print(f"{detector} has no gradient and is not attacked", flush=True)
+    for chunk in () if options.no_attacks else numbers:
+        for victims in attacked:
+            if time.monotonic() < until:
+                attack(victims, chunk, options.eps, effort)
+    for victims in attacked:
+        for eps in options.eps:
+            found = chunks(victims, eps, effort, numbers)
+            if found:
+                yield Row.of(victims, eps, effort, found)
+
+
+def attack(victims: Victims, number: int, every: list[float], effort: Effort) -> None:
+    """One chunk of images at every eps, each from what the one before found."""
+    starts = None
+    for eps in every:
+        found = victims.chunk(number, eps, effort, starts, make=True)
+        if found is None:
+            return
+        starts = found.images
+        now, about = time.strftime("%H:%M:%S", time.gmtime()), f"{victims.problem.name}-{victims.problem.seed}"
+        what = f"{found.success.sum()} of {len(found.success)}, {found.seconds:.1f} s an image"
+        print(f"{now} {about} {victims.name} eps {eps:g} chunk {number}: {what}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
