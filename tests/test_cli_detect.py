@@ -22,7 +22,9 @@ from ce_plugin.interventions import Adversarial, Smooth
 from ce_plugin.models import DigitsCNN, Framing, VisionModel
 
 FACTORY = """
+import torch
 from torch import nn
+from ce_plugin.interventions.normalization import Normalization
 from ce_plugin.models import DigitsCNN, Framing, VisionModel
 
 def gray():
@@ -31,6 +33,11 @@ def gray():
 def colour():
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 3))
     return VisionModel(model, "colour", Framing(8))
+
+def photographs():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.AvgPool2d(9), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    return VisionModel(model, "photographs", Framing(72), Normalization(127.0, 128.0), (0.0, 255.0))
 """
 NETWORK = ("--model", "tiny_digits:gray", "--weights", "weights.pt")
 TEST = range(500, 560)
@@ -190,6 +197,25 @@ def test_the_attacker_who_knows_the_detector(folder: Path) -> None:
     assert "None of these attackers" not in page
     assert "count as classified correctly" in page
     assert "not evaluated" in page  # two pictures are too few for an AUROC
+
+
+def test_colour_photographs_in_other_units(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, n in (("photos", 80), ("others", 25)):
+        (folder / name).mkdir()
+        for number in range(n):
+            pixels = rng.integers(0, 256, (9, 10, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((100, 90)).save(folder / name / f"{number}.png")
+    model = ("--model", "tiny_digits:photographs")
+    assert main(["detect", "fit", "photos", *model, "--out", "photos.ce", "--fpr", "0.2", "--quiet"]) == 0
+    words = ["--detector", "photos.ce", *model, "--quiet", "--out"]
+    assert main(["detect", "evaluate", "others", *words, "noticed", "--attacks", "fgsm", "--eps", "8/255"]) == 0
+    clean, fgsm = rows_of(folder / "noticed" / "evaluation.csv")
+    assert (clean["n_tried"], fgsm["attack"]) == ("25", "fgsm 8/255")
+    assert main(["detect", "score", "others", *words, "seen", "--fpr", "0.9", "--explain", "2"]) == 0
+    rows = rows_of(folder / "seen" / "scores.csv")
+    assert sum(row["flagged"] == "1" for row in rows) / 25 == pytest.approx(0.9, abs=0.25)
+    assert (folder / "seen" / "alarms.html").read_text().count("What smoothing takes away") == 2
 
 
 def test_attacked_pictures_teach(folder: Path) -> None:

@@ -39,8 +39,9 @@ examples:
   ce-plugin detect evaluate unseen --detector detector.ce --attacks adaptive --eps 4/255 --limit 50
 
 In the folder: evaluation.html (tables, curves, examples), evaluation.csv (a row for each attack), manifest.json.
-The adaptive attack knows the detector and looks for pictures that fool it as well; it takes some two thousand steps
-through network and detector for each picture."""
+Take pictures that detect fit was not given: those that it learned from are refused, and those that set the threshold
+flatter the false alarms. The adaptive attack knows the detector and looks for pictures that fool it as well; it takes
+some two thousand steps through network and detector for each picture."""
 
 
 def add_detect(commands: Any) -> None:
