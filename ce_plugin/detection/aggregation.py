@@ -52,10 +52,10 @@ def aggregate(deviations: Tensor, how: str = "soft_square", weights: Tensor | No
     return weighted.sum(1) if how == "sum" else weighted.amax(1)
 
 
-def fit_weights(clean: Tensor, adversarial: Tensor, how: str, penalty: float = 1.0) -> Tensor:
+def fit_weights(clean: Tensor, adversarial: Tensor, how: str, penalty: float = 0.05) -> Tensor:
     """Weights of the groups that tell adversarial images from clean ones best, never negative.
 
-    They minimise the balanced logistic loss of the weighted score plus ``penalty`` / n times the squared distance from
+    They minimise the balanced logistic loss of the weighted score plus ``penalty`` times the squared distance from
     equal weights. A weight below zero would say that an unusual effect speaks *for* an image, which one attack may
     teach and the next one punish.
 
@@ -88,9 +88,9 @@ def fit_weights(clean: Tensor, adversarial: Tensor, how: str, penalty: float = 1
         weights, offset = parameters[:-1], parameters[-1]
         score = signs * (columns @ weights + offset)
         pull = weights - weights.mean()
-        value = float((share * np.logaddexp(0, -score)).sum() + penalty / len(signs) * (pull @ pull))
+        value = float((share * np.logaddexp(0, -score)).sum() + penalty * (pull @ pull))
         slope = -share * signs / (1 + np.exp(np.clip(score, -500, 500)))
-        return value, np.r_[columns.T @ slope + 2 * penalty / len(signs) * pull, slope.sum()]
+        return value, np.r_[columns.T @ slope + 2 * penalty * pull, slope.sum()]
 
     start = np.r_[np.full(n_groups, 1 / n_groups), 0.0]
     bounds = [(0.0, 1e3)] * n_groups + [(None, None)]

@@ -57,45 +57,55 @@ class Sample:
 
 @dataclass(frozen=True)
 class Judge:
-    """The two ways in which a group can be unusual.
+    """The three ways in which a group can be unusual.
 
     Args:
         distance: of effects and idle logits from those of clean images; None where the group has no effects.
         reversal: what its interventions take from the predicted class beyond the usual; None where it has no margins.
+        left: the margins that they leave, whatever the idle logits promise; None where these are not judged.
     """
 
     distance: EffectDistance | None
     reversal: Reversal | None
+    left: Reversal | None = None
 
     @classmethod
     def fit(cls, response: Response, sample: Sample) -> Judge:
         """Learn from clean images."""
         n_classes = sample.idle.shape[1]
-        has = response.effects.shape[1], response.margins.shape[1]
-        distance = EffectDistance.fit(_beside(response, sample), sample.predicted, n_classes) if has[0] else None
-        return cls(distance, Reversal.fit(response.margins, sample.idle) if has[1] else None)
+        effects, margins, _, left = response.parts()
+        return cls(
+            EffectDistance.fit(_beside(response, sample), sample.predicted, n_classes) if effects.shape[1] else None,
+            Reversal.fit(margins, sample.idle) if margins.shape[1] else None,
+            Reversal.fit(left, sample.idle, conditional=False) if left.shape[1] else None,
+        )
 
     def __call__(self, response: Response, sample: Sample) -> Tensor:
-        """Distance, then each reversal, (N, 1 + S), float64."""
+        """Distance, then each reversal, then each margin, (N, up to 1 + 2 S), float64."""
         columns = []
         if self.distance is not None:
             columns.append(self.distance(_beside(response, sample), sample.predicted)[:, None])
         if self.reversal is not None:
             columns.append(self.reversal(response.margins, sample.idle))
+        if self.left is not None:
+            columns.append(self.left(response.parts()[3], sample.idle))
         return torch.cat(columns, 1)
 
     def tensors(self) -> dict[str, Tensor]:
         """What has to be stored."""
         distance = {} if self.distance is None else self.distance.tensors()
         reversal = {} if self.reversal is None else self.reversal.tensors()
-        return {**_under("distance", distance), **_under("reversal", reversal)}
+        left = {} if self.left is None else self.left.tensors()
+        return {**_under("distance", distance), **_under("reversal", reversal), **_under("left", left)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Judge:
         """What :meth:`tensors` gave."""
-        distance, reversal = _inside("distance", tensors), _inside("reversal", tensors)
+        distance, reversal, left = (_inside(side, tensors) for side in ("distance", "reversal", "left"))
         return cls(
-            EffectDistance.from_tensors(distance) if distance else None, Reversal(**reversal) if reversal else None
+            EffectDistance.from_tensors(distance) if distance else None,
+            Reversal.from_tensors(reversal, conditional=True) if reversal else None,
+            Reversal.from_tensors(left, conditional=False) if left else None,
         )
 
     def to(self, device: torch.device) -> Judge:
@@ -103,6 +113,7 @@ class Judge:
         return Judge(
             None if self.distance is None else self.distance.to(device),
             None if self.reversal is None else self.reversal.to(device),
+            None if self.left is None else self.left.to(device),
         )
 
 

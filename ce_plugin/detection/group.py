@@ -27,8 +27,8 @@ __all__ = [
 ]
 
 # "distance": are the effects unlike those of clean images, in any way? "reversal": does an intervention take more of
-# the predicted class's margin than from clean images?
-SIDES = ("distance", "reversal")
+# the predicted class's margin than the idle logits promise? "margin": does it leave less than to clean images?
+SIDES = ("distance", "reversal", "margin")
 
 
 @dataclass(frozen=True)
@@ -40,24 +40,31 @@ class Response:
         margins: of the predicted class under each of S interventions, (N, S), judged from one side: does an
             intervention take away more than usual? S may be 0.
         answers: the class that each of the S interventions leaves as the answer, (N, S).
+        left: the margins once more where they are also judged whatever the idle logits promise, (N, S); else (N, 0),
+            or None for that.
     """
 
     effects: Tensor
     margins: Tensor
     answers: Tensor
+    left: Tensor | None = None
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four tensors."""
+        return self.effects, self.margins, self.answers, self.effects[:, :0] if self.left is None else self.left
 
     def select(self, rows: Tensor | slice) -> Response:
         """That of some of the images."""
-        return Response(self.effects[rows], self.margins[rows], self.answers[rows])
+        return Response(*(part[rows] for part in self.parts()))
 
     def detached(self) -> Response:
         """Without gradients, on the CPU."""
-        return Response(self.effects.detach().cpu(), self.margins.detach().cpu(), self.answers.detach().cpu())
+        return Response(*(part.detach().cpu() for part in self.parts()))
 
     @staticmethod
     def joined(parts: Sequence[Response]) -> Response:
         """Those of several batches, one after the other."""
-        columns = zip(*((one.effects, one.margins, one.answers) for one in parts), strict=True)
+        columns = zip(*(one.parts() for one in parts), strict=True)
         return Response(*(torch.cat(column) for column in columns))
 
 
@@ -108,16 +115,18 @@ class Group(ABC):
         return f"{type(self).__name__}({inside})"
 
 
-def response_of(view: View, runs: Sequence[Tensor], judged: Sequence[str]) -> Response:
+def response_of(view: View, runs: Sequence[Tensor], judged: tuple[str, ...]) -> Response:
     """Effects, margins and answers of interventions with these logits, as far as they are judged."""
     nothing = view.logits[:, :0]
     logits = torch.stack(list(runs), 1) if runs else None
     if logits is None:
         return Response(nothing, nothing, nothing.long())
     effects = torch.cat([effects_on_logits(run, view.logits) for run in runs], 1) if "distance" in judged else nothing
-    if "reversal" not in judged:
-        return Response(effects, nothing, nothing.long())
-    return Response(effects, margin_under(logits, view.logits), logits.argmax(2))
+    margins, answers = margin_under(logits, view.logits), logits.argmax(2)
+    sides = [margins if side in judged else nothing for side in SIDES[1:]]
+    return Response(
+        effects, sides[0], answers if any(side in judged for side in SIDES[1:]) else nothing.long(), sides[1]
+    )
 
 
 def checked_sides(judged: Sequence[str]) -> tuple[str, ...]:

@@ -46,7 +46,9 @@ class Smoothing(Group):
     Source: Xu, Evans, Qi, NDSS 2018 (arXiv 1704.01155), for the filters.
     """
 
-    def __init__(self, name: str, filters: Sequence[Smooth | dict[str, Any]], *, judged: Sequence[str] = SIDES) -> None:
+    def __init__(
+        self, name: str, filters: Sequence[Smooth | dict[str, Any]], *, judged: Sequence[str] = SIDES[:2]
+    ) -> None:
         self.judged = checked_sides(judged)
         if not filters:
             raise ArgumentError(expected("filters", "at least one Smooth intervention", "none"))
@@ -123,7 +125,7 @@ class CounterAttack(Group):
         runs = [view.run((view.images - step * away).clamp(*self.value_range)) for step in self.steps]
         steps = response_of(view, runs, self.judged)
         first = torch.cat([logs, distance], 1) if "distance" in self.judged else logs[:, :0]
-        return Response(torch.cat([first, steps.effects], 1), steps.margins, steps.answers)
+        return Response(torch.cat([first, steps.effects], 1), steps.margins, steps.answers, steps.left)
 
     def labels(self, n_classes: int) -> list[str]:
         """See :meth:`Group.labels`."""

@@ -44,7 +44,7 @@ class Signature:
         >>> signature.passes
         4
         >>> Signature.small_images().names
-        ('denoising', 'counter-attack', 'filters')
+        ('denoising', 'counter-attack', 'filters', 'threshold')
     """
 
     def __init__(self, groups: Sequence[Group]) -> None:
@@ -73,7 +73,18 @@ class Signature:
             Smooth.stretch(low + 0.25 * unit, high - 0.25 * unit, value_range=value_range),
         ]
         counter = CounterAttack(steps=(0.05 * unit,), value_range=value_range)
-        return cls([Denoising(), counter, Smoothing("filters", filters, judged=("reversal",))])
+        threshold = [
+            Smooth.soft_threshold(0.1 * unit, value_range=value_range),
+            Smooth.bits(1, value_range=value_range),
+        ]
+        return cls(
+            [
+                Denoising(),
+                counter,
+                Smoothing("filters", filters, judged=("reversal",)),
+                Smoothing("threshold", threshold, judged=("distance",)),
+            ]
+        )
 
     @classmethod
     def photographs(cls, value_range: tuple[float, float] = (0.0, 1.0)) -> Signature:
@@ -131,6 +142,7 @@ class Signature:
             judge = fitted.judges[one.name]
             names += [one.name] * (judge.distance is not None)
             names += [f"{one.name}: {what}" for what in one.interventions()] * (judge.reversal is not None)
+            names += [f"{one.name}: {what}, margin left" for what in one.interventions()] * (judge.left is not None)
         return names
 
     def settings(self) -> list[dict[str, Any]]:
