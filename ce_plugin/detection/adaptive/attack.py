@@ -56,10 +56,10 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
 
     A search that ends is no proof that nothing lower exists: look at ``report.late_gain()``, at whether the losses
     agree, and at what more restarts bring. Seen in development (a CNN for MNIST, Mahalanobis distance, eps 0.3): on
-    four stubborn images scores fell by no more than 0.14 after the first 100 of 400 steps (the 5 % and 95 % quantiles
-    of clean images are -1.8 and 2.7), while runs from different starts ended in different valleys, one image anywhere
-    from the 11 % to the 66 % quantile of clean scores; eight restarts from the best lowered the AUROC of 24 images
-    from .18 to .12. There, starts matter more than steps.
+    four stubborn images mean scores fell by no more than 0.14 after the first 100 of 400 steps (the 5 % and 95 %
+    quantiles of clean images are -1.8 and 2.7), while runs from different starts ended in different valleys, one
+    image anywhere from the 11 % to the 66 % quantile of clean scores; eight restarts of eight starts from the best
+    lowered the AUROC of 24 images from .18 to .12. There, starts matter more than steps.
 
     Args:
         estimator: ART ``PyTorchClassifier`` with clip values, of at least two classes.

@@ -103,7 +103,8 @@ class AdaptiveReport:
         loss: the loss that found it; "clean", "start" or "candidate" where that was not bettered, (N,).
         restart: the restart that found it; -1 where none did, (N,).
         curves: for each loss (restarts, steps + 1): mean over images of the least score so far in that run, from any
-            of its starts, over the images that it fooled; before the first misclassification an image counts with its score there.
+            of its starts, over the images that it fooled; before the first misclassification an image counts with its
+            score there.
         threshold: score above which the detector raises an alarm, where that was given.
 
     Example:
