@@ -52,10 +52,11 @@ def screen(
         CEPluginError: see :meth:`~ce_plugin.detection.CausalEffectDetector.detect`.
 
     Example:
-        >>> from ce_plugin.detection import CausalEffectDetector
+        >>> from ce_plugin.detection import CausalEffectDetector, CounterAttack, Signature
         >>> images = torch.rand(300, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        >>> detector = CausalEffectDetector(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)))
-        >>> detector.fit(images[:250], nb_epochs=1)
+        >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+        >>> detector = CausalEffectDetector(network, Signature([CounterAttack()]))
+        >>> detector.fit(images[:250])
         >>> found = screen(detector, [f"{i}.png" for i in range(50)], lambda start, stop: images[250:][start:stop])
         >>> len(found.rows), sum(row.flagged for row in found.rows) == len(found.shown)
         (50, True)
@@ -109,11 +110,12 @@ def try_detector(
         InputError: a picture was fitted on, or none is classified correctly.
 
     Example:
-        >>> from ce_plugin.detection import CausalEffectDetector
+        >>> from ce_plugin.detection import CausalEffectDetector, CounterAttack, Signature
         >>> from ce_plugin.report import detector_attack
         >>> images = torch.rand(300, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        >>> detector = CausalEffectDetector(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)))
-        >>> detector.fit(images[:250], nb_epochs=1)
+        >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+        >>> detector = CausalEffectDetector(network, Signature([CounterAttack()]))
+        >>> detector.fit(images[:250])
         >>> attack = detector_attack(detector, "fgsm", 0.1)
         >>> trial = try_detector(detector, images[250:], [f"{i}.png" for i in range(50)], [attack])
         >>> trial.tried[0].n_tried, len(trial.clean)

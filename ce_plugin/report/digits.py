@@ -46,7 +46,7 @@ def digits_trial(
         progress: is told each step.
 
     Example:
-        >>> trial = digits_trial(n_train=300, n_fit=120, n_test=20, steps=2)
+        >>> trial = digits_trial(n_train=100, n_fit=80, n_test=10, steps=1)
         >>> [tried.attack for tried in trial.tried]
         ['fgsm 0.3', 'bim 0.3', 'pgd 0.3', 'jsma']
     """
