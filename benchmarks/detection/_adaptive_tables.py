@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from _adaptive import Chunk, Effort, Victims
-from _detectors import label
+from _detectors import label, version
 from _outcome import TITLES
 from _table import Table, interval, number, percent
 
@@ -44,6 +44,7 @@ class Row:
         evades: share of all.
         late: late gain, as a share of the spread of clean scores.
         seconds: time for one image.
+        code: checksum of the detector's code.
         scores: of the images, and which are successes.
     """
 
@@ -59,6 +60,7 @@ class Row:
     evades: float
     late: float
     seconds: float
+    code: str
     scores: dict[str, list[Any]] = field(repr=False)
 
     @classmethod
@@ -86,6 +88,7 @@ class Row:
             float(success.mean()) * (1 - detected),
             float(np.mean(late) / (high - low)) if late else float("nan"),
             float(np.mean([chunk.seconds for _, chunk in found])),
+            version(victims.detector),
             {"score": score.tolist(), "clean": own.tolist(), "success": success.tolist()},
         )
 
@@ -108,7 +111,7 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """What the JSON file holds; an unbounded eps is "inf"."""
-        names = ("problem", "seed", "detector", "n", "success", "over_all", "evades", "late", "seconds")
+        names = ("problem", "seed", "detector", "n", "success", "over_all", "evades", "late", "seconds", "code")
         row = {name: _round(getattr(self, name)) for name in names}
         scores = {name: _round(values) for name, values in self.scores.items()}
         found = _round(self.over_successes.to_dict())
