@@ -163,7 +163,7 @@ class Victims:
             self.detector,
             eps=eps,
             steps=effort.steps,
-            batch_size=CHUNK * 8,
+            batch_size=16 if self.problem.name == "imagenet" else CHUNK * 8,
             # Below the score of every clean image there is nothing left to win, in no figure.
             threshold=float(self.clean.min()),
             candidates=self.problem.images["fit"][:CANDIDATES],
