@@ -34,9 +34,13 @@ def modules() -> list[str]:
     return ["ce_plugin", *(name for _, name, _ in found if not any(part.startswith("_") for part in name.split(".")))]
 
 
+# Packages inside a floor that are public as well, and have a page of their own.
+ROOMS = ("ce_plugin.detection.adaptive", "ce_plugin.evaluation.detection", "ce_plugin.evaluation.peers")
+
+
 def floors() -> list[str]:
     """The modules and packages whose ``__all__`` is public: what lies deeper is how they are made."""
-    return [name for name in modules() if name.count(".") == 1]
+    return [name for name in modules() if name.count(".") == 1 or name in ROOMS]
 
 
 def public() -> Iterator[tuple[str, object]]:

@@ -168,6 +168,19 @@ def cached_attack(
     Args:
         file: where the result is kept, ``*.npz``.
         spec, network, images, labels, seed, order: see :func:`attack_images`.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False)).eval()
+        >>> with torch.no_grad():
+        ...     _ = net[1].weight.copy_(torch.tensor([[1.0, 1, 1, 1], [0, 0, 2, 2]]))
+        >>> x = np.full((1, 1, 2, 2), 0.2, np.float32) + np.array([[[[0.2, 0], [0, 0]]]], np.float32)
+        >>> spec = AttackSpec("fgsm", "sign", "linf", "FastGradientMethod", {"eps": 0.2})
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     first, again = (cached_attack(f"{folder}/a.npz", spec, net, x, np.array([0])) for _ in range(2))
+        >>> bool((first.images == again.images).all()), first.seconds == again.seconds
+        (True, True)
     """
     key = attack_key(spec, network, images, labels, seed, order)
     if Path(file).is_file():

@@ -53,6 +53,12 @@ def default_layers(network: nn.Module, images: Tensor, most: int = _MOST) -> lis
 
     Raises:
         ModelError: the network has no such layers: ``layers=`` must name some.
+
+    Example:
+        >>> dense = [nn.Flatten(), nn.Linear(72, 5), nn.Tanh(), nn.Linear(5, 3)]
+        >>> network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), *dense)
+        >>> default_layers(network, torch.zeros(1, 1, 8, 8))
+        [ReLU(), Tanh()]
     """
     places: dict[nn.Module, int] = {}  # of the last call, in its order: 0 for dense layers
 
