@@ -31,6 +31,8 @@ GROUPS: list[Group] = [
     Smoothing("smoothing", FILTERS),
     Smoothing("distance only", FILTERS, judged=("distance",)),
     Smoothing("reversal only", FILTERS, judged=("reversal",)),
+    Smoothing("margin only", FILTERS, judged=("margin",)),
+    Smoothing("all sides", FILTERS, judged=("margin", "distance", "reversal")),
     CounterAttack(),
     CounterAttack(steps=(0.02, 0.1), judged=("reversal", "distance"), value_range=(0, 1)),
     CounterAttack(steps=(0.02,), judged=("reversal",)),
@@ -155,8 +157,11 @@ def test_what_comes_out_is_named_finite_and_each_images_own(group: Group, n_clas
     labels = group.labels(n_classes)
     named = not isinstance(group, (NodeZeroing, Interchange))  # how many channels there are is not known beforehand
     assert len(labels) == len(set(labels)) == (together.effects.shape[1] if named else 0)
-    assert together.margins.shape == together.answers.shape
-    assert together.margins.shape[1] in (0, len(group.interventions()))
+    _, margins, answers, left = together.parts()
+    assert {margins.shape[1], left.shape[1], answers.shape[1]} <= {0, len(group.interventions())}
+    assert answers.shape[1] == max(margins.shape[1], left.shape[1])
+    if margins.shape[1] and left.shape[1]:
+        assert torch.equal(margins, left)
     assert bool(together.effects.isfinite().all() and together.margins.isfinite().all())
     order = [4, 2, 0, 3, 1]
     alone = [group.respond(View(net, x[i : i + 1], [ids[i]])) for i in order]
@@ -210,7 +215,7 @@ def test_groups_counted_in_passes_run_as_often() -> None:
     calls = []
     net = classifier()
     net.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
-    for group in (GROUPS[0], CounterAttack(steps=(0.1, 0.2)), GROUPS[6]):
+    for group in (GROUPS[0], CounterAttack(steps=(0.1, 0.2)), PixelMasking(0.4, n_draws=3)):
         view = View(net, images(1))
         calls.clear()
         group.respond(view)

@@ -112,7 +112,10 @@ def test_what_is_stored_is_all_there_is() -> None:
     assert torch.equal(again(effects, idle.argmax(1)), distance(effects, idle.argmax(1)))
     margins = margin_under(idle[:, None] + drawn(80, 2, 3, seed=1), idle)
     reversal = Reversal.fit(margins, idle)
-    assert torch.equal(Reversal(**reversal.tensors()).to(torch.device("cpu"))(margins, idle), reversal(margins, idle))
+    assert torch.equal(
+        Reversal.from_tensors(reversal.tensors(), conditional=True).to(torch.device("cpu"))(margins, idle),
+        reversal(margins, idle),
+    )
     response = Response(effects, margins, margins.long())
     sample = Sample({"a": response}, idle)
     for keep in ((True, True), (True, False), (False, True)):
@@ -166,6 +169,21 @@ def test_the_less_is_left_the_greater_the_alarm() -> None:
     assert float(aggregate(verdicts[:1, None])) < 0.01
 
 
+def test_the_margin_side_asks_for_the_class_alone() -> None:
+    idle = drawn(300, 3) * 3
+    margins = margin_under(idle[:, None] + 0.3 * drawn(300, 2, 3, seed=1), idle)
+    plain = Reversal.fit(margins, idle, conditional=False)
+    torch.testing.assert_close(plain(margins, 2 * idle), plain(margins, idle))
+    predicted, values = idle.argmax(1), (margins / margins.abs().median()).asinh()
+    for k in range(3):
+        own = predicted == k
+        left = -plain(margins[own], idle[own]) * plain.spread[k]
+        # Centred within each class, but for the ridge.
+        torch.testing.assert_close(left, values[own] - values[own].mean(0), atol=0.05, rtol=0)
+    again = Reversal.from_tensors(plain.tensors(), conditional=False)
+    assert torch.equal(again(margins, idle), plain(margins, idle))
+
+
 # --- from verdicts to a score
 
 VERDICTS = st.lists(st.lists(st.floats(-50, 50), min_size=3, max_size=3), min_size=1, max_size=5)
@@ -212,7 +230,7 @@ def test_weights_minimise_what_they_are_said_to(how: str) -> None:
     def loss(p: np.ndarray) -> float:
         scores = [one / size @ p[:2] + p[2] for one in both]
         fit = 0.5 * np.logaddexp(0, scores[0]).mean() + 0.5 * np.logaddexp(0, -scores[1]).mean()
-        return float(fit + ((p[:2] - p[:2].mean()) ** 2).sum() / 130) if p[:2].min() >= 0 else np.inf
+        return float(fit + 0.05 * ((p[:2] - p[:2].mean()) ** 2).sum()) if p[:2].min() >= 0 else np.inf
 
     best = minimize(loss, [0.5, 0.5, 0.0], method="Nelder-Mead", options={"xatol": 1e-7, "fatol": 1e-12}).x[:2]
     np.testing.assert_allclose(found, best / best.mean(), atol=2e-3)
