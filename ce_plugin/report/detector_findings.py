@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AlarmShown", "AttackTried", "DetectorTrial", "Screened", "Screening"]
 
+Flags = npt.NDArray[np.bool_]
+
 
 @dataclass(frozen=True)
 class Screened:
@@ -120,7 +122,7 @@ class DetectorTrial:
     """
 
     clean: npt.NDArray[np.float64] = field(repr=False)
-    right: npt.NDArray[np.bool_] = field(repr=False)
+    right: Flags = field(repr=False)
     truth_known: bool
     false_alarms: Rate
     due: tuple[float, float]

@@ -140,8 +140,8 @@ def fold_of(ids: Ids) -> Ids:
 def plan(protocol: str, material: Material) -> tuple[Task, ...]:
     """The fits that a protocol asks for.
 
-    * P3: clean images of the pool, once; P2: these and their FGSM.
-    * P1: for each attack, and P4: for each family of attacks (learnt from all norm-bounded attacks of other families),
+    - P3: clean images of the pool, once; P2: these and their FGSM.
+    - P1: for each attack, and P4: for each family of attacks (learnt from all norm-bounded attacks of other families),
       two fits: one learns from attacks on one half of the test images and scores the other half, clean and attacked.
       Clean images are always learnt from the pool.
 
