@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,19 @@ import torch
 from torch import Tensor
 
 from ce_plugin._art import load_art
-from ce_plugin.detection.aggregation import AGGREGATES
 from ce_plugin.detection.benign import Benign
 from ce_plugin.detection.calibration import Calibration
 from ce_plugin.detection.classifier import Protected
 from ce_plugin.detection.explanation import Alarm, explained
-from ce_plugin.detection.fitting import Recipe, attacked, check_enough, fit_to, held_out
-from ce_plugin.detection.labels import adversarial_labels
-from ce_plugin.detection.measuring import checked_count, digests, measured
+from ce_plugin.detection.fitting import Recipe, attacked, check_enough
+from ce_plugin.detection.learning import Learner, Lesson
+from ce_plugin.detection.measuring import checked_count
+from ce_plugin.detection.options import check_options, same_option
 from ce_plugin.detection.protocol import Array
 from ce_plugin.detection.signature import Signature
 from ce_plugin.detection.state import State
 from ce_plugin.detection.stored import read_detector, write_detector
-from ce_plugin.errors import ArgumentError, InferenceError, InputError, ModelError, expected, unknown_name
+from ce_plugin.errors import ArgumentError, InferenceError, ModelError, expected, unknown_name
 from ce_plugin.interventions.normalization import NormalizationLike
 
 load_art()
@@ -115,24 +114,11 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         self._check_params()
         self.state: State | None = None
         self._version: tuple[tuple[int, ...], ...] = ()
-        self._learnt: tuple[object, State] | None = None
+        self._learner = Learner()
 
     def _check_params(self) -> None:
         """Whether the options can be; ART calls it after `set_params`."""
-        for name in ("fpr", "holdout"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-                raise ArgumentError(expected(name, "a float in (0, 1)", repr(value)))
-        if self.aggregate not in AGGREGATES:
-            raise unknown_name("aggregate", self.aggregate, AGGREGATES)
-        if self.signature is not None and not isinstance(self.signature, Signature):
-            raise ArgumentError(expected("signature", "a Signature or None", type(self.signature).__name__))
-        if self.benign not in (None, "default") and not isinstance(self.benign, Benign):
-            raise ArgumentError(expected("benign", 'a Benign, "default" or None', repr(self.benign)))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)):
-            raise ArgumentError(expected("seed", "a whole number", repr(self.seed)))
-        if self.attacks is not None and (not isinstance(self.attacks, (list, tuple)) or not self.attacks):
-            raise ArgumentError(expected("attacks", "a list of attacks, or None", repr(self.attacks)))
+        check_options(self.get_params())
 
     def set_params(self, **kwargs: Any) -> None:
         """Change options; a change of any but ``fpr`` undoes the fit.
@@ -159,7 +145,7 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         except (ArgumentError, ValueError):
             self.__dict__.update(before)
             raise
-        if any(name != "fpr" and not _same(before[name], value) for name, value in kwargs.items()):
+        if any(name != "fpr" and not same_option(before[name], value) for name, value in kwargs.items()):
             self.state = None
 
     @property
@@ -185,40 +171,21 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
             ArgumentError: too few images are held out for ``fpr``.
         """
         images = self.protected.images(x)
-        adversarial = torch.as_tensor(adversarial_labels(y, len(images)))
-        size = checked_count("batch_size", batch_size)
-        if bool(adversarial.all()):
-            todo = "The detector learns what clean images are like; adversarial ones are optional."
-            raise InputError(expected("y", "labels with clean images (0) among them", "adversarial ones only", todo))
-        clean, taught = images[~adversarial], images[adversarial] if bool(adversarial.any()) else None
-        names = digests(clean)
-        kept = held_out(names, self.holdout, self.seed)
-        epochs = checked_count("nb_epochs", nb_epochs)
-        check_enough(self.protected, clean, kept, size)
-        Calibration(np.zeros(int(kept.sum()))).threshold(self.fpr)  # an error comes before the work
-        state = self._learn(clean, names, kept, size, epochs)
+        lesson = Lesson.of(images, y, self.holdout, self.seed)
+        size, epochs = checked_count("batch_size", batch_size), checked_count("nb_epochs", nb_epochs)
+        check_enough(self.protected, lesson.clean, lesson.kept, size)
+        Calibration(np.zeros(int(lesson.kept.sum()))).threshold(self.fpr)  # an error comes before the work
+        shape = tuple(images.shape[1:])
+        signature = self.signature or Signature.of(shape, self.protected.clip_values)
+        benign = Benign.of(shape, self.protected.clip_values) if isinstance(self.benign, str) else self.benign
+        recipe = Recipe(signature, benign, self.aggregate, self.seed, size, epochs)
+        state, taught = self._learner.learn(self.protected, recipe, lesson), lesson.adversarial
         if self.attacks is not None:
-            made = attacked(self.protected, self.attacks, clean[~kept], size)
+            made = attacked(self.protected, self.attacks, lesson.fitted, size)
             taught = made if taught is None else torch.cat([taught, made])
         if taught is not None:
             state = state.taught(self.protected, taught, size)
         self.restore(state)
-
-    def _learn(self, clean: Tensor, names: list[int], kept: Tensor, batch_size: int, n_epochs: int) -> State:
-        """What clean images teach; kept, so that fitting again with other attacked images beside them is quick."""
-        shape, fingerprint = tuple(clean.shape[1:]), self.protected.fingerprint()
-        signature = self.signature or Signature.of(shape, self.protected.clip_values)
-        benign = Benign.of(shape, self.protected.clip_values) if isinstance(self.benign, str) else self.benign
-        recipe = Recipe(signature, benign, self.aggregate, self.seed, batch_size, n_epochs)
-        key = (repr(replace(recipe, batch_size=1)), self.holdout, tuple(sorted(names)), fingerprint)
-        if self._learnt is not None and self._learnt[0] == key:
-            return self._learnt[1]
-        signature, fitted = fit_to(self.protected, recipe, clean[~kept])
-        held = measured(self.protected, signature, clean[kept], batch_size=batch_size, seed=self.seed)
-        seen = frozenset(name for name, keep in zip(names, kept.tolist(), strict=True) if not keep)
-        state = State(fitted, signature, fitted.deviations(held), shape, seen, fingerprint, self.seed)
-        self._learnt = (key, state)
-        return state
 
     def teach(self, x: Array, batch_size: int = 128) -> None:
         """Learn from attacked images, after :meth:`fit`, how much each verdict tells.
@@ -406,7 +373,3 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
     def __repr__(self) -> str:
         state = "not fitted" if self.state is None else repr(self.calibration)
         return f"CausalEffectDetector({state}, fpr={self.fpr:g}, passes={self.passes:g})"
-
-
-def _same(mine: object, theirs: object) -> bool:
-    return mine is theirs or bool(mine == theirs)
