@@ -58,7 +58,7 @@ def _pairs(outcome: Outcome) -> list[tuple[str, str]]:
 def _introduction(outcome: Outcome) -> Table:
     protocols = "; ".join(f"**{name}** {what}" for name, what in PROTOCOLS.items())
     words = [
-        "Attacks run through ART, those of Carlini and Wagner as attacks of our own in its form; rounded to eight bits; "
+        "Attacks run through ART, those of Carlini and Wagner as attacks of ours in its form; rounded to eight bits; "
         "successful ones on correctly classified images. Their caps were set, and a few of them changed, when success "
         "rates and norms on these classifiers were known, and before any detector was tried on them. Detectors "
         "are fitted, calibrated and tried on disjoint images; choices during development were made on others again. "
