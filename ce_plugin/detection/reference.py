@@ -14,7 +14,8 @@ __all__ = ["ClassScale", "EffectDistance"]
 # Images' worth of weight that a class's own centre and scale have to outweigh before they count more than everyone's.
 _PRIOR = 20.0
 _MAD = 1.4826
-# A column that hardly varies over clean images must not be blown up: its scale is at least this share of the typical.
+# A column that hardly varies over clean images must not be blown up: everyone's scale of it is at least this share of
+# the typical one, and classes are drawn towards that.
 _FLOOR = 0.05
 
 
