@@ -61,7 +61,7 @@ def _introduction(outcome: Outcome) -> Table:
         "Attacks run through ART, those of Carlini and Wagner as attacks of ours in its form; rounded to eight bits; "
         "successful ones on correctly classified images. Their caps were set, and a few of them changed, when success "
         "rates and norms on these classifiers were known, but without a look at what any detector made of them. "
-        "Detectors are fitted, calibrated and tried on disjoint images; choices during development were made on others. "
+        "Detectors are fitted, calibrated and tried on disjoint images; what was chosen was chosen on others again. "
         f"Protocols: {protocols}. P1 and P4 learn from attacks on one half of the test images and are tried on the "
         "other half, and the other way round.",
         f"Negatives are the first {CLEAN} correctly classified test images, in an order without regard to classes, or "
