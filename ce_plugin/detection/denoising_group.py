@@ -27,7 +27,7 @@ class Denoising(Group):
         least_steps: training takes ``nb_epochs`` of :meth:`CausalEffectDetector.fit`, and at least so many steps.
         passes: what a denoised run costs, in forward passes of the network, the denoiser included; counted in
             floating-point operations when it is prepared.
-        judged: from which sides, see :data:`~ce_plugin.detection.groups.SIDES`.
+        judged: from which sides, see :data:`~ce_plugin.detection.group.SIDES`.
         name: of the group.
 
     Example:

@@ -41,10 +41,11 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
 
     An attack moves the network's answer with what it put into the image; interventions that take it out, or push back,
     then have effects that they do not have on clean images. The detector measures the effects of a
-    :class:`~ce_plugin.detection.Signature` on the logits, asks for each group of interventions how far they lie from
-    those of clean images of the same predicted class (a Mahalanobis distance of effects standardised by class), and
-    adds up what is unusual. The threshold is split-conformal: it holds its false-alarm rate on clean images whatever
-    their distribution. No adversarial images are needed.
+    :class:`~ce_plugin.detection.Signature` on the logits and asks for each group of interventions how far they lie
+    from those of clean images of the same predicted class (a Mahalanobis distance of effects standardised by class),
+    how much more than usual an intervention takes from the predicted class's margin, and how little it leaves. What is
+    unusual is added up. The threshold is split-conformal: it holds its false-alarm rate on clean images whatever their
+    distribution. No adversarial images are needed.
 
     Args:
         classifier: an ART ``PyTorchClassifier``, or a network from images to logits (N, K).
