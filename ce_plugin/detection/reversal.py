@@ -24,8 +24,8 @@ class Reversal:
 
     With m the margin of the predicted class under do(...) and z the idle logits, arsinh(m / s) of clean images is
     predicted linearly from z, its largest entries and the predicted class; r is what is left, and -r, over its
-    spread in the class, says how much more than usual the intervention takes away. It is one-sided: an image whose answer
-    an intervention does *not* shake is no reason for an alarm.
+    spread in the class, says how much more than usual the intervention takes away. It is one-sided: an image whose
+    answer an intervention does *not* shake is no reason for an alarm.
 
     Without the condition on z, -r says how near to another answer, or how far into it, the intervention brings an
     image, compared with clean ones of its predicted class: images that an attack left next to a boundary stand out.

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import Any, Union
 
 import numpy as np
 import numpy.typing as npt
 
 from ce_plugin.errors import FileError, expected
-from ce_plugin.files import written_whole
+from ce_plugin.evaluation.detection.archives import read_archive, write_archive
 
 __all__ = ["Attacked"]
 
@@ -68,12 +64,8 @@ class Attacked:
 
     def save(self, file: FilePath, key: str = "") -> None:
         """Write everything to one compressed file, whole or not at all."""
-        target = Path(file)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
-        about = json.dumps({"key": key, "spec": self.spec, "forwards": self.forwards, "seconds": self.seconds})
-        with written_whole(target) as stream:
-            np.savez_compressed(stream, about=np.array(about), **arrays)
+        about = {"key": key, "spec": self.spec, "forwards": self.forwards, "seconds": self.seconds}
+        write_archive(file, about, {name: getattr(self, name) for name in _ARRAYS}, compressed=True)
 
     @classmethod
     def load(cls, file: FilePath, key: str | None = None) -> Attacked:
@@ -82,13 +74,12 @@ class Attacked:
         Raises:
             FileError: there is none, it is damaged, or it was made under another key.
         """
-        try:
-            with np.load(Path(file), allow_pickle=False) as stored:
-                about = json.loads(str(stored["about"]))
-                arrays = {name: stored[name] for name in _ARRAYS}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            todo = "Make it again."
-            raise FileError(expected("file", "a file of attacked images", f"{str(file)!r} ({error})", todo)) from error
+        about, arrays = read_archive(
+            file,
+            lambda _, stored: {name: stored[name] for name in _ARRAYS},
+            wanted="a file of attacked images",
+            todo="Make it again.",
+        )
         if key is not None and about["key"] != key:
             todo = "It was made with other settings, another network or other images: make it again."
             raise FileError(expected("file", f"one made under the key {key}", about["key"], todo))

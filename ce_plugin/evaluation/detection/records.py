@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple, Union
 
 import numpy as np
@@ -18,8 +14,8 @@ import numpy.typing as npt
 from ce_plugin.detection.calibration import Calibration
 from ce_plugin.detection.protocol import Detector
 from ce_plugin.errors import FileError, expected
+from ce_plugin.evaluation.detection.archives import Arrays, read_archive, write_archive
 from ce_plugin.evaluation.detection.protocols import ImageSet, Material, Task, fit_detector
-from ce_plugin.files import written_whole
 
 __all__ = ["Scored", "Sheet", "score_task", "sets_of"]
 
@@ -69,15 +65,12 @@ class Sheet:
 
     def save(self, file: FilePath, key: str = "") -> None:
         """Write everything to one file, whole or not at all."""
-        target = Path(file)
-        target.parent.mkdir(parents=True, exist_ok=True)
         names = list(self.sets)
         checksums = [self.sets[name].checksum for name in names]
         about = {"key": key, "sets": names, "checksums": checksums, "passes": self.passes, "seconds": self.seconds}
         arrays: dict[str, Any] = {f"ids{i}": self.sets[name].ids for i, name in enumerate(names)}
         arrays |= {f"scores{i}": self.sets[name].scores for i, name in enumerate(names)}
-        with written_whole(target) as stream:
-            np.savez(stream, about=np.array(json.dumps(about)), calibration=self.calibration.scores, **arrays)
+        write_archive(file, about, {**arrays, "calibration": self.calibration.scores})
 
     @classmethod
     def load(cls, file: FilePath, key: str | None = None) -> Sheet:
@@ -86,14 +79,13 @@ class Sheet:
         Raises:
             FileError: there is none, it is damaged, or it was written under another key.
         """
-        try:
-            with np.load(Path(file), allow_pickle=False) as stored:
-                about = json.loads(str(stored["about"]))
-                calibration = Calibration(stored["calibration"])
-                rows = list(zip(about["sets"], about["checksums"], strict=True))
-                sets = {n: Scored(stored[f"ids{i}"], stored[f"scores{i}"], c) for i, (n, c) in enumerate(rows)}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise FileError(expected("file", "a file of scores", f"{str(file)!r} ({error})", "Score again.")) from error
+
+        def read(about: Any, stored: Arrays) -> tuple[Calibration, dict[str, Scored]]:
+            rows = enumerate(zip(about["sets"], about["checksums"], strict=True))
+            sets = {name: Scored(stored[f"ids{i}"], stored[f"scores{i}"], check) for i, (name, check) in rows}
+            return Calibration(stored["calibration"]), sets
+
+        about, (calibration, sets) = read_archive(file, read, wanted="a file of scores", todo="Score again.")
         if key is not None and about["key"] != key:
             todo = "The detector or what it was fitted on has changed: score again."
             raise FileError(expected("file", f"one written under the key {key}", about["key"], todo))
