@@ -174,7 +174,7 @@ class Victims:
 def _fitted(problem: Problem, name: str, cache: str | None) -> DifferentiableDetector:
     """The detector, fitted on the clean images of the fitting part; ours is kept in a file."""
     pool = problem.images["fit"][: LIMITS.get(name)]
-    detector: Any = build(name, problem.network)
+    detector: Any = build(name, problem, cache)
     if name != OURS:
         detector.fit(pool)
         return detector  # type: ignore[no-any-return]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,17 +87,21 @@ def small_classifier(name: str, seed: int, images: Array, labels: Labels, cache:
     """The classifier of a data set and seed, in eval mode: from the cache, or trained and put there."""
     file = cache_folder(cache) / "classifiers" / f"{name}-{seed}.pt"
     network = FashionCNN()
-    if file.is_file():
-        network.load_state_dict(torch.load(file, weights_only=True))
-    else:
-        network = train(TRAINING[name], derived_seed(seed, name), images, labels)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(f".{os.getpid()}.part")
-        torch.save(network.state_dict(), draft)
-        draft.replace(file)
+    network.load_state_dict(kept(file, lambda: train(TRAINING[name], derived_seed(seed, name), images, labels)))
     for name_of_pool in ("2", "5"):
         setattr(network.features, name_of_pool, Halving())
     return network.eval().requires_grad_(False)
+
+
+def kept(file: Path, make: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    """The weights in a file of the cache; where there is none, those of what is made now, which are put there."""
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(f".{os.getpid()}.part")
+        torch.save(make().state_dict(), draft)
+        draft.replace(file)
+    weights: dict[str, Tensor] = torch.load(file, weights_only=True)
+    return weights
 
 
 def train(recipe: Training, seed: int, images: Array, labels: Labels) -> FashionCNN:
@@ -131,6 +137,14 @@ def _moved(x: Tensor, recipe: Training, draw: torch.Generator) -> Tensor:
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).reshape(-1, 2, 2)
     grid = F.affine_grid(torch.cat([turn, shift[:, :, None]], 2), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)
+
+
+def checksum(network: nn.Module, start: int = 0) -> int:
+    """A number that changes with the network's weights, going on from another checksum."""
+    for tensor in network.state_dict().values():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            start = zlib.crc32(tensor.detach().cpu().float().numpy().tobytes(), start)
+    return start
 
 
 def predictions(network: nn.Module, images: Array, batch_size: int = 250) -> Labels:

@@ -25,7 +25,7 @@ from ce_plugin.datasets.mnist import mnist_5k
 from ce_plugin.models import Framing, as_batch
 from ce_plugin.randomness import numpy_generator
 
-__all__ = ["PARTS", "PROBLEMS", "SEEDS", "Problem", "cache_folder", "load", "predictions"]
+__all__ = ["PARTS", "PROBLEMS", "SEEDS", "Problem", "cache_folder", "load", "predictions", "train_split"]
 
 PROBLEMS = ("fashion", "mnist", "imagenet")
 PARTS = ("fit", "select", "test")
@@ -64,7 +64,7 @@ class Problem:
 
 def load(name: str, seed: int = 0, cache: str | Path | None = None) -> Problem:
     """A problem with the classifier of this seed, which is trained if the cache does not have it."""
-    split = {"fashion": _fashion, "mnist": _mnist, "imagenet": _photographs}[name]()
+    split = _split(name)
     train = split.pop("train", None)
     network = imagenet_classifier() if train is None else small_classifier(name, seed, *train, cache)
     images = {part: pair[0] for part, pair in split.items()}
@@ -72,11 +72,20 @@ def load(name: str, seed: int = 0, cache: str | Path | None = None) -> Problem:
     return Problem(name, seed, network, images, labels, 1000 if train is None else 10)
 
 
+def train_split(name: str) -> tuple[Array, Labels]:
+    """Images and labels that the classifier of `fashion` or `mnist` was trained on: in no other part."""
+    return _split(name)["train"]
+
+
 def data_folder(name: str) -> Path:
     """A data set under the folder that the environment variable CE_PLUGIN_DATA names."""
     if not os.environ.get("CE_PLUGIN_DATA"):
         raise SystemExit(f"Set CE_PLUGIN_DATA to the folder that holds {name}/.")
     return Path(os.environ["CE_PLUGIN_DATA"]) / name
+
+
+def _split(name: str) -> Split:
+    return {"fashion": _fashion, "mnist": _mnist, "imagenet": _photographs}[name]()
 
 
 def _fashion() -> Split:

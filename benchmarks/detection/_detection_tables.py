@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from _detectors import OURS, label
+from _detectors import LEFT_OUT, OURS, label
 from _outcome import TITLES, Group, Outcome
 from _scores import CLEAN, NEEDED
 from _table import Table, interval, number, percent
@@ -164,10 +164,12 @@ def _cost(outcome: Outcome) -> Table:
 
 
 def _failed(outcome: Outcome) -> Table:
+    problems = outcome.problems()
     broken = [
         f"- {label(one.detector)} on {TITLES[one.problem]} ({one.seed}), {one.protocol}: {one.error}"
         for group in outcome.groups
         for one in group.results
         if one.error
     ]
+    broken += [f"- {label(name)} on {TITLES[one]}: {why}" for (one, name), why in LEFT_OUT.items() if one in problems]
     return Table("What could not be evaluated", broken or ["Every detector ran wherever it was tried."])

@@ -7,19 +7,29 @@ import functools
 import importlib
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 
+from _classifiers import checksum
+from _data import Problem
+from _selfsupervised import PRETRAINING, simsiam
 from torch import nn
 
 from ce_plugin.detection.protocol import Detector
-from ce_plugin.evaluation.peers import PEERS
+from ce_plugin.evaluation.peers import PEERS, Beyond, Peer
 
 OURS = "causal-effects"
-LIMITS = {"ml-loo": 600}
-"""Clean images to fit and calibrate on, for detectors that take hundreds of passes an image."""
+BEYOND = "beyond"
+LIMITS = {"ml-loo": 600, BEYOND: 1500}
+"""Clean images to fit and calibrate on, for detectors that take dozens or hundreds of passes an image."""
+UNTAUGHT = (BEYOND,)
+"""Detectors that look at no attacked image while they are fitted: their P2 is their P3."""
+LEFT_OUT = {("imagenet", BEYOND): "it needs a self-supervised network, and none of photographs is trained here"}
+"""(problem, detector) -> why it is not tried."""
 LABELS = {"kernel-density": "kernel density"}
 """Of detectors whose name depends on the network: with dropout it is KD+BU."""
+_PEERS: dict[str, Callable[..., Peer]] = {**PEERS, BEYOND: Beyond}
 _WATCHED = (
     "ce_plugin.detection",
     "ce_plugin.evaluation.peers",
@@ -31,12 +41,17 @@ _IRRELEVANT = tuple(f"ce_plugin.detection.{name}" for name in ("adaptive", "expl
 
 def names() -> tuple[str, ...]:
     """All detectors, ours first."""
-    return (OURS, *PEERS)
+    return (OURS, *_PEERS)
 
 
-def build(name: str, network: nn.Module) -> Detector:
-    """A detector that is still to be fitted."""
-    return _ours(network) if name == OURS else PEERS[name](network)
+def build(name: str, problem: Problem, cache: str | Path | None = None) -> Detector:
+    """A detector of a problem, still to be fitted; BEYOND's network is trained if the cache does not have it."""
+    if name == OURS:
+        return _ours(problem.network)
+    if name == BEYOND:
+        ssl, augmentation = simsiam(problem.name, problem.seed, cache), PRETRAINING[problem.name].augmentation
+        return Beyond(problem.network, ssl_model=ssl, augmentations=augmentation)
+    return _PEERS[name](problem.network)
 
 
 @functools.lru_cache(maxsize=1)
@@ -46,26 +61,31 @@ def _ours(network: nn.Module) -> Detector:
     return detector
 
 
-def available(name: str) -> bool:
-    """Whether this version of the package has the detector."""
+def available(name: str, problem: str) -> bool:
+    """Whether this version of the package has the detector, and it can be tried on the problem."""
+    if (problem, name) in LEFT_OUT:
+        return False
     return name != OURS or hasattr(importlib.import_module("ce_plugin.detection"), "CausalEffectDetector")
 
 
 def needs_labels(name: str) -> bool:
     """Whether it cannot be fitted on clean images alone."""
-    return bool(getattr(PEERS.get(name), "needs_labels", False))
+    return bool(getattr(_PEERS.get(name), "needs_labels", False))
 
 
 def label(name: str) -> str:
     """What tables call it."""
     if name == OURS:
         return "**causal effects (ours)**"
-    return LABELS.get(name) or str(getattr(PEERS[name], "name", name))
+    return LABELS.get(name) or str(getattr(_PEERS[name], "name", name))
 
 
 def version(detector: Detector) -> str:
-    """A checksum of the code that the detector is made of, comments and docstrings apart."""
-    return _version(type(detector))
+    """A checksum of the code that the detector is made of, docstrings apart, and of a network of its own."""
+    code = _version(type(detector))
+    if not isinstance(detector, Beyond):
+        return code
+    return f"{code}-{checksum(detector.ssl_model, zlib.crc32(repr(detector.augmentations).encode())):08x}"
 
 
 @functools.cache

@@ -66,7 +66,7 @@ def run(outcome: Outcome, name: str, seed: int, options: argparse.Namespace) -> 
     draws = outcome.draws.setdefault(name, ImageDraws(len(found.problem.images["test"])))
     group = Group.of(found)
     for protocol in PROTOCOLS:
-        for detector in order([one for one in names() if available(one)]):
+        for detector in order([one for one in names() if available(one, name)]):
             make = not options.no_scoring and detector in options.detectors and protocol in options.protocols
             one = result(found, protocol, detector, draws, options.cache, make=make)
             if one is not None:
