@@ -189,7 +189,7 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         self.restore(state)
 
     def teach(self, x: Array, batch_size: int = 128) -> None:
-        """Learn from attacked images, after :meth:`fit`, how much each verdict tells.
+        """Learn to recognise attacked images like these, after :meth:`fit`; what was taught before is forgotten.
 
         Args:
             x: adversarial images (N, C, H, W), image units.

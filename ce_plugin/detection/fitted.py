@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ce_plugin.detection.aggregation import aggregate, fit_weights
+from ce_plugin.detection.aggregation import aggregate
 from ce_plugin.detection.group import Response
+from ce_plugin.detection.recognition import Recogniser
 from ce_plugin.detection.reference import EffectDistance
 from ce_plugin.detection.reversal import Reversal
 from ce_plugin.detection.view import leading_logits
@@ -19,7 +20,8 @@ from ce_plugin.randomness import generator
 __all__ = ["Fitted", "Judge", "Sample", "learn"]
 
 _FOLDS = 4
-_OWN = ("center", "spread", "weights", "usual")
+_LARGEST = 3
+_OWN = ("center", "spread", "usual")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,13 @@ class Sample:
     def predicted(self) -> Tensor:
         """Classes, (N,)."""
         return self.idle.detach().argmax(1)
+
+    def traits(self) -> Tensor:
+        """All effects and margins (their inverse hyperbolic sines) and the leading logits in a row, (N, P), float64."""
+        measured = [part for one in self.responses.values() for part in one.parts()[:2]]
+        leading = leading_logits(self.idle)
+        largest = leading.topk(min(_LARGEST, leading.shape[1]), dim=1).values
+        return torch.cat([*(part.double().asinh() for part in measured), leading.double(), largest.double()], 1)
 
     def __len__(self) -> int:
         return len(self.idle)
@@ -119,54 +128,61 @@ class Judge:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A judge for each group, what its verdicts are like on clean images, and their weights.
+    """A judge for each group, what its verdicts are like on clean images, and what attacked images have taught.
 
     Args:
         judges: group -> judge.
         center, spread: mean and standard deviation of each verdict on clean images that the judge was not fitted on,
             (D,), float64.
-        weights: of the verdicts, (D,), float64.
-        usual: deviations of these clean images, (n, D).
+        usual: traits of the clean images, each as it is and harmlessly altered, (n, V, P).
         how: see :func:`~ce_plugin.detection.aggregation.aggregate`.
+        known: recognises attacks that were shown; None: none were.
     """
 
     judges: dict[str, Judge] = field(repr=False)
     center: Tensor = field(repr=False)
     spread: Tensor = field(repr=False)
-    weights: Tensor
     usual: Tensor = field(repr=False)
     how: str
+    known: Recogniser | None = field(default=None, repr=False)
 
     def deviations(self, sample: Sample) -> Tensor:
-        """Every verdict, centred and scaled on clean images, (N, D), float64."""
-        raw = _verdicts(self.judges, sample)
-        return (raw - self.center) / self.spread
+        """Every verdict, centred and scaled on clean images, (N, D), float64; the likeness to known attacks is last."""
+        deviations = (_verdicts(self.judges, sample) - self.center) / self.spread
+        return self.with_likeness(deviations, sample.traits())
+
+    def with_likeness(self, deviations: Tensor, traits: Tensor) -> Tensor:
+        """Deviations with the likeness to known attacks as last column, anew where they have one already."""
+        own = deviations[:, : len(self.center)]
+        return own if self.known is None else torch.cat([own, self.known(traits)[:, None]], 1)
 
     def score(self, deviations: Tensor) -> Tensor:
         """The scores (N,), float64."""
-        return aggregate(deviations, self.how, self.weights)
+        return aggregate(deviations, self.how)
 
-    def taught(self, attacked: Tensor) -> Fitted:
-        """The same with the weights that tell these deviations of attacked images, (M, D), from those of clean ones."""
-        return replace(self, weights=fit_weights(self.usual, attacked, self.how))
+    def taught(self, attacked: Sample, seed: int) -> Fitted:
+        """The same, with what these attacked images have in common that clean ones have not."""
+        return replace(self, known=Recogniser.fit(self.usual, attacked.traits(), seed))
 
     def to(self, device: torch.device) -> Fitted:
         """The same on another device."""
         judges = {name: one.to(device) for name, one in self.judges.items()}
-        center, spread, weights, usual = (getattr(self, name).to(device) for name in _OWN)
-        return Fitted(judges, center, spread, weights, usual, self.how)
+        center, spread, usual = (getattr(self, name).to(device) for name in _OWN)
+        return Fitted(judges, center, spread, usual, self.how, None if self.known is None else self.known.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
         """What has to be stored."""
         inner = {key: value for name, one in self.judges.items() for key, value in _under(name, one.tensors()).items()}
-        return {**inner, **{name: getattr(self, name) for name in _OWN}}
+        known = {} if self.known is None else self.known.tensors()
+        return {**_under("judges", inner), **_under("known", known), **{name: getattr(self, name) for name in _OWN}}
 
     @classmethod
     def from_tensors(cls, names: tuple[str, ...], tensors: Mapping[str, Any], how: str) -> Fitted:
         """What :meth:`tensors` gave."""
-        judges = {name: Judge.from_tensors(_inside(name, tensors)) for name in names}
-        center, spread, weights, usual = (tensors[name] for name in _OWN)
-        return cls(judges, center, spread, weights, usual, how)
+        judges = {name: Judge.from_tensors(_inside(f"judges/{name}", tensors)) for name in names}
+        center, spread, usual = (tensors[name] for name in _OWN)
+        known = _inside("known", tensors)
+        return cls(judges, center, spread, usual, how, Recogniser.from_tensors(known) if known else None)
 
 
 def learn(clean: Sample, altered: Sample | None, *, how: str, seed: int) -> Fitted:
@@ -190,8 +206,8 @@ def learn(clean: Sample, altered: Sample | None, *, how: str, seed: int) -> Fitt
     held_out = torch.cat(parts)
     center, spread = held_out.mean(0), held_out.std(0).clamp_min(1e-9)
     judges = _fit(clean, altered, torch.arange(len(clean)))
-    usual = (held_out - center) / spread
-    return Fitted(judges, center, spread, torch.ones_like(center), usual, how)
+    versions = [clean, *([altered] if altered is not None else [])]
+    return Fitted(judges, center, spread, torch.stack([one.traits() for one in versions], 1), how)
 
 
 def _fit(clean: Sample, altered: Sample | None, rows: Tensor) -> dict[str, Judge]:

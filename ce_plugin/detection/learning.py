@@ -78,6 +78,7 @@ class Learner:
         held = measured(protected, signature, lesson.clean[lesson.kept], batch_size=recipe.batch_size, seed=recipe.seed)
         seen = frozenset(name for name, keep in zip(lesson.names, lesson.kept.tolist(), strict=True) if not keep)
         shape = tuple(lesson.clean.shape[1:])
-        state = State(fitted, signature, fitted.deviations(held), shape, seen, fingerprint, recipe.seed)
+        deviations, traits = fitted.deviations(held), held.traits()
+        state = State(fitted, signature, deviations, traits, shape, seen, fingerprint, recipe.seed)
         self._last = (key, state)
         return state

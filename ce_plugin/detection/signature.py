@@ -143,7 +143,7 @@ class Signature:
             names += [one.name] * (judge.distance is not None)
             names += [f"{one.name}: {what}" for what in one.interventions()] * (judge.reversal is not None)
             names += [f"{one.name}: {what}, margin left" for what in one.interventions()] * (judge.left is not None)
-        return names
+        return names + ["known attacks"] * (fitted.known is not None)
 
     def settings(self) -> list[dict[str, Any]]:
         """What :meth:`from_settings` makes the signature of again, as JSON takes it."""

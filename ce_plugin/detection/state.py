@@ -32,6 +32,7 @@ class State:
         fitted: what clean images' effects are like.
         signature: what is measured, with what its groups have trained.
         held: deviations of the images that calibrate it, (n, D).
+        traits: of the same images, (n, P).
         shape: of an image, (C, H, W).
         seen: digests of the images that it was fitted on.
         fingerprint: of the network.
@@ -41,6 +42,7 @@ class State:
     fitted: Fitted
     signature: Signature
     held: Tensor = field(repr=False)
+    traits: Tensor = field(repr=False)
     shape: tuple[int, ...]
     seen: frozenset[int] = field(repr=False)
     fingerprint: str
@@ -56,8 +58,12 @@ class State:
         return self.fitted.deviations(self.measured(protected, images, batch_size))
 
     def taught(self, protected: Protected, images: Tensor, batch_size: int) -> State:
-        """The same, with weights that tell these attacked images from clean ones."""
-        return replace(self, fitted=self.fitted.taught(self.deviations(protected, images, batch_size)))
+        """The same, having been shown these attacked images."""
+        names = digests(images)
+        # In an order of their own: training takes them in the order of their places.
+        order = sorted(range(len(names)), key=names.__getitem__)
+        fitted = self.fitted.taught(self.measured(protected, images[order], batch_size), self.seed)
+        return replace(self, fitted=fitted, held=fitted.with_likeness(self.held, self.traits))
 
     def checked(self, protected: Protected, x: object) -> Tensor:
         """The user's images, of the shape that the detector was fitted on."""
@@ -100,7 +106,8 @@ class State:
         if again:
             todo = "On its own images every distance is too small, and the threshold would be, too."
             raise InputError(expected("x", "images that the detector was not fitted on", f"{again} that it was", todo))
-        return replace(self, held=self.deviations(protected, images, batch_size))
+        sample = self.measured(protected, images, batch_size)
+        return replace(self, held=self.fitted.deviations(sample), traits=sample.traits())
 
     def groups(self, deviations: Tensor) -> dict[str, npt.NDArray[np.float64]]:
         """The columns of the verdicts (N, D) by name."""

@@ -25,7 +25,7 @@ __all__ = ["read_detector", "write_detector"]
 
 _KIND = "CausalEffectDetector"
 # Changes when a file of an older version can no longer be read.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def write_detector(path: str | os.PathLike[str], detector: CausalEffectDetector, *, force: bool = False) -> Path:
@@ -45,6 +45,7 @@ def write_detector(path: str | os.PathLike[str], detector: CausalEffectDetector,
         "seed": int(detector.seed),  # JSON knows no number of numpy
         "benign": asdict(detector.benign) if isinstance(detector.benign, Benign) else detector.benign,
         "held": state.held,
+        "traits": state.traits,
         "seen": torch.tensor(sorted(state.seen), dtype=torch.int64),
         "probe": detector.protected.probe(state.shape),
         **{f"fitted/{key}": value for key, value in state.fitted.tensors().items()},
@@ -81,7 +82,8 @@ def read_detector(
     learned = signature.with_tensors(_inside("signature/", values))
     fitted = Fitted.from_tensors(signature.names, _inside("fitted/", values), values["aggregate"])
     shape, seen = tuple(values["shape"]), frozenset(values["seen"].tolist())
-    detector.restore(State(fitted, learned, values["held"], shape, seen, values["fingerprint"], values["seed"]))
+    held = values["held"], values["traits"]
+    detector.restore(State(fitted, learned, *held, shape, seen, values["fingerprint"], values["seed"]))
     return detector
 
 

@@ -130,5 +130,5 @@ def test_what_is_no_detector_is_refused(tmp_path: Path) -> None:
         CausalEffectDetector.load(tmp_path / "other.pt", net)
     future = read_result(fitted(net).save(tmp_path / "detector.pt"), "CausalEffectDetector")
     write_result(tmp_path / "future.pt", "CausalEffectDetector", {**future, "file_format": 99})
-    with pytest.raises(FileError, match=r"a file of format 1, but got format 99. Fit again, or use ce_plugin "):
+    with pytest.raises(FileError, match=r"a file of format 2, but got format 99. Fit again, or use ce_plugin "):
         CausalEffectDetector.load(tmp_path / "future.pt", net)
