@@ -130,7 +130,7 @@ _IMAGENET = (
     _sign("autoattack-4", "AutoAttackCapped", 4 / 255, steps=20, restarts=1, queries=200, **_PHOTOGRAPHS),
     *[
         _minimal(f"cw-l2-{confidence}", "l2", "CarliniL2",
-                 {"confidence": float(confidence), "steps": 3, "max_iter": 20, "rate": 0.02, "initial": 4.0},
+                 {"confidence": float(confidence), "steps": 4, "max_iter": 40, "rate": 0.02, "initial": 4.0},
                  tries=64, enough=56, chunk=8)
         for confidence in (0, 5, 20)
     ],
