@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,6 +34,7 @@ def aggregate(deviations: Tensor, how: str = "soft_square") -> Tensor:
         UnknownNameError: another name.
 
     Example:
+        >>> import torch
         >>> z = torch.tensor([[0.0, 0.0], [-9.0, 4.0]])
         >>> [round(value, 2) for value in aggregate(z).tolist()]
         [0.96, 16.15]

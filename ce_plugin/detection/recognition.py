@@ -35,7 +35,7 @@ class Recogniser:
 
     Args:
         mean, scale: of the traits, (P,).
-        first, second, last: weights of the layers, each with its offsets as last column, (32, P + 1), (32, 33), (1, 33).
+        first, second, last: weights of the layers, (32, P + 1), (32, 33), (1, 33); the last column are offsets.
         center, spread: scalars.
 
     Example:
