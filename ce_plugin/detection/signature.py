@@ -11,7 +11,7 @@ from ce_plugin.detection.benign import SMALL
 from ce_plugin.detection.classifier import Protected
 from ce_plugin.detection.denoising_group import Denoising
 from ce_plugin.detection.fitted import Fitted
-from ce_plugin.detection.group import Group, Response
+from ce_plugin.detection.group import SIDES, Group, Response
 from ce_plugin.detection.groups import CounterAttack, PixelMasking, Smoothing
 from ce_plugin.detection.node_groups import Interchange, NodeZeroing
 from ce_plugin.detection.view import View
@@ -88,16 +88,23 @@ class Signature:
 
     @classmethod
     def photographs(cls, value_range: tuple[float, float] = (0.0, 1.0)) -> Signature:
-        """For photographs of a hundred pixels a side and more."""
-        unit = value_range[1] - value_range[0]
-        filters = [
-            Smooth.median(3, value_range=value_range),
-            Smooth.jpeg(50, value_range=value_range),
-            Smooth.gauss(1.0, value_range=value_range),
-            Smooth.bits(3, value_range=value_range),
-        ]
-        counter = CounterAttack(steps=(unit / 255,), value_range=value_range)
-        return cls([counter, Smoothing("filters", filters)])
+        """For photographs of a hundred pixels a side and more.
+
+        A network sees the same photograph a few pixels further on; an attack is made for the grid on which it lies.
+        """
+
+        def shift(dx: int, dy: int) -> Smooth:
+            return Smooth.shift(dx, dy, value_range=value_range)
+
+        fewer_greys = Smooth.chain(shift(-1, 2), Smooth.bits(3, value_range=value_range))
+        return cls(
+            [
+                Smoothing("shift", [shift(3, -2)], judged=SIDES),
+                Smoothing("shift by a pixel", [shift(1, 0)], judged=("distance",)),
+                Smoothing("fewer greys", [fewer_greys], judged=("reversal",)),
+                Smoothing("compression", [Smooth.jpeg(15, value_range=value_range)], judged=("margin",)),
+            ]
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
