@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ce_plugin._art import build_classifier
 from ce_plugin.detection.adaptive import LOSSES, AdaptiveEvasion, AdaptiveReport
 from ce_plugin.detection.adaptive.ball import Ball
+from ce_plugin.detection.adaptive.pool import Pool
 from ce_plugin.detection.adaptive.victim import Judgement
 from ce_plugin.errors import AttackError, InputError, ModelError, TargetError, UnknownNameError
 from ce_plugin.randomness import generator
@@ -236,6 +237,54 @@ def test_the_best_of_several_starts() -> None:
     first = judged.foremost(3)
     assert first.tolist() == [2, 4, 8], "least score of the wrong ones; greatest margin where none has a score"
     assert judged.select(first).predicted.tolist() == [2, 4, 8]
+
+
+def test_the_pool_keeps_the_best_finds_that_differ() -> None:
+    clean = torch.zeros(2, *SHAPE)
+    finds = torch.eye(SIZE)[:10].reshape(1, 10, *SHAPE).repeat(2, 1, 1, 1, 1)
+    finds[0, 7] = finds[0, 2] + 0.01
+    scores = torch.arange(10.0, 0, -1, dtype=torch.float64).repeat(2, 1)
+    scores[0, 4] = torch.inf
+    pool = Pool(clean)
+    pool.offer(finds, scores, torch.arange(2))
+    assert pool.scores[0].tolist() == [1, 2, 3, 4, 5, 7, 9, 10], "8 repeats 3, and 6 is none"
+    assert pool.scores[1].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert torch.equal(pool.images[0, 0], finds[0, 9])
+    pool.offer(finds[1:, 8:9] * 1.05, torch.tensor([[0.5]], dtype=torch.float64), torch.tensor([1]))
+    assert pool.scores[1].tolist() == [0.5, 1, 3, 4, 5, 6, 7, 8], "what is better takes the place of what it repeats"
+    assert pool.scores[0, 0] == 1
+
+
+def test_partners_are_other_finds_than_the_best() -> None:
+    clean = torch.zeros(3, *SHAPE)
+    otherwise = torch.full_like(clean, 7)
+    pool, rows = Pool(clean), torch.arange(3)
+    assert torch.equal(pool.partners(rows, torch.zeros(3), otherwise), otherwise)
+    finds = torch.eye(SIZE)[:3].reshape(1, 3, *SHAPE).repeat(3, 1, 1, 1, 1)
+    scores = torch.tensor([[1, 2, 3], [2, torch.inf, 1], [1, torch.inf, torch.inf]], dtype=torch.float64)
+    pool.offer(finds, scores, rows)
+    for share, second in ((0.0, 1), (0.499, 1), (0.5, 2), (0.999, 2)):
+        found = pool.partners(rows, torch.full((3,), share), otherwise)
+        assert torch.equal(found[0], finds[0, second])
+        assert torch.equal(found[1], finds[1, 0]), "the only other one"
+        assert torch.equal(found[2], otherwise[2]), "no other one"
+
+
+def test_starts_between_finds_lower_a_rough_score() -> None:
+    """From the fourth restart on runs start between finds: many narrow valleys, the deeper the nearer to a place."""
+
+    class Rough(FromCentre):
+        def score_tensor(self, images: Tensor) -> Tensor:
+            place = images.flatten(1) - 0.6
+            return place.square().sum(dim=1) + 0.05 * (1 - (60 * place).cos()).sum(dim=1)
+
+    clean, net, scores = images(10), curved(), []
+    for restarts in (3, 8):
+        made = attack(net, Rough(torch.zeros(1)), 4, eps=0.3, restarts=restarts, steps=15, losses=["lagrangian"])
+        made.generate(clean)
+        scores.append(report_of(made).score[report_of(made).success])
+    assert len(scores[0]) > 5
+    assert scores[1].mean() < scores[0].mean() - 0.1
 
 
 def test_more_steps_do_not_weaken_on_average() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +15,8 @@ from ce_plugin.randomness import numpy_generator
 
 __all__ = ["Others"]
 
-_TRIED = 32
-_EVERY = 5  # of so many restarts one starts at candidates
+_TRIED = 128
+_KEPT = 16
 
 
 class Others:
@@ -42,12 +41,11 @@ class Others:
         First come those that are misclassified, by their score, then the others, by their margin. The first of all is
         offered to ``best``.
         """
-        keep = plan.width * math.ceil(plan.restarts / _EVERY)
         rows = []
         for row, name in enumerate(ids):
             usable = (self.predicted != int(labels[row])).nonzero()[0]
             if not len(usable):
-                rows.append(ball.clean[row].expand(keep, *ball.clean.shape[1:]))
+                rows.append(ball.clean[row].expand(_KEPT, *ball.clean.shape[1:]))
                 continue
             order = numpy_generator(plan.seed, name, "candidates").permutation(len(usable))[:_TRIED]
             chosen = self.images[torch.from_numpy(usable[order]).to(self.images.device)]
@@ -56,7 +54,7 @@ class Others:
             stored = near.store(near.project(chosen))
             judged = self._judge(stored, labels[some])
             ranks = _ranks(judged)
-            rows.append(stored[ranks[torch.arange(keep, device=ranks.device) % len(ranks)]])
+            rows.append(stored[ranks[torch.arange(_KEPT, device=ranks.device) % len(ranks)]])
             first = ranks[:1]
             best.offer(stored[first], judged.select(first), some[:1], ("candidate", -1))
         return torch.stack(rows)

@@ -36,6 +36,13 @@ class Best:
         self.predicted = judged.predicted.clone()
         self.origin = [(origin, -1)] * len(images)
 
+    @classmethod
+    def nothing(cls, images: Tensor) -> Best:
+        """What anything is better than."""
+        worst = images.new_full((len(images),), -torch.inf)
+        score = torch.full_like(worst, torch.inf, dtype=torch.float64)
+        return cls(images, Judgement(worst, worst > 0, score, torch.zeros_like(worst, dtype=torch.long)), "nothing")
+
     def offer(self, images: Tensor, judged: Judgement, rows: Tensor, origin: tuple[str, int]) -> None:
         """Take over what is better.
 
@@ -58,6 +65,10 @@ class Best:
         self.predicted[take] = judged.predicted[better]
         for row in take.tolist():
             self.origin[row] = origin
+
+    def judgement(self) -> Judgement:
+        """What the victim says to the best images."""
+        return Judgement(self.margin, self.success, self.score, self.predicted)
 
     def open(self, threshold: float | None) -> Tensor:
         """Rows whose score still is to be lowered, (n,)."""

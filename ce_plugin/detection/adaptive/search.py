@@ -11,31 +11,34 @@ from torch import Tensor
 from ce_plugin.detection.adaptive.ball import flat_norm, per_image
 from ce_plugin.detection.adaptive.directions import Course
 from ce_plugin.detection.adaptive.plan import Batch, Plan
+from ce_plugin.detection.adaptive.pool import Pool
 from ce_plugin.detection.adaptive.results import Best, Curves
-from ce_plugin.detection.adaptive.starts import Starts
+from ce_plugin.detection.adaptive.starts import Starts, kind_of
 from ce_plugin.detection.adaptive.victim import Victim, margin_of
 from ce_plugin.randomness import generator
 
 __all__ = ["search"]
 
-# Points and restarts trade the margin for the score in different places.
-_KAPPAS = (0.1, 0.3, 0.03, 1.0, 0.0)
-# Every second point takes longer steps: they cross what shorter ones end at, and settle less.
-_PACES = (1.0, 2.0)
+# The lead that is asked for at first, as a share of the clean image's; points differ in where they trade it for the
+# score. A negative one lets the score fall first. From the best so far the way to the boundary is short already.
+_KAPPAS = (0.1, -0.5, 0.3, -0.25, 0.0)
+_KAPPAS_OF_BEST = (0.0, 0.1, -0.25)
+_PACE_OF_BEST = 0.5
 _MOMENTUM = 0.5
 _LAST = 0.005
-_SOFT = 0.3
+_SOFT = 0.1
 
 
 def search(victim: Victim, batch: Batch, plan: Plan, best: Best, curves: Curves, tick: Callable[[], None]) -> None:
     """Better ``best`` by every loss from every start; a restart knows only of the restarts before it."""
-    starts = Starts(victim, batch, plan, best)
+    pool = Pool(batch.ball.clean)
+    starts = Starts(victim, batch, plan, best, pool)
     for restart in range(plan.restarts):
         for loss in plan.losses:
             rows = best.open(plan.threshold)
             if len(rows):
                 run = _Run(victim, batch, plan, loss, restart, rows)
-                curves.add(loss, restart, run(*starts(loss, restart, rows), best))
+                curves.add(loss, restart, run(*starts(loss, restart, rows), best, pool))
             tick()
 
 
@@ -52,32 +55,38 @@ class _Run:
         self.ball = batch.ball.select(many)
         self.labels = batch.labels[many]
         self.names = [(batch.ids[row], copy) for row in rows.tolist() for copy in range(plan.width)]
-        paces = [_PACES[copy % len(_PACES)] for copy in range(plan.width)]
-        self.pace = torch.tensor(paces, dtype=batch.logits.dtype).repeat(len(rows)).to(batch.logits.device)
-        shares = [_KAPPAS[(restart + copy) % len(_KAPPAS)] for copy in range(plan.width)]
+        is_best = kind_of(restart) == "best"
+        self.pace = _PACE_OF_BEST if is_best else 1.0
+        shares = _KAPPAS_OF_BEST if is_best else _KAPPAS
+        first = restart * plan.width + plan.losses.index(loss)
+        some = [shares[(first + copy) % len(shares)] for copy in range(plan.width)]
         clean = margin_of(batch.logits[many], self.labels).abs()
-        self.course = Course(loss, clean * torch.tensor(shares, dtype=clean.dtype).repeat(len(rows)).to(clean.device))
+        self.course = Course(loss, clean * torch.tensor(some, dtype=clean.dtype).repeat(len(rows)).to(clean.device))
 
-    def __call__(self, start: Tensor, targets: Tensor | None, best: Best) -> Tensor:
-        """Run, offer the best image of every step to ``best``, and return its scores (steps + 1, n)."""
-        x, speed = start, torch.zeros_like(start)
+    def __call__(self, start: Tensor, targets: Tensor | None, best: Best, pool: Pool) -> Tensor:
+        """Run, offer the best image of every point to ``best`` and ``pool``, and return scores (steps + 1, n)."""
+        x, speed, width = start, torch.zeros_like(start), self.plan.width
+        points = torch.arange(len(start), device=start.device)
+        found = Best.nothing(start)
         scores = []
         for step in range(self.plan.steps + 1):
             self.course.move_to(step / self.plan.steps)
             stored = self.ball.store(x)
             at = self.victim.differentiate(stored, self.labels, targets, self.course.selective)
-            first = at.judged.foremost(self.plan.width)
-            judged = at.judged.select(first)
-            best.offer(stored[first], judged, self.rows, (self.loss, self.restart))
-            scores.append(torch.where(judged.wrong, judged.score, torch.inf))
+            found.offer(stored, at.judged, points, (self.loss, self.restart))
+            scores.append(found.score.reshape(-1, width).amin(dim=1))
             speed = _MOMENTUM * speed + (1 - _MOMENTUM) * self._moving(self.course.direction(at), step)
-            x = self.ball.project(x + self._length(step) * per_image(self.pace, x) * self._shape(speed))
+            x = self.ball.project(x + self._length(step) * self._shape(speed))
+        judged = found.judgement()
+        first = judged.foremost(width)
+        best.offer(found.images[first], judged.select(first), self.rows, (self.loss, self.restart))
+        pool.offer(found.images.reshape(-1, width, *start.shape[1:]), found.score.reshape(-1, width), self.rows)
         return torch.stack(scores)
 
     def _length(self, step: int) -> float:
         """From the first step's length down to a small part of it, along a half cosine."""
         falling = (1 + math.cos(math.pi * step / self.plan.steps)) / 2
-        return self.plan.step * self.ball.radius * (_LAST + (1 - _LAST) * falling)
+        return self.pace * self.plan.step * self.ball.radius * (_LAST + (1 - _LAST) * falling)
 
     def _shape(self, speed: Tensor) -> Tensor:
         """Nearly one unit for each value in the box, the image by one unit in a Euclidean ball.

@@ -7,15 +7,23 @@ from torch import Tensor
 
 from ce_plugin.detection.adaptive.ball import Ball, per_image
 from ce_plugin.detection.adaptive.plan import Batch, Plan
+from ce_plugin.detection.adaptive.pool import Pool
 from ce_plugin.detection.adaptive.results import Best
 from ce_plugin.detection.adaptive.victim import Victim
 from ce_plugin.randomness import generator
 
-__all__ = ["Starts"]
+__all__ = ["Starts", "kind_of"]
 
-_KINDS = ("clean", "random", "best", "candidate", "best")
-# How far points are drawn towards a random one. A short way finds the valley's floor, a long way the next valley.
-_HOPS = (0.3, 0.1, 0.5, 0.05, 0.2, 0.7, 1.0)
+_KINDS = ("clean", "candidate", "clean")
+# Share of the values that differ from the clean image at the start. Few do in what is found in the end.
+_DENSITIES = (0.1, 0.02, 0.2, 0.05, 1.0)
+# How far a start lies on the way from the best to another find.
+_WAYS = (0.1, 0.3, 0.05, 0.5, 0.2)
+
+
+def kind_of(restart: int) -> str:
+    """What a restart starts from: after the first ones always the best so far."""
+    return _KINDS[restart] if restart < len(_KINDS) else "best"
 
 
 class Starts:
@@ -26,26 +34,23 @@ class Starts:
         batch: the images.
         plan: how the search is run.
         best: what was found so far.
+        pool: finds of different runs.
     """
 
-    def __init__(self, victim: Victim, batch: Batch, plan: Plan, best: Best) -> None:
+    def __init__(self, victim: Victim, batch: Batch, plan: Plan, best: Best, pool: Pool) -> None:
         self.victim = victim
         self.batch = batch
         self.plan = plan
         self.best = best
+        self.pool = pool
         # The least unlikely class first.
         likely = batch.logits.scatter(1, batch.labels[:, None], -torch.inf)
         self.classes = likely.argsort(dim=1, descending=True, stable=True)[:, : likely.shape[1] - 1]
 
     def __call__(self, loss: str, restart: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Points (n * width, ...) for some images (n,), each image's side by side, and the classes (n * width,)."""
-        kind = _KINDS[restart % len(_KINDS)]
-        if kind == "clean" and restart > 0:
-            kind = "best"
+        kind = kind_of(restart)
         if kind == "candidate" and not self.batch.others.shape[1]:
-            kind = "random"
-        # The best so far shows a class already; what aims at one goes there from the clean image.
-        if kind == "best" and loss == "targeted":
             kind = "clean"
         ball, width = self.batch.ball.select(rows), range(self.plan.width)
         points = [self._points(kind, loss, restart, copy, rows, ball) for copy in width]
@@ -56,32 +61,26 @@ class Starts:
 
     def _points(self, kind: str, loss: str, restart: int, copy: int, rows: Tensor, ball: Ball) -> Tensor:
         """One point for each image, (n, ...)."""
+        number = self.plan.losses.index(loss)
         if kind == "candidate":
             others = self.batch.others[rows]
-            return others[:, (restart // len(_KINDS) * self.plan.width + copy) % others.shape[1]]
-        share = 1.0 if kind == "random" else self._share(loss, restart, copy)
-        if kind == "clean" and share == 0:
-            return ball.clean
+            return others[:, (number * self.plan.width + copy) % others.shape[1]]
+        turn = restart * self.plan.width + copy + number
         names = [self.batch.ids[row] for row in rows.tolist()]
-        point = ball.random([generator(self.plan.seed, name, "start", loss, restart, copy) for name in names])
+        draws = [generator(self.plan.seed, name, "start", loss, restart, copy) for name in names]
+        point = ball.random(draws)
         if kind == "clean":
-            return ball.clean + share * (point - ball.clean)
-        if kind == "random":
-            return point
+            place = torch.stack([torch.rand(ball.clean.shape[1:], generator=draw) for draw in draws]).to(point.device)
+            return ball.project(torch.where(place < _DENSITIES[turn % len(_DENSITIES)], point, ball.clean))
+        share = torch.stack([torch.rand((), generator=draw) for draw in draws]).to(point.device)
         found = self.best.images[rows]
-        return torch.where(per_image(self.best.success[rows], found), found + share * (point - found), point)
-
-    def _share(self, loss: str, restart: int, copy: int) -> float:
-        """How far towards a random point: not at all for what differs already, and else another way each time."""
-        turn = restart * self.plan.width + copy
-        if turn < self.classes.shape[1] if loss == "targeted" else copy == 0:
-            return 0.0
-        return _HOPS[(turn + self.plan.losses.index(loss)) % len(_HOPS)]
+        way = _WAYS[turn % len(_WAYS)] * (self.pool.partners(rows, share, point) - found)
+        return torch.where(per_image(self.best.success[rows], found), found + way, point)
 
     def _aims(self, kind: str, restart: int, copy: int, rows: Tensor, points: Tensor) -> Tensor:
-        """The class that each image is to reach, (n,): the one that a candidate shows, and else one after another."""
+        """The class that each image is to reach, (n,): the one that a point shows, and else one after another."""
         aims = self.classes[rows][:, (restart * self.plan.width + copy) % self.classes.shape[1]]
-        if kind != "candidate":
+        if kind not in ("candidate", "best"):
             return aims
         shown = self.victim.predict(points).argmax(dim=1)
         return torch.where(shown == self.batch.labels[rows], aims, shown)
