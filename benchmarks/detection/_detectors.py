@@ -23,7 +23,7 @@ OURS = "causal-effects"
 BEYOND = "beyond"
 LIMITS = {"ml-loo": 600, BEYOND: 1500}
 """Clean images to fit and calibrate on, for detectors that take dozens or hundreds of passes an image."""
-UNTAUGHT = (BEYOND,)
+UNTAUGHT = ("max-softmax", "entropy", "margin", "feature-squeezing", "art-subset-scanning", BEYOND)
 """Detectors that look at no attacked image while they are fitted: their P2 is their P3."""
 LEFT_OUT = {("imagenet", BEYOND): "it needs a self-supervised network, and none of photographs is trained here"}
 """(problem, detector) -> why it is not tried."""

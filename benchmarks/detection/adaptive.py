@@ -5,7 +5,7 @@
     python benchmarks/detection/adaptive.py mnist fashion --seed 0 1 2       all that is to be reported
     python benchmarks/detection/adaptive.py mnist --no-attacks               the table of what is in the cache
 
-The same losses, steps, restarts, width and hops find the same chunks again. Writes
+The same losses, steps, restarts and width find the same chunks again. Writes
 `benchmarks/results/detection_adaptive.md` and `.json`.
 """
 
@@ -37,9 +37,7 @@ EPS = (0.05, 0.1, 0.2, 0.3, math.inf)
 def main() -> None:
     options = parsed()
     torch.set_num_threads(1)
-    effort = Effort(
-        tuple(options.losses), options.steps, options.restarts, options.width, options.hops, options.attack_seed
-    )
+    effort = Effort(tuple(options.losses), options.steps, options.restarts, options.width, options.attack_seed)
     until = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
     rows: list[Row] = []
     for name in options.problem or [problem for problem in PROBLEMS if problem != "imagenet"]:
@@ -66,7 +64,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=Effort.steps)
     parser.add_argument("--restarts", type=int, default=Effort.restarts)
     parser.add_argument("--width", type=int, default=Effort.width)
-    parser.add_argument("--hops", type=int, default=Effort.hops, help="further restarts from the best so far")
     parser.add_argument("--attack-seed", type=int, default=Effort.seed)
     parser.add_argument("--minutes", type=float, help="start no chunk after so many")
     parser.add_argument("--no-attacks", action="store_true", help="only the table of what is in the cache")
