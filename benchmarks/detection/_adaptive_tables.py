@@ -125,8 +125,8 @@ def tables(rows: Sequence[Row], effort: Effort, results: Path) -> list[Table]:
         "`AdaptiveEvasion` (L-inf, stored in eight bits) on correctly classified test images, in their order; of each "
         f"image the best of {len(effort.losses)} losses ({losses}) times {effort.restarts} restarts of {effort.width} "
         f"starts and {effort.steps} steps, as long as it does not score below all clean images: at most "
-        f"{effort.evaluations} forward and backward passes of classifier and detector. Each eps starts from what a smaller one found. Detectors are fitted on clean images "
-        "(P3); the attacker knows all of them."
+        f"{effort.evaluations} forward and backward passes of classifier and detector. Each eps starts "
+        "from what a smaller one found. Detectors are fitted on clean images (P3); the attacker knows all of them."
     )
     found = [Table("What was tried", [tried, _WORDS])]
     for problem in dict.fromkeys(row.problem for row in rows):
