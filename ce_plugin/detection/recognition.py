@@ -115,11 +115,11 @@ def _trained(usual: Tensor, attacked: Tensor, seed: int) -> Recogniser:
             rows = torch.randint(len(x), (_BATCH,), generator=random)
             losses = F.binary_cross_entropy_with_logits(_logit(x[rows], layers), is_attacked[rows], reduction="none")
             optimizer.zero_grad()
-            (losses * worth[rows]).mean().backward()
+            (losses * worth[rows]).mean().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     nought, one = torch.zeros_like(share), torch.ones_like(share)
-    return Recogniser(mean, scale, *(layer.detach() for layer in layers), nought, one)
+    return Recogniser(mean, scale, *(layer.detach() for layer in layers), nought, one)  # type: ignore[call-arg]
 
 
 def _drawn(n_out: int, n_in: int, random: torch.Generator) -> Tensor:
