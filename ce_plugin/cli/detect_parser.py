@@ -41,7 +41,7 @@ examples:
 In the folder: evaluation.html (tables, curves, examples), evaluation.csv (a row for each attack), manifest.json.
 Take pictures that detect fit was not given: those that it learned from are refused, and those that set the threshold
 flatter the false alarms. The adaptive attack knows the detector and looks for pictures that fool it as well; it takes
-some two thousand steps through network and detector for each picture."""
+up to four thousand steps through network and detector for each picture."""
 
 
 def add_detect(commands: Any) -> None:

@@ -55,11 +55,10 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
 
     A search that ends is no proof that nothing lower exists: look at ``report.late_gain()``, at whether the losses
     agree, and at what more restarts bring. Seen in development (a CNN for MNIST, Mahalanobis distance, eps 0.3, the
-    ten most stubborn of 24 images, means of the least scores; the 5 % and 95 % quantiles of clean images are -1.8 and
-    2.7): from the same finds, at -0.76, six rounds of starts between finds led to -0.88, of starts between the best
-    and random points to -0.81. On all of five images starts with a fifth of their values changed ended lower than
-    uniformly random ones. Without the condition that the image be misclassified, nearly every start led down to one
-    floor, up to 3.6 below what is found with it: it is the boundary that holds scores up and divides the valleys.
+    stubborn ones among two dozen images): starts between finds led lower than as many starts between the best and
+    random points, and starts with few values changed lower than uniformly random ones. Without the condition that the
+    image be misclassified, nearly every start led down to one floor, below all that is found with it: it is the
+    boundary that holds scores up and divides the valleys.
 
     Args:
         estimator: ART ``PyTorchClassifier`` with clip values, of at least two classes.
