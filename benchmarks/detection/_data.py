@@ -11,7 +11,9 @@ Photographs are `imagenet-samples`, one for each of 900 classes. Seeds 0, 1 and 
 
 from __future__ import annotations
 
+import argparse
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +27,17 @@ from ce_plugin.datasets.mnist import mnist_5k
 from ce_plugin.models import Framing, as_batch
 from ce_plugin.randomness import numpy_generator
 
-__all__ = ["PARTS", "PROBLEMS", "SEEDS", "Problem", "cache_folder", "load", "predictions", "train_split"]
+__all__ = [
+    "PARTS",
+    "PROBLEMS",
+    "SEEDS",
+    "Problem",
+    "cache_folder",
+    "check_problems",
+    "load",
+    "predictions",
+    "train_split",
+]
 
 PROBLEMS = ("fashion", "mnist", "imagenet")
 PARTS = ("fit", "select", "test")
@@ -75,6 +87,13 @@ def load(name: str, seed: int = 0, cache: str | Path | None = None) -> Problem:
 def train_split(name: str) -> tuple[Array, Labels]:
     """Images and labels that the classifier of `fashion` or `mnist` was trained on: in no other part."""
     return _split(name)["train"]
+
+
+def check_problems(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """End the program with the command's usage where there is no problem of one of these names."""
+    unknown = set(names) - set(PROBLEMS)
+    if unknown:
+        parser.error(f"no problem called {', '.join(sorted(unknown))}; there are {', '.join(PROBLEMS)}")
 
 
 def data_folder(name: str) -> Path:

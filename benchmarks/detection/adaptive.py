@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from _adaptive import CHUNK, Effort, Victims, chunks
 from _adaptive_tables import Row, tables
-from _data import PROBLEMS, SEEDS, load
+from _data import PROBLEMS, SEEDS, check_problems, load
 from _detectors import OURS, names
 from _record import RESULTS, write
 
@@ -70,9 +70,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--dry", action="store_true", help="do not write to benchmarks/results")
     parser.add_argument("--cache", help="folder of the cache; default CE_PLUGIN_CACHE or ~/.cache/ce-plugin")
     options = parser.parse_args()
-    unknown = set(options.problem) - set(PROBLEMS)
-    if unknown:
-        parser.error(f"no problem called {', '.join(sorted(unknown))}; there are {', '.join(PROBLEMS)}")
+    check_problems(parser, options.problem)
     options.eps = sorted(set(options.eps))
     return options
 

@@ -19,7 +19,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from _data import PROBLEMS, SEEDS, load
+from _data import PROBLEMS, SEEDS, check_problems, load
 from _detection_tables import tables
 from _detectors import available, names
 from _html import examples, write_html
@@ -41,9 +41,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="do not write to benchmarks/results")
     parser.add_argument("--cache", help="folder of the cache; default CE_PLUGIN_CACHE or ~/.cache/ce-plugin")
     options = parser.parse_args()
-    unknown = set(options.problem) - set(PROBLEMS)
-    if unknown:
-        parser.error(f"no problem called {', '.join(sorted(unknown))}; there are {', '.join(PROBLEMS)}")
+    check_problems(parser, options.problem)
     torch.set_num_threads(1)
     outcome = Outcome()
     for name in options.problem or PROBLEMS:
