@@ -165,10 +165,10 @@ class Fitted:
         return replace(self, known=Recogniser.fit(self.usual, attacked.traits(), seed))
 
     def to(self, device: torch.device) -> Fitted:
-        """The same on another device."""
+        """The same on another device; what only learning takes, ``usual``, stays where it is."""
         judges = {name: one.to(device) for name, one in self.judges.items()}
-        center, spread, usual = (getattr(self, name).to(device) for name in _OWN)
-        return Fitted(judges, center, spread, usual, self.how, None if self.known is None else self.known.to(device))
+        known = None if self.known is None else self.known.to(device)
+        return Fitted(judges, self.center.to(device), self.spread.to(device), self.usual, self.how, known)
 
     def tensors(self) -> dict[str, Tensor]:
         """What has to be stored."""

@@ -17,6 +17,8 @@ from ce_plugin.errors import InputError, expected
 
 __all__ = ["Learner", "Lesson"]
 
+_TOGETHER = 256
+
 
 @dataclass(frozen=True)
 class Lesson:
@@ -24,7 +26,7 @@ class Lesson:
 
     Args:
         clean: (N, C, H, W).
-        adversarial: (M, C, H, W), or None.
+        adversarial: those that may teach, (M, C, H, W), or None.
         names: digests of the clean ones.
         kept: which clean ones are held out to calibrate, (N,), bool.
         holdout: their share.
@@ -40,6 +42,10 @@ class Lesson:
     def of(cls, images: Tensor, y: npt.ArrayLike | None, holdout: float, seed: int) -> Lesson:
         """Sort images by their labels and hold some out.
 
+        An adversarial image whose nearest clean one is held out does not teach, unless there are no others: it would
+        teach that its clean self, which is nearly the same, is suspect, and the threshold would rise above what other
+        clean images reach.
+
         Raises:
             InputError: labels that cannot be used, or without a clean image.
         """
@@ -49,13 +55,23 @@ class Lesson:
             raise InputError(expected("y", "labels with clean images (0) among them", "adversarial ones only", todo))
         clean = images[~adversarial]
         names = digests(clean)
-        taught = images[adversarial] if bool(adversarial.any()) else None
-        return cls(clean, taught, tuple(names), held_out(names, holdout, seed), holdout)
+        kept = held_out(names, holdout, seed)
+        taught = images[adversarial]
+        free = ~kept[_nearest(taught, clean)]
+        taught = taught[free] if bool(free.any()) else taught
+        return cls(clean, taught if len(taught) else None, tuple(names), kept, holdout)
 
     @property
     def fitted(self) -> Tensor:
         """The clean images that are not held out."""
         return self.clean[~self.kept]
+
+
+def _nearest(images: Tensor, clean: Tensor) -> Tensor:
+    """Place of the nearest clean image, Euclidean, (M,)."""
+    among = clean.flatten(1).float()
+    parts = [torch.cdist(part.flatten(1).float(), among).argmin(1) for part in torch.split(images, _TOGETHER)]
+    return torch.cat(parts).cpu()
 
 
 class Learner:

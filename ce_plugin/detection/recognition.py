@@ -119,7 +119,7 @@ def _trained(usual: Tensor, attacked: Tensor, seed: int) -> Recogniser:
             optimizer.step()
             schedule.step()
     nought, one = torch.zeros_like(share), torch.ones_like(share)
-    return Recogniser(mean, scale, *(layer.detach() for layer in layers), nought, one)  # type: ignore[call-arg]
+    return Recogniser(mean, scale, first.detach(), second.detach(), last.detach(), nought, one)
 
 
 def _drawn(n_out: int, n_in: int, random: torch.Generator) -> Tensor:

@@ -24,6 +24,7 @@ from ce_plugin.detection import (
     Smoothing,
     realised_interval,
 )
+from ce_plugin.detection.learning import Lesson
 from ce_plugin.errors import ArgumentError, InferenceError, InputError, ModelError, UnknownNameError
 from ce_plugin.interventions import Adversarial, Smooth
 
@@ -45,6 +46,11 @@ def noisy(x: np.ndarray, amount: float = 0.3, seed: int = 0) -> np.ndarray:
     """Something that is not clean: sign noise beyond what is harmless."""
     noise = np.random.default_rng(seed).choice([-amount, amount], x.shape)
     return np.clip(x + noise, 0, 1).astype(np.float32)
+
+
+def lesson(x: np.ndarray, y: np.ndarray | None) -> Lesson:
+    detector = made()
+    return Lesson.of(torch.as_tensor(x), y, detector.holdout, detector.seed)
 
 
 # --- the same whatever the order
@@ -225,7 +231,7 @@ def test_labels_of_all_forms_teach_the_same() -> None:
     for other in scores[1:]:
         np.testing.assert_array_equal(other, scores[0])
     assert "known attacks" not in plain.detect(NEW)[0]["groups"]
-    plain.teach(noisy(X[:80])[::-1].copy())
+    plain.teach(lesson(x, y).adversarial.numpy()[::-1].copy())
     np.testing.assert_allclose(plain.score(NEW), scores[0], rtol=1e-9)
     # The threshold is that of the scores with what was taught.
     np.testing.assert_allclose(plain.threshold, detector.threshold, rtol=1e-9)
@@ -233,6 +239,18 @@ def test_labels_of_all_forms_teach_the_same() -> None:
     clean = made()
     clean.fit(X, np.zeros(240))
     np.testing.assert_array_equal(clean.score(NEW), fitted().score(NEW))
+
+
+def test_attacked_versions_of_images_that_are_held_out_do_not_teach() -> None:
+    changed = noisy(X, 0.02)
+    some = lesson(np.concatenate([X, changed]), np.repeat([0, 1], 240))
+    assert torch.equal(some.adversarial, torch.as_tensor(changed)[~some.kept])
+    assert some.kept.sum() == 72
+    kept = some.kept.numpy()
+    # ... unless there are no others.
+    few = lesson(np.concatenate([X, changed[kept]]), np.repeat([0, 1], [240, 72]))
+    assert torch.equal(few.adversarial, torch.as_tensor(changed[kept]))
+    assert lesson(X, None).adversarial is None
 
 
 def test_it_makes_attacked_images_itself() -> None:
