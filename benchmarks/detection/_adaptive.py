@@ -44,10 +44,23 @@ class Effort:
     width: int = 4
     seed: int = 0
 
+    @classmethod
+    def of(cls, stored: dict[str, Any]) -> Effort:
+        """What `asdict` gave."""
+        return cls(**{**stored, "losses": tuple(stored["losses"])})
+
     @property
     def evaluations(self) -> int:
         """The most forward and backward passes that one image takes."""
         return (self.steps + 1) * self.restarts * self.width * len(self.losses)
+
+    @property
+    def folder(self) -> str:
+        """Name of a folder for what was found with it."""
+        return f"{'-'.join(self.losses)}-{self.restarts}x{self.width}x{self.steps}-{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{len(self.losses)} x {self.restarts} x {self.width} x {self.steps}"
 
 
 @dataclass(frozen=True)
@@ -110,7 +123,7 @@ class Victims:
     def chunk(self, number: int, eps: float, effort: Effort, starts: np.ndarray | None, *, make: bool) -> Chunk | None:
         """What was found for a chunk of images: from the cache, or found now; None where it is not to be made."""
         rows = self.index[number * CHUNK : (number + 1) * CHUNK]
-        file = self.folder / f"eps-{eps:g}" / f"{number:04d}.npz"
+        file = self.folder / f"eps-{eps:g}" / effort.folder / f"{number:04d}.npz"
         key = json.dumps({"attack": ATTACK, "effort": asdict(effort), "images": rows.tolist()})
         known = self._read(file, key)
         if known is not None or not make or not len(rows):
@@ -121,6 +134,15 @@ class Victims:
         np.savez_compressed(draft, key=np.array(key), probe=self.probe, **asdict(found))
         draft.replace(file)
         return found
+
+    def efforts(self, eps: float) -> list[Effort]:
+        """All with which the cache holds something, in no order."""
+        found = {}
+        for folder in sorted((self.folder / f"eps-{eps:g}").glob("*/")):
+            for file in sorted(folder.glob("????.npz"))[:1]:
+                with np.load(file) as stored:
+                    found[folder.name] = Effort.of(json.loads(str(stored["key"]))["effort"])
+        return list(found.values())
 
     def _read(self, file: Path, key: str) -> Chunk | None:
         if not file.is_file():
@@ -185,7 +207,11 @@ def _fitted(problem: Problem, name: str, cache: str | None) -> DifferentiableDet
     return detector  # type: ignore[no-any-return]
 
 
-def chunks(victims: Victims, eps: float, effort: Effort, numbers: Sequence[int]) -> list[tuple[int, Chunk]]:
-    """What the cache holds, (number, chunk)."""
-    found = [(number, victims.chunk(number, eps, effort, None, make=False)) for number in numbers]
-    return [(number, chunk) for number, chunk in found if chunk is not None]
+def chunks(victims: Victims, eps: float, numbers: Sequence[int]) -> tuple[Effort, list[tuple[int, Chunk]]] | None:
+    """What the cache holds, (number, chunk): with the effort that attacked most images, of such with the greatest."""
+    known = []
+    for effort in victims.efforts(eps):
+        found = [(number, victims.chunk(number, eps, effort, None, make=False)) for number in numbers]
+        known.append((effort, [(number, chunk) for number, chunk in found if chunk is not None]))
+    known = [one for one in known if one[1]]
+    return max(known, key=lambda one: (len(one[1]), one[0].evaluations), default=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ class Row:
             percent(self.evades),
             late,
             static,
+            str(self.effort),
             f"{self.seconds:.0f}",
         ]
 
@@ -115,18 +116,19 @@ class Row:
         row = {name: _round(getattr(self, name)) for name in names}
         scores = {name: _round(values) for name, values in self.scores.items()}
         found = _round(self.over_successes.to_dict())
-        return {**row, "eps": f"{self.eps:g}", "over_successes": found, "images": scores}
+        effort = asdict(self.effort)
+        return {**row, "effort": effort, "eps": f"{self.eps:g}", "over_successes": found, "images": scores}
 
 
-def tables(rows: Sequence[Row], effort: Effort, results: Path) -> list[Table]:
+def tables(rows: Sequence[Row], results: Path) -> list[Table]:
     """Introduction, and one table for each problem."""
-    losses = ", ".join(effort.losses)
+    losses = "; ".join(dict.fromkeys(", ".join(row.effort.losses) for row in rows))
     tried = (
         "`AdaptiveEvasion` (L-inf, stored in eight bits) on correctly classified test images, in their order; of each "
-        f"image the best of {len(effort.losses)} losses ({losses}) times {effort.restarts} restarts of {effort.width} "
-        f"starts and {effort.steps} steps, as long as it does not score below all clean images: at most "
-        f"{effort.evaluations} forward and backward passes of classifier and detector. Each eps starts "
-        "from what a smaller one found. Detectors are fitted on clean images (P3); the attacker knows all of them."
+        f"image the best of all losses ({losses}), restarts, starts and steps (**runs** says how many of each), as "
+        "long as it does not score below all clean images. Each step is one forward and one backward pass of "
+        "classifier and detector. Each eps starts from what a smaller one found. Detectors are fitted on clean images "
+        "(P3); the attacker knows all of them."
     )
     found = [Table("What was tried", [tried, _WORDS])]
     for problem in dict.fromkeys(row.problem for row in rows):
@@ -134,7 +136,7 @@ def tables(rows: Sequence[Row], effort: Effort, results: Path) -> list[Table]:
         few = min(row.n for row in own)
         words = [] if few >= WANTED else [f"Asked: {WANTED} images; attacked so far: {few}. The intervals say it."]
         header = ["detector", "seed", "eps", "images", "misclassified", "successes", "all", "evades", "late gain"]
-        header += ["static worst", "s an image"]
+        header += ["static worst", "runs", "s an image"]
         cells = [row.cells(_static(results, row)) for row in own]
         found.append(Table(TITLES[problem], words, header, cells))
     return found

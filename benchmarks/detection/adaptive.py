@@ -5,8 +5,9 @@
     python benchmarks/detection/adaptive.py mnist fashion --seed 0 1 2       all that is to be reported
     python benchmarks/detection/adaptive.py mnist --no-attacks               the table of what is in the cache
 
-The same losses, steps, restarts and width find the same chunks again. Writes
-`benchmarks/results/detection_adaptive.md` and `.json`.
+The same losses, steps, restarts and width find the same chunks again; what was found with others is kept beside them,
+and the table shows what the most images were attacked with. Writes `benchmarks/results/detection_adaptive.md` and
+`.json`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ import torch
 sys.path.append(str(Path(__file__).parent.parent))
 
 from _adaptive import CHUNK, Effort, Victims, chunks
-from _adaptive_tables import Row, tables
+from _adaptive_tables import WANTED, Row, tables
 from _data import PROBLEMS, SEEDS, check_problems, load
 from _detectors import OURS, names
 from _record import RESULTS, write
@@ -44,11 +44,11 @@ def main() -> None:
         for seed in options.seed:
             if seed in SEEDS[name] or options.dry:
                 rows += run(name, seed, effort, options, until)
-    built = tables(rows, effort, RESULTS)
+    built = tables(rows, RESULTS)
     text = "# Detectors against an attacker who knows them\n\n" + "\n\n".join(table.markdown() for table in built)
     print(text)
     if rows and not options.dry:
-        data = {"wanted": 200, "effort": asdict(effort), "rows": [row.to_dict() for row in rows]}
+        data = {"wanted": WANTED, "rows": [row.to_dict() for row in rows]}
         write("detection_adaptive", text, data, "adversarial-robustness-toolbox")
 
 
@@ -59,7 +59,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--detectors", nargs="*", default=(OURS, "mahalanobis"), choices=names())
     parser.add_argument("--seed", nargs="*", type=int, default=(0,), help="classifiers")
     parser.add_argument("--eps", nargs="*", type=float, default=EPS, help="inf: anything inside the clip values")
-    parser.add_argument("--images", type=int, default=200, help=f"rounded up to {CHUNK}")
+    parser.add_argument("--images", type=int, default=WANTED, help=f"rounded up to {CHUNK}")
     parser.add_argument("--losses", nargs="*", default=Effort.losses, choices=tuple(LOSSES))
     parser.add_argument("--steps", type=int, default=Effort.steps)
     parser.add_argument("--restarts", type=int, default=Effort.restarts)
@@ -91,9 +91,9 @@ def run(name: str, seed: int, effort: Effort, options: argparse.Namespace, until
                 attack(victims, chunk, options.eps, effort)
     for victims in attacked:
         for eps in options.eps:
-            found = chunks(victims, eps, effort, numbers)
-            if found:
-                yield Row.of(victims, eps, effort, found)
+            found = chunks(victims, eps, numbers)
+            if found is not None:
+                yield Row.of(victims, eps, *found)
 
 
 def attack(victims: Victims, number: int, every: list[float], effort: Effort) -> None:
