@@ -11,25 +11,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from _classifiers import checksum
 from _data import Problem
 from _selfsupervised import PRETRAINING, simsiam
 from torch import nn
 
 from ce_plugin.detection.protocol import Detector
-from ce_plugin.evaluation.peers import PEERS, Beyond, Peer
+from ce_plugin.evaluation.peers import PEERS, Beyond, Mahalanobis, Peer
+from ce_plugin.evaluation.peers.layers import default_layers
 
 OURS = "causal-effects"
 BEYOND = "beyond"
+LAST_LAYER = "mahalanobis-last"
 LIMITS = {"ml-loo": 600, BEYOND: 1500}
 """Clean images to fit and calibrate on, for detectors that take dozens or hundreds of passes an image."""
 UNTAUGHT = ("max-softmax", "entropy", "margin", "feature-squeezing", "art-subset-scanning", BEYOND)
 """Detectors that look at no attacked image while they are fitted: their P2 is their P3."""
 LEFT_OUT = {("imagenet", BEYOND): "it needs a self-supervised network, and none of photographs is trained here"}
 """(problem, detector) -> why it is not tried."""
-LABELS = {"kernel-density": "kernel density"}
-"""Of detectors whose name depends on the network: with dropout it is KD+BU."""
-_PEERS: dict[str, Callable[..., Peer]] = {**PEERS, BEYOND: Beyond}
+LABELS = {"kernel-density": "kernel density", LAST_LAYER: "Mahalanobis, last layer"}
+"""Of detectors whose own name would not do: kernel density is KD+BU only where the network has dropout."""
+_PEERS: dict[str, Callable[..., Peer]] = {**PEERS, LAST_LAYER: Mahalanobis, BEYOND: Beyond}
 _WATCHED = (
     "ce_plugin.detection",
     "ce_plugin.evaluation.peers",
@@ -51,6 +54,9 @@ def build(name: str, problem: Problem, cache: str | Path | None = None) -> Detec
     if name == BEYOND:
         ssl, augmentation = simsiam(problem.name, problem.seed, cache), PRETRAINING[problem.name].augmentation
         return Beyond(problem.network, ssl_model=ssl, augmentations=augmentation)
+    if name == LAST_LAYER:
+        layers = default_layers(problem.network, torch.from_numpy(problem.images["fit"][:1]))
+        return Mahalanobis(problem.network, layers=layers[-1:])
     return _PEERS[name](problem.network)
 
 
