@@ -58,6 +58,10 @@ class Benign:
             raise ArgumentError(expected("shift", "a number of pixels, 0 or more", self.shift))
         if not 0 <= self.contrast <= 1:
             raise ArgumentError(expected("contrast", "a share in [0, 1]", self.contrast))
+        low, high = self.value_range
+        if not low < high:
+            wanted = "a pair (least, greatest) with least < greatest"
+            raise ArgumentError(expected("value_range", wanted, self.value_range))
 
     @classmethod
     def of(cls, shape: Sequence[int], value_range: tuple[float, float] = (0.0, 1.0)) -> Benign:

@@ -20,7 +20,7 @@ from ce_plugin.detection.explanation import Alarm, explained
 from ce_plugin.detection.fitting import Recipe, attacked, check_enough
 from ce_plugin.detection.learning import Learner, Lesson
 from ce_plugin.detection.measuring import checked_count
-from ce_plugin.detection.options import check_options, same_option
+from ce_plugin.detection.options import check_options, check_ranges, same_option
 from ce_plugin.detection.protocol import Array
 from ce_plugin.detection.signature import Signature
 from ce_plugin.detection.state import State
@@ -169,16 +169,19 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
 
         Raises:
             InputError: images or labels that cannot be used, too few clean images, or all of one predicted class.
-            ArgumentError: too few images are held out for ``fpr``.
+            ArgumentError: too few images are held out for ``fpr``; ``signature`` or ``benign`` was made for images in
+                another range than the clip values.
         """
         images = self.protected.images(x)
         lesson = Lesson.of(images, y, self.holdout, self.seed)
         size, epochs = checked_count("batch_size", batch_size), checked_count("nb_epochs", nb_epochs)
+        shape, clip_values = tuple(images.shape[1:]), self.protected.clip_values
+        signature = self.signature or Signature.of(shape, clip_values)
+        benign = Benign.of(shape, clip_values) if isinstance(self.benign, str) else self.benign
+        # Errors come before the work.
+        check_ranges(signature, benign, clip_values)
         check_enough(self.protected, lesson.clean, lesson.kept, size)
-        Calibration(np.zeros(int(lesson.kept.sum()))).threshold(self.fpr)  # an error comes before the work
-        shape = tuple(images.shape[1:])
-        signature = self.signature or Signature.of(shape, self.protected.clip_values)
-        benign = Benign.of(shape, self.protected.clip_values) if isinstance(self.benign, str) else self.benign
+        Calibration(np.zeros(int(lesson.kept.sum()))).threshold(self.fpr)
         recipe = Recipe(signature, benign, self.aggregate, self.seed, size, epochs)
         state, taught = self._learner.learn(self.protected, recipe, lesson), lesson.adversarial
         if self.attacks is not None:

@@ -98,6 +98,10 @@ class Group(ABC):
     def settings(self) -> dict[str, Any]:
         """The arguments that make this group again, as JSON takes them."""
 
+    def ranges(self) -> list[tuple[float, float]]:
+        """Least and greatest value of the images that its interventions were made for, where they depend on it."""
+        return []
+
     def prepared(self, protected: Protected, images: Tensor, *, n_epochs: int, seed: int) -> Group:
         """The group, having learned what it needs from clean images (N, C, H, W); most need nothing."""
         return self

@@ -70,6 +70,10 @@ class Smoothing(Group):
         """The filters."""
         return [repr(one) for one in self.filters]
 
+    def ranges(self) -> list[tuple[float, float]]:
+        """See :meth:`Group.ranges`."""
+        return [one.value_range for one in self.filters]
+
     def settings(self) -> dict[str, Any]:
         """See :meth:`Group.settings`."""
         filters = [smooth_settings(one) for one in self.filters]
@@ -138,6 +142,10 @@ class CounterAttack(Group):
     def interventions(self) -> list[str]:
         """The steps."""
         return [f"a counter-attack step of {step:g}" for step in self.steps]
+
+    def ranges(self) -> list[tuple[float, float]]:
+        """See :meth:`Group.ranges`."""
+        return [self.value_range] if self.steps else []
 
     def settings(self) -> dict[str, Any]:
         """See :meth:`Group.settings`."""

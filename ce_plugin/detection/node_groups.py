@@ -101,6 +101,10 @@ class Interchange(_ChannelEffects):
         """The values of the smoothed run."""
         return Patch(self.filter.values(view.images.detach(), view.context))
 
+    def ranges(self) -> list[tuple[float, float]]:
+        """See :meth:`Group.ranges`."""
+        return [self.filter.value_range]
+
     def settings(self) -> dict[str, Any]:
         """See :meth:`Group.settings`."""
         return {"layer": self.layer, "filter": smooth_settings(self.filter), "name": self.name}

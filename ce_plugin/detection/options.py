@@ -12,7 +12,7 @@ from ce_plugin.detection.benign import Benign
 from ce_plugin.detection.signature import Signature
 from ce_plugin.errors import ArgumentError, expected, unknown_name
 
-__all__ = ["check_options", "same_option"]
+__all__ = ["check_options", "check_ranges", "same_option"]
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -39,6 +39,21 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ArgumentError(expected("seed", "a whole number", repr(seed)))
     if attacks is not None and (not isinstance(attacks, (list, tuple)) or not attacks):
         raise ArgumentError(expected("attacks", "a list of attacks, or None", repr(attacks)))
+
+
+def check_ranges(signature: Signature, benign: Benign | None, clip_values: tuple[float, float]) -> None:
+    """Whether what alters images was made for images in this range of values.
+
+    Raises:
+        ArgumentError: a group's interventions, or the harmless alterations, were made for another one.
+    """
+    made_for = [("signature", values) for group in signature.groups for values in group.ranges()]
+    if benign is not None:
+        made_for.append(("benign", benign.value_range))
+    for name, values in made_for:
+        if tuple(values) != clip_values:
+            todo = "Pass its `value_range=`, and sizes in the same units; or leave it out for the default."
+            raise ArgumentError(expected(name, f"made for the clip values, {clip_values}", tuple(values), todo))
 
 
 def same_option(mine: object, theirs: object) -> bool:

@@ -18,6 +18,7 @@ from ce_plugin.detection import (
     Denoising,
     Detector,
     DifferentiableDetector,
+    Interchange,
     NodeZeroing,
     PixelMasking,
     Signature,
@@ -397,6 +398,23 @@ def test_a_rate_that_cannot_be_resolved_leaves_the_previous_fit() -> None:
     detector.set_params(fpr=0.05)
     assert detector.learned() is state
     np.testing.assert_array_equal(detector.score(NEW), scores)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("benign", Benign(noise=0.1)),
+        ("signature", Signature([Smoothing("filters", [Smooth.bits(1)])])),
+        ("signature", Signature([CounterAttack(steps=(0.1,))])),
+        ("signature", Signature([Interchange("0", Smooth.gauss(1.0))])),
+    ],
+)
+def test_what_was_made_for_another_range_of_values_is_refused(name: str, option: Any) -> None:
+    bytes_ = {"signature": Signature([CounterAttack()]), "benign": None, "clip_values": (0.0, 255.0)}
+    CausalEffectDetector(classifier(), **bytes_).fit(255 * X)  # nothing here depends on the range
+    detector = CausalEffectDetector(classifier(), **{**bytes_, name: option})
+    with pytest.raises(ArgumentError, match=rf"`{name}` to be made for .*\(0\.0, 255\.0\), but got \(0\.0, 1\.0\)"):
+        detector.fit(255 * X)
 
 
 def test_images_that_cannot_be_are_refused() -> None:

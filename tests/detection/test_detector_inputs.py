@@ -243,6 +243,8 @@ def test_bad_alterations_are_refused() -> None:
         Benign(shift=-1)
     with pytest.raises(ArgumentError, match=r"`contrast` to be a share in \[0, 1\], but got 2"):
         Benign(contrast=2)
+    with pytest.raises(ArgumentError, match=r"`value_range` to be a pair .* but got \(1\.0, 1\.0\)"):
+        Benign(value_range=(1.0, 1.0))
 
 
 # --- the denoiser
