@@ -1,0 +1,110 @@
+"""The benchmark of the adaptive attack: what is found is kept, and shown with the effort that found it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def adaptive(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    if not FOLDER.is_dir():
+        pytest.skip("needs the benchmarks, which come with the source only")
+    for folder in (FOLDER, FOLDER / "detection"):
+        monkeypatch.syspath_prepend(folder)
+    return importlib.import_module("_adaptive")
+
+
+class Brightness:
+    """How bright an image is."""
+
+    name = "brightness"
+
+    def score(self, x: np.ndarray, batch_size: int = 128) -> np.ndarray:
+        return self.score_tensor(torch.as_tensor(x)).double().numpy()
+
+    def score_tensor(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1).mean(1)
+
+
+def victims(adaptive: ModuleType, folder: Path, n: int = 12) -> Any:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2, bias=False))
+    with torch.no_grad():
+        network[1].weight.copy_(torch.tensor([[1.0, -1.0]]).repeat(1, 8).mul(torch.tensor([[1.0], [-1.0]])))
+    images = np.random.default_rng(0).integers(90, 120, (n, 1, 4, 4)).astype(np.float32) / 255
+    with torch.no_grad():
+        labels = network(torch.as_tensor(images)).argmax(1).numpy()
+    problem = SimpleNamespace(
+        name="toy",
+        seed=0,
+        network=network,
+        images={"test": images, "fit": images},
+        labels={"test": labels},
+        n_classes=2,
+    )
+    detector = Brightness()
+    clean = detector.score(images)
+    return adaptive.Victims(problem, "brightness", detector, np.arange(n), clean, clean, folder)
+
+
+def test_chunks_of_another_effort_are_kept_beside_and_the_row_shows_the_greatest_of_the_most(
+    adaptive: ModuleType, tmp_path: Path
+) -> None:
+    known = victims(adaptive, tmp_path)
+    low = adaptive.Effort(losses=("selective",), steps=4, restarts=1, width=1)
+    high = dataclasses.replace(low, steps=6)
+    assert adaptive.chunks(known, 0.1, range(2)) is None
+    first = known.chunk(0, 0.1, low, None, make=True)
+    assert len(first.images) == adaptive.CHUNK
+    assert first.success.all()
+    known.chunk(0, 0.1, high, None, make=True)
+    assert known.chunk(0, 0.1, dataclasses.replace(low, seed=1), None, make=False) is None
+    again = known.chunk(0, 0.1, low, None, make=True)
+    np.testing.assert_array_equal(again.images, first.images)
+    assert again.seconds == first.seconds  # read, not made anew
+    effort, found = adaptive.chunks(known, 0.1, range(2))
+    assert (effort, len(found)) == (high, 1)
+    known.chunk(1, 0.1, low, None, make=True)
+    effort, found = adaptive.chunks(known, 0.1, range(2))
+    assert (effort, [number for number, _ in found]) == (low, [0, 1])
+    assert len(found[1][1].images) == 2
+
+
+def test_what_was_found_against_another_detector_is_not_used(adaptive: ModuleType, tmp_path: Path) -> None:
+    known = victims(adaptive, tmp_path)
+    effort = adaptive.Effort(losses=("selective",), steps=2, restarts=1, width=1)
+    known.chunk(0, 0.1, effort, None, make=True)
+    other = dataclasses.replace(known, probe=known.probe + 1)
+    assert other.chunk(0, 0.1, effort, None, make=False) is None
+    assert adaptive.chunks(other, 0.1, range(1)) is None
+
+
+def test_a_row_counts_images_that_were_not_turned_over_with_their_clean_score(
+    adaptive: ModuleType, tmp_path: Path
+) -> None:
+    tables = importlib.import_module("_adaptive_tables")
+    known = dataclasses.replace(victims(adaptive, tmp_path), name="margin")
+    found = known.chunk(0, 0.1, adaptive.Effort(("selective",), 2, 1, 1), None, make=True)
+    success = np.arange(adaptive.CHUNK) < 4
+    score = np.where(success, 9.0, -9.0)
+    row = tables.Row.of(known, 0.1, adaptive.Effort(), [(0, dataclasses.replace(found, success=success, score=score))])
+    # Four above all clean scores, and six that count as themselves: among ten clean ones half of 1 - 6 / 10 each.
+    assert row.success == 0.4
+    assert row.over_successes.auroc.value == 1.0
+    clean = known.clean
+    own = np.mean([(clean < one).mean() + (clean == one).mean() / 2 for one in clean[4:10]])
+    assert row.over_all == pytest.approx(0.4 + 0.6 * own)
+    assert row.evades == 0.0
+    cells = row.cells("-")
+    assert cells[2] == "0.1"
+    assert cells[-2] == "3 x 6 x 4 x 40"
