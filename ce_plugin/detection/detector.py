@@ -194,7 +194,7 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
     def teach(self, x: Array, batch_size: int = 128) -> None:
         """Learn to recognise attacked images like these, after :meth:`fit`; what was taught before is forgotten.
 
-        Attacked versions of images that calibrate the detector raise its threshold; ``fit(x, y)`` leaves them out.
+        They should be no versions of images that calibrate the detector; ``fit(x, y)`` leaves such out.
 
         Args:
             x: adversarial images (N, C, H, W), image units.

@@ -42,9 +42,8 @@ class Lesson:
     def of(cls, images: Tensor, y: npt.ArrayLike | None, holdout: float, seed: int) -> Lesson:
         """Sort images by their labels and hold some out.
 
-        An adversarial image whose nearest clean one is held out does not teach, unless there are no others: it would
-        teach that its clean self, which is nearly the same, is suspect, and the threshold would rise above what other
-        clean images reach.
+        An adversarial image whose nearest clean one is held out does not teach, unless there are no others: a threshold
+        is to come from images of which nothing was learned, not even that what is nearly the same is an attack.
 
         Raises:
             InputError: labels that cannot be used, or without a clean image.
