@@ -54,7 +54,9 @@ def victims(adaptive: ModuleType, folder: Path, n: int = 12) -> Any:
     )
     detector = Brightness()
     clean = detector.score(images)
-    return adaptive.Victims(problem, "brightness", detector, np.arange(n), clean, clean, folder)
+    return adaptive.Victims(
+        problem, "brightness", detector, np.arange(n), clean, clean, folder, dict.fromkeys(range(3), 0.04)
+    )
 
 
 def test_chunks_of_another_effort_are_kept_beside_and_the_row_shows_the_greatest_of_the_most(
@@ -105,6 +107,7 @@ def test_a_row_counts_images_that_were_not_turned_over_with_their_clean_score(
     own = np.mean([(clean < one).mean() + (clean == one).mean() / 2 for one in clean[4:10]])
     assert row.over_all == pytest.approx(0.4 + 0.6 * own)
     assert row.evades == 0.0
+    assert row.room == ["- (0)", "- (3)", "- (0)", "- (0)"]  # 0.04 of 0.1; of the fourth nothing is known
     cells = row.cells("-")
     assert cells[2] == "0.1"
     assert cells[-2] == "3 x 6 x 4 x 40"

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from _data import Problem, cache_folder
 from _detectors import LIMITS, OURS, build
+from attacks import attack_file
 
 from ce_plugin._art import build_classifier
 from ce_plugin.detection import CausalEffectDetector
 from ce_plugin.detection.adaptive import AdaptiveEvasion
 from ce_plugin.detection.protocol import DifferentiableDetector
 from ce_plugin.errors import CEPluginError
+from ce_plugin.evaluation.detection import Attacked
 
 CHUNK = 10
 CLEAN = 1500
@@ -94,6 +96,7 @@ class Victims:
         clean: the detector's scores of the first 1500 of them.
         probe: scores that tell whether a chunk belongs to this detector.
         folder: of the cache.
+        nearest: test image -> L-inf distance at which Carlini and Wagner's attack, which minimises it, turned it over.
     """
 
     problem: Problem
@@ -103,6 +106,7 @@ class Victims:
     clean: np.ndarray = field(repr=False)
     probe: np.ndarray = field(repr=False)
     folder: Path
+    nearest: dict[int, float] = field(repr=False)
 
     @classmethod
     def ready(cls, problem: Problem, name: str, cache: str | None) -> Victims:
@@ -112,17 +116,21 @@ class Victims:
         clean = detector.score(problem.images["test"][index[:CLEAN]])
         probe = detector.score(problem.images["fit"][:_PROBED])
         folder = cache_folder(cache) / "adaptive" / f"{problem.name}-{problem.seed}" / name
-        return cls(problem, name, detector, index, clean, probe, folder)
+        return cls(problem, name, detector, index, clean, probe, folder, _nearest(problem, cache))
+
+    def rows(self, number: int) -> np.ndarray:
+        """The test images of a chunk, (n,)."""
+        return self.index[number * CHUNK : (number + 1) * CHUNK]
 
     def own(self, number: int) -> np.ndarray:
         """The scores of a chunk's clean images, (n,)."""
-        rows = self.index[number * CHUNK : (number + 1) * CHUNK]
+        rows = self.rows(number)
         known = self.clean[number * CHUNK : (number + 1) * CHUNK]
         return known if len(known) == len(rows) else self.detector.score(self.problem.images["test"][rows])
 
     def chunk(self, number: int, eps: float, effort: Effort, starts: np.ndarray | None, *, make: bool) -> Chunk | None:
         """What was found for a chunk of images: from the cache, or found now; None where it is not to be made."""
-        rows = self.index[number * CHUNK : (number + 1) * CHUNK]
+        rows = self.rows(number)
         file = self.folder / f"eps-{eps:g}" / effort.folder / f"{number:04d}.npz"
         key = json.dumps({"attack": ATTACK, "effort": asdict(effort), "images": rows.tolist()})
         known = self._read(file, key)
@@ -184,6 +192,14 @@ class Victims:
             threshold=float(self.clean.min()),
             candidates=self.problem.images["fit"][:CANDIDATES],
         )
+
+
+def _nearest(problem: Problem, cache: str | None) -> dict[int, float]:
+    file = attack_file(problem.name, problem.seed, "test", "cw-linf", cache)
+    if not file.is_file():
+        return {}
+    made = Attacked.load(file)
+    return dict(zip(made.sources().tolist(), made.linf[made.success].tolist(), strict=True))
 
 
 def _fitted(problem: Problem, name: str, cache: str | None) -> DifferentiableDetector:

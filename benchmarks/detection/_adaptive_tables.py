@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from _table import Table, interval, number, percent
 from ce_plugin.evaluation.detection import Figures, auroc, figures
 
 WANTED = 200
+_SHARES = (0.0, 1 / 3, 1 / 2, 2 / 3, math.inf)
+_FEW = 10
 
 _WORDS = (
     "**successes**: AUROC of the images that end misclassified, against clean ones; a robust classifier leaves few of "
@@ -27,6 +31,11 @@ _WORDS = (
     "distance between the 5 % and 95 % quantiles of clean scores; near 0: the curves were flat. **static worst**: "
     "the least AUROC over the attacks that do not know the detector (P3). What the attack found bounds the least AUROC "
     "from above; nothing proves that there is nothing lower. Brackets: 95 % bootstrap intervals."
+)
+_ROOM = (
+    "AUROC of the images that end misclassified (and their number), by how far away the classifier's boundary is from "
+    "the clean image: the L-inf distance at which Carlini and Wagner's attack, which knows no detector, turned it "
+    f"over, as a share of eps. What is left of eps is the room to look clean in. A dash: fewer than {_FEW} images."
 )
 
 
@@ -45,7 +54,7 @@ class Row:
         late: late gain, as a share of the spread of clean scores.
         seconds: time for one image.
         code: checksum of the detector's code.
-        scores: of the images, and which are successes.
+        images: scores found and of the clean selves, which are successes, and how far away another class is.
     """
 
     problem: str
@@ -61,7 +70,8 @@ class Row:
     late: float
     seconds: float
     code: str
-    scores: dict[str, list[Any]] = field(repr=False)
+    images: dict[str, list[Any]] = field(repr=False)
+    room: list[str] = field(repr=False)
 
     @classmethod
     def of(cls, victims: Victims, eps: float, effort: Effort, found: Sequence[tuple[int, Chunk]]) -> Row:
@@ -69,6 +79,8 @@ class Row:
         success = np.concatenate([chunk.success for _, chunk in found])
         score = np.concatenate([chunk.score for _, chunk in found])
         own = np.concatenate([victims.own(number) for number, _ in found])
+        rows = np.concatenate([victims.rows(number) for number, _ in found])
+        nearest = np.array([victims.nearest.get(row, np.nan) for row in rows.tolist()])
         counted = np.where(success, score, own)
         problem, clean = victims.problem, victims.clean
         what = figures(clean, score[success], detector=victims.name, attack=f"adaptive-{eps:g}")
@@ -89,7 +101,13 @@ class Row:
             float(np.mean(late) / (high - low)) if late else float("nan"),
             float(np.mean([chunk.seconds for _, chunk in found])),
             version(victims.detector),
-            {"score": score.tolist(), "clean": own.tolist(), "success": success.tolist()},
+            {
+                "score": score.tolist(),
+                "clean": own.tolist(),
+                "success": success.tolist(),
+                "nearest": nearest.tolist(),
+            },
+            _by_room(clean, score[success], nearest[success] / eps),
         )
 
     def cells(self, static: str) -> list[str]:
@@ -114,10 +132,10 @@ class Row:
         """What the JSON file holds; an unbounded eps is "inf"."""
         names = ("problem", "seed", "detector", "n", "success", "over_all", "evades", "late", "seconds", "code")
         row = {name: _round(getattr(self, name)) for name in names}
-        scores = {name: _round(values) for name, values in self.scores.items()}
+        images = {name: _round(values) for name, values in self.images.items()}
         found = _round(self.over_successes.to_dict())
         effort = asdict(self.effort)
-        return {**row, "effort": effort, "eps": f"{self.eps:g}", "over_successes": found, "images": scores}
+        return {**row, "effort": effort, "eps": f"{self.eps:g}", "over_successes": found, "images": images}
 
 
 def tables(rows: Sequence[Row], results: Path) -> list[Table]:
@@ -139,7 +157,19 @@ def tables(rows: Sequence[Row], results: Path) -> list[Table]:
         header += ["static worst", "runs", "s an image"]
         cells = [row.cells(_static(results, row)) for row in own]
         found.append(Table(TITLES[problem], words, header, cells))
-    return found
+    bounded = [row for row in rows if np.isfinite(row.eps)]
+    cells = [[TITLES[row.problem], label(row.detector), str(row.seed), f"{row.eps:g}", *row.room] for row in bounded]
+    header = ["problem", "detector", "seed", "eps", "up to a third", "to a half", "to two thirds", "beyond"]
+    return [*found, Table("How much room there is", [_ROOM], header, cells)]
+
+
+def _by_room(clean: np.ndarray, score: np.ndarray, share: np.ndarray) -> list[str]:
+    """For each range of the boundary's distance, as a share of eps: AUROC and number of images."""
+    cells = []
+    for low, high in pairwise(_SHARES):
+        some = score[(share > low) & (share <= high)]
+        cells.append(f"{number(auroc(clean, some)) if len(some) >= _FEW else '-'} ({len(some)})")
+    return cells
 
 
 def _static(results: Path, row: Row) -> str:
