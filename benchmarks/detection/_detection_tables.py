@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from _detectors import LEFT_OUT, OURS, label
+from _knowing import knowing
 from _outcome import TITLES, Group, Outcome
+from _record import RESULTS
 from _scores import CLEAN, NEEDED
 from _table import Table, interval, number, percent
 from _verdicts import bars, better
@@ -21,7 +23,7 @@ def tables(outcome: Outcome) -> list[Table]:
     found = [_introduction(outcome), Table("Summary", [_SUMMARY])]
     for problem, protocol in _pairs(outcome):
         found.append(_summary(outcome, problem, protocol))
-    found += [bars(outcome), better(outcome)]
+    found += [knowing(outcome, RESULTS), bars(outcome), better(outcome)]
     found.append(Table("Attack by attack", [_BY_ATTACK]))
     for problem, protocol in _pairs(outcome):
         found.append(_by_attack(outcome, problem, protocol))
