@@ -8,13 +8,13 @@ from typing import Any
 
 from _detectors import label
 from _outcome import TITLES, Outcome
-from _table import Table, number
+from _table import Table, number, percent
 
 FILE = "detection_adaptive.json"
 _WORDS = (
-    "AUROC over all images that were attacked, one that could not be turned over counting with the score of its clean "
-    "self, by the L-inf bound eps (and the number of images); beside it the worst over the attacks above, which know "
-    "no detector. Intervals, how hard the attack tried and what else it found: `detection_adaptive.md`."
+    "AUROC of the images that end misclassified, and the share of all attacked images that do and are not flagged at "
+    "5 %, by the L-inf bound eps; beside them the worst AUROC over the attacks above, which know no detector. "
+    "Intervals, how hard the attack tried and what else it found: `detection_adaptive.md`."
 )
 
 
@@ -28,10 +28,16 @@ def knowing(outcome: Outcome, results: Path) -> Table:
     rows = []
     for problem, detector, seed in dict.fromkeys(map(_of, found)):
         mine = {row["eps"]: row for row in found if _of(row) == (problem, detector, seed)}
-        cells = [f"{number(mine[eps]['over_all'])} ({mine[eps]['n']})" if eps in mine else "-" for eps in bounds]
-        rows.append([TITLES[problem], label(detector), str(seed), _worst(outcome, problem, detector, seed), *cells])
-    header = ["problem", "detector", "classifier", "static worst", *(f"eps {eps}" for eps in bounds)]
+        cells = [_cell(mine[eps]) if eps in mine else "-" for eps in bounds]
+        images = str(min(row["n"] for row in mine.values()))
+        worst = _worst(outcome, problem, detector, seed)
+        rows.append([TITLES[problem], label(detector), str(seed), images, worst, *cells])
+    header = ["problem", "detector", "classifier", "images", "static worst", *(f"eps {eps}" for eps in bounds)]
     return Table(title, [_WORDS], header, rows)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    return f"{number(row['over_successes']['auroc'])} / {percent(row['evades'])}"
 
 
 def _of(row: dict[str, Any]) -> tuple[str, str, int]:
