@@ -100,7 +100,6 @@ def test_a_row_counts_images_that_were_not_turned_over_with_their_clean_score(
     success = np.arange(adaptive.CHUNK) < 4
     score = np.where(success, 9.0, -9.0)
     row = tables.Row.of(known, 0.1, adaptive.Effort(), [(0, dataclasses.replace(found, success=success, score=score))])
-    # Four above all clean scores, and six that count as themselves: among ten clean ones half of 1 - 6 / 10 each.
     assert row.success == 0.4
     assert row.over_successes.auroc.value == 1.0
     clean = known.clean

@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from _data import Problem, cache_folder
 from _detectors import LIMITS, OURS, build
-from attacks import attack_file
+from attacks import attack_file, specs
 
 from ce_plugin._art import build_classifier
 from ce_plugin.detection import CausalEffectDetector
 from ce_plugin.detection.adaptive import AdaptiveEvasion
 from ce_plugin.detection.protocol import DifferentiableDetector
-from ce_plugin.errors import CEPluginError
+from ce_plugin.errors import CEPluginError, FileError
 from ce_plugin.evaluation.detection import Attacked
+from ce_plugin.evaluation.detection.attacks import attack_key
 
 CHUNK = 10
 CLEAN = 1500
@@ -195,10 +196,14 @@ class Victims:
 
 
 def _nearest(problem: Problem, cache: str | None) -> dict[int, float]:
-    file = attack_file(problem.name, problem.seed, "test", "cw-linf", cache)
-    if not file.is_file():
+    """What is known of the boundary's distance; nothing where the attack has not been made on this network."""
+    images, labels = problem.images["test"], problem.labels["test"]
+    (spec,) = (one for one in specs(problem.name, "test") if one.name == "cw-linf")
+    file = attack_file(problem.name, problem.seed, "test", spec.name, cache)
+    try:
+        made = Attacked.load(file, attack_key(spec, problem.network, images, labels, problem.seed))
+    except FileError:
         return {}
-    made = Attacked.load(file)
     return dict(zip(made.sources().tolist(), made.linf[made.success].tolist(), strict=True))
 
 

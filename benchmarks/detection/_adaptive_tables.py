@@ -144,9 +144,9 @@ def tables(rows: Sequence[Row], results: Path) -> list[Table]:
     tried = (
         "`AdaptiveEvasion` (L-inf, stored in eight bits) on correctly classified test images, in their order; of each "
         f"image the best of all losses ({losses}), restarts, starts and steps (**runs** says how many of each), as "
-        "long as it does not score below all clean images. Each step is one forward and one backward pass of "
-        "classifier and detector. Each eps starts from what a smaller one found. Detectors are fitted on clean images "
-        "(P3); the attacker knows all of them."
+        "long as it does not score below all clean images. Each step is at most one forward and one backward "
+        "pass of classifier and detector. Each eps starts from what a smaller one found. Detectors are fitted on clean "
+        "images (P3); the attacker knows all of them."
     )
     found = [Table("What was tried", [tried, _WORDS])]
     for problem in dict.fromkeys(row.problem for row in rows):
