@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -110,3 +111,45 @@ def test_a_row_counts_images_that_were_not_turned_over_with_their_clean_score(
     cells = row.cells("-")
     assert cells[2] == "0.1"
     assert cells[-2] == "3 x 6 x 4 x 40"
+
+
+def rows_of_two_classifiers(adaptive: ModuleType, folder: Path, name: str, scores: tuple[float, float]) -> list[Any]:
+    tables = importlib.import_module("_adaptive_tables")
+    first = dataclasses.replace(victims(adaptive, folder), name=name)
+    first.problem.name = "mnist"
+    second = dataclasses.replace(first, problem=SimpleNamespace(**{**vars(first.problem), "seed": 1}))
+    found = first.chunk(0, 0.1, adaptive.Effort(("selective",), 2, 1, 1), None, make=True)
+    return [
+        tables.Row.of(one, eps, adaptive.Effort(), [(0, dataclasses.replace(found, score=np.full(10, score)))])
+        for one, score in zip((first, second), scores, strict=True)
+        for eps in (0.1, 0.3)
+    ]
+
+
+def test_figures_are_pooled_over_classifiers_and_the_bar_is_held_against_the_pooled_ones(
+    adaptive: ModuleType, tmp_path: Path
+) -> None:
+    means = importlib.import_module("_adaptive_means")
+    # Above every clean image on one classifier and below on the other: in whatever sample of images, one half.
+    rows = rows_of_two_classifiers(adaptive, tmp_path, "mahalanobis", (9.0, -9.0))
+    at_tenth, at_three = means.means(rows)
+    assert (at_tenth.eps, at_three.eps) == (0.1, 0.3)
+    assert at_tenth.seeds == (0, 1)
+    assert at_tenth.n == (10, 10)
+    assert tuple(at_tenth.auroc) == (0.5, 0.5, 0.5)
+    assert at_tenth.evades == 0.5
+    verdicts = [line[-1] for line in means.asked([at_tenth, at_three]).rows]
+    assert verdicts == ["met", "**not met**"]
+    assert [line[2] for line in means.over_classifiers([at_tenth, at_three]).rows] == ["10, 10"]
+
+
+def test_the_static_report_takes_the_pooled_figures(
+    adaptive: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    means, knowing = importlib.import_module("_adaptive_means"), importlib.import_module("_knowing")
+    found = means.means(rows_of_two_classifiers(adaptive, tmp_path, "mahalanobis", (9.0, -9.0)))
+    outcome = importlib.import_module("_outcome").Outcome()
+    assert not knowing.knowing(outcome, tmp_path).rows
+    (tmp_path / knowing.FILE).write_text(json.dumps({"means": [one.to_dict() for one in found]}))
+    (line,) = knowing.knowing(outcome, tmp_path).rows
+    assert line[2:] == ["10, 10", "-", ".500 / 50.0 %", ".500 / 50.0 %"]

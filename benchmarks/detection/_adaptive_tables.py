@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _adaptive import Chunk, Effort, Victims
+import numpy.typing as npt
+from _adaptive import CLEAN, Chunk, Effort, Victims
+from _adaptive_means import asked, means, over_classifiers
 from _detectors import label, version
 from _outcome import TITLES
 from _table import Table, interval, number, percent
 
-from ce_plugin.evaluation.detection import Figures, auroc, figures
+from ce_plugin.evaluation.detection import CleanScores, Figures, ImageDraws, auroc, figures
 
 WANTED = 200
 _SHARES = (0.0, 1 / 3, 1 / 2, 2 / 3, math.inf)
@@ -55,6 +58,8 @@ class Row:
         seconds: time for one image.
         code: checksum of the detector's code.
         images: scores found and of the clean selves, which are successes, and how far away another class is.
+        room: AUROC by how far away it is.
+        sample: AUROC of the successes in bootstrap samples that all classifiers share, (B,); None where there are none.
     """
 
     problem: str
@@ -72,6 +77,7 @@ class Row:
     code: str
     images: dict[str, list[Any]] = field(repr=False)
     room: list[str] = field(repr=False)
+    sample: npt.NDArray[np.float64] | None = field(repr=False)
 
     @classmethod
     def of(cls, victims: Victims, eps: float, effort: Effort, found: Sequence[tuple[int, Chunk]]) -> Row:
@@ -83,7 +89,8 @@ class Row:
         nearest = np.array([victims.nearest.get(row, np.nan) for row in rows.tolist()])
         counted = np.where(success, score, own)
         problem, clean = victims.problem, victims.clean
-        what = figures(clean, score[success], detector=victims.name, attack=f"adaptive-{eps:g}")
+        ids = victims.index[:CLEAN], rows[success]
+        what = figures(clean, score[success], detector=victims.name, attack=f"adaptive-{eps:g}", ids=ids)
         detected = 1.0 if what.tpr_5 is None else what.tpr_5.value
         low, high = np.quantile(clean, [0.05, 0.95])
         late = [chunk.late for _, chunk in found if np.isfinite(chunk.late)]
@@ -108,6 +115,7 @@ class Row:
                 "nearest": nearest.tolist(),
             },
             _by_room(clean, score[success], nearest[success] / eps),
+            _sample(len(problem.images["test"]), clean, score[success], *ids) if success.any() else None,
         )
 
     def cells(self, static: str) -> list[str]:
@@ -139,7 +147,7 @@ class Row:
 
 
 def tables(rows: Sequence[Row], results: Path) -> list[Table]:
-    """Introduction, and one table for each problem."""
+    """Introduction, the means over classifiers, and one table for each problem."""
     losses = "; ".join(dict.fromkeys(", ".join(row.effort.losses) for row in rows))
     tried = (
         "`AdaptiveEvasion` (L-inf, stored in eight bits) on correctly classified test images, in their order; of each "
@@ -148,7 +156,8 @@ def tables(rows: Sequence[Row], results: Path) -> list[Table]:
         "pass of classifier and detector. Each eps starts from what a smaller one found. Detectors are fitted on clean "
         "images (P3); the attacker knows all of them."
     )
-    found = [Table("What was tried", [tried, _WORDS])]
+    over = means(rows)
+    found = [Table("What was tried", [tried, _WORDS]), over_classifiers(over), asked(over)]
     for problem in dict.fromkeys(row.problem for row in rows):
         own = [row for row in rows if row.problem == problem]
         few = min(row.n for row in own)
@@ -161,6 +170,17 @@ def tables(rows: Sequence[Row], results: Path) -> list[Table]:
     cells = [[TITLES[row.problem], label(row.detector), str(row.seed), f"{row.eps:g}", *row.room] for row in bounded]
     header = ["problem", "detector", "seed", "eps", "up to a third", "to a half", "to two thirds", "beyond"]
     return [*found, Table("How much room there is", [_ROOM], header, cells)]
+
+
+def _sample(
+    n_images: int, clean: np.ndarray, score: np.ndarray, clean_ids: np.ndarray, ids: np.ndarray
+) -> npt.NDArray[np.float64]:
+    return CleanScores(clean, clean_ids, _draws(n_images)).against(score, ids).auroc
+
+
+@functools.lru_cache(maxsize=1)
+def _draws(n_images: int) -> ImageDraws:
+    return ImageDraws(n_images)
 
 
 def _by_room(clean: np.ndarray, score: np.ndarray, share: np.ndarray) -> list[str]:

@@ -65,3 +65,8 @@ def interval(figure: Interval | None) -> str:
 def percent(value: float) -> str:
     """A share in per cent, one digit behind the point."""
     return f"{100 * value:.1f} %"
+
+
+def met(yes: bool) -> str:
+    """Whether a bar was cleared, in words."""
+    return "met" if yes else "**not met**"

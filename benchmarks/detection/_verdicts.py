@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from _detectors import OURS, label
 from _outcome import TITLES, Outcome
-from _table import Table, interval, number, percent
+from _table import Table, interval, met, number, percent
 
 from ce_plugin.evaluation.detection import PROTOCOLS, Evaluation
 
@@ -31,7 +31,7 @@ def bars(outcome: Outcome) -> Table:
             continue
         where = f"{TITLES[problem]}, {protocol}"
         for what, least, figure in (("mean AUROC", mean, one.mean), ("worst AUROC", worst, one.worst)):
-            rows.append([where, f"{what} at least {number(least)}", interval(figure), _met(figure.value >= least)])
+            rows.append([where, f"{what} at least {number(least)}", interval(figure), met(figure.value >= least)])
     rows += [row for problem in outcome.problems() for row in _promised(outcome, problem)]
     words = [] if rows else ["Ours has not been scored yet."]
     wanting = [f"{TITLES[group.problem]} ({group.seed})" for group in outcome.groups if group.missing]
@@ -50,22 +50,18 @@ def _promised(outcome: Outcome, problem: str) -> Iterator[list[str]]:
         held = [one.held()[place] for one in alarms]
         found = ", ".join(percent(one.rates["clean"][place].share) for one in alarms)
         asked = f"false alarms within their interval of {nominal:.0%} on clean images"
-        yield [f"{TITLES[problem]}, P3", asked, found, _met(all(one is not False for one in held))]
+        yield [f"{TITLES[problem]}, P3", asked, found, met(all(one is not False for one in held))]
         for kind in NOISE:
             share = float(np.mean([one.rates[kind][place].share for one in alarms]))
             asked = f"at most {3 * nominal:.0%} on {kind} noise (nominal {nominal:.0%})"
-            yield [f"{TITLES[problem]}, P3", asked, percent(share), _met(share <= 3 * nominal)]
+            yield [f"{TITLES[problem]}, P3", asked, percent(share), met(share <= 3 * nominal)]
     passes = max((one.passes or 0.0 for one in ours), default=0.0)
     yield [
         f"{TITLES[problem]}, P3",
         f"at most {MOST_PASSES} forward passes",
         f"{passes:.3g}",
-        _met(passes <= MOST_PASSES),
+        met(passes <= MOST_PASSES),
     ]
-
-
-def _met(yes: bool) -> str:
-    return "met" if yes else "**not met**"
 
 
 def better(outcome: Outcome) -> Table:

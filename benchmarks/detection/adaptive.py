@@ -24,6 +24,7 @@ import torch
 sys.path.append(str(Path(__file__).parent.parent))
 
 from _adaptive import CHUNK, Effort, Victims, chunks
+from _adaptive_means import means
 from _adaptive_tables import WANTED, Row, tables
 from _data import PROBLEMS, SEEDS, check_problems, load
 from _detectors import OURS, names
@@ -48,7 +49,8 @@ def main() -> None:
     text = "# Detectors against an attacker who knows them\n\n" + "\n\n".join(table.markdown() for table in built)
     print(text)
     if rows and not options.dry:
-        data = {"wanted": WANTED, "rows": [row.to_dict() for row in rows]}
+        over = [one.to_dict() for one in means(rows)]
+        data = {"wanted": WANTED, "means": over, "rows": [row.to_dict() for row in rows]}
         write("detection_adaptive", text, data, "adversarial-robustness-toolbox")
 
 
