@@ -6,11 +6,19 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage, stats
+from sklearn.svm import SVC
 from torch import nn
 
-from ce_plugin.detection.protocol import Detector
+from ce_plugin.detection.protocol import Detector, DifferentiableDetector
 from ce_plugin.errors import InputError
-from ce_plugin.evaluation.peers.nss import NSS, asymmetric_parameters, mscn, scene_statistics, symmetric_parameters
+from ce_plugin.evaluation.peers.nss import (
+    NSS,
+    _Machine,
+    asymmetric_parameters,
+    mscn,
+    scene_statistics,
+    symmetric_parameters,
+)
 
 
 def scenes(n: int = 60, seed: int = 0, channels: int = 1) -> np.ndarray:
@@ -23,7 +31,7 @@ def scenes(n: int = 60, seed: int = 0, channels: int = 1) -> np.ndarray:
 @pytest.mark.parametrize("shape", [0.7, 1.0, 2.0, 4.0])
 def test_shape_of_a_generalised_gaussian_is_found(shape: float) -> None:
     values = stats.gennorm(shape, scale=1.5).rvs((1, 200_000), random_state=0)
-    found, variance = symmetric_parameters(values)[0]
+    found, variance = symmetric_parameters(torch.as_tensor(values))[0].tolist()
     assert found == pytest.approx(shape, rel=0.03)
     assert variance == pytest.approx(stats.gennorm(shape, scale=1.5).var(), rel=0.03)
 
@@ -34,7 +42,7 @@ def test_both_sides_of_an_asymmetric_one_are_found(shape: float) -> None:
     rng = np.random.default_rng(0)
     size = np.abs(stats.gennorm(shape).rvs(300_000, random_state=1))
     values = np.where(rng.random(300_000) < 2 / 3, -2 * size, size)
-    mean, found, left, right = asymmetric_parameters(values[None])[0]
+    mean, found, left, right = asymmetric_parameters(torch.as_tensor(values)[None])[0].tolist()
     one = stats.gennorm(shape).var()
     assert (found, left, right) == pytest.approx((shape, 4 * one, one), rel=0.04)
     assert mean == pytest.approx(values.mean(), rel=0.04)
@@ -81,6 +89,33 @@ def test_flat_pictures_are_finite() -> None:
     assert isinstance(detector, Detector)
     detector.fit(np.concatenate([scenes(20), np.zeros((5, 1, 20, 20))]))
     assert np.isfinite(detector.score(np.ones((2, 1, 20, 20)))).all()
+    half = torch.cat([torch.ones(1, 1, 20, 10), torch.tensor(scenes(1, 3))[..., 10:]], -1).requires_grad_()
+    for image in (torch.ones(1, 1, 20, 20, requires_grad=True), half):
+        (gradient,) = torch.autograd.grad(detector.score_tensor(image).sum(), image)
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_the_score_falls_as_its_gradient_says(labelled: bool) -> None:
+    x = scenes(120)
+    x[60:] += 0.1 * np.sign(np.random.default_rng(1).normal(size=x[60:].shape))
+    detector = NSS(nn.Identity())
+    detector.fit(x if labelled else x[:60], np.repeat([0, 1], 60) if labelled else None)
+    assert isinstance(detector, DifferentiableDetector)
+    image = torch.tensor(x[70:71], requires_grad=True)
+    (gradient,) = torch.autograd.grad(detector.score_tensor(image).sum(), image)
+    step = 1e-6 * gradient / gradient.norm()
+    with torch.no_grad():
+        rise = detector.score_tensor(image + step) - detector.score_tensor(image - step)
+    assert rise.item() == pytest.approx(2e-6 * gradient.norm().item(), rel=1e-4)
+
+
+def test_with_labels_it_is_scikit_learns_decision_function() -> None:
+    z = np.random.default_rng(0).normal(size=(80, 5))
+    labels = (z[:, 0] + 0.5 * z[:, 1] ** 2 > 0.3).astype(np.int64)
+    found = _Machine.fitted(z, labels, seed=0)(torch.as_tensor(z)).numpy()
+    known = [SVC(C=penalty).fit(z, labels).decision_function(z) for penalty in (0.1, 1.0, 10.0, 100.0)]
+    assert min(np.abs(found - one).max() for one in known) < 1e-9
 
 
 def test_the_network_is_not_run() -> None:

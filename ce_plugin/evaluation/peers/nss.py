@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ce_plugin.detection.protocol import Array
-from ce_plugin.errors import InputError, expected
-from ce_plugin.evaluation.peers.base import Peer
+from ce_plugin.errors import ArgumentError, InputError, expected
+from ce_plugin.evaluation.peers.base import DifferentiablePeer
 from ce_plugin.evaluation.peers.mahalanobis import TiedGaussians
 
 __all__ = ["NSS", "asymmetric_parameters", "mscn", "scene_statistics", "symmetric_parameters"]
@@ -56,78 +57,76 @@ def mscn(images: Tensor) -> Tensor:
         return F.conv2d(F.pad(values, [_REACH] * 4, mode="replicate"), kernel)
 
     mean = local(grey)
-    spread = (local(grey.square()) - mean.square()).clamp_min(0).sqrt()
+    spread = _root(local(grey.square()) - mean.square())
     return ((grey - mean) / (spread + _CONSTANT))[:, 0]
 
 
-def symmetric_parameters(values: Array) -> Array:
+def symmetric_parameters(values: Tensor) -> Tensor:
     """Shape and variance of a generalised Gaussian with mean zero, fitted to each row by its moments.
 
     Args:
-        values: (N, d).
+        values: (N, d), float64.
 
     Returns:
         (N, 2): shape in [0.2, 10] (2 is a Gaussian, 1 a Laplacian), and variance.
 
     Example:
-        >>> values = np.random.default_rng(0).normal(size=(1, 100_000))
-        >>> symmetric_parameters(values).round(1)
-        array([[2., 1.]])
+        >>> values = torch.randn(1, 100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        >>> [round(value, 1) for value in symmetric_parameters(values)[0].tolist()]
+        [2.0, 1.0]
 
     Source: Sharifi and Leon-Garcia 1995; BRISQUE, equation 4.
     """
-    from scipy.special import gamma
-
-    square, absolute = (values**2).mean(1), np.abs(values).mean(1)
-    ratio = square / (absolute**2 + _TINY)
-    curve = gamma(1 / _SHAPES) * gamma(3 / _SHAPES) / gamma(2 / _SHAPES) ** 2  # falls with the shape
-    shape = np.interp(ratio, curve[::-1], _SHAPES[::-1])
-    return np.stack([shape, square], 1)
+    square, absolute = values.square().mean(1), values.abs().mean(1)
+    shapes = torch.as_tensor(_SHAPES)
+    curve = _gamma(1 / shapes) * _gamma(3 / shapes) / _gamma(2 / shapes).square()  # falls with the shape
+    shape = _interpolated(square / (absolute.square() + _TINY), curve.flip(0), shapes.flip(0))
+    return torch.stack([shape, square], 1)
 
 
-def asymmetric_parameters(values: Array) -> Array:
+def asymmetric_parameters(values: Tensor) -> Tensor:
     """Mean, shape and the two variances of an asymmetric generalised Gaussian, fitted to each row by its moments.
 
     Args:
-        values: (N, d).
+        values: (N, d), float64.
 
     Returns:
         (N, 4): mean, shape in [0.2, 10], variance on the left and on the right of zero.
 
     Example:
-        >>> values = np.random.default_rng(0).normal(size=(1, 200_000))
-        >>> np.abs(asymmetric_parameters(values) - [0, 2, 1, 1]).max() < 0.05
-        np.True_
+        >>> values = torch.randn(1, 200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        >>> bool((asymmetric_parameters(values) - torch.tensor([0, 2, 1, 1])).abs().max() < 0.05)
+        True
 
     Source: Lasmar, Stitou, Berthoumieu 2009; BRISQUE, equations 8 to 11.
     """
-    from scipy.special import gamma
-
     left, right = values < 0, values > 0
-    left_variance = (values**2 * left).sum(1) / np.maximum(left.sum(1), 1)
-    right_variance = (values**2 * right).sum(1) / np.maximum(right.sum(1), 1)
-    quotient = np.sqrt(left_variance + _TINY) / np.sqrt(right_variance + _TINY)
-    plain = np.abs(values).mean(1) ** 2 / ((values**2).mean(1) + _TINY)
-    ratio = plain * (quotient**3 + 1) * (quotient + 1) / (quotient**2 + 1) ** 2
-    curve = gamma(2 / _SHAPES) ** 2 / (gamma(1 / _SHAPES) * gamma(3 / _SHAPES))  # rises with the shape
-    shape = np.interp(ratio, curve, _SHAPES)
-    width = np.sqrt(gamma(1 / shape) / gamma(3 / shape))
-    mean = (np.sqrt(right_variance) - np.sqrt(left_variance)) * width * gamma(2 / shape) / gamma(1 / shape)
-    return np.stack([mean, shape, left_variance, right_variance], 1)
+    left_variance = (values.square() * left).sum(1) / left.sum(1).clamp_min(1)
+    right_variance = (values.square() * right).sum(1) / right.sum(1).clamp_min(1)
+    quotient = (left_variance + _TINY).sqrt() / (right_variance + _TINY).sqrt()
+    plain = values.abs().mean(1).square() / (values.square().mean(1) + _TINY)
+    ratio = plain * (quotient**3 + 1) * (quotient + 1) / (quotient.square() + 1).square()
+    shapes = torch.as_tensor(_SHAPES)
+    curve = _gamma(2 / shapes).square() / (_gamma(1 / shapes) * _gamma(3 / shapes))  # rises with the shape
+    shape = _interpolated(ratio, curve, shapes)
+    width = (_gamma(1 / shape) / _gamma(3 / shape)).sqrt()
+    step = _root(right_variance) - _root(left_variance)
+    mean = step * width * _gamma(2 / shape) / _gamma(1 / shape)
+    return torch.stack([mean, shape, left_variance, right_variance], 1)
 
 
-def scene_statistics(images: Tensor) -> Array:
+def scene_statistics(images: Tensor) -> Tensor:
     """The 18 statistics of a picture: two of its MSCN values, four of the products of neighbours in each of four ways.
 
     Args:
         images: (N, C, H, W) with values in [0, 1], more than one pixel each way.
 
     Returns:
-        (N, 18), float64.
+        (N, 18), float64, on the CPU; with a gradient to the images, which is 0 where a neighbourhood is of one colour.
 
     Example:
         >>> scene_statistics(torch.rand(2, 3, 16, 16)).shape
-        (2, 18)
+        torch.Size([2, 18])
 
     Source: BRISQUE, table I, at one scale; Kherchouche et al. 2020, section III.
     """
@@ -138,11 +137,29 @@ def scene_statistics(images: Tensor) -> Array:
         values[:, :-1, :-1] * values[:, 1:, 1:],
         values[:, :-1, 1:] * values[:, 1:, :-1],
     )
-    products = [asymmetric_parameters(product.flatten(1).numpy()) for product in neighbours]
-    return np.concatenate([symmetric_parameters(values.flatten(1).numpy()), *products], 1)
+    products = [asymmetric_parameters(product.flatten(1)) for product in neighbours]
+    return torch.cat([symmetric_parameters(values.flatten(1)), *products], 1)
 
 
-class NSS(Peer):
+def _root(values: Tensor) -> Tensor:
+    """The square root, 0 with gradient 0 where there is none: sqrt's own is infinite at 0."""
+    positive = values > 0
+    return torch.where(positive, values, 1.0).sqrt() * positive
+
+
+def _gamma(values: Tensor) -> Tensor:
+    return torch.lgamma(values).exp()
+
+
+def _interpolated(x: Tensor, known: Tensor, values: Tensor) -> Tensor:
+    """Linear between the points (known, values), known rising; the first and the last value beyond them."""
+    inside = x.clamp(known[0], known[-1])
+    above = torch.searchsorted(known, inside.detach()).clamp_min(1)
+    share = (inside - known[above - 1]) / (known[above] - known[above - 1])
+    return torch.lerp(values[above - 1], values[above], share)
+
+
+class NSS(DifferentiablePeer):
     """A detector of unnatural pictures: a support vector machine on the parameters of natural scene statistics.
 
     With labels the score is the decision function of a support vector machine with a Gaussian kernel on the 18
@@ -161,7 +178,8 @@ class NSS(Peer):
         True
 
     Source: Kherchouche, Fezza, Hamidouche, Deforges, IJCNN 2020; statistics of Mittal, Moorthy, Bovik, IEEE
-        Transactions on Image Processing 2012. Tests hold the fits against samples of scipy's distributions.
+        Transactions on Image Processing 2012. Tests hold the fits against samples of scipy's distributions, and the
+        decision function against scikit-learn's.
     """
 
     name = "NSS"
@@ -171,41 +189,60 @@ class NSS(Peer):
     def __init__(self, network: nn.Module, *, seed: int = 0) -> None:
         super().__init__(network)
         self.seed = seed
-        self.mean: Array = np.zeros(0)
-        self.scale: Array = np.ones(0)
-        self.machine: Any = None
-        self.gaussian: TiedGaussians | None = None
+        self.mean, self.scale = torch.zeros(0), torch.ones(0)
+        self.judge: Callable[[Tensor], Tensor] | None = None
 
     def _fit(self, images: Array, labels: npt.NDArray[np.int64] | None) -> None:
         if min(images.shape[2:]) < 2:
             raise InputError(expected("x", "images of at least 2 pixels each way", images.shape))
-        statistics = np.concatenate([scene_statistics(batch) for batch in self._batches(images)])
-        deviation = statistics.std(0)
-        self.mean, self.scale = statistics.mean(0), np.where(deviation > _TINY, deviation, 1.0)
+        with torch.no_grad():
+            statistics = torch.cat([scene_statistics(batch) for batch in self._batches(images)])
+        deviation = statistics.std(0, correction=0)
+        self.mean, self.scale = statistics.mean(0), torch.where(deviation > _TINY, deviation, 1.0)
         z = (statistics - self.mean) / self.scale
-        self.machine, self.gaussian = None, None
         if labels is None:
-            one_class = torch.zeros(len(z), dtype=torch.long)
-            self.gaussian = TiedGaussians.fitted(torch.as_tensor(z), one_class, None)
+            self.judge = TiedGaussians.fitted(z, torch.zeros(len(z), dtype=torch.long), None).distance
         else:
-            self.machine = _machine(z, labels, self.seed)
+            self.judge = _Machine.fitted(z.numpy(), labels, self.seed)
 
     def _scores(self, images: Tensor) -> Tensor:
-        z = (scene_statistics(images) - self.mean) / self.scale
-        if self.gaussian is not None:
-            return self.gaussian.distance(torch.as_tensor(z))
-        return torch.as_tensor(self.machine.decision_function(z))
+        if self.judge is None:
+            raise ArgumentError(expected("detector", "a fitted one", repr(self), "Call `fit` first."))
+        return self.judge((scene_statistics(images) - self.mean) / self.scale)
 
 
-def _machine(z: Array, labels: npt.NDArray[np.int64], seed: int) -> Any:
-    """A support vector machine with a Gaussian kernel; the penalty is chosen on 2000 images where there are more."""
-    from sklearn.model_selection import GridSearchCV, StratifiedKFold
-    from sklearn.svm import SVC
+@dataclass(frozen=True)
+class _Machine:
+    """A support vector machine with a Gaussian kernel: ``sum_i a_i exp(-gamma |z - v_i|^2) + b``.
 
-    penalty = 1.0
-    if min(np.bincount(labels)) >= _FEW:
-        folds = StratifiedKFold(5, shuffle=True, random_state=seed % 2**32)
-        some = np.linspace(0, len(z) - 1, min(len(z), _MOST_FOR_CHOICE)).astype(int)
-        grid = {"C": [0.1, 1.0, 10.0, 100.0]}
-        penalty = GridSearchCV(SVC(), grid, cv=folds).fit(z[some], labels[some]).best_params_["C"]
-    return SVC(C=penalty).fit(z, labels)
+    Args:
+        vectors: v, (V, d).
+        weights: a, (V,).
+        gamma: of the kernel.
+        offset: b.
+    """
+
+    vectors: Tensor
+    weights: Tensor
+    gamma: float
+    offset: float
+
+    @classmethod
+    def fitted(cls, z: Array, labels: npt.NDArray[np.int64], seed: int) -> _Machine:
+        """Of statistics (N, d) and labels (N,); the penalty is chosen on 2000 images where there are more."""
+        from sklearn.model_selection import GridSearchCV, StratifiedKFold
+        from sklearn.svm import SVC
+
+        penalty, gamma = 1.0, 1 / (z.shape[1] * z.var())  # scikit-learn's "scale"
+        if min(np.bincount(labels)) >= _FEW:
+            folds = StratifiedKFold(5, shuffle=True, random_state=seed % 2**32)
+            some = np.linspace(0, len(z) - 1, min(len(z), _MOST_FOR_CHOICE)).astype(int)
+            grid = {"C": [0.1, 1.0, 10.0, 100.0]}
+            penalty = GridSearchCV(SVC(), grid, cv=folds).fit(z[some], labels[some]).best_params_["C"]
+        machine = SVC(C=penalty, gamma=gamma).fit(z, labels)
+        vectors, weights = torch.as_tensor(machine.support_vectors_), torch.as_tensor(machine.dual_coef_[0])
+        return cls(vectors, weights, float(gamma), float(machine.intercept_[0]))
+
+    def __call__(self, z: Tensor) -> Tensor:
+        squared = z.square().sum(1, keepdim=True) - 2 * z @ self.vectors.T + self.vectors.square().sum(1)
+        return (-self.gamma * squared.clamp_min(0)).exp() @ self.weights + self.offset
