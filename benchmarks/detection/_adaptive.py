@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from _data import Problem, cache_folder
-from _detectors import LIMITS, OURS, build
+from _detectors import LIMITS, OURS, build, least_taught, needs_labels
+from _scores import setting
 from attacks import attack_file, specs
 
 from ce_plugin._art import build_classifier
@@ -21,7 +22,7 @@ from ce_plugin.detection import CausalEffectDetector
 from ce_plugin.detection.adaptive import AdaptiveEvasion
 from ce_plugin.detection.protocol import DifferentiableDetector
 from ce_plugin.errors import CEPluginError, FileError
-from ce_plugin.evaluation.detection import Attacked
+from ce_plugin.evaluation.detection import Attacked, fit_detector, plan
 from ce_plugin.evaluation.detection.attacks import attack_key
 
 CHUNK = 10
@@ -92,7 +93,7 @@ class Victims:
     Args:
         problem: classifier and images.
         name: the detector's.
-        detector: fitted on clean images.
+        detector: fitted.
         index: the correctly classified test images, (n,).
         clean: the detector's scores of the first 1500 of them.
         probe: scores that tell whether a chunk belongs to this detector.
@@ -208,9 +209,14 @@ def _nearest(problem: Problem, cache: str | None) -> dict[int, float]:
 
 
 def _fitted(problem: Problem, name: str, cache: str | None) -> DifferentiableDetector:
-    """The detector, fitted on the clean images of the fitting part; ours is kept in a file."""
+    """The detector, fitted on the fitting part, on clean images if these are enough for it; ours is kept in a file."""
     pool = problem.images["fit"][: LIMITS.get(name)]
     detector: Any = build(name, problem, cache)
+    if needs_labels(name):
+        material = setting(problem, cache).material
+        (task,) = plan(least_taught(name), material)
+        fit_detector(detector, task, material)
+        return detector  # type: ignore[no-any-return]
     if name != OURS:
         detector.fit(pool)
         return detector  # type: ignore[no-any-return]

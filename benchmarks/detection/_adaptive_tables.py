@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from _adaptive import CLEAN, Chunk, Effort, Victims
 from _adaptive_means import asked, means, over_classifiers
-from _detectors import label, version
+from _detectors import label, least_taught, version
 from _outcome import TITLES
 from _table import Table, interval, number, percent
 
@@ -32,7 +32,7 @@ _WORDS = (
     "attacked images that are misclassified and not flagged, at the threshold that flags 5 % of the clean images. "
     "**late gain**: by how much the last tenth of the steps lowered the score, mean over runs, as a share of the "
     "distance between the 5 % and 95 % quantiles of clean scores; near 0: the curves were flat. **static worst**: "
-    "the least AUROC over the attacks that do not know the detector (P3). What the attack found bounds the least AUROC "
+    "the least AUROC over the attacks that do not know the detector. What the attack found bounds the least AUROC "
     "from above; nothing proves that there is nothing lower. Brackets: 95 % bootstrap intervals."
 )
 _ROOM = (
@@ -154,7 +154,7 @@ def tables(rows: Sequence[Row], results: Path) -> list[Table]:
         f"image the best of all losses ({losses}), restarts, starts and steps (**runs** says how many of each), as "
         "long as it does not score below all clean images. Each step is at most one forward and one backward "
         "pass of classifier and detector. Each eps starts from what a smaller one found. Detectors are fitted on clean "
-        "images (P3); the attacker knows all of them."
+        "images (P3), those that need attacked ones on FGSM as well (P2); the attacker knows all of them."
     )
     over = means(rows)
     found = [Table("What was tried", [tried, _WORDS]), over_classifiers(over), asked(over)]
@@ -194,13 +194,13 @@ def _by_room(clean: np.ndarray, score: np.ndarray, share: np.ndarray) -> list[st
 
 def _static(results: Path, row: Row) -> str:
     """The worst AUROC over static attacks of the same classifier, where the other benchmark has been run."""
-    file = results / "detection.json"
+    file, protocol = results / "detection.json", least_taught(row.detector)
     if not file.is_file():
         return "not run"
     for classifier in json.loads(file.read_text()).get("classifiers", []):
         if (classifier["problem"], classifier["seed"]) == (row.problem, row.seed):
             for one in classifier["results"]:
-                if (one["detector"], one["protocol"]) == (row.detector, "P3") and one.get("worst"):
+                if (one["detector"], one["protocol"]) == (row.detector, protocol) and one.get("worst"):
                     worst = one["worst"]
                     return number(float(worst[0] if isinstance(worst, list) else worst))
     return "not run"

@@ -79,6 +79,11 @@ def needs_labels(name: str) -> bool:
     return bool(getattr(_PEERS.get(name), "needs_labels", False))
 
 
+def least_taught(name: str) -> str:
+    """The protocol that gives it the least to learn from: clean images, or those and FGSM where it must have both."""
+    return "P2" if needs_labels(name) else "P3"
+
+
 def label(name: str) -> str:
     """What tables call it."""
     if name == OURS:

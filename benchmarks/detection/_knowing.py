@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from _adaptive_means import attacked
-from _detectors import label
+from _detectors import label, least_taught
 from _outcome import TITLES, Outcome
 from _table import Table, number, percent
 
@@ -42,5 +42,5 @@ def _cell(one: dict[str, Any]) -> str:
 
 
 def _worst(outcome: Outcome, problem: str, detector: str) -> str:
-    evaluation = outcome.pooled(problem, "P3").get(detector)
+    evaluation = outcome.pooled(problem, least_taught(detector)).get(detector)
     return number(None if evaluation is None or evaluation.worst is None else evaluation.worst.value)
