@@ -83,6 +83,25 @@ def test_chunks_of_another_effort_are_kept_beside_and_the_row_shows_the_greatest
     assert len(found[1][1].images) == 2
 
 
+def test_greater_efforts_are_compared_on_the_images_that_both_attacked(adaptive: ModuleType, tmp_path: Path) -> None:
+    effort = importlib.import_module("_adaptive_effort")
+    known = victims(adaptive, tmp_path)
+    low = adaptive.Effort(losses=("selective",), steps=4, restarts=1, width=1)
+    high = dataclasses.replace(low, steps=60)
+    found = [(number, known.chunk(number, 0.1, low, None, make=True)) for number in range(2)]
+    assert effort.compared(known, 0.1, low, found) == []
+    again = known.chunk(1, 0.1, high, None, make=True)
+    assert again.success.all()
+    assert again.score.mean() < found[1][1].score.mean()
+    (one,) = effort.compared(known, 0.1, low, found)
+    assert (one.less, one.more, one.n) == (low, high, 2)
+    both = [np.mean([(known.clean < s).mean() for s in chunk.score]) for chunk in (found[1][1], again)]
+    assert one.auroc == pytest.approx(both)
+    assert one.gain.value == pytest.approx(both[1] - both[0])
+    assert one.gain.low <= one.gain.value <= one.gain.high
+    assert effort.compared(known, 0.1, high, [(1, again)]) == []  # less is not more
+
+
 def test_what_was_found_against_another_detector_is_not_used(adaptive: ModuleType, tmp_path: Path) -> None:
     known = victims(adaptive, tmp_path)
     effort = adaptive.Effort(losses=("selective",), steps=2, restarts=1, width=1)

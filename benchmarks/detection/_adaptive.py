@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from _data import Problem, cache_folder
 from _detectors import LIMITS, OURS, build, least_taught, needs_labels
@@ -22,7 +24,7 @@ from ce_plugin.detection import CausalEffectDetector
 from ce_plugin.detection.adaptive import AdaptiveEvasion
 from ce_plugin.detection.protocol import DifferentiableDetector
 from ce_plugin.errors import CEPluginError, FileError
-from ce_plugin.evaluation.detection import Attacked, fit_detector, plan
+from ce_plugin.evaluation.detection import Attacked, CleanScores, ImageDraws, fit_detector, plan
 from ce_plugin.evaluation.detection.attacks import attack_key
 
 CHUNK = 10
@@ -130,6 +132,11 @@ class Victims:
         known = self.clean[number * CHUNK : (number + 1) * CHUNK]
         return known if len(known) == len(rows) else self.detector.score(self.problem.images["test"][rows])
 
+    def resampled(self, score: np.ndarray, rows: np.ndarray) -> npt.NDArray[np.float64]:
+        """AUROC of attacked versions of these test images in bootstrap samples that all classifiers share, (B,)."""
+        draws = _draws(len(self.problem.images["test"]))
+        return CleanScores(self.clean, self.index[:CLEAN], draws).against(score, rows).auroc
+
     def chunk(self, number: int, eps: float, effort: Effort, starts: np.ndarray | None, *, make: bool) -> Chunk | None:
         """What was found for a chunk of images: from the cache, or found now; None where it is not to be made."""
         rows = self.rows(number)
@@ -194,6 +201,11 @@ class Victims:
             threshold=float(self.clean.min()),
             candidates=self.problem.images["fit"][:CANDIDATES],
         )
+
+
+@functools.lru_cache(maxsize=1)
+def _draws(n_images: int) -> ImageDraws:
+    return ImageDraws(n_images)
 
 
 def _nearest(problem: Problem, cache: str | None) -> dict[int, float]:

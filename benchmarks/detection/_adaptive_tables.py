@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Sequence
@@ -14,12 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from _adaptive import CLEAN, Chunk, Effort, Victims
+from _adaptive_effort import Comparison, compared, more_effort
 from _adaptive_means import asked, means, over_classifiers
 from _detectors import label, least_taught, version
 from _outcome import TITLES
 from _table import Table, interval, number, percent
 
-from ce_plugin.evaluation.detection import CleanScores, Figures, ImageDraws, auroc, figures
+from ce_plugin.evaluation.detection import Figures, auroc, figures
 
 WANTED = 200
 _SHARES = (0.0, 1 / 3, 1 / 2, 2 / 3, math.inf)
@@ -31,9 +31,10 @@ _WORDS = (
     "turned over counts with the score of its clean self: it neither evades nor is detected. **evades**: share of all "
     "attacked images that are misclassified and not flagged, at the threshold that flags 5 % of the clean images. "
     "**late gain**: by how much the last tenth of the steps lowered the score, mean over runs, as a share of the "
-    "distance between the 5 % and 95 % quantiles of clean scores; near 0: the curves were flat. **static worst**: "
-    "the least AUROC over the attacks that do not know the detector. What the attack found bounds the least AUROC "
-    "from above; nothing proves that there is nothing lower. Brackets: 95 % bootstrap intervals."
+    "distance between the 5 % and 95 % quantiles of clean scores; near 0: the curves were flat; scores "
+    "far above all clean ones may lose many such distances and still be far above (see below, more effort). "
+    "**static worst**: the least AUROC over the attacks that do not know the detector. What the attack found bounds "
+    "the least AUROC from above; nothing proves that there is nothing lower. Brackets: 95 % bootstrap intervals."
 )
 _ROOM = (
     "AUROC of the images that end misclassified (and their number), by how far away the classifier's boundary is from "
@@ -60,6 +61,7 @@ class Row:
         images: scores found and of the clean selves, which are successes, and how far away another class is.
         room: AUROC by how far away it is.
         sample: AUROC of the successes in bootstrap samples that all classifiers share, (B,); None where there are none.
+        more: what greater efforts found on some of the images.
     """
 
     problem: str
@@ -78,6 +80,7 @@ class Row:
     images: dict[str, list[Any]] = field(repr=False)
     room: list[str] = field(repr=False)
     sample: npt.NDArray[np.float64] | None = field(repr=False)
+    more: list[Comparison] = field(repr=False)
 
     @classmethod
     def of(cls, victims: Victims, eps: float, effort: Effort, found: Sequence[tuple[int, Chunk]]) -> Row:
@@ -115,7 +118,8 @@ class Row:
                 "nearest": nearest.tolist(),
             },
             _by_room(clean, score[success], nearest[success] / eps),
-            _sample(len(problem.images["test"]), clean, score[success], *ids) if success.any() else None,
+            victims.resampled(score[success], rows[success]) if success.any() else None,
+            compared(victims, eps, effort, found),
         )
 
     def cells(self, static: str) -> list[str]:
@@ -143,7 +147,8 @@ class Row:
         images = {name: _round(values) for name, values in self.images.items()}
         found = _round(self.over_successes.to_dict())
         effort = asdict(self.effort)
-        return {**row, "effort": effort, "eps": f"{self.eps:g}", "over_successes": found, "images": images}
+        about = {**row, "effort": effort, "eps": f"{self.eps:g}", "more": [one.to_dict() for one in self.more]}
+        return {**about, "over_successes": found, "images": images}
 
 
 def tables(rows: Sequence[Row], results: Path) -> list[Table]:
@@ -166,21 +171,14 @@ def tables(rows: Sequence[Row], results: Path) -> list[Table]:
         header += ["static worst", "runs", "s an image"]
         cells = [row.cells(_static(results, row)) for row in own]
         found.append(Table(TITLES[problem], words, header, cells))
-    bounded = [row for row in rows if np.isfinite(row.eps)]
-    cells = [[TITLES[row.problem], label(row.detector), str(row.seed), f"{row.eps:g}", *row.room] for row in bounded]
+    found.append(more_effort([(_names(row), one) for row in rows for one in row.more]))
+    cells = [[*_names(row), *row.room] for row in rows if np.isfinite(row.eps)]
     header = ["problem", "detector", "seed", "eps", "up to a third", "to a half", "to two thirds", "beyond"]
     return [*found, Table("How much room there is", [_ROOM], header, cells)]
 
 
-def _sample(
-    n_images: int, clean: np.ndarray, score: np.ndarray, clean_ids: np.ndarray, ids: np.ndarray
-) -> npt.NDArray[np.float64]:
-    return CleanScores(clean, clean_ids, _draws(n_images)).against(score, ids).auroc
-
-
-@functools.lru_cache(maxsize=1)
-def _draws(n_images: int) -> ImageDraws:
-    return ImageDraws(n_images)
+def _names(row: Row) -> list[str]:
+    return [TITLES[row.problem], label(row.detector), str(row.seed), f"{row.eps:g}"]
 
 
 def _by_room(clean: np.ndarray, score: np.ndarray, share: np.ndarray) -> list[str]:
