@@ -114,12 +114,12 @@ def test_what_was_found_against_another_detector_is_not_used(adaptive: ModuleTyp
 def test_a_row_counts_images_that_were_not_turned_over_with_their_clean_score(
     adaptive: ModuleType, tmp_path: Path
 ) -> None:
-    tables = importlib.import_module("_adaptive_tables")
+    row_of = importlib.import_module("_adaptive_row").Row.of
     known = dataclasses.replace(victims(adaptive, tmp_path), name="margin")
     found = known.chunk(0, 0.1, adaptive.Effort(("selective",), 2, 1, 1), None, make=True)
     success = np.arange(adaptive.CHUNK) < 4
     score = np.where(success, 9.0, -9.0)
-    row = tables.Row.of(known, 0.1, adaptive.Effort(), [(0, dataclasses.replace(found, success=success, score=score))])
+    row = row_of(known, 0.1, adaptive.Effort(), [(0, dataclasses.replace(found, success=success, score=score))])
     assert row.success == 0.4
     assert row.over_successes.auroc.value == 1.0
     clean = known.clean
@@ -133,13 +133,13 @@ def test_a_row_counts_images_that_were_not_turned_over_with_their_clean_score(
 
 
 def rows_of_two_classifiers(adaptive: ModuleType, folder: Path, name: str, scores: tuple[float, float]) -> list[Any]:
-    tables = importlib.import_module("_adaptive_tables")
+    row_of = importlib.import_module("_adaptive_row").Row.of
     first = dataclasses.replace(victims(adaptive, folder), name=name)
     first.problem.name = "mnist"
     second = dataclasses.replace(first, problem=SimpleNamespace(**{**vars(first.problem), "seed": 1}))
     found = first.chunk(0, 0.1, adaptive.Effort(("selective",), 2, 1, 1), None, make=True)
     return [
-        tables.Row.of(one, eps, adaptive.Effort(), [(0, dataclasses.replace(found, score=np.full(10, score)))])
+        row_of(one, eps, adaptive.Effort(), [(0, dataclasses.replace(found, score=np.full(10, score)))])
         for one, score in zip((first, second), scores, strict=True)
         for eps in (0.1, 0.3)
     ]

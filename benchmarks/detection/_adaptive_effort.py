@@ -55,7 +55,7 @@ def compared(victims: Victims, eps: float, less: Effort, found: Sequence[tuple[i
             continue
         again = {number: victims.chunk(number, eps, more, None, make=False) for number, _ in found}
         pairs = [(number, one, other) for number, one in found if (other := again[number]) is not None]
-        if pairs and all(one.success.any() for _, *both in pairs for one in both):
+        if all(any(pair[which].success.any() for pair in pairs) for which in (1, 2)):
             comparisons.append(_comparison(victims, less, more, pairs))
     return comparisons
 

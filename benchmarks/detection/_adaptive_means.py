@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from _adaptive_row import Row
 from _detectors import LAST_LAYER, label
 from _outcome import TITLES
 from _table import Table, interval, met, number, percent
 
 from ce_plugin.evaluation.detection import Interval
-
-if TYPE_CHECKING:
-    from _adaptive_tables import Row
 
 BARS = {0.1: 0.65, 0.3: 0.05}
 """eps -> AUROC that the attack is to reach against Mahalanobis on MNIST, written before anything was measured."""

@@ -25,7 +25,8 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from _adaptive import CHUNK, Effort, Victims, chunks
 from _adaptive_means import means
-from _adaptive_tables import WANTED, Row, tables
+from _adaptive_row import Row
+from _adaptive_tables import WANTED, tables
 from _data import PROBLEMS, SEEDS, check_problems, load
 from _detectors import OURS, names
 from _record import RESULTS, write
