@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from _adaptive import Chunk, Effort, Victims
-from _table import Table, interval, number
+from _table import Table, number
 
 from ce_plugin.evaluation.detection import Interval, auroc
 
@@ -39,7 +39,8 @@ class Comparison:
     def cells(self) -> list[str]:
         """Behind the names of what was attacked."""
         less, more = map(number, self.auroc)
-        return [str(self.n), f"{less} ({self.less})", f"{more} ({self.more})", interval(self.gain)]
+        gain = f"{self.gain.value:+.3f} [{self.gain.low:+.3f}, {self.gain.high:+.3f}]"
+        return [str(self.n), f"{less} ({self.less})", f"{more} ({self.more})", gain]
 
     def to_dict(self) -> dict[str, Any]:
         """What the JSON file holds."""
