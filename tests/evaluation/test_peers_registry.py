@@ -21,7 +21,7 @@ QUICK: dict[str, Callable[[nn.Module], Peer]] = {
 }
 DIFFERENTIABLE = {
     "max-softmax", "entropy", "margin", "feature-squeezing", "mahalanobis", "lid", "kernel-density",
-    "art-binary-input", "art-binary-activation",
+    "nss", "art-binary-input", "art-binary-activation",
 }  # fmt: skip
 
 
