@@ -72,12 +72,18 @@ def test_statistics_do_not_depend_on_direction_where_the_picture_does_not() -> N
     np.testing.assert_allclose(turned[:, order], plain, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("labelled", [False, True])
-def test_noisy_pictures_are_found(labelled: bool) -> None:
+def fitted(labelled: bool) -> tuple[NSS, np.ndarray]:
+    """A detector fitted to 120 pictures, or to as many noisy ones too, and all 240."""
     x = scenes(240)
     x[120:] += 0.1 * np.sign(np.random.default_rng(1).normal(size=x[120:].shape))
     detector = NSS(nn.Identity())
     detector.fit(x if labelled else x[:120], np.repeat([0, 1], 120) if labelled else None)
+    return detector, x
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_noisy_pictures_are_found(labelled: bool) -> None:
+    detector, _ = fitted(labelled)
     new = np.concatenate([scenes(30, 7), scenes(30, 8) + 0.1 * np.sign(scenes(30, 9) - 0.5)])
     score = detector.score(new)
     assert np.mean(score[30:, None] > score[None, :30]) > 0.95
@@ -97,12 +103,9 @@ def test_flat_pictures_are_finite() -> None:
 
 @pytest.mark.parametrize("labelled", [False, True])
 def test_the_score_falls_as_its_gradient_says(labelled: bool) -> None:
-    x = scenes(120)
-    x[60:] += 0.1 * np.sign(np.random.default_rng(1).normal(size=x[60:].shape))
-    detector = NSS(nn.Identity())
-    detector.fit(x if labelled else x[:60], np.repeat([0, 1], 60) if labelled else None)
+    detector, x = fitted(labelled)
     assert isinstance(detector, DifferentiableDetector)
-    image = torch.tensor(x[70:71], requires_grad=True)
+    image = torch.tensor(x[130:131], requires_grad=True)
     (gradient,) = torch.autograd.grad(detector.score_tensor(image).sum(), image)
     step = 1e-6 * gradient / gradient.norm()
     with torch.no_grad():
@@ -110,9 +113,12 @@ def test_the_score_falls_as_its_gradient_says(labelled: bool) -> None:
     assert rise.item() == pytest.approx(2e-6 * gradient.norm().item(), rel=1e-4)
 
 
-def test_with_labels_it_is_scikit_learns_decision_function() -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_with_labels_it_is_scikit_learns_decision_function(scale: float) -> None:
+    """With a scale of 0 all pictures are alike."""
     z = np.random.default_rng(0).normal(size=(80, 5))
     labels = (z[:, 0] + 0.5 * z[:, 1] ** 2 > 0.3).astype(np.int64)
+    z *= scale
     found = _Machine.fitted(z, labels, seed=0)(torch.as_tensor(z)).numpy()
     known = [SVC(C=penalty).fit(z, labels).decision_function(z) for penalty in (0.1, 1.0, 10.0, 100.0)]
     assert min(np.abs(found - one).max() for one in known) < 1e-9

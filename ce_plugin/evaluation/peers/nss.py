@@ -122,7 +122,7 @@ def scene_statistics(images: Tensor) -> Tensor:
         images: (N, C, H, W) with values in [0, 1], more than one pixel each way.
 
     Returns:
-        (N, 18), float64, on the CPU; with a gradient to the images, which is 0 where a neighbourhood is of one colour.
+        (N, 18), float64, on the CPU; with a gradient to the images, finite everywhere and 0 inside flat areas.
 
     Example:
         >>> scene_statistics(torch.rand(2, 3, 16, 16)).shape
@@ -233,7 +233,8 @@ class _Machine:
         from sklearn.model_selection import GridSearchCV, StratifiedKFold
         from sklearn.svm import SVC
 
-        penalty, gamma = 1.0, 1 / (z.shape[1] * z.var())  # scikit-learn's "scale"
+        spread = z.var()
+        penalty, gamma = 1.0, 1 / (z.shape[1] * spread) if spread > 0 else 1.0  # scikit-learn's "scale"
         if min(np.bincount(labels)) >= _FEW:
             folds = StratifiedKFold(5, shuffle=True, random_state=seed % 2**32)
             some = np.linspace(0, len(z) - 1, min(len(z), _MOST_FOR_CHOICE)).astype(int)
