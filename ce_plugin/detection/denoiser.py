@@ -1,14 +1,16 @@
-"""A small denoiser, learned from clean images and the network's answers to them: no attack is needed."""
+"""A small denoiser, learned from clean images and the network's answers to them: no attack on the network is needed."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ce_plugin.detection.classifier import Protected
+from ce_plugin.detection.hardening import worst_nearby
 from ce_plugin.randomness import derived_seed, generator
 
 __all__ = ["Denoiser", "train_denoiser"]
@@ -16,6 +18,8 @@ __all__ = ["Denoiser", "train_denoiser"]
 # The squared error of the logits (in their own variances) counts a hundredth of that of the pixels.
 _LOGITS, _PIXELS = 0.1, 10.0
 _LEARNING_RATE = 4e-3
+# Share of the training over which the bound that a denoiser is hardened against rises to its full size.
+_RISE = 0.3
 
 
 class Denoiser(nn.Module):
@@ -66,18 +70,31 @@ class Denoiser(nn.Module):
 
 
 def train_denoiser(
-    protected: Protected, images: Tensor, *, width: int = 16, n_steps: int, batch_size: int = 64, seed: int = 0
+    protected: Protected,
+    images: Tensor,
+    *,
+    width: int = 16,
+    n_steps: int,
+    eps: float = 0.0,
+    batch_size: int = 64,
+    seed: int = 0,
 ) -> Denoiser:
     """A denoiser for these images and this classifier.
 
     It minimises 10 |D(x~) - x|^2 + 0.1 |f(D(x~)) - f(x)|^2 / var f, means over pixels and logits f, where x~ is a clean
     image with Gaussian, sign or coarse noise of a random strength and, for half of them, with random pixels missing.
 
+    With ``eps`` it is hardened: added is 10 |D(x^) - x|^2 - log p(k | D(x^)), where k is the class that f sees in x and
+    x^ the image within a bound that makes this greatest, as far as a few steps find it
+    (:func:`~ce_plugin.detection.hardening.worst_nearby`). The bound is drawn anew for each image between 0 and ``eps``,
+    which it reaches after three tenths of the training.
+
     Args:
         protected: the classifier; nothing of it is changed.
         images: clean ones, (N, C, H, W), image units.
         width: see :class:`Denoiser`.
         n_steps: of Adam, with a learning rate that rises and falls.
+        eps: greatest change of a value against which the denoiser is hardened, in image units; 0: it is not.
         batch_size: images per step.
         seed: of the weights and of everything drawn.
 
@@ -91,7 +108,8 @@ def train_denoiser(
         False
 
     Source: the loss on the classifier's logits is that of Liao et al., CVPR 2018 (arXiv 1712.02976), Eq. 4, which they
-    train on attacked images; here the noise is random.
+    train on attacked images; here the noise is random. Hardening is the adversarial training of Madry et al., ICLR 2018
+    (arXiv 1706.06083), Eq. 2.1, of D with f held fixed.
     """
     low, high = protected.clip_values
     random = generator(seed, "denoiser")
@@ -103,7 +121,7 @@ def train_denoiser(
         for parameter, _ in wants:
             parameter.requires_grad_(False)
         try:
-            _train(denoiser, protected, images, random, n_steps, batch_size)
+            _train(denoiser, protected, images, _Plan(n_steps, batch_size, eps), random)
         finally:
             for parameter, want in wants:
                 parameter.requires_grad_(want)
@@ -112,26 +130,47 @@ def train_denoiser(
     return denoiser.eval()
 
 
-def _train(
-    denoiser: Denoiser, protected: Protected, images: Tensor, random: torch.Generator, n_steps: int, batch_size: int
-) -> None:
+@dataclass(frozen=True)
+class _Plan:
+    n_steps: int
+    batch_size: int
+    eps: float
+
+    def bound(self, step: int) -> float:
+        """What it is hardened against at this step."""
+        return self.eps * min(1.0, step / (_RISE * self.n_steps))
+
+
+def _train(denoiser: Denoiser, protected: Protected, images: Tensor, plan: _Plan, random: torch.Generator) -> None:
     low, high = protected.clip_values
     with torch.no_grad():
-        answers = torch.cat([protected(part) for part in torch.split(images, batch_size)]).float()
+        answers = torch.cat([protected(part) for part in torch.split(images, plan.batch_size)]).float()
     variance = answers.var(unbiased=False).clamp_min(1e-12)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=_LEARNING_RATE / 2, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=max(n_steps, 2))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=max(plan.n_steps, 2))
+
+    def run(restored: Tensor) -> Tensor:
+        logits: Tensor = protected(restored.to(images.dtype))
+        return logits.float()
+
+    def distance(restored: Tensor, clean: Tensor) -> Tensor:
+        return ((restored - clean) / (high - low)).square().mean()
+
     with torch.enable_grad():
-        for _ in range(n_steps):
-            rows = torch.randint(len(images), (min(batch_size, len(images)),), generator=random)
-            clean = images[rows.to(images.device)]
-            noisy, known = _spoiled(clean.float(), high - low, random)
+        for step in range(plan.n_steps):
+            rows = torch.randint(len(images), (min(plan.batch_size, len(images)),), generator=random)
+            clean, wanted = images[rows.to(images.device)].float(), answers[rows.to(answers.device)]
+            noisy, known = _spoiled(clean, high - low, random)
             restored = denoiser(noisy.clamp(low, high), known)
-            pixels = ((restored - clean.float()) / (high - low)).square().mean()
-            logits = protected(restored.to(clean.dtype)).float() - answers[rows.to(answers.device)]
-            loss = _PIXELS * pixels + _LOGITS * (logits.square() / variance).mean()
+            loss = _PIXELS * distance(restored, clean)
+            loss = loss + _LOGITS * ((run(restored) - wanted).square() / variance).mean()
+            if plan.eps:
+                bounds, seen = plan.bound(step) * torch.rand(len(clean), generator=random), wanted.argmax(1)
+                worst = worst_nearby(lambda x: run(denoiser(x)), clean, seen, bounds, (low, high), random)
+                restored = denoiser(worst)
+                loss = loss + _PIXELS * distance(restored, clean) + F.cross_entropy(run(restored), seen)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
 

@@ -112,3 +112,14 @@ def test_errors() -> None:
         MLLOO(net, cell=0)
     with pytest.raises(InputError, match="at least 9 pixels each way"):
         MLLOO(net, cell=9).fit(images())
+
+
+def test_cells_that_are_blank_already_are_not_run_and_count_as_no_effect() -> None:
+    net, weight = linear()
+    x = images(1)
+    x[0, 0, :2] = 0.0
+    rows: list[int] = []
+    net.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    (read,) = MLLOO(net, layers=["1"], dispersions=("std",))._extract(torch.tensor(x))
+    assert sum(rows) == 1 + 8  # the image itself, and its lower half pixel by pixel
+    np.testing.assert_allclose(read[0, :3].detach(), (weight * x.reshape(1, 16)).std(1), rtol=1e-9)
