@@ -16,7 +16,7 @@ from PIL import Image
 from ce_plugin.cli import main
 from ce_plugin.cli.pictures import Pictures, column_of
 from ce_plugin.datasets import digits
-from ce_plugin.detection import CausalEffectDetector, CounterAttack, Signature, Smoothing
+from ce_plugin.detection import CausalEffectDetector, CounterAttack, Denoising, Signature, Smoothing
 from ce_plugin.errors import FileError
 from ce_plugin.interventions import Adversarial, Smooth
 from ce_plugin.models import DigitsCNN, Framing, VisionModel
@@ -116,6 +116,24 @@ def test_fit_is_what_the_detector_itself_does(folder: Path) -> None:
     detector.fit(images.numpy())
     loaded = CausalEffectDetector.load(folder / "d.ce", network(folder))
     np.testing.assert_allclose(loaded.score(images[:9].numpy()), detector.score(images[:9].numpy()), rtol=1e-5)
+
+
+def test_fit_prepares_for_attackers_who_know_the_detector_where_asked_to(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[float, float]] = []
+
+    def hardened(cls: type[Signature], value_range: tuple[float, float]) -> Signature:
+        asked.append(value_range)
+        return Signature([Denoising(width=2, least_steps=2, eps=0.2, name="hardened denoising")])
+
+    monkeypatch.setattr(Signature, "hardened", classmethod(hardened))
+    words = ["detect", "fit", "clean", *NETWORK, "--grayscale", "--hardened", "--epochs", "1", "--quiet"]
+    assert main([*words, "--out", "hardened.ce"]) == 0
+    assert asked == [(0.0, 1.0)]
+    detector = CausalEffectDetector.load(folder / "hardened.ce", network(folder))
+    (group,) = detector.learned().signature.groups
+    assert group.settings()["eps"] == 0.2
 
 
 def test_score_writes_a_table_a_page_and_a_manifest(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from _detectors import LEFT_OUT, OURS, label
+from _detectors import LEFT_OUT, OWN, label
 from _knowing import knowing
 from _outcome import TITLES, Group, Outcome
 from _record import RESULTS
@@ -146,7 +146,7 @@ def _alarms(outcome: Outcome, problem: str, protocol: str) -> Table:
 def _cost(outcome: Outcome) -> Table:
     problems, rows = outcome.problems(), []
     names = dict.fromkeys(one.detector for group in outcome.groups for one in group.results)
-    for name in sorted(names, key=lambda one: one != OURS):
+    for name in sorted(names, key=lambda one: one not in OWN):
         cells = []
         for problem in problems:
             ones = [one for group in outcome.groups for one in group.results if one.detector == name]

@@ -22,15 +22,25 @@ from ce_plugin.evaluation.peers import PEERS, Beyond, Mahalanobis, Peer
 from ce_plugin.evaluation.peers.layers import default_layers
 
 OURS = "causal-effects"
+HARDENED = "causal-effects-hardened"
+OWN = (OURS, HARDENED)
 BEYOND = "beyond"
 LAST_LAYER = "mahalanobis-last"
 LIMITS = {"ml-loo": 600, BEYOND: 1500}
 """Clean images to fit and calibrate on, for detectors that take dozens or hundreds of passes an image."""
 UNTAUGHT = ("max-softmax", "entropy", "margin", "feature-squeezing", "art-subset-scanning", BEYOND)
 """Detectors that look at no attacked image while they are fitted: their P2 is their P3."""
-LEFT_OUT = {("imagenet", BEYOND): "it needs a self-supervised network, and none of photographs is trained here"}
+LEFT_OUT = {
+    ("imagenet", BEYOND): "it needs a self-supervised network, and none of photographs is trained here",
+    ("imagenet", HARDENED): "hardening a denoiser of photographs takes more than a processor gives",
+}
 """(problem, detector) -> why it is not tried."""
-LABELS = {"kernel-density": "kernel density", LAST_LAYER: "Mahalanobis, last layer"}
+LABELS = {
+    OURS: "**causal effects (ours)**",
+    HARDENED: "**causal effects, hardened (ours)**",
+    "kernel-density": "kernel density",
+    LAST_LAYER: "Mahalanobis, last layer",
+}
 """Of detectors whose own name would not do: kernel density is KD+BU only where the network has dropout."""
 _PEERS: dict[str, Callable[..., Peer]] = {**PEERS, LAST_LAYER: Mahalanobis, BEYOND: Beyond}
 _WATCHED = (
@@ -44,13 +54,13 @@ _IRRELEVANT = tuple(f"ce_plugin.detection.{name}" for name in ("adaptive", "expl
 
 def names() -> tuple[str, ...]:
     """All detectors, ours first."""
-    return (OURS, *_PEERS)
+    return (*OWN, *_PEERS)
 
 
 def build(name: str, problem: Problem, cache: str | Path | None = None) -> Detector:
     """A detector of a problem, still to be fitted; BEYOND's network is trained if the cache does not have it."""
-    if name == OURS:
-        return _ours(problem.network)
+    if name in OWN:
+        return _own(problem.network, name)
     if name == BEYOND:
         ssl, augmentation = simsiam(problem.name, problem.seed, cache), PRETRAINING[problem.name].augmentation
         return Beyond(problem.network, ssl_model=ssl, augmentations=augmentation)
@@ -60,10 +70,12 @@ def build(name: str, problem: Problem, cache: str | Path | None = None) -> Detec
     return _PEERS[name](problem.network)
 
 
-@functools.lru_cache(maxsize=1)
-def _ours(network: nn.Module) -> Detector:
+@functools.lru_cache(maxsize=len(OWN))
+def _own(network: nn.Module, name: str) -> Detector:
     """One detector for all protocols: what clean images have taught it is not learnt anew for every attack."""
-    detector: Detector = importlib.import_module("ce_plugin.detection").CausalEffectDetector(network)
+    detection = importlib.import_module("ce_plugin.detection")
+    signature = None if name == OURS else detection.Signature.hardened()
+    detector: Detector = detection.CausalEffectDetector(network, signature)
     return detector
 
 
@@ -71,7 +83,7 @@ def available(name: str, problem: str) -> bool:
     """Whether this version of the package has the detector, and it can be tried on the problem."""
     if (problem, name) in LEFT_OUT:
         return False
-    return name != OURS or hasattr(importlib.import_module("ce_plugin.detection"), "CausalEffectDetector")
+    return name not in OWN or hasattr(importlib.import_module("ce_plugin.detection"), "CausalEffectDetector")
 
 
 def needs_labels(name: str) -> bool:
@@ -86,8 +98,6 @@ def least_taught(name: str) -> str:
 
 def label(name: str) -> str:
     """What tables call it."""
-    if name == OURS:
-        return "**causal effects (ours)**"
     return LABELS.get(name) or str(getattr(_PEERS[name], "name", name))
 
 

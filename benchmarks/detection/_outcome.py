@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from _detectors import OURS
+from _detectors import OWN
 from _scores import NEEDED, Result, Setting
 
 from ce_plugin.evaluation.detection import Evaluation, ImageDraws, pooled
@@ -82,8 +82,8 @@ class Outcome:
     def shown(self, problem: str, protocol: str, n_peers: int = 4) -> list[str]:
         """Ours, and the peers that are best on the mean."""
         known = list(self.pooled(problem, protocol))
-        best = [name for name in known if name != OURS][:n_peers]
-        return ([OURS] if OURS in known else []) + best
+        best = [name for name in known if name not in OWN][:n_peers]
+        return [name for name in OWN if name in known] + best
 
     def to_dict(self) -> dict[str, Any]:
         """What the JSON file holds."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from _classifiers import checksum
 from _data import Problem, cache_folder, predictions
-from _detectors import LIMITS, OURS, UNTAUGHT, build, needs_labels, version
+from _detectors import LIMITS, OWN, UNTAUGHT, build, needs_labels, version
 from attacks import attack_file, specs
 
 from ce_plugin.errors import FileError
@@ -219,4 +219,4 @@ def _bytes(images: np.ndarray) -> np.ndarray:
 
 def order(names: Sequence[str]) -> list[str]:
     """Detectors in the order in which they are scored: ours first, the slow ones last."""
-    return sorted(names, key=lambda name: (name != OURS, name in LIMITS))
+    return sorted(names, key=lambda name: (name not in OWN, name in LIMITS))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from _detectors import OURS, label
+from _detectors import OURS, OWN, label
 from _outcome import TITLES, Outcome
 from _table import Table, interval, met, number, percent
 
@@ -70,7 +70,7 @@ def better(outcome: Outcome) -> Table:
     for protocol in PROTOCOLS:
         for problem in outcome.problems():
             known = outcome.pooled(problem, protocol)
-            if OURS in known and len(known) > 1:
+            if OURS in known and not set(known) <= set(OWN):
                 words.append(_compared(f"**{TITLES[problem]}, {protocol}.** ", known))
     note = "Differences are in AUROC, with the paired 95 % interval of the mean's difference."
     return Table("Where a peer is better", [note, *words] if words else ["Ours has not been scored yet."])
@@ -80,7 +80,7 @@ def _compared(start: str, known: dict[str, Evaluation]) -> str:
     ours = known[OURS]
     said = []
     for name, peer in known.items():
-        if name == OURS:
+        if name in OWN:
             continue
         parts = list(_differences(ours, peer))
         if parts:

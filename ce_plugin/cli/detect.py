@@ -42,7 +42,7 @@ _LABELS = {"0": 0, "clean": 0, "1": 1, "adversarial": 1}
 
 def fit(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     """Fit a detector and write it."""
-    from ce_plugin.detection import CausalEffectDetector
+    from ce_plugin.detection import CausalEffectDetector, Signature
 
     out: Path = arguments.out
     _check_file(out, arguments.force)
@@ -59,6 +59,8 @@ def fit(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         seed=arguments.seed,
     )
     size = _batch_size(net)
+    if arguments.hardened:
+        detector.set_params(signature=Signature.hardened(detector.protected.clip_values))
     if arguments.attacks:
         detector.set_params(attacks=_teachers(detector, arguments, net))
     with progress(-(-len(pictures) // 32) + 1, quiet=arguments.quiet) as tell:

@@ -16,6 +16,7 @@ _FIT_EPILOG = """\
 examples:
   ce-plugin detect fit photographs --out detector.ce
   ce-plugin detect fit digits --model my_networks:digits --size 28 --grayscale --out digits.ce
+  ce-plugin detect fit digits --model my_networks:digits --size 28 --grayscale --hardened --out digits.ce
   ce-plugin detect fit photographs --attacks fgsm --eps 2/255 --out detector.ce
   ce-plugin detect fit pictures --labels labels.csv --out detector.ce
 
@@ -119,6 +120,11 @@ def _fit(parser: argparse.ArgumentParser) -> None:
         metavar="CSV",
         help="a table with the columns file and label, 0 or clean, 1 or adversarial, where some of the pictures are "
         "attacked ones to learn from; default: all are clean",
+    )
+    group.add_argument(
+        "--hardened",
+        action="store_true",
+        help="for small pictures: prepare it for attackers who know it; fitting takes several times as long",
     )
     group.add_argument(
         "--epochs", type=values.count, default=20, metavar="N", help="of training the denoiser; default 20"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ce_plugin.detection.classifier import Protected
-from ce_plugin.detection.hardening import worst_nearby
+from ce_plugin.detection.hardening import Bounds, worst_nearby
 from ce_plugin.randomness import derived_seed, generator
 
 __all__ = ["Denoiser", "train_denoiser"]
@@ -18,8 +17,6 @@ __all__ = ["Denoiser", "train_denoiser"]
 # The squared error of the logits (in their own variances) counts a hundredth of that of the pixels.
 _LOGITS, _PIXELS = 0.1, 10.0
 _LEARNING_RATE = 4e-3
-# Share of the training over which the bound that a denoiser is hardened against rises to its full size.
-_RISE = 0.3
 
 
 class Denoiser(nn.Module):
@@ -86,8 +83,8 @@ def train_denoiser(
 
     With ``eps`` it is hardened: added is 10 |D(x^) - x|^2 - log p(k | D(x^)), where k is the class that f sees in x and
     x^ the image within a bound that makes this greatest, as far as a few steps find it
-    (:func:`~ce_plugin.detection.hardening.worst_nearby`). The bound is drawn anew for each image between 0 and ``eps``,
-    which it reaches after three tenths of the training.
+    (:func:`~ce_plugin.detection.hardening.worst_nearby`). Each image has a bound of its own, which grows up to ``eps``
+    while its answer holds (:class:`~ce_plugin.detection.hardening.Bounds`).
 
     Args:
         protected: the classifier; nothing of it is changed.
@@ -121,7 +118,7 @@ def train_denoiser(
         for parameter, _ in wants:
             parameter.requires_grad_(False)
         try:
-            _train(denoiser, protected, images, _Plan(n_steps, batch_size, eps), random)
+            _train(denoiser, protected, images, random, n_steps, batch_size, eps)
         finally:
             for parameter, want in wants:
                 parameter.requires_grad_(want)
@@ -130,24 +127,22 @@ def train_denoiser(
     return denoiser.eval()
 
 
-@dataclass(frozen=True)
-class _Plan:
-    n_steps: int
-    batch_size: int
-    eps: float
-
-    def bound(self, step: int) -> float:
-        """What it is hardened against at this step."""
-        return self.eps * min(1.0, step / (_RISE * self.n_steps))
-
-
-def _train(denoiser: Denoiser, protected: Protected, images: Tensor, plan: _Plan, random: torch.Generator) -> None:
+def _train(
+    denoiser: Denoiser,
+    protected: Protected,
+    images: Tensor,
+    random: torch.Generator,
+    n_steps: int,
+    batch_size: int,
+    eps: float,
+) -> None:
     low, high = protected.clip_values
     with torch.no_grad():
-        answers = torch.cat([protected(part) for part in torch.split(images, plan.batch_size)]).float()
+        answers = torch.cat([protected(part) for part in torch.split(images, batch_size)]).float()
     variance = answers.var(unbiased=False).clamp_min(1e-12)
+    bounds = Bounds(len(images), eps)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=_LEARNING_RATE / 2, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=max(plan.n_steps, 2))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=max(n_steps, 2))
 
     def run(restored: Tensor) -> Tensor:
         logits: Tensor = protected(restored.to(images.dtype))
@@ -157,18 +152,20 @@ def _train(denoiser: Denoiser, protected: Protected, images: Tensor, plan: _Plan
         return ((restored - clean) / (high - low)).square().mean()
 
     with torch.enable_grad():
-        for step in range(plan.n_steps):
-            rows = torch.randint(len(images), (min(plan.batch_size, len(images)),), generator=random)
+        for _ in range(n_steps):
+            rows = torch.randint(len(images), (min(batch_size, len(images)),), generator=random)
             clean, wanted = images[rows.to(images.device)].float(), answers[rows.to(answers.device)]
             noisy, known = _spoiled(clean, high - low, random)
             restored = denoiser(noisy.clamp(low, high), known)
             loss = _PIXELS * distance(restored, clean)
             loss = loss + _LOGITS * ((run(restored) - wanted).square() / variance).mean()
-            if plan.eps:
-                bounds, seen = plan.bound(step) * torch.rand(len(clean), generator=random), wanted.argmax(1)
-                worst = worst_nearby(lambda x: run(denoiser(x)), clean, seen, bounds, (low, high), random)
+            if eps:
+                seen = wanted.argmax(1)
+                worst = worst_nearby(lambda x: run(denoiser(x)), clean, seen, bounds.of(rows), (low, high), random)
                 restored = denoiser(worst)
-                loss = loss + _PIXELS * distance(restored, clean) + F.cross_entropy(run(restored), seen)
+                logits = run(restored)
+                bounds.learn(rows, logits.argmax(1) == seen)
+                loss = loss + _PIXELS * distance(restored, clean) + F.cross_entropy(logits, seen)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -87,6 +87,26 @@ class Signature:
         )
 
     @classmethod
+    def hardened(cls, value_range: tuple[float, float] = (0.0, 1.0), *, eps: float | None = None) -> Signature:
+        """For small pictures, where attackers may know the detector: two denoisers, of which one is hardened.
+
+        An attacker who knows :meth:`small_images` makes an image look usual to each of its interventions; those that
+        nobody prepared give way first, and what looks very usual makes up for the rest. Here there is less to make up
+        with, and the hardened denoiser gives way last. Attackers who do not know the detector are seen a little less
+        well, and fitting takes several times as long, for the denoiser is attacked at each step of its training.
+
+        Args:
+            value_range: least and greatest value of an image.
+            eps: greatest change of a value that the denoiser is hardened against; None: three tenths of the range.
+
+        Example:
+            >>> Signature.hardened().names
+            ('denoising', 'hardened denoising')
+        """
+        bound = 0.3 * (value_range[1] - value_range[0]) if eps is None else eps
+        return cls([Denoising(), Denoising(least_steps=3000, eps=bound, name="hardened denoising")])
+
+    @classmethod
     def photographs(cls, value_range: tuple[float, float] = (0.0, 1.0)) -> Signature:
         """For photographs of a hundred pixels a side and more.
 

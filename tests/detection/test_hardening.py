@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ce_plugin.detection import Denoising, Signature
 from ce_plugin.detection.classifier import Protected
 from ce_plugin.detection.denoiser import Denoiser, train_denoiser
-from ce_plugin.detection.hardening import worst_nearby
+from ce_plugin.detection.hardening import Bounds, worst_nearby
 from ce_plugin.errors import ArgumentError
 
 
@@ -40,6 +40,15 @@ def test_neighbours_stay_inside_bound_and_range() -> None:
     assert bool((change <= bounds + 1e-9).all())
     assert 0 <= float(found.min()) <= float(found.max()) <= 1
     assert torch.equal(found[0], x[0])
+
+
+def test_bounds_grow_while_answers_hold_and_shrink_when_they_fall() -> None:
+    bounds, rows = Bounds(4, 0.3), torch.tensor([3, 1])
+    for _ in range(20):
+        bounds.learn(rows, torch.tensor([True, False]))
+    torch.testing.assert_close(bounds.of(torch.arange(4)), torch.tensor([0.02, 0.0, 0.02, 0.3]))
+    bounds.learn(rows, torch.tensor([False, True]))
+    torch.testing.assert_close(bounds.of(rows), torch.tensor([0.28, 0.02]))
 
 
 def test_hardening_makes_the_network_behind_the_denoiser_robust_and_leaves_no_trace() -> None:
