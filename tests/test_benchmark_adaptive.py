@@ -132,6 +132,38 @@ def test_a_row_counts_images_that_were_not_turned_over_with_their_clean_score(
     assert cells[-2] == "3 x 6 x 4 x 40"
 
 
+def test_results_of_a_run_whose_cache_is_lost_are_kept_while_the_detector_is_the_same(
+    adaptive: ModuleType, tmp_path: Path
+) -> None:
+    script, row_of = importlib.import_module("adaptive"), importlib.import_module("_adaptive_row").Row.of
+    comparison = importlib.import_module("_adaptive_effort")
+    known = dataclasses.replace(victims(adaptive, tmp_path / "cache"), name="margin")
+    low = adaptive.Effort(("selective",), 4, 1, 1)
+    made = [known.chunk(number, 0.1, low, None, make=True) for number in range(2)]
+    # As the file holds them: these scores tie with those of clean images, and rounding moves ties.
+    found = [(n, dataclasses.replace(one, score=one.score.round(5))) for n, one in enumerate(made)]
+    known.chunk(1, 0.1, dataclasses.replace(low, steps=9), None, make=True)
+    first = row_of(known, 0.1, low, found, comparison.compared(known, 0.1, low, found))
+    assert len(first.more) == 1
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"rows": [first.to_dict()]}))
+    lost = dataclasses.replace(known, folder=tmp_path / "lost")
+    assert script.best_known(lost, 0.1, range(2), tmp_path / "none.json") is None
+    assert script.best_known(lost, 0.3, range(2), results) is None
+    again = script.best_known(lost, 0.1, range(2), results)
+    then, now = (json.loads(json.dumps(row.to_dict())) for row in (first, again))
+    for name in ("success", "over_all", "evades", "late", "seconds"):
+        assert now.pop(name) == pytest.approx(then.pop(name), abs=2e-5), name
+    assert now == then
+    assert again.room == first.room
+    np.testing.assert_allclose(again.sample, first.sample, atol=1e-4)
+    # The cache goes before the results where it holds as much, and a detector that scores otherwise has none.
+    cached = script.best_known(known, 0.1, range(2), results).images["score"]
+    np.testing.assert_array_equal(cached, np.concatenate([one.score for one in made]))
+    other = dataclasses.replace(lost, clean=lost.clean + 0.1)
+    assert script.best_known(other, 0.1, range(2), results) is None
+
+
 def rows_of_two_classifiers(adaptive: ModuleType, folder: Path, name: str, scores: tuple[float, float]) -> list[Any]:
     row_of = importlib.import_module("_adaptive_row").Row.of
     first = dataclasses.replace(victims(adaptive, folder), name=name)

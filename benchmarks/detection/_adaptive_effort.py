@@ -36,6 +36,13 @@ class Comparison:
     auroc: tuple[float, float]
     gain: Interval
 
+    @classmethod
+    def of(cls, stored: dict[str, Any]) -> Comparison:
+        """What :meth:`to_dict` gave."""
+        less, more = Effort.of(stored["less"]), Effort.of(stored["more"])
+        first, second = stored["auroc"]
+        return cls(less, more, stored["n"], (first, second), Interval(*stored["gain"]))
+
     def cells(self) -> list[str]:
         """Behind the names of what was attacked."""
         less, more = map(number, self.auroc)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from _adaptive import CLEAN, Chunk, Effort, Victims
-from _adaptive_effort import Comparison, compared
+from _adaptive_effort import Comparison
 from _detectors import label, version
 from _outcome import TITLES
 from _table import interval, number, percent
@@ -62,12 +62,19 @@ class Row:
     more: list[Comparison] = field(repr=False)
 
     @classmethod
-    def of(cls, victims: Victims, eps: float, effort: Effort, found: Sequence[tuple[int, Chunk]]) -> Row:
-        """The figures of some chunks."""
+    def of(
+        cls,
+        victims: Victims,
+        eps: float,
+        effort: Effort,
+        found: Sequence[tuple[int, Chunk]],
+        more: Sequence[Comparison] = (),
+    ) -> Row:
+        """The figures of some chunks, and what greater efforts found on them."""
         success = np.concatenate([chunk.success for _, chunk in found])
         score = np.concatenate([chunk.score for _, chunk in found])
-        own = np.concatenate([victims.own(number) for number, _ in found])
-        rows = np.concatenate([victims.rows(number) for number, _ in found])
+        own = np.concatenate([victims.own(number)[: len(chunk.score)] for number, chunk in found])
+        rows = np.concatenate([victims.rows(number)[: len(chunk.score)] for number, chunk in found])
         nearest = np.array([victims.nearest.get(row, np.nan) for row in rows.tolist()])
         counted = np.where(success, score, own)
         problem, clean = victims.problem, victims.clean
@@ -98,7 +105,7 @@ class Row:
             },
             _by_room(clean, score[success], nearest[success] / eps),
             victims.resampled(score[success], rows[success]) if success.any() else None,
-            compared(victims, eps, effort, found),
+            list(more),
         )
 
     def names(self) -> list[str]:
