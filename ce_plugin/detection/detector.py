@@ -344,6 +344,8 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Write what was learned to a file, without the network and without pickled code.
 
+        Options are kept as well; of ``attacks`` only presets, which have names (what they taught is kept in any case).
+
         Args:
             path: the file.
             force: replace a file that exists.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ def write_detector(path: str | os.PathLike[str], detector: CausalEffectDetector,
         "holdout": float(detector.holdout),
         "seed": int(detector.seed),  # JSON knows no number of numpy
         "benign": asdict(detector.benign) if isinstance(detector.benign, Benign) else detector.benign,
+        "attacks": _named(detector.attacks),
         "held": state.held,
         "traits": state.traits,
         "seen": torch.tensor(sorted(state.seen), dtype=torch.int64),
@@ -76,6 +78,7 @@ def read_detector(
         if isinstance(benign, dict)
         else benign,
         aggregate=values["aggregate"],
+        attacks=values.get("attacks"),  # files of older versions have none
         seed=values["seed"],
     )
     _check_network(detector, values)
@@ -97,6 +100,13 @@ def _check_network(detector: CausalEffectDetector, values: dict[str, Any]) -> No
     if here.shape != there.shape or not torch.allclose(here, there, rtol=1e-2, atol=1e-2 * float(there.abs().max())):
         todo = "Pass the same normalization= and the same preprocessing."
         raise ModelError(expected("classifier", wanted, "one that answers a test image otherwise", todo))
+
+
+def _named(attacks: Sequence[Any] | None) -> list[str] | None:
+    """Attacks that :meth:`CausalEffectDetector.fit` would run again, where they are names: no file holds an attack."""
+    if attacks is None or not all(isinstance(one, str) for one in attacks):
+        return None
+    return list(attacks)
 
 
 def _inside(start: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import nn
 from ce_plugin.detection import Benign, CausalEffectDetector, Denoising, NodeZeroing, PixelMasking, Signature
 from ce_plugin.effects.files import read_result, write_result
 from ce_plugin.errors import FileError, ModelError
+from ce_plugin.interventions import Adversarial
 
 X, NEW = patterns(240)[0], patterns(40, seed=1)[0]
 
@@ -62,6 +63,19 @@ def test_the_default_signature_is_a_default_again(tmp_path: Path) -> None:
     assert again.signature is None
     assert again.benign is None
     np.testing.assert_array_equal(again.score(NEW), quick.score(NEW))
+
+
+def test_attacks_that_have_names_come_back_as_options_and_others_leave_what_they_taught(tmp_path: Path) -> None:
+    net = classifier()
+    named = fitted(net, attacks=["fgsm"])
+    again = CausalEffectDetector.load(named.save(tmp_path / "named.pt"), net)
+    assert again.get_params()["attacks"] == ["fgsm"]
+    np.testing.assert_array_equal(again.score(NEW), named.score(NEW))
+    own = fitted(net, attacks=[Adversarial.fgsm(net, eps=0.3)])
+    other = CausalEffectDetector.load(own.save(tmp_path / "own.pt"), net)
+    assert other.get_params()["attacks"] is None
+    np.testing.assert_array_equal(other.score(NEW), own.score(NEW))
+    assert "known attacks" in other.detect(NEW)[0]["groups"]
 
 
 def test_there_is_no_code_in_the_file(tmp_path: Path) -> None:
