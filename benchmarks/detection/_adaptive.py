@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from _data import Problem, cache_folder
-from _detectors import LIMITS, OURS, OWN, build, least_taught, needs_labels
+from _detectors import LIMITS, OWN, build, fitted_file, least_taught, needs_labels
 from _scores import setting
 from attacks import attack_file, specs
 
@@ -232,7 +232,7 @@ def _fitted(problem: Problem, name: str, cache: str | None) -> DifferentiableDet
     if name not in OWN:
         detector.fit(pool)
         return detector  # type: ignore[no-any-return]
-    file = cache_folder(cache) / "fitted" / f"{problem.name}-{problem.seed}{name.removeprefix(OURS)}.ce"
+    file = fitted_file(name, problem, cache)
     if file.is_file():
         try:
             return CausalEffectDetector.load(file, problem.network)

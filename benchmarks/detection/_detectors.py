@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -12,11 +11,12 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from _classifiers import checksum
+from _classifiers import cache_folder, checksum
 from _data import Problem
 from _selfsupervised import PRETRAINING, simsiam
 from torch import nn
 
+from ce_plugin.detection import CausalEffectDetector, Signature
 from ce_plugin.detection.protocol import Detector
 from ce_plugin.evaluation.peers import MLLOO, PEERS, Beyond, Mahalanobis, Peer
 from ce_plugin.evaluation.peers.layers import default_layers
@@ -76,19 +76,19 @@ def build(name: str, problem: Problem, cache: str | Path | None = None) -> Detec
 
 
 @functools.lru_cache(maxsize=len(OWN))
-def _own(network: nn.Module, name: str) -> Detector:
+def _own(network: nn.Module, name: str) -> CausalEffectDetector:
     """One detector for all protocols: what clean images have taught it is not learnt anew for every attack."""
-    detection = importlib.import_module("ce_plugin.detection")
-    signature = None if name == OURS else detection.Signature.hardened()
-    detector: Detector = detection.CausalEffectDetector(network, signature)
-    return detector
+    return CausalEffectDetector(network, None if name == OURS else Signature.hardened())
+
+
+def fitted_file(name: str, problem: Problem, cache: str | Path | None = None) -> Path:
+    """Where a detector of ours, fitted on clean images (P3), is kept: fitting it takes minutes."""
+    return cache_folder(cache) / "fitted" / f"{problem.name}-{problem.seed}{name.removeprefix(OURS)}.ce"
 
 
 def available(name: str, problem: str) -> bool:
-    """Whether this version of the package has the detector, and it can be tried on the problem."""
-    if (problem, name) in LEFT_OUT:
-        return False
-    return name not in OWN or hasattr(importlib.import_module("ce_plugin.detection"), "CausalEffectDetector")
+    """Whether the detector can be tried on the problem."""
+    return (problem, name) not in LEFT_OUT
 
 
 def needs_labels(name: str) -> bool:
