@@ -15,15 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from _data import Problem, cache_folder
-from _detectors import LIMITS, OWN, build, fitted_file, least_taught, needs_labels
+from _detectors import LIMITS, build, least_taught, needs_labels
 from _scores import setting
 from attacks import attack_file, specs
 
 from ce_plugin._art import build_classifier
-from ce_plugin.detection import CausalEffectDetector
 from ce_plugin.detection.adaptive import AdaptiveEvasion
 from ce_plugin.detection.protocol import DifferentiableDetector
-from ce_plugin.errors import CEPluginError, FileError
+from ce_plugin.errors import FileError
 from ce_plugin.evaluation.detection import Attacked, CleanScores, ImageDraws, fit_detector, plan
 from ce_plugin.evaluation.detection.attacks import attack_key
 
@@ -221,28 +220,14 @@ def _nearest(problem: Problem, cache: str | None) -> dict[int, float]:
 
 
 def _fitted(problem: Problem, name: str, cache: str | None) -> DifferentiableDetector:
-    """The detector, fitted on the fitting part, on clean images if these are enough for it; ours is kept in a file."""
-    pool = problem.images["fit"][: LIMITS.get(name)]
+    """The detector, fitted on the fitting part, on clean images if these are enough for it."""
     detector: Any = build(name, problem, cache)
     if needs_labels(name):
         material = setting(problem, cache).material
         (task,) = plan(least_taught(name), material)
         fit_detector(detector, task, material)
-        return detector  # type: ignore[no-any-return]
-    if name not in OWN:
-        detector.fit(pool)
-        return detector  # type: ignore[no-any-return]
-    file = fitted_file(name, problem, cache)
-    if file.is_file():
-        try:
-            return CausalEffectDetector.load(file, problem.network)
-        except CEPluginError as error:
-            print(f"{file.name} is not used: {error}", flush=True)
-    begin = time.perf_counter()
-    detector.fit(pool)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    detector.save(file, force=True)
-    print(f"{problem.name}-{problem.seed}: fitted in {time.perf_counter() - begin:.0f} s", flush=True)
+    else:
+        detector.fit(problem.images["fit"][: LIMITS.get(name)])
     return detector  # type: ignore[no-any-return]
 
 

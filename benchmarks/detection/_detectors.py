@@ -13,12 +13,13 @@ from types import ModuleType
 import torch
 from _classifiers import cache_folder, checksum
 from _data import Problem
+from _lessons import KeptLearner, RememberingMLLOO
 from _selfsupervised import PRETRAINING, simsiam
 from torch import nn
 
 from ce_plugin.detection import CausalEffectDetector, Signature
 from ce_plugin.detection.protocol import Detector
-from ce_plugin.evaluation.peers import MLLOO, PEERS, Beyond, Mahalanobis, Peer
+from ce_plugin.evaluation.peers import PEERS, Beyond, Mahalanobis, Peer
 from ce_plugin.evaluation.peers.layers import default_layers
 
 OURS = "causal-effects"
@@ -63,12 +64,12 @@ def names() -> tuple[str, ...]:
 def build(name: str, problem: Problem, cache: str | Path | None = None) -> Detector:
     """A detector of a problem, still to be fitted; BEYOND's network is trained if the cache does not have it."""
     if name in OWN:
-        return _own(problem.network, name)
+        return _own(problem.network, name, cache)
     if name == BEYOND:
         ssl, augmentation = simsiam(problem.name, problem.seed, cache), PRETRAINING[problem.name].augmentation
         return Beyond(problem.network, ssl_model=ssl, augmentations=augmentation)
-    if name == ML_LOO and problem.name == "imagenet":
-        return MLLOO(problem.network, cell=COARSE)
+    if name == ML_LOO:
+        return _ml_loo(problem.network, COARSE if problem.name == "imagenet" else None)
     if name == LAST_LAYER:
         layers = default_layers(problem.network, torch.from_numpy(problem.images["fit"][:1]))
         return Mahalanobis(problem.network, layers=layers[-1:])
@@ -76,14 +77,17 @@ def build(name: str, problem: Problem, cache: str | Path | None = None) -> Detec
 
 
 @functools.lru_cache(maxsize=len(OWN))
-def _own(network: nn.Module, name: str) -> CausalEffectDetector:
+def _own(network: nn.Module, name: str, cache: str | Path | None) -> CausalEffectDetector:
     """One detector for all protocols: what clean images have taught it is not learnt anew for every attack."""
-    return CausalEffectDetector(network, None if name == OURS else Signature.hardened())
+    detector = CausalEffectDetector(network, None if name == OURS else Signature.hardened())
+    # No user has a reason to exchange it; here hours depend on it.
+    detector._learner = KeptLearner(network, cache_folder(cache) / "fitted", version(detector))
+    return detector
 
 
-def fitted_file(name: str, problem: Problem, cache: str | Path | None = None) -> Path:
-    """Where a detector of ours, fitted on clean images (P3), is kept: fitting it takes minutes."""
-    return cache_folder(cache) / "fitted" / f"{problem.name}-{problem.seed}{name.removeprefix(OURS)}.ce"
+@functools.lru_cache(maxsize=1)
+def _ml_loo(network: nn.Module, cell: int | None) -> Detector:
+    return RememberingMLLOO(network, cell=cell)
 
 
 def available(name: str, problem: str) -> bool:

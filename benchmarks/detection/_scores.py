@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 from _classifiers import checksum
 from _data import Problem, cache_folder, predictions
-from _detectors import LIMITS, OWN, UNTAUGHT, build, fitted_file, needs_labels, version
+from _detectors import LIMITS, OWN, UNTAUGHT, build, needs_labels, version
 from attacks import attack_file, specs
 
-from ce_plugin.detection import CausalEffectDetector
 from ce_plugin.errors import FileError
 from ce_plugin.evaluation.detection import (
     Alarms,
@@ -189,10 +188,6 @@ def _sheet(setting: Setting, protocol: str, name: str, task: Task, cache: str | 
     start = time.perf_counter()
     sheet = score_task(detector, task, material, known=known, limit=LIMITS.get(name), batch_size=_batch(problem))
     sheet.save(file, key)
-    if isinstance(detector, CausalEffectDetector) and protocol == "P3":
-        kept = fitted_file(name, problem, cache)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        detector.save(kept, force=True)
     took = time.perf_counter() - start
     now = time.strftime("%H:%M:%S", time.gmtime())
     print(f"{now} {problem.name}-{problem.seed} {protocol} {name} {task.key}: {took:.0f} s", flush=True)
