@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ce_plugin.detection.aggregation import aggregate
@@ -21,7 +22,9 @@ __all__ = ["Fitted", "Judge", "Sample", "learn"]
 
 _FOLDS = 4
 _LARGEST = 3
-_OWN = ("center", "spread", "usual")
+_OWN = ("center", "spread", "usual", "allowance")
+# Standard deviations up to which the verdicts of groups that do not lead hardly count.
+_ALLOWANCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ class Fitted:
         center, spread: mean and standard deviation of each verdict on clean images that the judge was not fitted on,
             (D,), float64.
         usual: traits of the clean images, each as it is and harmlessly altered, (n, V, P).
+        allowance: what is taken from each verdict before it counts, (D,): 0 for groups that lead, else 2.
         how: see :func:`~ce_plugin.detection.aggregation.aggregate`.
         known: recognises attacks that were shown; None: none were.
     """
@@ -143,6 +147,7 @@ class Fitted:
     center: Tensor = field(repr=False)
     spread: Tensor = field(repr=False)
     usual: Tensor = field(repr=False)
+    allowance: Tensor = field(repr=False)
     how: str
     known: Recogniser | None = field(default=None, repr=False)
 
@@ -158,7 +163,8 @@ class Fitted:
 
     def score(self, deviations: Tensor) -> Tensor:
         """The scores (N,), float64."""
-        return aggregate(deviations, self.how)
+        known = deviations.shape[1] - len(self.allowance)
+        return aggregate(deviations - F.pad(self.allowance, (0, known)), self.how)
 
     def taught(self, attacked: Sample, seed: int) -> Fitted:
         """The same, with what these attacked images have in common that clean ones have not."""
@@ -168,7 +174,8 @@ class Fitted:
         """The same on another device; what only learning takes, ``usual``, stays where it is."""
         judges = {name: one.to(device) for name, one in self.judges.items()}
         known = None if self.known is None else self.known.to(device)
-        return Fitted(judges, self.center.to(device), self.spread.to(device), self.usual, self.how, known)
+        center, spread, allowance = (one.to(device) for one in (self.center, self.spread, self.allowance))
+        return Fitted(judges, center, spread, self.usual, allowance, self.how, known)
 
     def tensors(self) -> dict[str, Tensor]:
         """What has to be stored."""
@@ -180,12 +187,18 @@ class Fitted:
     def from_tensors(cls, names: tuple[str, ...], tensors: Mapping[str, Any], how: str) -> Fitted:
         """What :meth:`tensors` gave."""
         judges = {name: Judge.from_tensors(_inside(f"judges/{name}", tensors)) for name in names}
-        center, spread, usual = (tensors[name] for name in _OWN)
+        # Files of older versions have no allowance.
+        own = {
+            "allowance": torch.zeros_like(tensors["center"]),
+            **{name: tensors[name] for name in _OWN if name in tensors},
+        }
         known = _inside("known", tensors)
-        return cls(judges, center, spread, usual, how, Recogniser.from_tensors(known) if known else None)
+        return cls(judges, **own, how=how, known=Recogniser.from_tensors(known) if known else None)
 
 
-def learn(clean: Sample, altered: Sample | None, *, how: str, seed: int) -> Fitted:
+def learn(
+    clean: Sample, altered: Sample | None, *, how: str, seed: int, leading: Collection[str] | None = None
+) -> Fitted:
     """Learn what clean images are like.
 
     Centre and spread of the verdicts come from images that the judge was not fitted on (four folds), for on its own
@@ -196,6 +209,7 @@ def learn(clean: Sample, altered: Sample | None, *, how: str, seed: int) -> Fitt
         altered: harmless alterations of the same images, one each, in the same order, or None.
         how: of :func:`~ce_plugin.detection.aggregation.aggregate`.
         seed: of the folds.
+        leading: names of the groups that count in full; None: all.
     """
     folds = torch.arange(len(clean)) % _FOLDS
     folds = folds[torch.randperm(len(clean), generator=generator(seed, "folds"))]
@@ -207,13 +221,22 @@ def learn(clean: Sample, altered: Sample | None, *, how: str, seed: int) -> Fitt
     center, spread = held_out.mean(0), held_out.std(0).clamp_min(1e-9)
     judges = _fit(clean, altered, torch.arange(len(clean)))
     versions = [clean, *([altered] if altered is not None else [])]
-    return Fitted(judges, center, spread, torch.stack([one.traits() for one in versions], 1), how)
+    usual = torch.stack([one.traits() for one in versions], 1)
+    return Fitted(judges, center, spread, usual, _allowance(judges, clean, leading), how)
 
 
 def _fit(clean: Sample, altered: Sample | None, rows: Tensor) -> dict[str, Judge]:
     parts = [clean.select(rows), *([altered.select(rows)] if altered is not None else [])]
     sample = Sample.joined(parts)
     return {name: Judge.fit(response, sample) for name, response in sample.responses.items()}
+
+
+def _allowance(judges: dict[str, Judge], sample: Sample, leading: Collection[str] | None) -> Tensor:
+    """0 for each verdict of a group that leads, 2 for each of the others, (D,)."""
+    one = sample.select(slice(0, 1))
+    widths = {name: judge(one.responses[name], one).shape[1] for name, judge in judges.items()}
+    taken = [0.0 if leading is None or name in leading else _ALLOWANCE for name in judges]
+    return torch.tensor(taken, dtype=torch.float64).repeat_interleave(torch.tensor(list(widths.values())))
 
 
 def _verdicts(judges: dict[str, Judge], sample: Sample) -> Tensor:

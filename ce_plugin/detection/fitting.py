@@ -126,7 +126,7 @@ def fit_to(protected: Protected, recipe: Recipe, clean: Tensor) -> tuple[Signatu
         altered = measured(
             protected, signature, clean, batch_size=recipe.batch_size, seed=recipe.seed, altered=alter, ids=names
         )
-    return signature, learn(sample, altered, how=recipe.aggregate, seed=recipe.seed)
+    return signature, learn(sample, altered, how=recipe.aggregate, seed=recipe.seed, leading=signature.leading)
 
 
 def check_enough(protected: Protected, clean: Tensor, kept: Tensor, batch_size: int) -> None:

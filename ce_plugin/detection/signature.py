@@ -15,7 +15,7 @@ from ce_plugin.detection.group import SIDES, Group, Response
 from ce_plugin.detection.groups import CounterAttack, PixelMasking, Smoothing
 from ce_plugin.detection.node_groups import Interchange, NodeZeroing
 from ce_plugin.detection.view import View
-from ce_plugin.errors import ArgumentError, FileError, expected
+from ce_plugin.errors import ArgumentError, FileError, expected, unknown_name
 from ce_plugin.interventions import Smooth
 
 __all__ = ["Signature"]
@@ -30,14 +30,17 @@ class Signature:
 
     Args:
         groups: their names differ.
+        leading: names of the groups that count in full; of the others counts only what is beyond two standard
+            deviations, so that nothing is won by looking very usual to them. None: all count in full.
 
     Attributes:
-        groups: as given.
+        groups, leading: as given.
         passes: forward passes for one image, the idle run included; a backward pass counts as two.
         differentiable: whether every group is.
 
     Raises:
         ArgumentError: no group, or two of one name.
+        UnknownNameError: no group of a name in ``leading``.
 
     Example:
         >>> signature = Signature([Smoothing("blur", [Smooth.gauss(1.0)]), CounterAttack()])
@@ -47,8 +50,9 @@ class Signature:
         ('denoising', 'counter-attack', 'filters', 'threshold')
     """
 
-    def __init__(self, groups: Sequence[Group]) -> None:
+    def __init__(self, groups: Sequence[Group], *, leading: Sequence[str] | None = None) -> None:
         self.groups = tuple(groups)
+        self.leading = None if leading is None else tuple(leading)
         if not self.groups or not all(isinstance(group, Group) for group in self.groups):
             got = [type(group).__name__ for group in self.groups]
             raise ArgumentError(expected("groups", "at least one Group, and nothing else", got))
@@ -56,6 +60,11 @@ class Signature:
         if len(set(self.names)) < len(self.names) or any("/" in name for name in self.names):
             wanted = "groups of different names without '/'"
             raise ArgumentError(expected("groups", wanted, list(self.names), "Pass `name=`."))
+        if isinstance(leading, str) or self.leading == ():
+            raise ArgumentError(expected("leading", "one or more names of groups, or None", repr(leading)))
+        for name in self.leading or ():
+            if name not in self.names:
+                raise unknown_name("leading", name, self.names)
 
     @classmethod
     def of(cls, shape: Sequence[int], value_range: tuple[float, float] = (0.0, 1.0)) -> Signature:
@@ -88,12 +97,13 @@ class Signature:
 
     @classmethod
     def hardened(cls, value_range: tuple[float, float] = (0.0, 1.0), *, eps: float | None = None) -> Signature:
-        """For small pictures, where attackers may know the detector: two denoisers, of which one is hardened.
+        """For small pictures, where attackers may know the detector: a hardened denoiser leads.
 
         An attacker who knows :meth:`small_images` makes an image look usual to each of its interventions; those that
-        nobody prepared give way first, and what looks very usual makes up for the rest. Here there is less to make up
-        with, and the hardened denoiser gives way last. Attackers who do not know the detector are seen a little less
-        well, and fitting takes several times as long, for the denoiser is attacked at each step of its training.
+        nobody prepared give way first, and what looks very usual to many makes up for the rest. Here the margin that a
+        hardened denoiser leaves counts in full, and what the others say only where an image is clearly unusual: there
+        is nothing to make up with. Attackers who do not know the detector are seen a little less well, and fitting
+        takes several times as long, for the denoiser is attacked at each step of its training.
 
         Args:
             value_range: least and greatest value of an image.
@@ -104,7 +114,9 @@ class Signature:
             ('denoising', 'hardened denoising')
         """
         bound = 0.3 * (value_range[1] - value_range[0]) if eps is None else eps
-        return cls([Denoising(), Denoising(least_steps=3000, eps=bound, name="hardened denoising")])
+        name = "hardened denoising"
+        hard = Denoising(least_steps=3000, eps=bound, judged=("margin",), name=name)
+        return cls([Denoising(), hard], leading=[name])
 
     @classmethod
     def photographs(cls, value_range: tuple[float, float] = (0.0, 1.0)) -> Signature:
@@ -147,7 +159,8 @@ class Signature:
 
     def prepared(self, protected: Protected, images: Tensor, *, n_epochs: int, seed: int) -> Signature:
         """The signature, its groups having learned what they need from clean images (N, C, H, W)."""
-        return Signature([one.prepared(protected, images, n_epochs=n_epochs, seed=seed) for one in self.groups])
+        groups = [one.prepared(protected, images, n_epochs=n_epochs, seed=seed) for one in self.groups]
+        return Signature(groups, leading=self.leading)
 
     def tensors(self) -> dict[str, Tensor]:
         """What the groups have learned."""
@@ -160,7 +173,7 @@ class Signature:
             start = f"{one.name}/"
             own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
             groups.append(one.with_tensors(own))
-        return Signature(groups)
+        return Signature(groups, leading=self.leading)
 
     def verdicts(self, fitted: Fitted) -> list[str]:
         """What each column of :meth:`Fitted.deviations` is: a group, or one of its interventions by its margin."""
@@ -174,7 +187,11 @@ class Signature:
 
     def settings(self) -> list[dict[str, Any]]:
         """What :meth:`from_settings` makes the signature of again, as JSON takes it."""
-        return [{"kind": type(group).__name__, **group.settings()} for group in self.groups]
+        leading = () if self.leading is None else self.leading
+        return [
+            {"kind": type(one).__name__, **({"leading": True} if one.name in leading else {}), **one.settings()}
+            for one in self.groups
+        ]
 
     @classmethod
     def from_settings(cls, settings: Sequence[dict[str, Any]]) -> Signature:
@@ -188,8 +205,9 @@ class Signature:
             kind = one["kind"]
             if kind not in _KINDS:
                 raise FileError(expected("path", f"a signature of groups among {sorted(_KINDS)}", repr(kind)))
-            groups.append(_KINDS[kind](**{name: value for name, value in one.items() if name != "kind"}))
-        return cls(groups)
+            groups.append(_KINDS[kind](**{name: one[name] for name in one if name not in ("kind", "leading")}))
+        leading = [group.name for group, one in zip(groups, settings, strict=True) if one.get("leading")]
+        return cls(groups, leading=leading or None)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Signature) and self.settings() == other.settings()
@@ -198,4 +216,5 @@ class Signature:
         return hash(repr(self))
 
     def __repr__(self) -> str:
-        return f"Signature([{', '.join(map(repr, self.groups))}])"
+        leading = "" if self.leading is None else f", leading={self.leading!r}"
+        return f"Signature([{', '.join(map(repr, self.groups))}]{leading})"

@@ -18,8 +18,10 @@ from ce_plugin.interventions import Adversarial
 X, NEW = patterns(240)[0], patterns(40, seed=1)[0]
 
 
-def fitted(net: nn.Module, *groups: object, **options: object) -> CausalEffectDetector:
-    signature = Signature([*quick_signature().groups, *groups])  # type: ignore[list-item]
+def fitted(
+    net: nn.Module, *groups: object, leading: tuple[str, ...] | None = None, **options: object
+) -> CausalEffectDetector:
+    signature = Signature([*quick_signature().groups, *groups], leading=leading)  # type: ignore[list-item]
     detector = CausalEffectDetector(net, signature, **options)  # type: ignore[arg-type]
     detector.fit(X, nb_epochs=1)
     return detector
@@ -30,7 +32,7 @@ def test_it_comes_back_bit_by_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     net = classifier(dtype=dtype)
     groups = Denoising(width=2, least_steps=2), PixelMasking(n_draws=2), NodeZeroing("1")
     options = {"fpr": np.float64(0.1), "seed": np.int64(4), "benign": Benign(noise=0.05), "aggregate": "sum"}
-    detector = fitted(net, *groups, **options)
+    detector = fitted(net, *groups, leading=("denoising",), **options)
     detector.teach(1 - NEW)
     path = detector.save(tmp_path / "detector.pt")
     again = CausalEffectDetector.load(path, net)

@@ -186,7 +186,10 @@ def test_json_and_back_is_the_same_signature(group: Group) -> None:
 @pytest.mark.parametrize("value_range", [(0.0, 1.0), (0.0, 255.0), (-1.0, 1.0)])
 def test_default_signatures_cost_what_they_may_and_come_back(value_range: tuple[float, float]) -> None:
     small, large = Signature.of((1, 28, 28), value_range), Signature.of((3, 224, 224), value_range)
-    for signature in (small, large):
+    hardened = Signature.hardened(value_range)
+    assert hardened.leading == ("hardened denoising",)
+    assert hardened.groups[-1].settings()["eps"] == pytest.approx(0.3 * (value_range[1] - value_range[0]))
+    for signature in (small, large, hardened):
         assert signature.passes <= 12
         assert signature.differentiable
         assert Signature.from_settings(json.loads(json.dumps(signature.settings()))) == signature
@@ -260,5 +263,11 @@ def test_bad_signatures_are_refused() -> None:
         Signature([CounterAttack(name="a/b")])
     with pytest.raises(FileError, match=r"a signature of groups among .*'Sorcery'"):
         Signature.from_settings([{"kind": "Sorcery"}])
+    with pytest.raises(UnknownNameError, match="`leading` to be one of 'counter-attack', but got 'denoising'"):
+        Signature([CounterAttack()], leading=["denoising"])
+    for leading in ((), "counter-attack"):
+        with pytest.raises(ArgumentError, match="`leading` to be one or more names of groups, or None"):
+            Signature([CounterAttack()], leading=leading)
+    assert Signature([CounterAttack()], leading=["counter-attack"]) != Signature([CounterAttack()])
     assert quick_signature() != Signature([CounterAttack()])
     assert repr(Signature([CounterAttack()])).startswith("Signature([CounterAttack(steps=[]")

@@ -246,6 +246,28 @@ def test_what_was_learned_comes_back_and_is_sure_of_itself() -> None:
     assert not torch.equal(learn(clean, None, how="soft_square", seed=0).center, fitted.center)
 
 
+def test_what_does_not_lead_counts_beyond_two_standard_deviations() -> None:
+    def two(n: int, seed: int) -> Sample:
+        one, other = sample(n, seed), sample(n, seed + 50)
+        return Sample({"a": one.responses["a"], "b": other.responses["a"]}, one.idle)
+
+    clean = two(200, 0)
+    plain, led = (learn(clean, None, how="soft_square", seed=0, leading=names) for names in (None, ["b"]))
+    deviations = plain.deviations(clean)
+    assert torch.equal(led.deviations(clean), deviations)  # the report shows the same
+    expected = torch.nn.functional.softplus(deviations - torch.tensor([2.0] * 3 + [0.0] * 3)).square().sum(1)
+    torch.testing.assert_close(led.score(deviations), expected)
+    assert bool((plain.allowance == 0).all())
+    taught = led.taught(two(40, 9), seed=0)
+    every = taught.deviations(clean)  # the likeness to known attacks counts in full
+    likeness = torch.nn.functional.softplus(every[:, -1]).square()
+    torch.testing.assert_close(taught.score(every), expected + likeness)
+    stored = Fitted.from_tensors(("a", "b"), led.tensors(), "soft_square").to(torch.device("cpu"))
+    assert torch.equal(stored.score(deviations), led.score(deviations))
+    old = {name: value for name, value in plain.tensors().items() if name != "allowance"}
+    assert torch.equal(Fitted.from_tensors(("a", "b"), old, "soft_square").score(deviations), plain.score(deviations))
+
+
 def test_teaching_adds_a_verdict_and_leaves_the_others() -> None:
     clean = sample(200)
     fitted = learn(clean, sample(200, seed=5), how="soft_square", seed=0)
