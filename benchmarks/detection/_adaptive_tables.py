@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from _adaptive_effort import more_effort
@@ -62,13 +64,18 @@ def tables(rows: Sequence[Row], results: Path) -> list[Table]:
 
 def _static(results: Path, row: Row) -> str:
     """The worst AUROC over static attacks of the same classifier, where the other benchmark has been run."""
-    file, protocol = results / "detection.json", least_taught(row.detector)
-    if not file.is_file():
-        return "not run"
-    for classifier in json.loads(file.read_text()).get("classifiers", []):
+    protocol = least_taught(row.detector)
+    for classifier in _static_figures(results):
         if (classifier["problem"], classifier["seed"]) == (row.problem, row.seed):
             for one in classifier["results"]:
                 if (one["detector"], one["protocol"]) == (row.detector, protocol) and one.get("worst"):
                     worst = one["worst"]
                     return number(float(worst[0] if isinstance(worst, list) else worst))
     return "not run"
+
+
+@functools.cache
+def _static_figures(results: Path) -> list[dict[str, Any]]:
+    """What `evaluate.py` found on each classifier, the record of all detectors before that of the hardened one."""
+    files = [results / f"{name}.json" for name in ("detection", "detection_hardened")]
+    return [one for file in files if file.is_file() for one in json.loads(file.read_text())["classifiers"]]

@@ -3,9 +3,12 @@
     python benchmarks/detection/evaluate.py                             everything, by P3 and P2
     python benchmarks/detection/evaluate.py fashion --detectors margin mahalanobis --protocols P3
     python benchmarks/detection/evaluate.py --no-scoring                tables of what is in the cache
+    python benchmarks/detection/evaluate.py fashion mnist --detectors causal-effects causal-effects-hardened \\
+        --protocols P3 --record detection_hardened                      what the hardened detector costs
 
 Attacks are made by `attacks.py`; those that are missing are "not evaluated" until they have been made. Writes
-`benchmarks/results/detection.md` and `.json`, and one HTML page with curves and pictures to the folder `--out`.
+`benchmarks/results/detection.md` and `.json` (or another `--record`), and one HTML page with curves and pictures to the
+folder `--out`.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ def main() -> None:
     parser.add_argument("--seed", nargs="*", type=int, help="classifiers; all by default")
     parser.add_argument("--no-scoring", action="store_true", help="only tables of what is in the cache")
     parser.add_argument("--out", type=Path, help="folder for detection.html")
+    parser.add_argument("--record", default="detection", help="name of the files in benchmarks/results")
     parser.add_argument("--dry", action="store_true", help="do not write to benchmarks/results")
     parser.add_argument("--cache", help="folder of the cache; default CE_PLUGIN_CACHE or ~/.cache/ce-plugin")
     options = parser.parse_args()
@@ -51,7 +55,7 @@ def main() -> None:
     built = tables(outcome)
     if not options.dry:
         text = "# Detecting adversarial examples\n\n" + "\n\n".join(table.markdown() for table in built)
-        write("detection", text, outcome.to_dict(), "adversarial-robustness-toolbox")
+        write(options.record, text, outcome.to_dict(), "adversarial-robustness-toolbox")
     if options.out:
         print(write_html(options.out, built, outcome))
 
