@@ -76,6 +76,6 @@ def _static(results: Path, row: Row) -> str:
 
 @functools.cache
 def _static_figures(results: Path) -> list[dict[str, Any]]:
-    """What `evaluate.py` found on each classifier, the record of all detectors before that of the hardened one."""
-    files = [results / f"{name}.json" for name in ("detection", "detection_hardened")]
+    """What `evaluate.py` found on each classifier, those in the tables of all detectors first."""
+    files = [results / f"{name}.json" for name in ("detection", "detection_additions")]
     return [one for file in files if file.is_file() for one in json.loads(file.read_text())["classifiers"]]

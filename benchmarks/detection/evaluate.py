@@ -3,8 +3,8 @@
     python benchmarks/detection/evaluate.py                             everything, by P3 and P2
     python benchmarks/detection/evaluate.py fashion --detectors margin mahalanobis --protocols P3
     python benchmarks/detection/evaluate.py --no-scoring                tables of what is in the cache
-    python benchmarks/detection/evaluate.py fashion mnist --detectors causal-effects causal-effects-hardened \\
-        --protocols P3 --record detection_hardened                      what the hardened detector costs
+    python benchmarks/detection/evaluate.py --detectors causal-effects causal-effects-hardened ml-loo \\
+        --record detection_additions                                    what was added later, beside ours
 
 Attacks are made by `attacks.py`; those that are missing are "not evaluated" until they have been made. Writes
 `benchmarks/results/detection.md` and `.json` (or another `--record`), and one HTML page with curves and pictures to the
