@@ -280,16 +280,6 @@ def test_every_option_has_its_words() -> None:
     assert [name for name in missing if name != "command"] == []
 
 
-def test_the_page_of_the_docs_knows_every_option() -> None:
-    options = {
-        name for parser in _parsers(build_parser()) for name in parser._option_string_actions if name[:2] == "--"
-    }
-    page = (Path(__file__).resolve().parents[1] / "docs" / "command-line.md").read_text()
-    assert {"--concepts", "--resume", "--given", "--contrast"} <= options
-    options -= {"--help", "--version"}
-    assert {option for option in options if f"`{option}" not in page and f" {option}`" not in page} == set()
-
-
 def test_every_help_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["nodes"], ["map"], ["concepts", "train"], ["concepts", "show"]):
         with pytest.raises(SystemExit) as stopped:
