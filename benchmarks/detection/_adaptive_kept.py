@@ -13,7 +13,8 @@ import numpy as np
 from _adaptive import CHUNK, Chunk, Effort, Victims
 from _adaptive_effort import Comparison
 
-_NEAR = 1e-3
+# A detector that was fitted again on another processor has other roundings behind it, of up to 0.7 % of a score here.
+_NEAR = 1e-2
 
 
 @dataclass(frozen=True)
