@@ -59,7 +59,7 @@ docs: $(VENV)/.installed-docs  ## the documentation, in docs/_build/html; a warn
 
 benchmark: $(VENV)/.installed-demo $(VENV)/.installed-benchmark  ## list the benchmarks; RUN=name runs one (ARGS="..." goes to it)
 ifdef RUN
-	$(BIN)/python benchmarks/$(RUN:.py=).py $(ARGS)
+	$(BIN)/python -m benchmarks.$(subst /,.,$(RUN:.py=)) $(ARGS)
 else
 	@echo "Run one by name, for example: make benchmark RUN=$(firstword $(basename $(notdir $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))))"
 	@for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do \

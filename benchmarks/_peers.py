@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from _engine import Engine
 from captum.attr import IntegratedGradients, LayerGradCam, NoiseTunnel, Occlusion, Saliency
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from benchmarks._engine import Engine
 from ce_plugin import CausalEffect
 from ce_plugin.designs import RandomMask
 from ce_plugin.interventions import PixelMask

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from _tables import interval
+
+from benchmarks._tables import interval
 
 CONFIDENT = 0.8
 

@@ -7,9 +7,10 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-import _record
 import numpy as np
-from _networks import HOW
+
+from benchmarks import _record
+from benchmarks._networks import HOW
 
 
 @dataclass(frozen=True)

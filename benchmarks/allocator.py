@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 
-import _record
+from benchmarks import _record
 
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "20000000000"}
 TIMED = """

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import _record
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from benchmarks import _record
 from ce_plugin.concepts import ConceptAutoencoder, examine, inserted, measure_fidelity, train_autoencoder
 from ce_plugin.datasets import fashion_mnist, read_image
 from ce_plugin.models import FashionCNN, efficientnet_lite0

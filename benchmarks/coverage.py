@@ -22,10 +22,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import _record
 import torch
 from torch import Tensor
 
+from benchmarks import _record
 from ce_plugin.designs import RandomMask
 from ce_plugin.effects import (
     Effects,

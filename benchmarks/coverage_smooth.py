@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import time
 
-import _record
 import torch
 from torch import Tensor
 
+from benchmarks import _record
 from ce_plugin.designs import Design, RandomRegions, RandomWindows
 from ce_plugin.effects import benjamini_hochberg, half_width, p_values
 from ce_plugin.effects.smooth import smooth

@@ -17,12 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import _record
 import torch
-from _networks import HOW, NETWORKS, network
 from captum.attr import Occlusion
 from torch import Tensor, nn
 
+from benchmarks import _record
+from benchmarks._networks import HOW, NETWORKS, network
 from ce_plugin import CausalEffect, LayerCausalEffect
 from ce_plugin.designs import OneAtATime
 from ce_plugin.sites import LayerSite

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import _record
+from benchmarks import _record
 
 MIB = 2**20
 # Name -> (network, layer, height and width of the layer).
@@ -46,8 +46,8 @@ def child(network_name: str, layer: str, budget: int, warm: bool, engine: str, t
     import gc
 
     import torch
-    from _networks import network
 
+    from benchmarks._networks import network
     from ce_plugin import LayerCausalEffect
 
     torch.set_num_threads(threads)

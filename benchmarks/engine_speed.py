@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from _floor import floor_of, matrix_rate
-from _networks import network
-from _speed_tables import CASES, STRIDE, WINDOW, Case, report
 from captum.attr import LayerFeatureAblation, Occlusion
 from torch import Tensor, nn
 
+from benchmarks._floor import floor_of, matrix_rate
+from benchmarks._networks import network
+from benchmarks._speed_tables import CASES, STRIDE, WINDOW, Case, report
 from ce_plugin import CausalEffect, LayerCausalEffect
 from ce_plugin.designs import OneAtATime
 

@@ -22,15 +22,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import _record
 import numpy as np
 import torch
-from _engine import ENGINES, Engine
-from _peers import METHODS, NORMALIZATION, Scene, finest_stride, passes_of
-from _tables import chosen_text, report_data, report_text
 from torch import nn
 from tqdm import tqdm
 
+from benchmarks import _record
+from benchmarks._engine import ENGINES, Engine
+from benchmarks._peers import METHODS, NORMALIZATION, Scene, finest_stride, passes_of
+from benchmarks._tables import chosen_text, report_data, report_text
 from ce_plugin.datasets import read_image
 from ce_plugin.evaluation import insertion_deletion, reference_images
 from ce_plugin.interventions import Normalization

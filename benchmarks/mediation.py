@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import _mediation_tables as tables
-import _record
 import numpy as np
 import torch
-from _networks import image_files
 from torch import Tensor, nn
 
+from benchmarks import _mediation_tables as tables
+from benchmarks import _record
+from benchmarks._networks import image_files
 from ce_plugin import CausalMediation, LayerCausalEffect
 from ce_plugin.datasets import read_image
 from ce_plugin.designs import Joint

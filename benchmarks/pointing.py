@@ -20,15 +20,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import _record
 import numpy as np
 import torch
-from _maps import METHODS, ablation_cam, occlusion, passes
-from _networks import image_files
-from _pointing_tables import CONFIDENT, scaled, summary, text, written
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks import _record
+from benchmarks._maps import METHODS, ablation_cam, occlusion, passes
+from benchmarks._networks import image_files
+from benchmarks._pointing_tables import CONFIDENT, scaled, summary, text, written
 from ce_plugin.datasets import read_image
 from ce_plugin.evaluation import Mosaics, confidently_classified, grid_pointing_game, mosaics
 from ce_plugin.models import efficientnet_lite0

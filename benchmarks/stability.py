@@ -14,15 +14,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import _record
 import numpy as np
 import torch
-from _networks import image_files
-from _tables import bounds, interval
 from captum.attr import LayerGradCam
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks import _record
+from benchmarks._networks import image_files
+from benchmarks._tables import bounds, interval
 from ce_plugin import CausalEffectMap
 from ce_plugin.datasets import read_image
 from ce_plugin.evaluation import rank_correlation

@@ -7,12 +7,12 @@ import statistics
 import time
 from collections.abc import Callable
 
-import _record
 import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
 
+from benchmarks import _record
 from ce_plugin import CausalEffect
 from ce_plugin.designs import RandomMask
 from ce_plugin.interventions import PixelMask

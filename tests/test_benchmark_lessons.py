@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.detectors import MLLOO
 from ce_plugin.detection import CausalEffectDetector, CounterAttack, Signature, Smoothing
-from ce_plugin.evaluation.peers import MLLOO
 from ce_plugin.interventions import Smooth
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -25,7 +25,7 @@ def lessons(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         pytest.skip("needs the benchmarks, which come with the source only")
     for folder in (FOLDER, FOLDER / "detection"):
         monkeypatch.syspath_prepend(folder)
-    return importlib.import_module("_lessons")
+    return importlib.import_module("benchmarks.detection._lessons")
 
 
 def network() -> nn.Module:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from ce_plugin.evaluation.peers import Beyond
+from benchmarks.detectors import Beyond
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "detection"
 
@@ -21,7 +21,7 @@ def ssl(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     if not FOLDER.is_dir():
         pytest.skip("needs the benchmarks, which come with the source only")
     monkeypatch.syspath_prepend(FOLDER)
-    return importlib.import_module("_selfsupervised")
+    return importlib.import_module("benchmarks.detection._selfsupervised")
 
 
 def images(n: int = 32) -> torch.Tensor:
@@ -107,7 +107,7 @@ def test_a_network_that_is_in_the_cache_is_not_trained_again(
 def test_scores_of_beyond_belong_to_its_network_and_it_is_left_out_where_there_is_none(
     ssl: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    detectors = importlib.import_module("_detectors")
+    detectors = importlib.import_module("benchmarks.detection._detectors")
     monkeypatch.setattr(detectors, "simsiam", lambda name, seed, cache: trained(ssl, seed))
     problems = [SimpleNamespace(name="fashion", seed=seed, network=nn.Flatten()) for seed in (0, 1)]
     versions = [detectors.version(detectors.build("beyond", problem)) for problem in (*problems, problems[0])]

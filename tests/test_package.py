@@ -35,7 +35,7 @@ def modules() -> list[str]:
 
 
 # Packages inside a floor that are public as well, and have a page of their own.
-ROOMS = ("ce_plugin.detection.adaptive", "ce_plugin.evaluation.detection", "ce_plugin.evaluation.peers")
+ROOMS = ("ce_plugin.detection.adaptive", "benchmarks.harness", "benchmarks.detectors")
 
 
 def floors() -> list[str]:

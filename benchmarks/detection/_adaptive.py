@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from _data import Problem, cache_folder
-from _detectors import LIMITS, build, least_taught, needs_labels
-from _scores import setting
 from attacks import attack_file, specs
 
+from benchmarks.detection._data import Problem, cache_folder
+from benchmarks.detection._detectors import LIMITS, build, least_taught, needs_labels
+from benchmarks.detection._scores import setting
+from benchmarks.harness import Attacked, CleanScores, ImageDraws, fit_detector, plan
+from benchmarks.harness.attacks import attack_key
 from ce_plugin._art import build_classifier
 from ce_plugin.detection.adaptive import AdaptiveEvasion
 from ce_plugin.detection.protocol import DifferentiableDetector
 from ce_plugin.errors import FileError
-from ce_plugin.evaluation.detection import Attacked, CleanScores, ImageDraws, fit_detector, plan
-from ce_plugin.evaluation.detection.attacks import attack_key
 
 CHUNK = 10
 CLEAN = 1500

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from _adaptive import Chunk, Effort, Victims
-from _table import Table, number
 
-from ce_plugin.evaluation.detection import Interval, auroc
+from benchmarks.detection._adaptive import Chunk, Effort, Victims
+from benchmarks.detection._table import Table, number
+from ce_plugin.evaluation import Interval, auroc
 
 _WORDS = (
     "Some images were attacked once more with greater effort. AUROC of those that end misclassified with the effort of "

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _adaptive import CHUNK, Chunk, Effort, Victims
-from _adaptive_effort import Comparison
+
+from benchmarks.detection._adaptive import CHUNK, Chunk, Effort, Victims
+from benchmarks.detection._adaptive_effort import Comparison
 
 # A detector that was fitted again on another processor has other roundings behind it, of up to 0.7 % of a score here.
 _NEAR = 1e-2

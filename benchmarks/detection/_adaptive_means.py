@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from _adaptive_row import Row
-from _detectors import LAST_LAYER, label
-from _outcome import TITLES
-from _table import Table, interval, met, number, percent
 
-from ce_plugin.evaluation.detection import Interval
+from benchmarks.detection._adaptive_row import Row
+from benchmarks.detection._detectors import LAST_LAYER, label
+from benchmarks.detection._outcome import TITLES
+from benchmarks.detection._table import Table, interval, met, number, percent
+from ce_plugin.evaluation import Interval
 
 BARS = {0.1: 0.65, 0.3: 0.05}
 """eps -> AUROC that the attack is to reach against Mahalanobis on MNIST, written before anything was measured."""

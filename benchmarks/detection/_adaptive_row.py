@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from _adaptive import CLEAN, Chunk, Effort, Victims
-from _adaptive_effort import Comparison
-from _detectors import label, version
-from _outcome import TITLES
-from _table import interval, number, percent
 
-from ce_plugin.evaluation.detection import Figures, auroc, figures
+from benchmarks.detection._adaptive import CLEAN, Chunk, Effort, Victims
+from benchmarks.detection._adaptive_effort import Comparison
+from benchmarks.detection._detectors import label, version
+from benchmarks.detection._outcome import TITLES
+from benchmarks.detection._table import interval, number, percent
+from ce_plugin.evaluation import Figures, auroc, figures
 
 SHARES = (0.0, 1 / 3, 1 / 2, 2 / 3, math.inf)
 FEW = 10

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _adaptive_effort import more_effort
-from _adaptive_means import asked, means, over_classifiers
-from _adaptive_row import FEW, Row
-from _detectors import least_taught
-from _outcome import TITLES
-from _table import Table, number
+
+from benchmarks.detection._adaptive_effort import more_effort
+from benchmarks.detection._adaptive_means import asked, means, over_classifiers
+from benchmarks.detection._adaptive_row import FEW, Row
+from benchmarks.detection._detectors import least_taught
+from benchmarks.detection._outcome import TITLES
+from benchmarks.detection._table import Table, number
 
 WANTED = 200
 

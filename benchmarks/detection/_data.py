@@ -19,9 +19,16 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from _classifiers import Array, Labels, cache_folder, imagenet_classifier, predictions, small_classifier
 from torch import nn
 
+from benchmarks.detection._classifiers import (
+    Array,
+    Labels,
+    cache_folder,
+    imagenet_classifier,
+    predictions,
+    small_classifier,
+)
 from ce_plugin.datasets import fashion_mnist, read_image
 from ce_plugin.datasets.mnist import mnist_5k
 from ce_plugin.models import Framing, as_batch

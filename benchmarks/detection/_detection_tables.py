@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from _detectors import LEFT_OUT, OWN, label
-from _knowing import knowing
-from _outcome import TITLES, Group, Outcome
-from _record import RESULTS
-from _scores import CLEAN, NEEDED
-from _table import Table, interval, number, percent
-from _verdicts import bars, better
 
-from ce_plugin.evaluation.detection import PROTOCOLS
+from benchmarks._record import RESULTS
+from benchmarks.detection._detectors import LEFT_OUT, OWN, label
+from benchmarks.detection._knowing import knowing
+from benchmarks.detection._outcome import TITLES, Group, Outcome
+from benchmarks.detection._scores import CLEAN, NEEDED
+from benchmarks.detection._table import Table, interval, number, percent
+from benchmarks.detection._verdicts import bars, better
+from benchmarks.harness import PROTOCOLS
 
 KINDS = ("clean", "correct", "misclassified", "gauss", "sign", "shift", "contrast", "jpeg")
 

@@ -11,16 +11,16 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from _classifiers import cache_folder, checksum
-from _data import Problem
-from _lessons import KeptLearner, RememberingMLLOO
-from _selfsupervised import PRETRAINING, simsiam
 from torch import nn
 
+from benchmarks.detection._classifiers import cache_folder, checksum
+from benchmarks.detection._data import Problem
+from benchmarks.detection._lessons import KeptLearner, RememberingMLLOO
+from benchmarks.detection._selfsupervised import PRETRAINING, simsiam
+from benchmarks.detectors import PEERS, Beyond, Mahalanobis, Peer
+from benchmarks.detectors.layers import default_layers
 from ce_plugin.detection import CausalEffectDetector, Signature
 from ce_plugin.detection.protocol import Detector
-from ce_plugin.evaluation.peers import PEERS, Beyond, Mahalanobis, Peer
-from ce_plugin.evaluation.peers.layers import default_layers
 
 OURS = "causal-effects"
 HARDENED = "causal-effects-hardened"
@@ -49,7 +49,7 @@ LABELS = {
 _PEERS: dict[str, Callable[..., Peer]] = {**PEERS, LAST_LAYER: Mahalanobis, BEYOND: Beyond}
 _WATCHED = (
     "ce_plugin.detection",
-    "ce_plugin.evaluation.peers",
+    "benchmarks.detectors",
     "ce_plugin.interventions.smoothing",
     "ce_plugin.interventions.jpeg",
 )

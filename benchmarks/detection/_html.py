@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _curves import curves
-from _detectors import OURS, label
-from _outcome import TITLES, Outcome
-from _scores import Result, Setting, predictions
-from _table import Table, marked
 
+from benchmarks.detection._curves import curves
+from benchmarks.detection._detectors import OURS, label
+from benchmarks.detection._outcome import TITLES, Outcome
+from benchmarks.detection._scores import Result, Setting, predictions
+from benchmarks.detection._table import Table, marked
 from ce_plugin.datasets import FASHION_CLASSES
 
 EXAMPLES = 4

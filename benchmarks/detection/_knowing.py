@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from _adaptive_means import attacked
-from _detectors import label, least_taught
-from _outcome import TITLES, Outcome
-from _table import Table, number, percent
+from benchmarks.detection._adaptive_means import attacked
+from benchmarks.detection._detectors import label, least_taught
+from benchmarks.detection._outcome import TITLES, Outcome
+from benchmarks.detection._table import Table, number, percent
 
 FILE = "detection_adaptive.json"
 _WORDS = (

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from _detectors import OWN
-from _scores import NEEDED, Result, Setting
-
-from ce_plugin.evaluation.detection import Evaluation, ImageDraws, pooled
+from benchmarks.detection._detectors import OWN
+from benchmarks.detection._scores import NEEDED, Result, Setting
+from benchmarks.harness import Evaluation, ImageDraws, pooled
 
 TITLES = {"fashion": "Fashion-MNIST", "mnist": "MNIST-5k", "imagenet": "photographs (EfficientNet-lite0)"}
 

@@ -12,14 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from _classifiers import checksum
-from _data import Problem, cache_folder, predictions
-from _detectors import LIMITS, OWN, UNTAUGHT, build, needs_labels, version
 from attacks import attack_file, specs
 
-from ce_plugin.errors import FileError
-from ce_plugin.evaluation.detection import (
-    Alarms,
+from benchmarks.detection._classifiers import checksum
+from benchmarks.detection._data import Problem, cache_folder, predictions
+from benchmarks.detection._detectors import LIMITS, OWN, UNTAUGHT, build, needs_labels, version
+from benchmarks.harness import (
     Attacked,
     Evaluation,
     ImageDraws,
@@ -28,13 +26,14 @@ from ce_plugin.evaluation.detection import (
     Sheet,
     Task,
     evaluate,
-    false_alarms,
     plan,
     score_task,
     sets_of,
 )
-from ce_plugin.evaluation.detection.attacks import attack_key
-from ce_plugin.evaluation.detection.benign import BENIGN, benign
+from benchmarks.harness.attacks import attack_key
+from benchmarks.harness.benign import BENIGN, benign
+from ce_plugin.errors import FileError
+from ce_plugin.evaluation import Alarms, false_alarms
 
 CLEAN = 1500
 ALTERED = 500
@@ -167,7 +166,7 @@ def result(
         among=setting.among(),
     )
     one = sheets[tasks[0].key]
-    alarms = false_alarms(one) if tasks[0].alarms else None
+    alarms = false_alarms(one.calibration, one.unattacked) if tasks[0].alarms else None
     return Result(*about, figures, alarms, one.passes, one.seconds, sheets, setting.among())
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _classifiers import Array, Labels, cache_folder, kept
-from _data import train_split
 from torch import Tensor, nn
 
+from benchmarks.detection._classifiers import Array, Labels, cache_folder, kept
+from benchmarks.detection._data import train_split
 from ce_plugin.randomness import derived_seed, generator
 
 WIDTH = 128

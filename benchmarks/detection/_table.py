@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ce_plugin.evaluation.detection import Interval
+from ce_plugin.evaluation import Interval
 
 
 @dataclass

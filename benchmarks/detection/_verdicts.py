@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from _detectors import OURS, OWN, label
-from _outcome import TITLES, Outcome
-from _table import Table, interval, met, number, percent
 
-from ce_plugin.evaluation.detection import PROTOCOLS, Evaluation
+from benchmarks.detection._detectors import OURS, OWN, label
+from benchmarks.detection._outcome import TITLES, Outcome
+from benchmarks.detection._table import Table, interval, met, number, percent
+from benchmarks.harness import PROTOCOLS, Evaluation
 
 BARS = {
     ("mnist", "P3"): (0.985, 0.93),

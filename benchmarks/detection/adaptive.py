@@ -24,17 +24,16 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from _adaptive import CHUNK, Effort, Victims, chunks
-from _adaptive_effort import compared
-from _adaptive_kept import kept
-from _adaptive_means import means
-from _adaptive_row import Row
-from _adaptive_tables import WANTED, tables
-from _data import PROBLEMS, SEEDS, check_problems, load
-from _detectors import OURS, names
-from _knowing import FILE
-from _record import RESULTS, write
-
+from benchmarks._record import RESULTS, write
+from benchmarks.detection._adaptive import CHUNK, Effort, Victims, chunks
+from benchmarks.detection._adaptive_effort import compared
+from benchmarks.detection._adaptive_kept import kept
+from benchmarks.detection._adaptive_means import means
+from benchmarks.detection._adaptive_row import Row
+from benchmarks.detection._adaptive_tables import WANTED, tables
+from benchmarks.detection._data import PROBLEMS, SEEDS, check_problems, load
+from benchmarks.detection._detectors import OURS, names
+from benchmarks.detection._knowing import FILE
 from ce_plugin.detection.adaptive import LOSSES
 
 EPS = (0.05, 0.1, 0.2, 0.3, math.inf)

@@ -5,7 +5,7 @@
     python benchmarks/detection/attacks.py --list                  what there is so far
 
 Per problem, seed, part and attack one file `CACHE/detection/attacks/PROBLEM-SEED/PART/ATTACK.npz`, read by
-`ce_plugin.evaluation.detection.attacks.Attacked.load`. Part "test" is attacked with the whole suite; part "fit" with
+`benchmarks.harness.attacks.Attacked.load`. Part "test" is attacked with the whole suite; part "fit" with
 FGSM, for detectors that learn from it. Images of eight bits; success is judged after rounding.
 """
 
@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from _data import DEVELOPMENT_SEED, PROBLEMS, SEEDS, Problem, cache_folder, load
 
+from benchmarks.detection._data import DEVELOPMENT_SEED, PROBLEMS, SEEDS, Problem, cache_folder, load
+from benchmarks.harness.attacks import Attacked, AttackSpec, cached_attack
+from benchmarks.harness.suites import fit_suite, suite
 from ce_plugin.errors import FileError
-from ce_plugin.evaluation.detection.attacks import Attacked, AttackSpec, cached_attack
-from ce_plugin.evaluation.detection.suites import fit_suite, suite
 
 SLOW = ("PixelAttack",)  # made last of all
 QUICK = ("FastGradientMethod", "BasicIterativeMethod", "ProjectedGradientDescent", "DeepFool")

@@ -22,15 +22,14 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from _data import PROBLEMS, SEEDS, check_problems, load
-from _detection_tables import tables
-from _detectors import available, names
-from _html import examples, write_html
-from _outcome import Group, Outcome
-from _record import write
-from _scores import order, result, setting
-
-from ce_plugin.evaluation.detection import PROTOCOLS, ImageDraws
+from benchmarks._record import write
+from benchmarks.detection._data import PROBLEMS, SEEDS, check_problems, load
+from benchmarks.detection._detection_tables import tables
+from benchmarks.detection._detectors import available, names
+from benchmarks.detection._html import examples, write_html
+from benchmarks.detection._outcome import Group, Outcome
+from benchmarks.detection._scores import order, result, setting
+from benchmarks.harness import PROTOCOLS, ImageDraws
 
 
 def main() -> None:

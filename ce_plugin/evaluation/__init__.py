@@ -1,5 +1,21 @@
 """Is an explanation right? Ground truth, and measures of faithfulness, localisation and stability."""
 
+from ce_plugin.evaluation.detection_metrics import (
+    Alarms,
+    Figures,
+    Interval,
+    Resampled,
+    Summary,
+    WorstCase,
+    auroc,
+    bootstrapped,
+    enough,
+    false_alarms,
+    figures,
+    mean_and_worst,
+    tpr_at_fpr,
+    worst_case_scores,
+)
 from ce_plugin.evaluation.faithfulness import (
     FaithfulnessCurves,
     area_under_curve,
@@ -13,21 +29,35 @@ from ce_plugin.evaluation.pointing import Mosaics, confidently_classified, grid_
 from ce_plugin.evaluation.stability import map_stability, rank_correlation
 
 __all__ = [
+    "Alarms",
     "FaithfulnessCurves",
+    "Figures",
+    "Interval",
     "Mosaics",
     "PlantedInteraction",
     "PlantedMediation",
     "PlantedNetwork",
+    "Resampled",
+    "Summary",
+    "WorstCase",
     "area_under_curve",
+    "auroc",
+    "bootstrapped",
     "confidently_classified",
+    "enough",
     "expected_effects",
+    "false_alarms",
+    "figures",
     "grid_pointing_game",
     "insertion_deletion",
     "map_stability",
+    "mean_and_worst",
     "mediation_truth",
     "mosaics",
     "pixel_order",
     "pointing_share",
     "rank_correlation",
     "reference_images",
+    "tpr_at_fpr",
+    "worst_case_scores",
 ]

@@ -169,7 +169,7 @@ def _tried(
     detector: CausalEffectDetector, attack: DetectorAttack, given: _Material, n_shown: int, layer: str | None, seed: int
 ) -> AttackTried:
     from ce_plugin.detection import rate
-    from ce_plugin.evaluation.detection import figures
+    from ce_plugin.evaluation import figures
 
     index = np.flatnonzero(given.right)
     before, truth = given.images[index], given.truth[index]

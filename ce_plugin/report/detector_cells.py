@@ -14,7 +14,7 @@ from ce_plugin.visualization import data_uri, magnify, overlay, plot_roc, plot_s
 
 if TYPE_CHECKING:
     from ce_plugin.detection import Alarm, Rate, UnusualEffect
-    from ce_plugin.evaluation.detection import Interval
+    from ce_plugin.evaluation import Interval
 
 __all__ = ["alarm", "evaluation_section", "verdict_words"]
 

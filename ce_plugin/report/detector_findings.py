@@ -12,7 +12,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ce_plugin.detection import Alarm, Calibration, Rate
-    from ce_plugin.evaluation.detection import Figures
+    from ce_plugin.evaluation import Figures
 
 __all__ = ["AlarmShown", "AttackTried", "DetectorTrial", "Screened", "Screening"]
 

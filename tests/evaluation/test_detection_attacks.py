@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from benchmarks.harness import attacks
+from benchmarks.harness.attacks import Attacked, AttackSpec, attack_images, cached_attack
+from benchmarks.harness.benign import BENIGN, benign
+from benchmarks.harness.carlini import CarliniL2, CarliniLInf
+from benchmarks.harness.estimators import CountedNetwork, build_estimator, predict
+from benchmarks.harness.suites import fit_suite, suite
 from ce_plugin.errors import ArgumentError, FileError, InputError, UnknownNameError
-from ce_plugin.evaluation.detection import attacks
-from ce_plugin.evaluation.detection.attacks import Attacked, AttackSpec, attack_images, cached_attack
-from ce_plugin.evaluation.detection.benign import BENIGN, benign
-from ce_plugin.evaluation.detection.carlini import CarliniL2, CarliniLInf
-from ce_plugin.evaluation.detection.estimators import CountedNetwork, build_estimator, predict
-from ce_plugin.evaluation.detection.suites import fit_suite, suite
 
 WEIGHTS = torch.linspace(-1, 1, 16).roll(5)
 SQUARE = AttackSpec("square", "query", "linf", "SquareAttack", {"eps": 0.1, "max_iter": 5, "p_init": 0.3})
@@ -279,8 +279,8 @@ class TestBadInput:
 class TestSuites:
     @pytest.mark.parametrize("name", ["small", "imagenet"])
     def test_every_attack_is_known_once_and_set_by_settings_that_exist(self, name: str) -> None:
+        from benchmarks.harness.estimators import BUILDERS
         from ce_plugin._art import attack_class
-        from ce_plugin.evaluation.detection.estimators import BUILDERS
 
         names = [spec.name for spec in suite(name)]
         assert len(set(names)) == len(names)

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from ce_plugin.detection.calibration import Calibration
-from ce_plugin.errors import ArgumentError, FileError, InputError, UnknownNameError
-from ce_plugin.evaluation.detection import (
+from benchmarks.detectors import Mahalanobis, Margin
+from benchmarks.harness import (
     CleanScores,
     ImageDraws,
     ImageSet,
@@ -23,16 +22,16 @@ from ce_plugin.evaluation.detection import (
     Scored,
     Sheet,
     Task,
-    bootstrapped,
     evaluate,
-    false_alarms,
     fit_detector,
     plan,
     pooled,
     score_task,
     sets_of,
 )
-from ce_plugin.evaluation.peers import Mahalanobis, Margin
+from ce_plugin.detection.calibration import Calibration
+from ce_plugin.errors import ArgumentError, FileError, InputError, UnknownNameError
+from ce_plugin.evaluation import bootstrapped, false_alarms
 
 
 class Recorder:
@@ -365,7 +364,7 @@ def test_false_alarms_count_misclassified_images_among_the_clean_ones() -> None:
         "other misclassified": Scored(np.arange(10), np.full(10, 99.5)),
         "other noise": Scored(np.arange(4), np.array([10.0, 96, 97, 98])),
     }
-    found = false_alarms(Sheet(Calibration(np.arange(100.0)), sets))
+    found = false_alarms(Calibration(np.arange(100.0)), Sheet(Calibration(np.arange(100.0)), sets).unattacked)
     assert found.rates["clean"][1].share == 0.1
     assert found.rates["correct"][1].share == 0.0
     assert found.rates["misclassified"][1].share == 1.0
@@ -378,7 +377,7 @@ def test_false_alarms_count_misclassified_images_among_the_clean_ones() -> None:
 
 def test_a_rate_that_calibration_cannot_resolve_raises_no_alarm() -> None:
     sheet = Sheet(Calibration(np.arange(30.0)), {"clean": Scored(np.arange(5), np.full(5, 100.0))})
-    found = false_alarms(sheet)
+    found = false_alarms(sheet.calibration, sheet.unattacked)
     assert found.due[0] is None
     assert found.held()[0] is None
     assert found.rates["clean"][0].share == 0.0

@@ -8,9 +8,9 @@ import torch
 from scipy import special, stats
 from torch import nn
 
+from benchmarks.detectors.confidence import Entropy, Margin, MaxSoftmax
 from ce_plugin.detection.protocol import DifferentiableDetector
 from ce_plugin.errors import ArgumentError, ModelError
-from ce_plugin.evaluation.peers.confidence import Entropy, Margin, MaxSoftmax
 
 PEERS = (MaxSoftmax, Entropy, Margin)
 LOGITS = np.random.default_rng(0).normal(size=(30, 5)) * 3

@@ -9,9 +9,9 @@ from sklearn.model_selection import GridSearchCV, LeaveOneOut
 from sklearn.neighbors import KernelDensity as SklearnDensity
 from torch import nn
 
+from benchmarks.detectors.density import ClassDensity, KernelDensity, likeliest_bandwidth
 from ce_plugin.detection.protocol import DifferentiableDetector
 from ce_plugin.errors import ArgumentError, ModelError
-from ce_plugin.evaluation.peers.density import ClassDensity, KernelDensity, likeliest_bandwidth
 from ce_plugin.randomness import generator
 
 

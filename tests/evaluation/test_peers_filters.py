@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.detectors.filters import FilterEffects, filter_statistics
 from ce_plugin.detection.protocol import Detector
 from ce_plugin.errors import ModelError, UnknownNameError
-from ce_plugin.evaluation.peers.filters import FilterEffects, filter_statistics
 
 
 def network() -> nn.Sequential:

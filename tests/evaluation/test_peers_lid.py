@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.detectors.layers import every_layer
+from benchmarks.detectors.lid import LID, lid_of_distances
 from ce_plugin.detection.protocol import DifferentiableDetector
 from ce_plugin.errors import ArgumentError, InputError
-from ce_plugin.evaluation.peers.layers import every_layer
-from ce_plugin.evaluation.peers.lid import LID, lid_of_distances
 
 
 def pixels(smooth: bool = False) -> nn.Sequential:

@@ -8,12 +8,12 @@ import torch
 from sklearn.covariance import LedoitWolf
 from torch import nn
 
+from benchmarks.detectors.base import Peer
+from benchmarks.detectors.combination import Combination
+from benchmarks.detectors.layers import LayerReader, default_layers
+from benchmarks.detectors.mahalanobis import Mahalanobis, TiedGaussians
 from ce_plugin.detection.protocol import DifferentiableDetector
 from ce_plugin.errors import ArgumentError, InputError, ModelError, UnknownNameError
-from ce_plugin.evaluation.peers.base import Peer
-from ce_plugin.evaluation.peers.combination import Combination
-from ce_plugin.evaluation.peers.layers import LayerReader, default_layers
-from ce_plugin.evaluation.peers.mahalanobis import Mahalanobis, TiedGaussians
 
 
 def network(dtype: torch.dtype = torch.float32, smooth: bool = False) -> nn.Sequential:

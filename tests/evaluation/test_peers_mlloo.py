@@ -8,9 +8,9 @@ import torch
 from scipy import stats
 from torch import nn
 
+from benchmarks.detectors.mlloo import MLLOO, dispersion
 from ce_plugin.detection.protocol import Detector
 from ce_plugin.errors import ArgumentError, InputError, UnknownNameError
-from ce_plugin.evaluation.peers.mlloo import MLLOO, dispersion
 
 
 def images(n: int = 40, seed: int = 0, channels: int = 1, size: int = 4) -> np.ndarray:

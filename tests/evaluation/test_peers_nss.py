@@ -9,9 +9,7 @@ from scipy import ndimage, stats
 from sklearn.svm import SVC
 from torch import nn
 
-from ce_plugin.detection.protocol import Detector, DifferentiableDetector
-from ce_plugin.errors import InputError
-from ce_plugin.evaluation.peers.nss import (
+from benchmarks.detectors.nss import (
     NSS,
     _Machine,
     asymmetric_parameters,
@@ -19,6 +17,8 @@ from ce_plugin.evaluation.peers.nss import (
     scene_statistics,
     symmetric_parameters,
 )
+from ce_plugin.detection.protocol import Detector, DifferentiableDetector
+from ce_plugin.errors import InputError
 
 
 def scenes(n: int = 60, seed: int = 0, channels: int = 1) -> np.ndarray:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.detectors import PEERS, BinaryActivation, BinaryInput, KernelDensity, Peer, peers
 from ce_plugin.detection.protocol import Detector, DifferentiableDetector
 from ce_plugin.errors import InputError, UnknownNameError
-from ce_plugin.evaluation.peers import PEERS, BinaryActivation, BinaryInput, KernelDensity, Peer, peers
 
 QUICK: dict[str, Callable[[nn.Module], Peer]] = {
     **PEERS,

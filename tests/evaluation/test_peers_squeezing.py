@@ -8,9 +8,9 @@ import torch
 from scipy import ndimage, special
 from torch import nn
 
+from benchmarks.detectors.squeezing import FeatureSqueezing, NonLocalMeans, paper_squeezers
 from ce_plugin.detection.protocol import DifferentiableDetector
 from ce_plugin.errors import ArgumentError, InputError
-from ce_plugin.evaluation.peers.squeezing import FeatureSqueezing, NonLocalMeans, paper_squeezers
 
 
 def linear(channels: int, size: int) -> tuple[nn.Sequential, np.ndarray]:

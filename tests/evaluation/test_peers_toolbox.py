@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.detectors.base import Peer
+from benchmarks.detectors.toolbox import BinaryActivation, BinaryInput
+from benchmarks.detectors.toolbox_scans import Beyond, SubsetScanning
 from ce_plugin.detection.protocol import Detector, DifferentiableDetector
 from ce_plugin.errors import ArgumentError, InputError, UnknownNameError
-from ce_plugin.evaluation.peers.base import Peer
-from ce_plugin.evaluation.peers.toolbox import BinaryActivation, BinaryInput
-from ce_plugin.evaluation.peers.toolbox_scans import Beyond, SubsetScanning
 
 
 def network() -> nn.Sequential:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.harness.attacks import AttackSpec
 from ce_plugin.errors import unknown_name
-from ce_plugin.evaluation.detection.attacks import AttackSpec
 
 __all__ = ["fit_suite", "suite"]
 

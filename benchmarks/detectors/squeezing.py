@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.detectors.base import DifferentiablePeer
 from ce_plugin.detection.protocol import Array
 from ce_plugin.errors import ArgumentError, InputError, expected
-from ce_plugin.evaluation.peers.base import DifferentiablePeer
 from ce_plugin.interventions import Smooth
 
 __all__ = ["FeatureSqueezing", "NonLocalMeans", "paper_squeezers"]

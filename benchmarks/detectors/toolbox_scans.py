@@ -11,12 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from benchmarks.detectors.base import Peer
+from benchmarks.detectors.layers import LayerReader
+from benchmarks.detectors.toolbox import LAYER, Activations
 from ce_plugin._art import load_art
 from ce_plugin.detection.protocol import Array
 from ce_plugin.errors import ArgumentError, expected, unknown_name
-from ce_plugin.evaluation.peers.base import Peer
-from ce_plugin.evaluation.peers.layers import LayerReader
-from ce_plugin.evaluation.peers.toolbox import LAYER, Activations
 from ce_plugin.guard import state_guard
 from ce_plugin.randomness import numpy_generator
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.detectors.base import DifferentiablePeer
+from benchmarks.detectors.mahalanobis import TiedGaussians
 from ce_plugin.detection.protocol import Array
 from ce_plugin.errors import ArgumentError, InputError, expected
-from ce_plugin.evaluation.peers.base import DifferentiablePeer
-from ce_plugin.evaluation.peers.mahalanobis import TiedGaussians
 
 __all__ = ["NSS", "asymmetric_parameters", "mscn", "scene_statistics", "symmetric_parameters"]
 

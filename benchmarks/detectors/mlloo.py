@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from benchmarks.detectors.base import StatisticsPeer
+from benchmarks.detectors.layers import LayerReader, Layers
 from ce_plugin.errors import ArgumentError, InputError, expected, unknown_name
-from ce_plugin.evaluation.peers.base import StatisticsPeer
-from ce_plugin.evaluation.peers.layers import LayerReader, Layers
 
 __all__ = ["MLLOO", "dispersion"]
 

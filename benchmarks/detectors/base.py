@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from benchmarks.detectors.combination import Combination
 from ce_plugin.detection.protocol import Array
 from ce_plugin.errors import ArgumentError, InputError, expected
-from ce_plugin.evaluation.peers.combination import Combination
 from ce_plugin.guard import state_guard
 from ce_plugin.randomness import numpy_generator
 

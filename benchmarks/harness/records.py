@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, Union
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.harness.archives import Arrays, read_archive, write_archive
+from benchmarks.harness.protocols import ImageSet, Material, Task, fit_detector
 from ce_plugin.detection.calibration import Calibration
 from ce_plugin.detection.protocol import Detector
 from ce_plugin.errors import FileError, expected
-from ce_plugin.evaluation.detection.archives import Arrays, read_archive, write_archive
-from ce_plugin.evaluation.detection.protocols import ImageSet, Material, Task, fit_detector
 
 __all__ = ["Scored", "Sheet", "score_task", "sets_of"]
 
@@ -63,6 +63,12 @@ class Sheet:
     passes: float | None = None
     seconds: float | None = None
 
+    @property
+    def unattacked(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Scores of the images that are not attacked: "clean", and the others by their names."""
+        others = (name for name in self.sets if name.startswith("other "))
+        return {"clean": self.sets["clean"].scores, **{name[6:]: self.sets[name].scores for name in others}}
+
     def save(self, file: FilePath, key: str = "") -> None:
         """Write everything to one file, whole or not at all."""
         names = list(self.sets)
@@ -96,7 +102,7 @@ def sets_of(task: Task, material: Material) -> dict[str, ImageSet]:
     """All sets of images that a task scores, under the names that a :class:`Sheet` has for them.
 
     Example:
-        >>> from ce_plugin.evaluation.detection.protocols import plan
+        >>> from benchmarks.harness.protocols import plan
         >>> one = np.zeros((4, 1, 2, 2), np.uint8)
         >>> clean, fgsm = (ImageSet(name, one, np.arange(4)) for name in ("clean", "fgsm"))
         >>> material = Material(one, {}, clean, {"fgsm": fgsm}, {"noise": clean})
@@ -123,18 +129,18 @@ def score_task(
 
     Args:
         detector: is fitted, unless nothing is left to score.
-        task: see :func:`~ce_plugin.evaluation.detection.plan`.
+        task: see :func:`~benchmarks.harness.plan`.
         material: the images.
         known: scores of an equal detector, fitted on the same images: sets that have not changed are taken from it.
-        limit: see :func:`~ce_plugin.evaluation.detection.fit_detector`.
+        limit: see :func:`~benchmarks.harness.fit_detector`.
         batch_size: images at a time.
 
     Returns:
         Scores of all sets of the task, and of no other.
 
     Example:
-        >>> from ce_plugin.evaluation.detection.protocols import plan
-        >>> from ce_plugin.evaluation.peers import Margin
+        >>> from benchmarks.harness.protocols import plan
+        >>> from benchmarks.detectors import Margin
         >>> import torch
         >>> images = np.random.default_rng(0).random((40, 1, 2, 2)).astype(np.float32)
         >>> material = Material(images, {}, ImageSet("clean", images, np.arange(40)), {})

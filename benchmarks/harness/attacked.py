@@ -9,8 +9,8 @@ from typing import Any, Union
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.harness.archives import read_archive, write_archive
 from ce_plugin.errors import FileError, expected
-from ce_plugin.evaluation.detection.archives import read_archive, write_archive
 
 __all__ = ["Attacked"]
 

@@ -39,7 +39,7 @@ class ImageSet:
         name: of the attack or the alteration.
         images: (N, C, H, W), uint8 as stored, or float32 in [0, 1].
         ids: (N,), which image each was made from; each at most once.
-        family: of the attack, see :class:`~ce_plugin.evaluation.detection.AttackSpec`.
+        family: of the attack, see :class:`~benchmarks.harness.AttackSpec`.
         apart: the attack bounds no norm: reported, but not in any mean or worst case.
 
     Raises:

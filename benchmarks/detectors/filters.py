@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from benchmarks.detectors.base import StatisticsPeer
 from ce_plugin.attribution import LayerCausalEffect
 from ce_plugin.errors import ModelError, expected
-from ce_plugin.evaluation.peers.base import StatisticsPeer
 
 __all__ = ["FilterEffects", "filter_statistics"]
 

@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
+from benchmarks.detectors.base import Peer
+from benchmarks.detectors.confidence import Entropy, Margin, MaxSoftmax
+from benchmarks.detectors.density import KernelDensity
+from benchmarks.detectors.filters import FilterEffects
+from benchmarks.detectors.lid import LID
+from benchmarks.detectors.mahalanobis import Mahalanobis
+from benchmarks.detectors.mlloo import MLLOO
+from benchmarks.detectors.nss import NSS
+from benchmarks.detectors.squeezing import FeatureSqueezing
+from benchmarks.detectors.toolbox import BinaryActivation, BinaryInput
+from benchmarks.detectors.toolbox_scans import SubsetScanning
 from ce_plugin.errors import unknown_name
-from ce_plugin.evaluation.peers.base import Peer
-from ce_plugin.evaluation.peers.confidence import Entropy, Margin, MaxSoftmax
-from ce_plugin.evaluation.peers.density import KernelDensity
-from ce_plugin.evaluation.peers.filters import FilterEffects
-from ce_plugin.evaluation.peers.lid import LID
-from ce_plugin.evaluation.peers.mahalanobis import Mahalanobis
-from ce_plugin.evaluation.peers.mlloo import MLLOO
-from ce_plugin.evaluation.peers.nss import NSS
-from ce_plugin.evaluation.peers.squeezing import FeatureSqueezing
-from ce_plugin.evaluation.peers.toolbox import BinaryActivation, BinaryInput
-from ce_plugin.evaluation.peers.toolbox_scans import SubsetScanning
 
 __all__ = ["PEERS", "peers"]
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.detectors.base import DifferentiablePeer, StatisticsPeer
+from benchmarks.detectors.layers import LayerReader, Layers
 from ce_plugin.errors import ArgumentError, expected
-from ce_plugin.evaluation.peers.base import DifferentiablePeer, StatisticsPeer
-from ce_plugin.evaluation.peers.layers import LayerReader, Layers
 
 __all__ = ["Mahalanobis", "TiedGaussians"]
 

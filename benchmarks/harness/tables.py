@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.harness.protocols import Task
+from benchmarks.harness.records import Scored, Sheet
+from benchmarks.harness.resampling import CleanScores, ImageDraws
 from ce_plugin.errors import InputError, expected
-from ce_plugin.evaluation.detection.alarms import RATES
-from ce_plugin.evaluation.detection.bootstrap import Resampled
-from ce_plugin.evaluation.detection.metrics import (
+from ce_plugin.evaluation.detection_metrics import (
+    RATES,
     Figures,
     Interval,
+    Resampled,
     auroc,
     enough,
     mean_and_worst,
     tpr_at_fpr,
     worst_case_scores,
 )
-from ce_plugin.evaluation.detection.protocols import Task
-from ce_plugin.evaluation.detection.records import Scored, Sheet
-from ce_plugin.evaluation.detection.resampling import CleanScores, ImageDraws
 
 __all__ = ["Evaluation", "Tried", "evaluate", "pooled"]
 

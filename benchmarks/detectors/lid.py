@@ -7,11 +7,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from benchmarks.detectors.base import DifferentiablePeer
+from benchmarks.detectors.combination import Combination
+from benchmarks.detectors.layers import LayerReader, Layers
 from ce_plugin.detection.protocol import Array
 from ce_plugin.errors import ArgumentError, expected
-from ce_plugin.evaluation.peers.base import DifferentiablePeer
-from ce_plugin.evaluation.peers.combination import Combination
-from ce_plugin.evaluation.peers.layers import LayerReader, Layers
 from ce_plugin.randomness import numpy_generator
 
 __all__ = ["LID", "lid_of_distances"]

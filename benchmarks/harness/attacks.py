@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from benchmarks.harness.attacked import Attacked
+from benchmarks.harness.estimators import CountedNetwork, build_attack, build_estimator, predict
 from ce_plugin.errors import ArgumentError, FileError, InputError, expected
-from ce_plugin.evaluation.detection.attacked import Attacked
-from ce_plugin.evaluation.detection.estimators import CountedNetwork, build_attack, build_estimator, predict
 from ce_plugin.guard import state_guard
 from ce_plugin.randomness import derived_seed
 
@@ -35,7 +35,7 @@ class AttackSpec:
         name: what tables and files call it ("pgd-0.1").
         family: attacks of one kind, which protocols leave out together ("sign", "minimal", "sparse", "query" ...).
         norm: what the attack keeps small: "linf", "l2", "l1", "l0" or "none".
-        attack: class name in ART, or one of :data:`~ce_plugin.evaluation.detection.estimators.BUILDERS`.
+        attack: class name in ART, or one of :data:`~benchmarks.harness.estimators.BUILDERS`.
         settings: what that class takes, beside ``batch_size`` and ``verbose``.
         tries: at most so many images are attacked.
         enough: no further chunk is begun after so many successes.

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.carlini import CarliniL2, CarliniLInf
 from ce_plugin._art import attack_class, attack_with_estimator, load_art
-from ce_plugin.evaluation.detection.carlini import CarliniL2, CarliniLInf
 from ce_plugin.interventions.problems import ImageNetwork
 
 __all__ = ["BUILDERS", "CountedNetwork", "build_attack", "build_estimator", "predict"]

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from benchmarks.detectors.base import DifferentiablePeer
 from ce_plugin.detection.protocol import Array
 from ce_plugin.errors import ModelError, expected
-from ce_plugin.evaluation.peers.base import DifferentiablePeer
 
 __all__ = ["Entropy", "Margin", "MaxSoftmax"]
 

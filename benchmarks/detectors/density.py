@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.detectors.base import DifferentiablePeer, StatisticsPeer
+from benchmarks.detectors.layers import LayerReader
 from ce_plugin.errors import ArgumentError, ModelError, expected
-from ce_plugin.evaluation.peers.base import DifferentiablePeer, StatisticsPeer
-from ce_plugin.evaluation.peers.layers import LayerReader
 from ce_plugin.randomness import generator, numpy_generator
 
 __all__ = ["ClassDensity", "KernelDensity", "likeliest_bandwidth"]

@@ -1,0 +1,34 @@
+"""A harness for detectors of adversarial examples: attacks, protocols, figures."""
+
+from benchmarks.harness.attacks import Attacked, AttackSpec, attack_images, cached_attack
+from benchmarks.harness.protocols import PROTOCOLS, ImageSet, Material, Task, fit_detector, fold_of, plan
+from benchmarks.harness.records import Scored, Sheet, score_task, sets_of
+from benchmarks.harness.resampling import CleanScores, ImageDraws
+from benchmarks.harness.suites import fit_suite, suite
+from benchmarks.harness.tables import Evaluation, Tried, evaluate, pooled
+
+__all__ = [
+    "PROTOCOLS",
+    "AttackSpec",
+    "Attacked",
+    "CleanScores",
+    "Evaluation",
+    "ImageDraws",
+    "ImageSet",
+    "Material",
+    "Scored",
+    "Sheet",
+    "Task",
+    "Tried",
+    "attack_images",
+    "cached_attack",
+    "evaluate",
+    "fit_detector",
+    "fit_suite",
+    "fold_of",
+    "plan",
+    "pooled",
+    "score_task",
+    "sets_of",
+    "suite",
+]
