@@ -4,9 +4,9 @@ import torch
 
 from ce_plugin import CausalMediation
 from ce_plugin.datasets import sample_photographs
+from ce_plugin.effects import plot_carriers
 from ce_plugin.interventions import Adversarial
 from ce_plugin.models import efficientnet_lite0
-from ce_plugin.visualization import plot_carriers
 
 network = efficientnet_lite0()
 photograph = sample_photographs()["flower.jpg"]

@@ -11,19 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from ce_plugin._art import (
-    attack_class,
-    attack_with_estimator,
-    build_classifier,
-    clip_values_of,
-    copy_attack,
-    is_art_attack,
-    is_art_classifier,
-    load_art,
-    unwrap,
-)
 from ce_plugin.errors import AttackError, ModelError, UnknownNameError
-from ce_plugin.interventions.problems import BinaryProblem, ImageNetwork
+from ce_plugin.interventions.crafting import BinaryProblem, ImageNetwork
+from ce_plugin.networks.art import attack_class, attack_with_estimator, build_classifier, copy_attack, is_art_attack
+from ce_plugin.networks.forward import clip_values_of, is_art_classifier, load_art, unwrap
 
 CPU = torch.device("cpu")
 
@@ -54,8 +45,9 @@ def run_python(code, home):
 
 def test_not_imported_until_used(tmp_path):
     code = (
-        "import sys, ce_plugin._art as a, ce_plugin.interventions.adversarial as b; from torch import nn;"
-        "b.Adversarial.pgd(nn.Linear(1, 2)); print(a.is_art_classifier(nn.Linear(1, 2)), a.is_art_attack(3),"
+        "import sys, ce_plugin.networks.art as a, ce_plugin.networks.forward as f;"
+        "import ce_plugin.interventions.adversarial as b; from torch import nn;"
+        "b.Adversarial.pgd(nn.Linear(1, 2)); print(f.is_art_classifier(nn.Linear(1, 2)), a.is_art_attack(3),"
         "'art' in sys.modules)"
     )
     assert run_python(code, tmp_path) == "False False False\n"
@@ -72,7 +64,7 @@ import logging, random, numpy as np, torch
 logging.basicConfig(handlers=[logging.FileHandler({str(log)!r}, mode="w")], level=logging.INFO)
 logging.info("before")
 states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-from ce_plugin._art import load_art
+from ce_plugin.networks.forward import load_art
 load_art()
 logging.info("after")
 print(states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()))

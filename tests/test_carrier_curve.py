@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ce_plugin.effects import Carriers, carried
-from ce_plugin.visualization import plot_carriers
+from ce_plugin.effects import Carriers, carried, plot_carriers
 
 
 def found(*shares: float, n: int = 12) -> Carriers:

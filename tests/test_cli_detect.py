@@ -24,7 +24,7 @@ from ce_plugin.models import DigitsCNN, Framing, VisionModel
 FACTORY = """
 import torch
 from torch import nn
-from ce_plugin.interventions.normalization import Normalization
+from ce_plugin.interventions.base import Normalization
 from ce_plugin.models import DigitsCNN, Framing, VisionModel
 
 def gray():

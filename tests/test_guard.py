@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from ce_plugin.guard import modules_of, state_guard
+from ce_plugin.networks.guard import modules_of, state_guard
 
 
 class Net(nn.Module):

@@ -17,7 +17,7 @@ from ce_plugin.errors import (
     TargetError,
     UnknownNameError,
 )
-from ce_plugin.interventions.normalization import Normalization
+from ce_plugin.interventions.base import Normalization
 from ce_plugin.models import Framing, VisionModel, efficientnet_lite0, imagenet_classes, load_model, load_weights
 
 

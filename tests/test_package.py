@@ -34,13 +34,13 @@ def modules() -> list[str]:
     return ["ce_plugin", *(name for _, name, _ in found if not any(part.startswith("_") for part in name.split(".")))]
 
 
-# Packages inside a floor that are public as well, and have a page of their own.
-ROOMS = ("ce_plugin.detection.adaptive", "benchmarks.harness", "benchmarks.detectors")
+# Packages inside a package that are public as well, and have a page of their own.
+INNER = ("ce_plugin.detection.adaptive",)
 
 
 def floors() -> list[str]:
     """The modules and packages whose ``__all__`` is public: what lies deeper is how they are made."""
-    return [name for name in modules() if name.count(".") == 1 or name in ROOMS]
+    return [name for name in modules() if name.count(".") == 1 or name in INNER]
 
 
 def public() -> Iterator[tuple[str, object]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ce_plugin.designs import OneAtATime, RandomMask
 from ce_plugin.errors import ArgumentError, FileError, InputError, ModelError, TargetError, UnknownNameError
 from ce_plugin.interventions import PixelMask
-from ce_plugin.interventions.normalization import Normalization
+from ce_plugin.interventions.base import Normalization
 from ce_plugin.models import Framing, VisionModel
 from ce_plugin.report import (
     Plan,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import ce_plugin.report.digits as demo
 from ce_plugin.detection import Alarm, Calibration, UnusualEffect
 from ce_plugin.detection.classifier import Protected
-from ce_plugin.detection.measuring import digests
+from ce_plugin.detection.signature import digests
 from ce_plugin.errors import InputError, UnknownNameError
 from ce_plugin.models import DigitsCNN, VisionModel
 from ce_plugin.report import (

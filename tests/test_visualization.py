@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from ce_plugin.effects import Estimate
+from ce_plugin.effects import Estimate, plot_estimate
 from ce_plugin.errors import ArgumentError, InputError, TargetError, UnitError
-from ce_plugin.visualization import contribution_colors, data_uri, magnify, outlines, overlay, plot_estimate
+from ce_plugin.visualization import contribution_colors, data_uri, magnify, outlines, overlay
 
 
 def _pixels(figure: object) -> np.ndarray:

@@ -21,10 +21,10 @@ from benchmarks.detection._detectors import LIMITS, build, least_taught, needs_l
 from benchmarks.detection._scores import setting
 from benchmarks.harness import Attacked, CleanScores, ImageDraws, fit_detector, plan
 from benchmarks.harness.attacks import attack_key
-from ce_plugin._art import build_classifier
 from ce_plugin.detection.adaptive import AdaptiveEvasion
 from ce_plugin.detection.protocol import DifferentiableDetector
 from ce_plugin.errors import FileError
+from ce_plugin.networks.art import build_classifier
 
 CHUNK = 10
 CLEAN = 1500

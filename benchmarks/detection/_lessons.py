@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from benchmarks.detectors import MLLOO
 from ce_plugin.detection import CausalEffectDetector
 from ce_plugin.detection.classifier import Protected
-from ce_plugin.detection.fitting import Recipe
-from ce_plugin.detection.learning import Learner, Lesson
-from ce_plugin.detection.state import State
+from ce_plugin.detection.fitting import Learner, Lesson, Recipe, State
 from ce_plugin.errors import CEPluginError
 
 

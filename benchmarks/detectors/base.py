@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.detectors.combination import Combination
 from ce_plugin.detection.protocol import Array
 from ce_plugin.errors import ArgumentError, InputError, expected
-from ce_plugin.guard import state_guard
+from ce_plugin.networks.guard import state_guard
 from ce_plugin.randomness import numpy_generator
 
 __all__ = ["DifferentiablePeer", "Peer", "StatisticsPeer"]

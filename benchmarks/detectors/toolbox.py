@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from benchmarks.detectors.base import DifferentiablePeer, Peer
 from benchmarks.detectors.layers import LayerReader
-from ce_plugin._art import load_art
 from ce_plugin.detection.protocol import Array
 from ce_plugin.errors import ArgumentError, expected
-from ce_plugin.guard import state_guard
+from ce_plugin.networks.forward import load_art
+from ce_plugin.networks.guard import state_guard
 from ce_plugin.randomness import derived_seed
 
 __all__ = ["Activations", "BinaryActivation", "BinaryInput"]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from benchmarks.detectors.base import Peer
 from benchmarks.detectors.layers import LayerReader
 from benchmarks.detectors.toolbox import LAYER, Activations
-from ce_plugin._art import load_art
 from ce_plugin.detection.protocol import Array
 from ce_plugin.errors import ArgumentError, expected, unknown_name
-from ce_plugin.guard import state_guard
+from ce_plugin.networks.forward import load_art
+from ce_plugin.networks.guard import state_guard
 from ce_plugin.randomness import numpy_generator
 
 __all__ = ["Beyond", "SubsetScanning"]

@@ -18,7 +18,7 @@ from torch import nn
 from benchmarks.harness.attacked import Attacked
 from benchmarks.harness.estimators import CountedNetwork, build_attack, build_estimator, predict
 from ce_plugin.errors import ArgumentError, FileError, InputError, expected
-from ce_plugin.guard import state_guard
+from ce_plugin.networks.guard import state_guard
 from ce_plugin.randomness import derived_seed
 
 __all__ = ["AttackSpec", "Attacked", "attack_images", "cached_attack"]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness.carlini import CarliniL2, CarliniLInf
-from ce_plugin._art import attack_class, attack_with_estimator, load_art
-from ce_plugin.interventions.problems import ImageNetwork
+from ce_plugin.interventions.crafting import ImageNetwork
+from ce_plugin.networks.art import attack_class, attack_with_estimator
+from ce_plugin.networks.forward import load_art
 
 __all__ = ["BUILDERS", "CountedNetwork", "build_attack", "build_estimator", "predict"]
 

@@ -8,31 +8,54 @@ from typing import Any, Literal, TypeVar
 from captum.log import log_usage
 from torch import Tensor
 
-from ce_plugin.attribution.costing import cost_of
-from ce_plugin.attribution.defaults import default_design, default_mask, on_grid
-from ce_plugin.attribution.experiment import Experiment
-from ce_plugin.attribution.explainer import Explainer
-from ce_plugin.attribution.inputs import (
+from ce_plugin.attribution.estimation import Target
+from ce_plugin.attribution.experiment import Experiment, cost_of
+from ce_plugin.attribution.explainer import (
     Baselines,
+    Explainer,
     Given,
-    Target,
     as_args,
     as_baseline,
     as_evidences,
     as_ids,
     as_inputs,
 )
-from ce_plugin.designs import Design
+from ce_plugin.designs import Design, OneAtATime, RandomRegions
 from ce_plugin.effects import Outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
 from ce_plugin.errors import ArgumentError, expected
-from ce_plugin.interventions import Intervention, PixelMask
-from ce_plugin.interventions.normalization import NormalizationLike
+from ce_plugin.interventions import Intervention, Normalization, PixelMask
+from ce_plugin.interventions.base import NormalizationLike
+from ce_plugin.networks.forward import OutputSelector
 from ce_plugin.sites import InputSite, Masks, Strides, Windows
 from ce_plugin.trials import Cost
-from ce_plugin.trials.forward import OutputSelector
 
-__all__ = ["CausalEffect"]
+__all__ = [
+    "CausalEffect",
+    "default_design",
+    "default_mask",
+    "on_grid",
+]
+
+
+# Below this many pixels a side there are so few units that each can be asked for by itself.
+_SMALLEST_GRID = 5
+
+
+def on_grid(site: InputSite, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether these inputs are images whose patches can be set region by region."""
+    return site.is_grid(inputs) and min(inputs[0].shape[2:]) >= _SMALLEST_GRID
+
+
+def default_mask(grid: bool, normalization: Normalization) -> PixelMask:
+    """Black, mean and blur in turn for images: no single fill then passes for evidence; zero for anything else."""
+    return PixelMask(("zero", "mean", "blur") if grid else "zero", normalization=normalization)
+
+
+def default_design(grid: bool) -> Design:
+    """Random regions, 400 passes with the reference, for images; each unit by itself for anything else."""
+    return RandomRegions() if grid else OneAtATime()
+
 
 Inputs = TypeVar("Inputs", bound="Tensor | tuple[Tensor, ...]")
 

@@ -2,20 +2,105 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ce_plugin.attribution.measured import Measured
 from ce_plugin.designs import Design
+from ce_plugin.effects import Outcome, check_outcome
 from ce_plugin.effects.estimators import Effects, adjusted, difference_in_means, exact_difference
 from ce_plugin.effects.smooth import smooth
-from ce_plugin.errors import DesignError, expected
+from ce_plugin.errors import DesignError, ModelError, TargetError, expected
 from ce_plugin.trials import Setting
 
-__all__ = ["Answer", "answers", "average", "check_design"]
+__all__ = ["Answer", "Measured", "Target", "answers", "average", "check_design", "flat_target"]
+
+
+class Measured:
+    """The reference's outputs, and how trials are measured against them.
+
+    Args:
+        heads: the reference's outputs, (N, *K) for each head.
+        outcome: what is measured.
+        target: in any of Captum's forms; only its outcome is kept then.
+        predicted_only: without a target keep each example's predicted class only.
+        decided: the outputs that say which class is predicted, where these are others than the reference's: those of
+            the network without an autoencoder.
+
+    Attributes:
+        reference: the reference's outcomes, (N, C) for each head.
+        targets: index into the flattened output for each example, (N,), or None where all are kept, by head.
+        predicted: predicted class, (N,), or None where the output is not (N, C >= 2), by head.
+        class_shapes: trailing shape of the outcomes, by head.
+
+    Raises:
+        ModelError: the reference's outputs are not finite.
+        OutcomeError: the outcome does not fit the output.
+        TargetError: the target does not fit the output, or is missing where it is needed.
+    """
+
+    def __init__(
+        self,
+        heads: dict[str, Tensor],
+        outcome: Outcome,
+        target: Target,
+        predicted_only: bool,
+        decided: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.outcome = outcome
+        self._outputs = heads
+        self.targets: dict[str, Tensor | None] = {}
+        self.predicted: dict[str, Tensor | None] = {}
+        self.class_shapes: dict[str, tuple[int, ...]] = {}
+        self.reference: dict[str, Tensor] = {}
+        for name, head in heads.items():
+            if not bool(torch.isfinite(head).all()):
+                todo = "Check the inputs' range and the model's weights."
+                raise ModelError(
+                    expected("forward_func", "a model with finite outputs on the clean inputs", "NaN", todo)
+                )
+            check_outcome(outcome, head)
+            deciding = head if decided is None else decided[name]
+            self.predicted[name] = deciding.argmax(1) if head.dim() == 2 and head.shape[1] > 1 else None
+            # Copies, because a user's outcome may write to what it is given.
+            own = outcome(head.clone(), head.clone())
+            self.targets[name] = self._target(name, head, own, target, predicted_only)
+            self.class_shapes[name] = () if self.targets[name] is not None else tuple(own.shape[1:])
+            self.reference[name] = self._kept(name, own, torch.arange(len(head), device=head.device))
+
+    def _target(self, name: str, head: Tensor, own: Tensor, target: Target, predicted_only: bool) -> Tensor | None:
+        if not self.outcome.per_class:
+            if target is not None:
+                todo = f"{self.outcome.name!r} is one number for all classes: leave the target out."
+                raise TargetError(expected("target", "None", target, todo))
+            return None
+        flat = flat_target(target, tuple(own.shape))
+        if flat is None and predicted_only:
+            if own.shape[1:].numel() == 1:
+                return None
+            flat = self.predicted[name]
+            if flat is None or own.shape != head.shape:
+                wanted = f"an index into outputs {tuple(own.shape)}"
+                todo = "Only for outputs (N, C) the predicted class is the default."
+                raise TargetError(expected("target", wanted, "None", todo))
+        return None if flat is None else flat.to(head.device)
+
+    def _kept(self, name: str, outcome: Tensor, examples: Tensor) -> Tensor:
+        flat = outcome.reshape(len(outcome), -1)
+        target = self.targets[name]
+        return flat if target is None else flat.gather(1, target[examples][:, None])
+
+    def __call__(self, heads: dict[str, Tensor], examples: Tensor) -> dict[str, Tensor]:
+        """Outcomes (B, C) of a batch of rows, each against its own example's reference."""
+        return {
+            name: self._kept(name, self.outcome(head, self._outputs[name][examples]), examples)
+            for name, head in heads.items()
+        }
+
 
 # Of random designs; exact ones need none.
 _ESTIMATORS = ("adjusted", "difference_in_means", "smooth")
@@ -162,3 +247,75 @@ def average(draws: list[Answer]) -> Answer:
 
 def _mean(tensors: list[Tensor | None]) -> Tensor:
     return torch.stack([tensor for tensor in tensors if tensor is not None]).mean(0)
+
+
+Target: TypeAlias = "int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | None"
+
+
+def flat_target(target: Target, shape: tuple[int, ...]) -> Tensor | None:
+    """Each example's target as an index into its flattened output.
+
+    Args:
+        target: any of Captum's forms: an int or a tuple for all examples, a tensor with one entry or one per
+            example, a list of ints or of tuples.
+        shape: of the output, (N, *K).
+
+    Returns:
+        int64 (N,), or None where the output is one number per example and no target was given.
+
+    Raises:
+        TargetError: of the wrong form or number, or out of range.
+
+    Example:
+        >>> flat_target([(0, 1), (1, 2)], (2, 2, 3)).tolist()
+        [1, 5]
+        >>> flat_target(4, (2, 10)).tolist()
+        [4, 4]
+    """
+    n, dims = shape[0], shape[1:]
+    if target is None:
+        return None
+    every = _index_rows(target, n)
+    if any(len(index) != len(dims) for index in every) and not (dims == (1,) and all(i in ((), (0,)) for i in every)):
+        wanted = f"{len(dims)} ind{'ex' if len(dims) == 1 else 'ices'} per example for outputs {shape}"
+        todo = "" if dims else "The model returns one number per example: leave the target out."
+        raise TargetError(
+            expected("target", wanted, repr(target) if not isinstance(target, Tensor) else target.tolist(), todo)
+        )
+    flat = []
+    for index in every:
+        position = 0
+        for value, size in zip(index, dims, strict=False):
+            if not -size <= value < size:
+                raise TargetError(expected("target", f"indices in 0 ... {size - 1} for outputs {shape}", value))
+            position = position * size + value % size
+        flat.append(position)
+    return torch.tensor(flat)
+
+
+def _index_rows(target: Target, n: int) -> list[tuple[int, ...]]:
+    if isinstance(target, Tensor):
+        if target.dim() > 1 or target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+            got = f"{target.dtype} of shape {tuple(target.shape)}"
+            raise TargetError(expected("target", "an integer tensor of one dimension", got))
+        rows: list[tuple[int, ...]] = [(int(v),) for v in target.reshape(-1)]
+    elif isinstance(target, bool):
+        raise TargetError(expected("target", "an index", target))
+    elif isinstance(target, list):
+        rows = [_indices(row, target) for row in target]
+        if len(rows) != n:
+            raise TargetError(expected("target", f"a list with one entry for each of {n} examples", f"{len(rows)}"))
+    else:
+        rows = [_indices(target, target)]
+    if len(rows) not in (1, n):
+        raise TargetError(expected("target", f"one target, or one for each of {n} examples", f"{len(rows)}"))
+    return rows * n if len(rows) == 1 else rows
+
+
+def _indices(row: object, target: object) -> tuple[int, ...]:
+    """The indices of one example: integers of any kind (also numpy's), but nothing that would have to be rounded."""
+    try:
+        return tuple(operator.index(value) for value in (row if isinstance(row, (tuple, list)) else (row,)))
+    except TypeError as error:
+        wanted = "an int, a tuple of ints, an integer tensor, or a list of ints or tuples"
+        raise TargetError(expected("target", wanted, repr(target))) from error

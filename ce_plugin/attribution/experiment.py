@@ -4,35 +4,318 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ce_plugin.attribution.aggregated import answers_of_batch, check_shared, outputs_of_batch
-from ce_plugin.attribution.checks import check_memory, warn_unchanged
-from ce_plugin.attribution.estimation import Answer, answers, average, check_design
-from ce_plugin.attribution.evident import evident, held
-from ce_plugin.attribution.flips import flip_outcome
-from ce_plugin.attribution.inputs import Target
-from ce_plugin.attribution.measured import Measured
-from ce_plugin.attribution.stopping import answers_until
+from ce_plugin.attribution.estimation import Answer, Measured, Target, answers, average, check_design
 from ce_plugin.designs import Design, EveryUnit, Joint
-from ce_plugin.effects import Estimate, Interactions, Outcome, pairwise
-from ce_plugin.errors import ArgumentError, ModelError, expected
-from ce_plugin.guard import state_guard
+from ce_plugin.effects import Estimate, Interactions, Outcome, half_width, pairwise
+from ce_plugin.errors import ArgumentError, ModelError, NoChangeWarning, UnitError, expected
 from ce_plugin.interventions import Context, Intervention
-from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite
-from ce_plugin.trials import Forward, Runner, Setting
-from ce_plugin.trials.donors import donated
-from ce_plugin.trials.downstream import Downstream
+from ce_plugin.networks.forward import Forward
+from ce_plugin.networks.guard import state_guard
+from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite, MaskUnits, Units
+from ce_plugin.trials import Cost, Runner, Setting
+from ce_plugin.trials.batches import checked_values, free_memory, rows_of_args
+from ce_plugin.trials.downstream import Downstream, Held, Hold, Observed, Place
 from ce_plugin.trials.located import Located, Locator, place_of
-from ce_plugin.trials.runner import AggregateError
-from ce_plugin.trials.setting import rows_of_args
+from ce_plugin.trials.runner import AggregateError, as_one_row, run_aggregated
 
-__all__ = ["Experiment"]
+__all__ = [
+    "Experiment",
+    "answers_of_batch",
+    "answers_until",
+    "check_memory",
+    "check_shared",
+    "cost_of",
+    "donated",
+    "evident",
+    "flip_outcome",
+    "held",
+    "outputs_of_batch",
+    "warn_unchanged",
+]
+
+
+def check_shared(setting: Setting, until: float | None) -> None:
+    """Whether all examples share what they must share to be one.
+
+    Raises:
+        ModelError: they do not.
+    """
+    shared = len(set(setting.context.ids)) == 1 and isinstance(setting.units.labels[0], str)
+    if until is not None or not shared:
+        todo = "Leave out `until=`, `ids=` and masks that differ between examples."
+        wanted = "a model that returns one value per example for these options"
+        raise ModelError(expected("forward_func", wanted, "one value per batch", todo))
+
+
+def outputs_of_batch(setting: Setting, runner: Runner, first: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch's outputs, (1, ...) for each head.
+
+    Args:
+        setting, runner: the experiment.
+        first: the outputs of the first example alone.
+
+    Raises:
+        ModelError: some outputs have one value per example and others have not.
+    """
+    # Copies, because a network may write to its input.
+    raw = runner.evaluate(tuple(x.clone() for x in setting.inputs), setting.args)
+    heads = {name: as_one_row(head) for name, head in raw.items()}
+    if any(heads[name].shape != one.shape for name, one in first.items()):
+        shapes = [tuple(head.shape) for head in raw.values()]
+        got = f"shapes {shapes} for {setting.n} examples, some not one for each"
+        todo = "Name the part to explain with `output=`."
+        raise ModelError(expected("forward_func", "a model with one value per example in every output", got, todo))
+    return heads
+
+
+def answers_of_batch(
+    setting: Setting, runner: Runner, measured: Measured, used: list[int], keep: bool
+) -> dict[str, Answer]:
+    """The effects on the batch's outcome."""
+    outcomes = run_aggregated(runner, setting, measured)
+    compared = measured.reference
+    if setting.design.reference == "all":
+        every = run_aggregated(runner, replace(setting, design=EveryUnit()), measured)
+        compared = {name: outcome[:, 0] for name, outcome in every.items()}
+    return answers(setting, outcomes, compared, measured, used[:1], keep)
+
+
+def warn_unchanged(setting: Setting) -> None:
+    """Say so where an intervention changes nothing in an example.
+
+    Warns:
+        NoChangeWarning: it does not.
+    """
+    intervention = setting.intervention
+    if intervention.per_trial or intervention.forward_equivalents:
+        return  # unknown before the trials, or too dear to ask for twice (attacks warn by themselves)
+    unchanged = torch.ones(setting.n, dtype=torch.bool)
+    for variant in range(intervention.n_variants):
+        for position, x in enumerate(setting.inputs):
+            at = replace(setting.context, position=position, variant=variant)
+            unchanged &= (checked_values(intervention, x, at) == x).reshape(setting.n, -1).all(1).cpu()
+    if bool(unchanged.any()):
+        warnings.warn(
+            f"{intervention!r} changes nothing in example(s) {unchanged.nonzero()[:5, 0].tolist()}, so that their "
+            "effects are zero by construction. Check its fill or region, and `normalization=`.",
+            NoChangeWarning,
+            stacklevel=6,
+        )
+
+
+def check_memory(setting: Setting, measured: Measured, trials: int) -> None:
+    """Whether the outcomes of all trials fit into memory.
+
+    Raises:
+        ArgumentError: they do not.
+    """
+    size = sum(r.shape[1] * r.element_size() for r in measured.reference.values()) * setting.n * trials
+    free = free_memory(setting.device)
+    if size > free:
+        got = f"{size / 2**30:.1f} GiB ({setting.n} examples x {trials} trials x all classes)"
+        todo = "Pass `target=`, fewer examples, or coarser units."
+        raise ArgumentError(expected("inputs", f"few enough for {free / 2**30:.1f} GiB of outcomes", got, todo))
+
+
+_ROWS = 16
+
+
+def donated(
+    intervention: Intervention,
+    inputs: tuple[Tensor, ...],
+    context: Context,
+    forward: Forward | None = None,
+    place: Place | None = None,
+    args: tuple[object, ...] = (),
+) -> tuple[Tensor, ...] | None:
+    """What ``context.donors`` is to be: the values at the site of the inputs that the intervention names.
+
+    Args:
+        intervention: names them.
+        inputs: the examples' own inputs, (N, ...) each.
+        context: ids and seed.
+        forward, place, args: the network, the site and additional arguments; without a place the site is the input.
+
+    Returns:
+        One tensor for each tensor of the site, or None where the intervention needs no donors.
+    """
+    donors = intervention.donors(inputs, context)
+    if donors is None:
+        return None
+    if place is None or forward is None:
+        return tuple(intervention.collect([donor]) for donor in donors)
+    return (intervention.collect(_batches(Observed(forward, place, once=False), donors, args, len(inputs[0]))),)
+
+
+def _batches(observed: Observed, donors: tuple[Tensor, ...], args: tuple[object, ...], n: int) -> Iterator[Tensor]:
+    # One row at a time first would say nothing here: a layer's value takes no more memory than a pass to it.
+    for start in range(0, len(donors[0]), _ROWS):
+        rows = torch.arange(start, min(start + _ROWS, len(donors[0])))
+        some = tuple(donor[rows.to(donor.device)] for donor in donors)
+        # Arguments of the examples go with their counterparts; a reference set of another length takes them whole.
+        own = rows_of_args(args, n, rows) if len(donors[0]) == n else args
+        yield observed.at_site(some, own)
+
+
+def evident(
+    inputs: tuple[Tensor, ...], evidences: Sequence[Evidence], context: Context, draw: int
+) -> tuple[Tensor, ...]:
+    """The inputs with their evidence set, one evidence after the other; what is set at layers is passed over.
+
+    Args:
+        inputs: (N, ...) each.
+        evidences: in the order in which they are set.
+        context: ids and seed of this draw.
+        draw: which of the draws of random evidence.
+
+    Warns:
+        NoChangeWarning: an evidence changes nothing.
+    """
+    for order, evidence in enumerate(evidences):
+        if not isinstance(evidence.site, InputSite):
+            continue
+        units = evidence.site.units_of(inputs)
+        rows = _rows(evidence, units, context.ids, draw, order)
+        masks = [mask.to(inputs[0].device) for mask in units.masks(rows, torch.arange(len(rows)))]
+        donors = donated(evidence.intervention, inputs, context)
+        values = [
+            checked_values(evidence.intervention, x, replace(context, position=k, mask=mask, donors=donors))
+            for k, (x, mask) in enumerate(zip(inputs, masks, strict=True))
+        ]
+        if not bool(torch.cat([(x != v).flatten() for x, v in zip(inputs, values, strict=True)]).any()):
+            _warn_no_change(evidence.intervention)
+        inputs = tuple(torch.where(m, v, x) for m, v, x in zip(masks, values, inputs, strict=True))
+    return inputs
+
+
+def held(
+    forward: Forward,
+    inputs: tuple[Tensor, ...],
+    args: tuple[object, ...],
+    evidences: Sequence[Evidence],
+    context: Context,
+    draw: int,
+) -> tuple[Forward, tuple[object, ...]]:
+    """The network whose layers hold their evidence, and its additional arguments; itself where there is none."""
+    holds = []
+    for order, evidence in enumerate(evidences):
+        site = evidence.site
+        if isinstance(site, (LayerSite, ConceptSite)):
+            place = place_of(site, forward.modules)
+            donors = donated(evidence.intervention, inputs, context, forward, place, args)
+
+            def chosen(n_units: int, evidence: Evidence = evidence, order: int = order) -> Tensor:
+                return torch.stack([evidence.assignment(n_units, i, draw, order) for i in context.ids])
+
+            holds.append(Hold(site, place, evidence.intervention, replace(context, donors=donors), chosen))
+    if not holds:
+        return forward, args
+    return Held(forward, holds), (*args, torch.arange(len(context.ids)))
+
+
+def _rows(evidence: Evidence, units: Units, ids: tuple[int, ...], draw: int, order: int) -> Tensor:
+    chosen = [evidence.assignment(int(units.n_units[i]), one, draw, order) for i, one in enumerate(ids)]
+    return torch.stack([pad(row, (0, units.width - len(row))) for row in chosen])
+
+
+def _warn_no_change(intervention: Intervention) -> None:
+    warnings.warn(
+        f"The evidence {intervention!r} changes nothing in any example. Check its fill or region, and "
+        "`normalization=`.",
+        NoChangeWarning,
+        stacklevel=7,
+    )
+
+
+# Trials before the first look at the intervals of a run that may stop early, and between two looks.
+_FIRST, _ROUND = 100, 50
+
+
+def answers_until(
+    setting: Setting, runner: Runner, measured: Measured, most: list[int], until: float, keep: bool
+) -> dict[str, Answer]:
+    """Rounds of trials; an example leaves when all its intervals are at most ``until`` to either side.
+
+    Args:
+        setting, runner, measured: the experiment.
+        most: the largest number of trials of each example.
+        until: half-width of the 95 % intervals.
+        keep: keep the trials in the answers.
+    """
+    n, last = setting.n, max(most)
+    outcomes: dict[str, Tensor] = {}
+    active, used, done = list(range(n)), list(most), 0
+    found: dict[str, Answer] = {}
+    while active and done < last:
+        stop = min(last, _FIRST if done == 0 else done + _ROUND)
+        new = runner.run(setting, done, stop, measured, active)
+        outcomes = {name: torch.cat([outcomes[name], new[name]], 1) if outcomes else new[name] for name in new}
+        used = [min(stop, most[i]) if i in active else used[i] for i in range(n)]
+        done = stop
+        found = answers(setting, outcomes, measured.reference, measured, used, keep)
+        active = [i for i in active if used[i] == done and _widest(setting, found, i) > until]
+    return found
+
+
+def _widest(setting: Setting, found: dict[str, Answer], example: int) -> float:
+    """Half the width of an example's widest interval; infinite where a unit's error is not known yet."""
+    widest = 0.0
+    for answer in found.values():
+        if answer.std_error is not None:
+            own = slice(int(setting.units.n_units[example]))
+            dof = None if answer.dof is None else answer.dof[example, own]
+            widths = half_width(answer.std_error[example, own], dof, 0.95)
+            widest = max(widest, float(widths.nan_to_num(torch.inf).max()))
+    return widest
+
+
+def flip_outcome(setting: Setting, located: Located, measured: Measured, example: int) -> Callable[[Tensor], Tensor]:
+    """From states (B, U) in [0, 1] to outcomes (B, C) of one example, the site's value being h + a (do - h).
+
+    Args:
+        setting: the experiment; its units are those of a mask.
+        located: runs the network from the site.
+        measured: from outputs to outcomes.
+        example: which one.
+
+    Raises:
+        UnitError: units that overlap.
+        ModelError: several output heads.
+    """
+    units = setting.units
+    if not isinstance(units, MaskUnits):
+        todo = "Pass `feature_mask=` instead of windows."
+        raise UnitError(expected("units", "units that do not overlap", "windows", todo))
+    if setting.intervention.n_variants > 1 or setting.intervention.per_trial:
+        raise UnitError(expected("intervention", "one with a single value for each unit", setting.intervention))
+    if len(measured.reference) > 1:
+        wanted, got = "a model with one output head", sorted(measured.reference)
+        raise ModelError(expected("forward_func", wanted, got, "Name one with `output=`."))
+    context = setting.context.select([example])
+    clean = [x[example : example + 1].detach() for x in setting.inputs]
+    do = [
+        checked_values(setting.intervention, x, replace(context, position=position)) for position, x in enumerate(clean)
+    ]
+
+    def outcome(states: Tensor) -> Tensor:
+        examples = torch.full((len(states),), example)
+        padded = torch.nn.functional.pad(states, (0, units.width - states.shape[1]))
+        weights = units.masks(padded, examples)
+        values = tuple(x + weight.to(x.device) * (x1 - x) for x, x1, weight in zip(clean, do, weights, strict=True))
+        heads = located.forward(values, setting.args_of(examples))
+        (found,) = measured(heads, examples.to(states.device)).values()
+        return found
+
+    return outcome
 
 
 @dataclass
@@ -322,3 +605,35 @@ class Experiment:
             outcomes=answer.outcomes,
             blocks=None if answer.outcomes is None else self.design.blocks(answer.outcomes.shape[1]),
         )
+
+
+def cost_of(experiment: Experiment) -> Cost:
+    """Trials and passes of a run; one example passes once, to see how many outcomes it has."""
+    heads = experiment.look()
+    outcome, design, n = experiment.outcome, experiment.design, experiment.n
+    one = experiment.target is not None or experiment.predicted_only or not outcome.per_class
+    outcomes = sum(1 if one else head.numel() for head in heads.values())
+    interventions = (experiment.intervention, *(evidence.intervention for evidence in experiment.evidences))
+    extra = sum(intervention.forward_equivalents for intervention in interventions)
+    # The outcome with all units set, which some designs compare with, is one more trial.
+    every = experiment.setting.repeats if design.reference == "all" else 0
+    route, each, once = _route(experiment)
+    passes = experiment.trials * each + experiment.n_draws * n * (once + every + extra) + experiment.checks_first
+    if route == "full":
+        passes += experiment.runner.layout_passes(experiment.inputs, experiment.args, experiment.trials)
+    return Cost(experiment.trials, passes, route, 4 * outcomes * n * max(experiment.used))
+
+
+def _route(experiment: Experiment) -> tuple[str, float, float]:
+    """How trials will be run, what a trial costs, and what is run once for each example, in forward passes."""
+    setting, located = experiment.first_located()
+    cut = located.forward
+    if not isinstance(cut, Downstream) or cut.suffix is None or cut.captured is None:
+        return "full", 1, 1
+    share = cut.suffix.share(cut.captured)
+    # A clean pass, another for what by-passes the site, and the reference.
+    once = 1 + (not cut.suffix.is_cut) + share
+    if located.flips is None:
+        return located.route, share, once
+    each = located.flips.cost(setting)
+    return located.flips.route, each, once

@@ -8,16 +8,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ce_plugin.attribution.inputs import Target, as_ids, as_inputs
+from ce_plugin.attribution.estimation import Target
+from ce_plugin.attribution.explainer import as_ids, as_inputs
 from ce_plugin.attribution.layer_effect import Engine, LayerCausalEffect
 from ce_plugin.designs import Design, Joint
 from ce_plugin.effects import Carriers, Estimate, Mediation, Outcome, carriers
 from ce_plugin.effects.outcomes import OutcomeFunction
 from ce_plugin.errors import ArgumentError, InputError, ModelError, expected
-from ce_plugin.guard import state_guard
 from ce_plugin.interventions import Intervention, Patch
+from ce_plugin.networks.forward import OutputSelector
+from ce_plugin.networks.guard import state_guard
 from ce_plugin.sites import LayerSite
-from ce_plugin.trials.forward import OutputSelector
 
 __all__ = ["CausalMediation"]
 

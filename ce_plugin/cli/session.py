@@ -17,7 +17,7 @@ from torch import Tensor
 from ce_plugin.datasets import read_image
 from ce_plugin.errors import ArgumentError, FileError, ModelError, expected
 from ce_plugin.interventions import Intervention, MeanOut, Resample, ZeroOut
-from ce_plugin.interventions.normalization import Normalization
+from ce_plugin.interventions.base import Normalization
 from ce_plugin.models import Framing, VisionModel, load_model
 from ce_plugin.report import build_manifest, last_conv_layer, named_layer
 

@@ -10,16 +10,54 @@ import torch
 from torch import Tensor, nn
 
 from ce_plugin.concepts.images import Images, as_source
-from ce_plugin.concepts.layers import Layer, find_layer, probe, read_layer
 from ce_plugin.concepts.model import ConceptAutoencoder
-from ce_plugin.concepts.regions import peak_regions
 from ce_plugin.errors import ArgumentError, ModelError, expected
-from ce_plugin.guard import state_guard
+from ce_plugin.networks.guard import state_guard
+from ce_plugin.networks.layers import Layer, find_layer, probe, read_layer
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ConceptReport", "examine"]
+__all__ = [
+    "ConceptReport",
+    "examine",
+    "peak_regions",
+]
+
+
+def peak_regions(maps: Tensor, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The peak of each map and the box round the connected region that is at least half as high.
+
+    Args:
+        maps: (K, top, h, w), zero or more.
+        size: height and width of the images, in pixels.
+
+    Returns:
+        Positions (row, column), (K, top, 2), and boxes (left, top, right, bottom) in pixels, (K, top, 4). Each cell of
+        the map stands for its share of the image; what it depends on (its receptive field) may be larger.
+    """
+    from scipy.ndimage import label
+
+    concepts, top, height, width = maps.shape
+    flat = maps.flatten(2).argmax(2)
+    positions = torch.stack([flat // width, flat % width], 2)
+    boxes = torch.zeros(concepts, top, 4, dtype=torch.long)
+    for k in range(concepts):
+        for t in range(top):
+            row, column = positions[k, t].tolist()
+            regions, _ = label((maps[k, t] >= maps[k, t, row, column] / 2).numpy())
+            inside = torch.from_numpy(regions == regions[row, column])
+            rows, columns = inside.any(1).nonzero()[:, 0], inside.any(0).nonzero()[:, 0]
+            boxes[k, t] = torch.tensor(
+                [
+                    int(columns[0]) * size[1] // width,
+                    int(rows[0]) * size[0] // height,
+                    -(-(int(columns[-1]) + 1) * size[1] // width),
+                    -(-(int(rows[-1]) + 1) * size[0] // height),
+                ]
+            )
+    return positions, boxes
+
 
 # Less than this, relative to the largest of all concepts, is no activity and no effect.
 _NOTHING = 1e-6

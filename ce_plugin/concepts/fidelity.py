@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ce_plugin.concepts.images import Images, as_source
-from ce_plugin.concepts.layers import Layer, OutputSelector, find_layer, inserted, probe, read_layer, select
 from ce_plugin.concepts.losses import check_outcome, kl_per_image
 from ce_plugin.errors import ArgumentError, expected
-from ce_plugin.guard import state_guard
+from ce_plugin.networks.guard import state_guard
+from ce_plugin.networks.layers import Layer, OutputSelector, find_layer, inserted, probe, read_layer, select
 
 __all__ = ["Fidelity", "compare_outputs", "measure_fidelity"]
 

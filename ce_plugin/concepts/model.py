@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ce_plugin.concepts.fidelity import Fidelity
 from ce_plugin.concepts.files import read_file, write_file
-from ce_plugin.concepts.layers import Layer, find_layer, fingerprint
 from ce_plugin.errors import ArgumentError, FileError, InputError, ModelError, expected
+from ce_plugin.networks.layers import Layer, find_layer, fingerprint
 from ce_plugin.randomness import generator
 
 __all__ = ["ConceptAutoencoder", "check_sizes"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ce_plugin.concepts.images import Source
-from ce_plugin.concepts.layers import OutputSelector, find_layer, read_layer, replaced, select
 from ce_plugin.concepts.remainder import Remainder, split
+from ce_plugin.networks.layers import OutputSelector, find_layer, read_layer, replaced, select
 
 __all__ = ["Batch", "Recorded"]
 

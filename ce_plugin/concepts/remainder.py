@@ -8,7 +8,7 @@ from typing import Any, Union
 import torch
 from torch import Tensor, fx, nn
 
-from ce_plugin.concepts.layers import OutputSelector, find_layer, read_layer, replaced, select
+from ce_plugin.networks.layers import OutputSelector, find_layer, read_layer, replaced, select
 
 __all__ = ["Remainder", "split"]
 

@@ -3,11 +3,9 @@
 from ce_plugin.detection.adaptive import AdaptiveEvasion, AdaptiveReport
 from ce_plugin.detection.benign import Benign
 from ce_plugin.detection.calibration import Calibration, Rate, rate, realised_interval
-from ce_plugin.detection.denoising_group import Denoising
 from ce_plugin.detection.detector import CausalEffectDetector
 from ce_plugin.detection.explanation import Alarm, UnusualEffect
-from ce_plugin.detection.groups import CounterAttack, PixelMasking, Smoothing
-from ce_plugin.detection.node_groups import Interchange, NodeZeroing
+from ce_plugin.detection.probes import CounterAttack, Denoising, Interchange, NodeZeroing, PixelMasking, Smoothing
 from ce_plugin.detection.protocol import Detector, DifferentiableDetector
 from ce_plugin.detection.signature import Signature
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ce_plugin._art import is_art_classifier, unwrap
 from ce_plugin.errors import ArgumentError, InputError, ModelError, expected, unknown_name
-from ce_plugin.guard import state_guard
 from ce_plugin.interventions import Normalization
-from ce_plugin.interventions.normalization import NormalizationLike
+from ce_plugin.interventions.base import NormalizationLike
+from ce_plugin.networks.forward import is_art_classifier, unwrap
+from ce_plugin.networks.guard import state_guard
 from ce_plugin.randomness import generator
 
 __all__ = ["Protected"]

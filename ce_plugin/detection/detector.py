@@ -3,35 +3,178 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from art.defences.detector.evasion import EvasionDetector
 from torch import Tensor
 
-from ce_plugin._art import load_art
+from ce_plugin._version import __version__
 from ce_plugin.detection.benign import Benign
 from ce_plugin.detection.calibration import Calibration
 from ce_plugin.detection.classifier import Protected
 from ce_plugin.detection.explanation import Alarm, explained
-from ce_plugin.detection.fitting import Recipe, attacked, check_enough
-from ce_plugin.detection.learning import Learner, Lesson
-from ce_plugin.detection.measuring import checked_count
-from ce_plugin.detection.options import check_options, check_ranges, same_option
+from ce_plugin.detection.fitting import Learner, Lesson, Recipe, State, attacked, check_enough
 from ce_plugin.detection.protocol import Array
-from ce_plugin.detection.signature import Signature
-from ce_plugin.detection.state import State
-from ce_plugin.detection.stored import read_detector, write_detector
-from ce_plugin.errors import ArgumentError, InferenceError, ModelError, expected, unknown_name
-from ce_plugin.interventions.normalization import NormalizationLike
+from ce_plugin.detection.scorers import AGGREGATES, Fitted
+from ce_plugin.detection.signature import Signature, checked_count
+from ce_plugin.effects.files import read_result, write_result
+from ce_plugin.errors import ArgumentError, FileError, InferenceError, ModelError, expected, unknown_name
+from ce_plugin.interventions.base import NormalizationLike
+from ce_plugin.networks.forward import load_art
+
+__all__ = [
+    "CausalEffectDetector",
+    "check_options",
+    "check_ranges",
+    "read_detector",
+    "same_option",
+    "write_detector",
+]
+
+
+_KIND = "CausalEffectDetector"
+# Changes when a file of an older version can no longer be read.
+_FORMAT = 2
+
+
+def write_detector(path: str | os.PathLike[str], detector: CausalEffectDetector, *, force: bool = False) -> Path:
+    """Write what a fitted detector has learned; see :meth:`CausalEffectDetector.save`."""
+    state = detector.learned()
+    values: dict[str, Any] = {
+        "file_format": _FORMAT,
+        "versions": {"ce_plugin": __version__, "torch": str(torch.__version__)},
+        "fingerprint": state.fingerprint,
+        "shape": list(state.shape),
+        "clip_values": list(detector.protected.clip_values),
+        "groups": state.signature.settings(),
+        "own_signature": detector.signature is not None,
+        "aggregate": detector.aggregate,
+        "fpr": float(detector.fpr),
+        "holdout": float(detector.holdout),
+        "seed": int(detector.seed),  # JSON knows no number of numpy
+        "benign": asdict(detector.benign) if isinstance(detector.benign, Benign) else detector.benign,
+        "attacks": _named(detector.attacks),
+        "held": state.held,
+        "traits": state.traits,
+        "seen": torch.tensor(sorted(state.seen), dtype=torch.int64),
+        "probe": detector.protected.probe(state.shape),
+        **{f"fitted/{key}": value for key, value in state.fitted.tensors().items()},
+        **{f"signature/{key}": value for key, value in state.signature.tensors().items()},
+    }
+    return write_result(path, _KIND, values, force=force)
+
+
+def read_detector(
+    path: str | os.PathLike[str], kind: type[CausalEffectDetector], classifier: object, normalization: NormalizationLike
+) -> CausalEffectDetector:
+    """The detector in a file; see :meth:`CausalEffectDetector.load`."""
+    values = read_result(path, _KIND)
+    if values["file_format"] != _FORMAT:
+        todo = f"Fit again, or use ce_plugin {values['versions']['ce_plugin']}."
+        got = f"format {values['file_format']}"
+        raise FileError(expected("path", f"a file of format {_FORMAT}", got, todo))
+    signature = Signature.from_settings(values["groups"])
+    benign = values["benign"]
+    detector = kind(
+        classifier,
+        signature if values["own_signature"] else None,
+        clip_values=tuple(values["clip_values"]),
+        normalization=normalization,
+        fpr=values["fpr"],
+        holdout=values["holdout"],
+        benign=Benign(**{**benign, "value_range": tuple(benign["value_range"])})
+        if isinstance(benign, dict)
+        else benign,
+        aggregate=values["aggregate"],
+        attacks=values.get("attacks"),  # files of older versions have none
+        seed=values["seed"],
+    )
+    _check_network(detector, values)
+    learned = signature.with_tensors(_inside("signature/", values))
+    fitted = Fitted.from_tensors(signature.names, _inside("fitted/", values), values["aggregate"])
+    shape, seen = tuple(values["shape"]), frozenset(values["seen"].tolist())
+    held = values["held"], values["traits"]
+    detector.restore(State(fitted, learned, *held, shape, seen, values["fingerprint"], values["seed"]))
+    return detector
+
+
+def _check_network(detector: CausalEffectDetector, values: dict[str, Any]) -> None:
+    """Whether the classifier is the one that the detector was fitted on, its normalisation included."""
+    wanted = "the network that the detector was fitted on"
+    if detector.protected.fingerprint() != values["fingerprint"]:
+        todo = "Fit again: what is usual changes with the network."
+        raise ModelError(expected("classifier", wanted, "one with other parameters", todo))
+    here, there = detector.protected.probe(tuple(values["shape"])), values["probe"]
+    if here.shape != there.shape or not torch.allclose(here, there, rtol=1e-2, atol=1e-2 * float(there.abs().max())):
+        todo = "Pass the same normalization= and the same preprocessing."
+        raise ModelError(expected("classifier", wanted, "one that answers a test image otherwise", todo))
+
+
+def _named(attacks: Sequence[Any] | None) -> list[str] | None:
+    """Attacks that :meth:`CausalEffectDetector.fit` would run again, where they are names: no file holds an attack."""
+    if attacks is None or not all(isinstance(one, str) for one in attacks):
+        return None
+    return list(attacks)
+
+
+def _inside(start: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Whether the options of :class:`CausalEffectDetector` can be.
+
+    Args:
+        options: by name.
+
+    Raises:
+        ArgumentError, UnknownNameError: the first that cannot.
+    """
+    for name in ("fpr", "holdout"):
+        value = options[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+            raise ArgumentError(expected(name, "a float in (0, 1)", repr(value)))
+    if options["aggregate"] not in AGGREGATES:
+        raise unknown_name("aggregate", options["aggregate"], AGGREGATES)
+    signature, benign, seed, attacks = (options[name] for name in ("signature", "benign", "seed", "attacks"))
+    if signature is not None and not isinstance(signature, Signature):
+        raise ArgumentError(expected("signature", "a Signature or None", type(signature).__name__))
+    if benign not in (None, "default") and not isinstance(benign, Benign):
+        raise ArgumentError(expected("benign", 'a Benign, "default" or None', repr(benign)))
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise ArgumentError(expected("seed", "a whole number", repr(seed)))
+    if attacks is not None and (not isinstance(attacks, (list, tuple)) or not attacks):
+        raise ArgumentError(expected("attacks", "a list of attacks, or None", repr(attacks)))
+
+
+def check_ranges(signature: Signature, benign: Benign | None, clip_values: tuple[float, float]) -> None:
+    """Whether what alters images was made for images in this range of values.
+
+    Raises:
+        ArgumentError: a group's interventions, or the harmless alterations, were made for another one.
+    """
+    made_for = [("signature", values) for group in signature.groups for values in group.ranges()]
+    if benign is not None:
+        made_for.append(("benign", benign.value_range))
+    for name, values in made_for:
+        if tuple(values) != clip_values:
+            todo = "Pass its `value_range=`, and sizes in the same units; or leave it out for the default."
+            raise ArgumentError(expected(name, f"made for the clip values, {clip_values}", tuple(values), todo))
+
+
+def same_option(mine: object, theirs: object) -> bool:
+    """Whether an option keeps its value."""
+    return mine is theirs or bool(mine == theirs)
+
 
 load_art()
-from art.defences.detector.evasion import EvasionDetector  # noqa: E402
 
-__all__ = ["CausalEffectDetector"]
 
 Scores = npt.NDArray[np.float64]
 
@@ -56,7 +199,7 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         holdout: share of the clean images that :meth:`fit` keeps for calibration.
         benign: harmless alterations that are no reason for an alarm; "default" fits their strength to the kind of
             images, None leaves them out.
-        aggregate: how groups become one score, see :func:`~ce_plugin.detection.aggregation.aggregate`.
+        aggregate: how groups become one score, see :func:`~ce_plugin.detection.scorers.aggregate`.
         attacks: attacks that :meth:`fit` runs on its images to learn from: presets ("fgsm", "bim", "pgd", "jsma"),
             :class:`~ce_plugin.interventions.Adversarial` interventions, or attacks of ART.
         seed: of everything random.

@@ -9,12 +9,10 @@ from torch import Tensor
 
 from ce_plugin.attribution import CausalEffect, LayerCausalEffect
 from ce_plugin.detection.classifier import Protected
-from ce_plugin.detection.fitted import Fitted, Sample
-from ce_plugin.detection.groups import Smoothing
-from ce_plugin.detection.measuring import digests
-from ce_plugin.detection.signature import Signature
-from ce_plugin.detection.state import State
-from ce_plugin.detection.view import View
+from ce_plugin.detection.fitting import State
+from ce_plugin.detection.probes import Smoothing, View
+from ce_plugin.detection.scorers import Fitted, Sample
+from ce_plugin.detection.signature import Signature, digests
 from ce_plugin.interventions import Patch, Smooth
 
 __all__ = ["Alarm", "UnusualEffect", "explained"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ce_plugin.effects.carrier_sets import Carriers, carried, carriers, nested_sets, next_sizes, ranking
-from ce_plugin.effects.estimate import Estimate
+from ce_plugin.effects.carrier_sets import Carriers, carried, carriers, nested_sets, next_sizes, plot_carriers, ranking
+from ce_plugin.effects.estimate import Estimate, plot_estimate
 from ce_plugin.effects.estimators import (
     RIDGE,
     Effects,
@@ -13,10 +13,9 @@ from ce_plugin.effects.estimators import (
     interactions,
 )
 from ce_plugin.effects.inference import benjamini_hochberg, half_width, p_values, t_interval
-from ce_plugin.effects.mediation import Mediation, MediationEffects, mediation_effects
+from ce_plugin.effects.mediation import Mediation, MediationEffects, Ratio, Shares, mediation_effects, ratio_of_means
 from ce_plugin.effects.outcomes import OUTCOMES, Outcome, check_outcome, resolve_outcome
 from ce_plugin.effects.screening import FlipOutcome, Interactions, pairwise, screen
-from ce_plugin.effects.shares import Ratio, Shares, ratio_of_means
 
 __all__ = [
     "OUTCOMES",
@@ -45,6 +44,8 @@ __all__ = [
     "next_sizes",
     "p_values",
     "pairwise",
+    "plot_carriers",
+    "plot_estimate",
     "ranking",
     "ratio_of_means",
     "resolve_outcome",

@@ -23,8 +23,13 @@ from ce_plugin.evaluation.faithfulness import (
     pixel_order,
     reference_images,
 )
-from ce_plugin.evaluation.planted import PlantedNetwork, expected_effects
-from ce_plugin.evaluation.planted_layers import PlantedInteraction, PlantedMediation, mediation_truth
+from ce_plugin.evaluation.planted import (
+    PlantedInteraction,
+    PlantedMediation,
+    PlantedNetwork,
+    expected_effects,
+    mediation_truth,
+)
 from ce_plugin.evaluation.pointing import Mosaics, confidently_classified, grid_pointing_game, mosaics, pointing_share
 from ce_plugin.evaluation.stability import map_stability, rank_correlation
 

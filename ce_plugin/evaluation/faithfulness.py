@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ce_plugin.errors import ArgumentError, InputError, ModelError, TargetError, expected, unknown_name
 from ce_plugin.interventions import Context, Normalization, PixelMask
-from ce_plugin.interventions.normalization import NormalizationLike
+from ce_plugin.interventions.base import NormalizationLike
 from ce_plugin.randomness import generator
 
 __all__ = ["FaithfulnessCurves", "area_under_curve", "insertion_deletion", "pixel_order", "reference_images"]

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ce_plugin.effects import Outcome, resolve_outcome
-from ce_plugin.errors import ArgumentError, expected
+from ce_plugin.effects import MediationEffects, Outcome, resolve_outcome
+from ce_plugin.errors import ArgumentError, UnitError, expected, unknown_name
+from ce_plugin.randomness import generator
 
-__all__ = ["PlantedNetwork", "expected_effects"]
+__all__ = [
+    "PlantedInteraction",
+    "PlantedMediation",
+    "PlantedNetwork",
+    "expected_effects",
+    "mediation_truth",
+]
+
 
 # 2^16 evaluations are a matter of milliseconds; each further unit doubles them.
 _MOST_UNITS = 16
@@ -139,3 +148,230 @@ def _doubled(network: PlantedNetwork) -> PlantedNetwork:
         hidden=(network.inner, network.outer), bias=network.bias,
     )  # fmt: skip
     return copy.double()
+
+
+class PlantedMediation(nn.Module):
+    """A network with a hidden layer ``mediator`` of K channels, a path around it, and interactions of known size.
+
+        Y(x) = bias + m main + sum_{(k, l)} m_k m_l strength_kl + d(x) + b(x) (m gate)
+
+    with M = relu(conv(x)) the mediator's value, (N, K, S, S), m_k = sum_s readout_k(s) M_k(s), and d and b linear in x:
+    total, indirect and direct effect and their interaction all differ, for channels and for sets of channels. Weights
+    are drawn from ``seed``, never from the global random state.
+
+    Args:
+        channels: K, at least 2.
+        classes: C.
+        in_channels: of the input, (N, in_channels, size, size).
+        size: S.
+        bypass: False makes the layer a cut: d = b = 0, and everything passes through it.
+        seed: of the weights.
+
+    Raises:
+        ArgumentError: for a number below 1, or fewer than two channels.
+
+    Example:
+        >>> import torch
+        >>> network = PlantedMediation(channels=4, classes=3)
+        >>> x = torch.rand(2, 2, 4, 4)
+        >>> network.mediator(x).shape, network(x).shape
+        (torch.Size([2, 4, 4, 4]), torch.Size([2, 3]))
+    """
+
+    readout: Tensor
+    main: Tensor
+    strength: Tensor
+    around: Tensor
+    lever: Tensor
+    gate: Tensor
+    bias: Tensor
+
+    def __init__(
+        self,
+        channels: int = 6,
+        classes: int = 3,
+        *,
+        in_channels: int = 2,
+        size: int = 4,
+        bypass: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if min(channels - 1, classes, in_channels, size) < 1:
+            got = (channels, classes, in_channels, size)
+            raise ArgumentError(expected("channels, classes, in_channels, size", "at least 2, 1, 1 and 1", got))
+        stream = generator(seed, "planted mediation")
+        pixels, on = in_channels * size**2, float(bypass)
+        self.bypass = bypass
+        self.pairs = tuple((k, k + 1) for k in range(0, channels - 1, 2))
+        weight = torch.randn(channels, in_channels, generator=stream)
+        # Biases are positive, so that few channels are dead.
+        bias = torch.randn(channels, generator=stream).abs() + 0.5
+        self.mediator = nn.Sequential(_convolution(weight, bias), nn.ReLU())
+        for name, shape, scale in (
+            ("readout", (channels, size, size), 1 / size),
+            ("main", (channels, classes), 1.0),
+            ("strength", (len(self.pairs), classes), 0.5),
+            ("around", (pixels, classes), on / size),
+            ("lever", (pixels, 1), on / size),
+            ("gate", (channels, classes), 0.5),
+            ("bias", (classes,), 1.0),
+        ):
+            self.register_buffer(name, scale * torch.randn(*shape, generator=stream))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, C) of images (N, in_channels, size, size)."""
+        m, flat = (self.mediator(x) * self.readout).flatten(2).sum(dim=2), x.flatten(1)
+        first, second = (list(side) for side in zip(*self.pairs, strict=True))
+        within = m @ self.main + (m[:, first] * m[:, second]) @ self.strength
+        out: Tensor = self.bias + within + flat @ self.around + (flat @ self.lever) * (m @ self.gate)
+        return out
+
+
+def mediation_truth(
+    network: PlantedMediation, clean: Tensor, intervened: Tensor, sets: Sequence[Sequence[int]] | None = None
+) -> MediationEffects:
+    """The mediation through sets of the layer's channels, in closed form and float64.
+
+    With D m_k and D b, D d the changes from x to x', and S the set:
+
+        NIE = sum_S D m_k (main_k + b gate_k) + the pairs' change by the channels in S
+        interaction = D b sum_S D m_k gate_k + sum over pairs with one channel in S of strength D m_k D m_l
+        NDE = TE - NIE - interaction
+
+    Args:
+        network: in any precision; it stays as it is.
+        clean: x, (N, in_channels, size, size).
+        intervened: x', of the same shape.
+        sets: channel indices of each set; None means each channel by itself.
+
+    Returns:
+        Total (N, C), indirect, direct and interaction (N, U, C).
+
+    Raises:
+        UnitError: for a channel that is not there, or twice in a set.
+
+    Example:
+        >>> import torch
+        >>> network = PlantedMediation(bypass=False)
+        >>> x = torch.rand(1, 2, 4, 4)
+        >>> truth = mediation_truth(network, x, 1 - x, [range(6)])
+        >>> torch.allclose(truth.indirect[:, 0], truth.total)
+        True
+
+    Source: Pearl 2001 (arXiv 1301.2300).
+    """
+    units = len(network.main)
+    chosen = [[k] for k in range(units)] if sets is None else [list(one) for one in sets]
+    if any(not one or len(set(one)) != len(one) or not set(one) <= set(range(units)) for one in chosen):
+        raise UnitError(expected("sets", f"sets of different channels in range({units})", chosen[:8]))
+    net = copy.deepcopy(network).double()
+    with torch.no_grad():
+        flat, flat1 = (x.double().flatten(1) for x in (clean, intervened))
+        m, m1 = ((net.mediator(x.double()) * net.readout).sum(dim=(2, 3)) for x in (clean, intervened))
+        step, lever, lever_step = m1 - m, flat @ net.lever, (flat1 - flat) @ net.lever
+        inside = torch.zeros(len(chosen), units, dtype=torch.float64, device=m.device)
+        for row, one in zip(inside, chosen, strict=True):
+            row[one] = 1.0
+        moved = step[:, None] * inside  # (N, U, K): the change that passes through each set
+        indirect = _within(net, m, moved) + lever[:, None] * (moved @ net.gate)
+        every = _within(net, m, step[:, None])[:, 0]
+        total = every + (flat1 - flat) @ net.around
+        total = total + (lever + lever_step) * (m1 @ net.gate) - lever * (m @ net.gate)
+        first, second = (list(side) for side in zip(*net.pairs, strict=True))
+        split = inside[:, first] != inside[:, second]  # pairs of which one channel is in the set
+        both = (step[:, first] * step[:, second])[:, None] * split
+        interaction = lever_step[:, None] * (moved @ net.gate) + both @ net.strength
+    return MediationEffects(total, indirect, total[:, None] - indirect - interaction, interaction)
+
+
+class PlantedInteraction(nn.Module):
+    """A network whose layer ``layer`` has two channels that do nothing alone and ``strength`` together.
+
+        Y_0(x) = h(z) + strength g(1 - z_u, 1 - z_v),   z_k = mean over space of channel k
+
+    On every input z_u = z_v = 1, and zeroing one of the channels (``ZeroOut``) makes its z 0: g is 0 as long as one
+    of them is left and 1 when both are gone. The other channels have effects h, linear plus ``hidden`` units whose
+    interactions are a good deal smaller; they are the haystack. Class 1 knows nothing of the pair.
+
+    Args:
+        n_units: channels of the layer, at least 3.
+        pair: (u, v), the planted pair.
+        strength: its interaction.
+        gate: "product" (1 - z_u) (1 - z_v), or "relu" relu(1 - z_u - z_v), whose slope at either single flip is 0.
+        hidden: number of hidden units of the haystack; 0 leaves the planted interaction alone.
+        size: height and width of the input, (N, 1, size, size).
+        seed: of the weights.
+
+    Raises:
+        UnitError: for a pair that is not there.
+        UnknownNameError: for another gate.
+
+    Example:
+        >>> import torch
+        >>> network = PlantedInteraction(n_units=5, pair=(1, 3), hidden=0)
+        >>> h = network.layer(torch.rand(1, 1, 4, 4))
+        >>> keep = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 1], [1, 1, 1, 0, 1], [1, 0, 1, 0, 1]])
+        >>> y = network.head(h * keep[:, :, None, None])[:, 0]
+        >>> (y - y[0]).round().abs().tolist()
+        [0.0, 0.0, 0.0, 2.0]
+    """
+
+    main: Tensor
+    inner: Tensor
+    outer: Tensor
+
+    def __init__(
+        self,
+        n_units: int = 200,
+        pair: tuple[int, int] = (17, 143),
+        strength: float = -2.0,
+        *,
+        gate: str = "product",
+        hidden: int = 16,
+        size: int = 4,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if n_units < 3 or len(set(pair)) != 2 or not set(pair) <= set(range(n_units)):
+            raise UnitError(expected("pair", f"two different channels in range({n_units}), of three or more", pair))
+        if gate not in ("product", "relu"):
+            raise unknown_name("gate", gate, ("product", "relu"))
+        stream = generator(seed, "planted interaction")
+        self.pair, self.strength, self.gate = tuple(pair), strength, gate
+        others = torch.ones(n_units)
+        others[list(pair)] = 0.0
+        weight = torch.randn(n_units, 1, generator=stream) * others[:, None]
+        bias = torch.randn(n_units, generator=stream).abs() * others + (1 - others)
+        self.layer = nn.Sequential(_convolution(weight, bias), nn.ReLU())
+        self.register_buffer("main", torch.randn(n_units, 2, generator=stream) * others[:, None])
+        inner = torch.randn(n_units, hidden, generator=stream) * (4 / n_units) ** 0.5
+        self.register_buffer("inner", inner * others[:, None])
+        self.register_buffer("outer", 0.2 * torch.randn(hidden, 2, generator=stream))
+
+    def head(self, h: Tensor) -> Tensor:
+        """Logits (N, 2) of the layer's value, (N, n_units, size, size)."""
+        z = h.mean(dim=(2, 3))
+        u, v = (1 - z[:, k] for k in self.pair)
+        planted = u * v if self.gate == "product" else (u + v - 1).relu()
+        known = torch.stack([self.strength * planted, torch.zeros_like(planted)], dim=1)
+        return known + z @ self.main + (z @ self.inner).relu() @ self.outer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, 2) of images (N, 1, size, size)."""
+        return self.head(self.layer(x))
+
+
+def _convolution(weight: Tensor, bias: Tensor) -> nn.Conv2d:
+    """A 1 x 1 convolution with these weights, (outputs, inputs); on "meta" its own initialisation draws no numbers."""
+    layer = nn.Conv2d(weight.shape[1], len(weight), 1, device="meta")
+    layer.weight, layer.bias = nn.Parameter(weight[:, :, None, None]), nn.Parameter(bias)
+    return layer
+
+
+def _within(net: PlantedMediation, m: Tensor, moved: Tensor) -> Tensor:
+    """Change of what the mediator does by itself, (N, U, C), for changes (N, U, K) of the channels' readouts (N, K)."""
+    first, second = (list(side) for side in zip(*net.pairs, strict=True))
+    near, far = m[:, None, first], m[:, None, second]
+    change = moved[..., first] * far + near * moved[..., second] + moved[..., first] * moved[..., second]
+    return moved @ net.main + change @ net.strength

@@ -7,20 +7,22 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from ce_plugin._art import is_art_classifier
 from ce_plugin.errors import AttackError, expected, unknown_name
-from ce_plugin.interventions.attacks import (
+from ce_plugin.interventions.base import Context, Inputs, Intervention, Normalization, NormalizationLike
+from ce_plugin.interventions.crafting import (
     PRESETS,
     AttackRecipe,
     AttackResult,
+    Victim,
     check_options,
     checked_model,
+    craft,
+    example_ids,
+    only_tensor,
     preset_recipe,
     resolve_clip_values,
 )
-from ce_plugin.interventions.base import Context, Inputs, Intervention
-from ce_plugin.interventions.crafting import Victim, craft, example_ids, only_tensor
-from ce_plugin.interventions.normalization import Normalization, NormalizationLike
+from ce_plugin.networks.forward import is_art_classifier
 
 __all__ = ["Adversarial"]
 

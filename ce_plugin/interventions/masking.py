@@ -13,8 +13,7 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from ce_plugin.errors import ArgumentError, UnitError, expected, unknown_name
-from ce_plugin.interventions.base import Context, Inputs, Intervention
-from ce_plugin.interventions.normalization import Normalization, NormalizationLike
+from ce_plugin.interventions.base import Context, Inputs, Intervention, Normalization, NormalizationLike
 
 __all__ = ["PixelMask"]
 

@@ -4,18 +4,105 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Union
 
 import torch
 from torch import Tensor
 
-from ce_plugin.errors import ArgumentError, InputError, expected
+from ce_plugin.errors import ArgumentError, InputError, expected, unknown_name
 from ce_plugin.interventions import filters
-from ce_plugin.interventions.base import Context, Intervention
+from ce_plugin.interventions.base import Context, Intervention, Normalization, NormalizationLike
 from ce_plugin.interventions.jpeg import jpeg
-from ce_plugin.interventions.normalization import Normalization, NormalizationLike
-from ce_plugin.interventions.smooth_steps import POINTWISE, Step, checked_step
 
-__all__ = ["Smooth"]
+__all__ = [
+    "POINTWISE",
+    "Denoise",
+    "Smooth",
+    "Step",
+    "checked_step",
+]
+
+
+Step = tuple[Union[str, int, float], ...]
+
+
+class _Parameter(NamedTuple):
+    """What a filter's parameter may be."""
+
+    name: str
+    wanted: str
+    fits: Callable[[Any], bool]
+    whole: bool = False
+
+
+_WINDOW = _Parameter("size", "a whole number of pixels, 1 or more", lambda size: size >= 1, whole=True)
+_SIGMA = _Parameter("sigma", "a positive number", lambda sigma: sigma > 0)
+_KINDS: dict[str, tuple[_Parameter, ...]] = {
+    "bits": (_Parameter("depth", "a whole number of bits from 1 to 16", lambda depth: 1 <= depth <= 16, whole=True),),
+    "median": (_WINDOW,),
+    "mean": (_WINDOW,),
+    "gauss": (_SIGMA,),
+    "jpeg": (_Parameter("quality", "a whole number from 1 to 100", lambda quality: 1 <= quality <= 100, whole=True),),
+    "soft_threshold": (_Parameter("threshold", "a number, 0 or more", lambda threshold: threshold >= 0),),
+    "clip": (
+        _Parameter("low", "a number", lambda low: True),
+        _Parameter("high", "a number", lambda high: True),
+    ),
+    "stretch": (
+        _Parameter("low", "a number", lambda low: True),
+        _Parameter("high", "a number", lambda high: True),
+    ),
+    "scale": (_Parameter("factor", "a number, 0 or more", lambda factor: factor >= 0),),
+    "shift": (
+        _Parameter("dx", "a whole number of pixels", lambda dx: True, whole=True),
+        _Parameter("dy", "a whole number of pixels", lambda dy: True, whole=True),
+    ),
+    "tv": (
+        _Parameter("weight", "a positive number", lambda weight: weight > 0),
+        _Parameter("n_iter", "a whole number of steps, 1 or more", lambda n_iter: n_iter >= 1, whole=True),
+    ),
+    "noise": (_SIGMA,),
+}
+# These look at one value at a time, so that inputs need not be images.
+POINTWISE = ("bits", "soft_threshold", "clip", "stretch", "scale", "noise")
+
+
+def checked_step(step: Sequence[str | float]) -> Step:
+    """A step as a user or a JSON file gave it, with numbers of the right type.
+
+    Raises:
+        UnknownNameError: a filter of unknown name.
+        ArgumentError: a parameter that is missing or out of range.
+
+    Example:
+        >>> checked_step(["median", 3.0])
+        ('median', 3)
+    """
+    if isinstance(step, str) or not len(step) or not isinstance(step[0], str):
+        raise ArgumentError(expected("steps", "tuples (name, parameters) such as ('gauss', 1.0)", repr(step)))
+    kind, given = step[0], step[1:]
+    if kind not in _KINDS:
+        raise unknown_name("steps", kind, _KINDS)
+    parameters = _KINDS[kind]
+    if len(given) != len(parameters):
+        names = ", ".join(f"`{parameter.name}`" for parameter in parameters)
+        raise ArgumentError(expected("steps", f"{names} after {kind!r}", f"{len(given)} parameters"))
+    checked = [_checked_value(parameter, value) for parameter, value in zip(parameters, given, strict=True)]
+    if kind in ("clip", "stretch") and not checked[0] < checked[1]:
+        raise ArgumentError(expected("high", f"greater than low = {checked[0]}", checked[1]))
+    return (kind, *checked)
+
+
+def _checked_value(parameter: _Parameter, given: str | float) -> int | float:
+    try:
+        value = float(given)
+    except (TypeError, ValueError):
+        value = math.nan
+    fits = math.isfinite(value) and not isinstance(given, (str, bool)) and parameter.fits(value)
+    if not fits or (parameter.whole and not value.is_integer()):
+        raise ArgumentError(expected(parameter.name, parameter.wanted, repr(given)))
+    return int(value) if parameter.whole else value
+
 
 Range = tuple[float, float]
 
@@ -239,3 +326,54 @@ def _noise(image: Tensor, context: Context, place: int) -> Tensor:
     stream = f"smooth{place}"
     draws = [torch.randn(image.shape[1:], generator=context.generator(i, stream)) for i in range(len(image))]
     return torch.stack(draws).to(image)
+
+
+class Denoise(Intervention):
+    """x' = D(x): what a denoiser, learned from clean images, makes of the image.
+
+    Args:
+        denoiser: images in image units to images of the same shape: an ``nn.Module`` in eval mode or any function.
+            It is called with gradients on where the caller has them on.
+        normalization: pair ``(mean, std)`` saying what was done to the image before the model:
+            ``model = (image - mean) / std``. None: model and image units are the same.
+        forward_equivalents: what the denoiser costs for one image, in forward passes of the network.
+
+    Raises:
+        ArgumentError: not callable, or a negative cost.
+        InputError: the denoiser returns another shape, when it is used.
+
+    Example:
+        >>> import torch
+        >>> halved = Denoise(lambda images: images / 2)
+        >>> halved(torch.ones(1, 1, 2, 2)).flatten().tolist()
+        [0.5, 0.5, 0.5, 0.5]
+
+    Source: denoisers before a classifier: Liao et al., CVPR 2018 (arXiv 1712.02976); here they are interventions, whose
+    effects are what is looked at.
+    """
+
+    def __init__(
+        self,
+        denoiser: Callable[[Tensor], Tensor],
+        *,
+        normalization: NormalizationLike = None,
+        forward_equivalents: int = 1,
+    ) -> None:
+        if not callable(denoiser):
+            raise ArgumentError(expected("denoiser", "a network or function of images", type(denoiser).__name__))
+        if forward_equivalents < 0:
+            raise ArgumentError(expected("forward_equivalents", "a number of passes, 0 or more", forward_equivalents))
+        self.denoiser = denoiser
+        self.normalization = Normalization.of(normalization)
+        self.forward_equivalents = forward_equivalents
+
+    def values(self, clean: Tensor, context: Context) -> Tensor:
+        """x' = D(x), (N, C, H, W), in model units."""
+        denoised = self.denoiser(self.normalization.to_image(clean))
+        if denoised.shape != clean.shape:
+            got = f"shape {tuple(denoised.shape)}"
+            raise InputError(expected("denoiser", f"one that returns images of shape {tuple(clean.shape)}", got))
+        return self.normalization.to_model(denoised).to(clean)
+
+    def __repr__(self) -> str:
+        return f"Denoise({type(self.denoiser).__name__})"

@@ -8,9 +8,8 @@ import io
 import torch
 
 from ce_plugin.errors import ModelError, expected
-from ce_plugin.interventions.normalization import Normalization
-from ce_plugin.models.framing import Framing
-from ce_plugin.models.vision import VisionModel
+from ce_plugin.interventions.base import Normalization
+from ce_plugin.models.vision import Framing, VisionModel
 
 __all__ = ["efficientnet_lite0", "imagenet_classes"]
 

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from ce_plugin.errors import ArgumentError, FileError, ModelError, UnknownNameError, expected, unknown_name
-from ce_plugin.interventions.normalization import Normalization
-from ce_plugin.models.framing import Framing
-from ce_plugin.models.vision import VisionModel
+from ce_plugin.interventions.base import Normalization
+from ce_plugin.models.vision import Framing, VisionModel
 
 __all__ = ["load_model", "load_weights"]
 

@@ -238,7 +238,7 @@ def _answers(detector: CausalEffectDetector, images: Tensor, batch_size: int = 1
 
 
 def _check_unseen(detector: CausalEffectDetector, images: Tensor) -> None:
-    from ce_plugin.detection.measuring import digests
+    from ce_plugin.detection.signature import digests
 
     seen = detector.learned().seen
     again = sum(name in seen for name in digests(images))

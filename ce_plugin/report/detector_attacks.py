@@ -108,8 +108,8 @@ def attack_to_learn(detector: CausalEffectDetector, name: str, eps: float, *, ba
 
 def _adaptive(detector: CausalEffectDetector, eps: float, batch_size: int, seed: int) -> DetectorAttack:
     """The attack that lowers the detector's score while it fools the classifier."""
-    from ce_plugin._art import build_classifier
     from ce_plugin.detection import AdaptiveEvasion
+    from ce_plugin.networks.art import build_classifier
 
     protected, state = detector.protected, detector.learned()
     clip = protected.clip_values

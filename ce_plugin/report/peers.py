@@ -7,7 +7,7 @@ from captum.attr import LayerAttribution, LayerGradCam, Saliency
 from torch import Tensor, nn
 
 from ce_plugin.errors import unknown_name
-from ce_plugin.guard import state_guard
+from ce_plugin.networks.guard import state_guard
 
 __all__ = ["grad_cam", "last_conv_layer", "named_layer", "saliency"]
 

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ce_plugin.errors import InputError, ModelError, expected
+from ce_plugin.networks.forward import Forward, is_opaque
+from ce_plugin.networks.graph import Point, Suffix, Untraceable
 from ce_plugin.sites import ConceptSite, LayerSite
-from ce_plugin.trials.batching import is_opaque
+from ce_plugin.trials.batches import Setting
 from ce_plugin.trials.downstream import SITE, Downstream, Observed, Place
-from ce_plugin.trials.flips import Flips
-from ce_plugin.trials.forward import Forward
-from ce_plugin.trials.graph import Point, Untraceable
+from ce_plugin.trials.propagation import Flips
 from ce_plugin.trials.runner import AggregateError, Runner
-from ce_plugin.trials.setting import Setting
-from ce_plugin.trials.suffix import Suffix
 
 __all__ = ["Located", "Locator", "place_of"]
 

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torchvision.ops import stochastic_depth
 
-__all__ = ["Cat", "Conv", "Last", "Linear", "Norm", "Operation", "Pointwise", "Pool", "Separable", "View"]
+from ce_plugin.networks.graph import out_of_place
+
+__all__ = [
+    "Cat",
+    "Conv",
+    "Last",
+    "Linear",
+    "Norm",
+    "Operation",
+    "Pointwise",
+    "Pool",
+    "Separable",
+    "View",
+    "resolve",
+]
 
 
 @dataclass(frozen=True)
@@ -99,3 +116,233 @@ class Cat(Operation):
     """Concatenation; ``source`` are the parts."""
 
     dim: int = 0
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+
+
+def _conv2d(
+    input: Any,  # noqa: A002 - the names that PyTorch's function has
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Operation | None:
+    dilation = _pair(dilation)
+    if isinstance(padding, str):
+        reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        if padding != "valid" and any(r % 2 for r in reach):
+            return None
+        padding = [0, 0] if padding == "valid" else [r // 2 for r in reach]
+    options = (_pair(stride), _pair(padding), dilation, groups)
+    return Conv(input, lambda x: F.conv2d(x, weight, bias, *options), weight, bias, *options)
+
+
+def _max_pool2d(
+    input: Any,  # noqa: A002
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Operation | None:
+    if return_indices:
+        return None
+    stride = kernel_size if stride is None or stride == [] else stride
+    sizes = (_pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation))
+
+    def apply(x: Tensor) -> Tensor:
+        return F.max_pool2d(x, *sizes, ceil_mode=ceil_mode)
+
+    return Pool(input, apply, None, "max", *sizes, ceil_mode)
+
+
+def _avg_pool2d(
+    input: Any,  # noqa: A002
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Operation:
+    stride = kernel_size if stride is None or stride == [] else stride
+    sizes = (_pair(kernel_size), _pair(stride), _pair(padding))
+
+    def apply(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, *sizes, ceil_mode, count_include_pad, divisor_override)
+
+    return Pool(input, apply, None, "avg", *sizes, (1, 1), ceil_mode)
+
+
+def _adaptive_avg_pool2d(input: Any, output_size: Any) -> Operation:  # noqa: A002
+    mean = "mean" if output_size in (1, (1, 1), [1, 1]) else None
+    return Separable(input, lambda x: F.adaptive_avg_pool2d(x, output_size), mean)
+
+
+def _adaptive_max_pool2d(input: Any, output_size: Any, return_indices: bool = False) -> Operation | None:  # noqa: A002
+    return None if return_indices else Separable(input, lambda x: F.adaptive_max_pool2d(x, output_size))
+
+
+def _batch_norm(
+    input: Any,  # noqa: A002
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Operation | None:
+    if training or running_mean is None or running_var is None:
+        return None
+
+    def apply(x: Tensor) -> Tensor:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+
+    return Norm(input, apply, running_mean, running_var, weight, bias, eps)
+
+
+def _linear(input: Any, weight: Tensor, bias: Tensor | None = None) -> Operation:  # noqa: A002
+    return Linear(input, lambda x: F.linear(x, weight, bias), weight)
+
+
+def _mean(input: Any, dim: Any = None, keepdim: bool = False) -> Operation | None:  # noqa: A002
+    dims = [dim] if isinstance(dim, int) else dim
+    if dims is None or len(dims) != 2 or sorted(d % 4 for d in dims) != [2, 3]:
+        return None
+    return Separable(input, lambda x: x.mean(dims, keepdim), "mean")
+
+
+def _pad(input: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Operation | None:  # noqa: A002
+    if len(pad) > 4 or len(pad) % 2:
+        return None
+    followed = tuple(pad) + (0,) * (4 - len(pad)) if mode == "constant" and min(pad) >= 0 else None
+    return Separable(input, lambda x: F.pad(x, tuple(pad), mode, value), followed)
+
+
+def _layer_norm(input: Any, normalized_shape: Any, *rest: Any, **options: Any) -> Operation:  # noqa: A002
+    return Last(input, lambda x: F.layer_norm(x, normalized_shape, *rest, **options), len(normalized_shape))
+
+
+def _cat(tensors: Any, dim: int = 0) -> Operation:
+    return Cat(tuple(tensors), lambda parts: torch.cat(parts, dim), dim)
+
+
+def _view(input: Any, *args: Any, **options: Any) -> Operation:  # noqa: A002
+    return View(input, lambda x: x)
+
+
+def _inactive(input: Any, *args: Any, **options: Any) -> Operation | None:  # noqa: A002
+    training = options["training"] if "training" in options else (args[-1] if args else None)
+    return Pointwise((input,), lambda x: x) if training is False else None
+
+
+def _all_of(names: str, *homes: Any) -> list[Any]:
+    return [getattr(home, name) for home in homes for name in names.split() if hasattr(home, name)]
+
+
+_POINTWISE_NAMES = """relu relu6 silu gelu hardswish hardsigmoid hardtanh sigmoid tanh leaky_relu elu selu celu mish
+    softplus softsign logsigmoid hardshrink softshrink tanhshrink threshold clamp clip abs exp log sqrt rsqrt square
+    neg negative pow add sub mul div true_divide truediv maximum minimum multiply subtract divide clone contiguous
+    detach"""
+_VIEW_NAMES = "flatten reshape view squeeze unsqueeze"
+_BUILDERS: dict[str, Callable[..., Operation | None]] = {
+    "conv2d": _conv2d,
+    "max_pool2d": _max_pool2d,
+    "avg_pool2d": _avg_pool2d,
+    "adaptive_avg_pool2d": _adaptive_avg_pool2d,
+    "adaptive_max_pool2d": _adaptive_max_pool2d,
+    "batch_norm": _batch_norm,
+    "linear": _linear,
+    "mean": _mean,
+    "pad": _pad,
+    "layer_norm": _layer_norm,
+    "cat": _cat,
+    "concat": _cat,
+    "dropout": _inactive,
+    "dropout2d": _inactive,
+    **dict.fromkeys(_VIEW_NAMES.split(), _view),
+}
+_FUNCTIONS = {f: build for name, build in _BUILDERS.items() for f in _all_of(name, torch, F)}
+_FUNCTIONS[stochastic_depth] = _inactive
+_POINTWISE = set(_all_of(_POINTWISE_NAMES, torch, F, operator))
+_MODULES: dict[type[nn.Module], Callable[[Any, Any], Operation | None]] = {
+    nn.Conv2d: lambda m, x: (
+        _conv2d(x, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups) if m.padding_mode == "zeros" else None
+    ),
+    nn.MaxPool2d: lambda m, x: _max_pool2d(
+        x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices
+    ),
+    nn.AvgPool2d: lambda m, x: _avg_pool2d(
+        x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
+    ),
+    nn.AdaptiveAvgPool2d: lambda m, x: _adaptive_avg_pool2d(x, m.output_size),
+    nn.AdaptiveMaxPool2d: lambda m, x: _adaptive_max_pool2d(x, m.output_size, m.return_indices),
+    nn.BatchNorm2d: lambda m, x: _module_norm(m, x),
+    nn.BatchNorm1d: lambda m, x: _module_norm(m, x),
+    nn.Linear: lambda m, x: _linear(x, m.weight, m.bias),
+    nn.LayerNorm: lambda m, x: _layer_norm(x, m.normalized_shape, m.weight, m.bias, m.eps),
+    nn.ZeroPad2d: lambda m, x: _pad(x, m.padding),
+    nn.ConstantPad2d: lambda m, x: _pad(x, m.padding, "constant", m.value),
+    nn.ReflectionPad2d: lambda m, x: _pad(x, m.padding, "reflect"),
+    nn.ReplicationPad2d: lambda m, x: _pad(x, m.padding, "replicate"),
+    nn.Flatten: lambda m, x: _view(x),
+    nn.Upsample: lambda m, x: Separable(x, m.forward),
+    nn.UpsamplingNearest2d: lambda m, x: Separable(x, m.forward),
+    nn.UpsamplingBilinear2d: lambda m, x: Separable(x, m.forward),
+    nn.PReLU: lambda m, x: _activation(m, x) if m.num_parameters == 1 else None,
+    **{kind: lambda m, x: None if m.training else _activation(m, x) for kind in (nn.Dropout, nn.Dropout2d)},
+}
+_ACTIVATIONS = """ReLU ReLU6 SiLU GELU Hardswish Hardsigmoid Hardtanh Sigmoid Tanh LeakyReLU ELU SELU CELU Mish Softplus
+    Softsign LogSigmoid Hardshrink Softshrink Tanhshrink Threshold Identity"""
+
+
+def _activation(module: nn.Module, x: Any) -> Operation:
+    return Pointwise((x,), lambda value: out_of_place(module, (value,), {}))
+
+
+def _module_norm(module: nn.BatchNorm2d, x: Any) -> Operation | None:
+    if module.training:
+        return None
+    return _batch_norm(x, module.running_mean, module.running_var, module.weight, module.bias, False, 0.0, module.eps)
+
+
+_MODULES.update(dict.fromkeys(_all_of(_ACTIVATIONS, nn), _activation))
+
+
+def resolve(node: fx.Node, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
+    """What a node does, if differences can be followed through it; None where it is to be run densely.
+
+    Modules with hooks are run densely, so that their hooks see what they would see.
+    """
+    try:
+        if module is not None:
+            hooked = module._forward_hooks or module._forward_pre_hooks
+            build = None if hooked or len(args) != 1 or kwargs else _MODULES.get(type(module))
+            return build(module, args[0]) if build else None
+        if node.op == "call_function":
+            if node.target in _POINTWISE:
+                return _elementwise(node.target, args, kwargs)
+            build = _FUNCTIONS.get(node.target)
+            return build(*args, **kwargs) if build else None
+        return _method(str(node.target), args, kwargs)
+    except TypeError:  # called in a way that the functions above do not foresee
+        return None
+
+
+def _method(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
+    if name in _POINTWISE_NAMES.split():
+        return _elementwise(lambda first, *rest, **options: getattr(first, name)(*rest, **options), args, kwargs)
+    return _BUILDERS[name](*args, **kwargs) if name in {"mean", *_VIEW_NAMES.split()} else None
+
+
+def _elementwise(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation:
+    """Operands are the positional arguments; a tensor among the options would not be followed."""
+    if any(not isinstance(value, (int, float, bool, str, type(None))) for value in kwargs.values()):
+        raise TypeError("only numbers are options of an elementwise operation")
+    return Pointwise(args, lambda *operands: function(*operands, **kwargs))

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_map
 
+from ce_plugin.networks.graph import Captured, Suffix, flops_of, nodes_of
+from ce_plugin.trials.batches import Rows, Setting, Values
 from ce_plugin.trials.channels import follow_channels, mixes
-from ce_plugin.trials.operations import Cat, Conv, Operation, Pointwise, Pool
-from ce_plugin.trials.resolution import resolve
+from ce_plugin.trials.downstream import Downstream
+from ce_plugin.trials.operations import Cat, Conv, Operation, Pointwise, Pool, resolve
 from ce_plugin.trials.states import Channel, Clean, Dense, State, Window, as_dense, is_state, nbytes, select
-from ce_plugin.trials.windows import follow_windows
+from ce_plugin.trials.windows import follow_windows, window_of
 
-if TYPE_CHECKING:
-    from ce_plugin.trials.local import Local
-
-__all__ = ["Propagation", "scratch"]
+__all__ = [
+    "CleanValues",
+    "Flips",
+    "Local",
+    "Propagation",
+    "scratch",
+]
 
 
 class Propagation:
@@ -197,3 +202,271 @@ def _queried(node: fx.Node, args: Any, rows: int) -> Any:
     if name in ("dim", "ndimension", "ndim"):
         return clean.dim()
     return getattr(clean, name) if node.target is getattr and name in ("dtype", "device") else None
+
+
+class CleanValues:
+    """Runs the suffix on the clean site, operation by operation, as far as its values are asked for.
+
+    A batch asks for them in the suffix's own order, so that a first one walks beside it and nothing has to be kept for
+    later. What was asked for once is kept for the batches that follow; the values of a whole network would not fit
+    into a small budget.
+
+    Args:
+        suffix: of the network.
+        captured: a clean pass of the examples.
+        last_uses: for each node those of its arguments that no later one uses.
+    """
+
+    def __init__(self, suffix: Suffix, captured: Captured, last_uses: dict[fx.Node, list[fx.Node]]) -> None:
+        self.suffix, self.captured, self._last_uses = suffix, captured, last_uses
+        self.example = -1
+        self._outputs = set(nodes_of(suffix.graph.output))
+        self._asked: set[fx.Node] = set()
+        self._kept: dict[fx.Node, Any] = {}
+        self._passing: dict[fx.Node, Any] = {}
+        self._next = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept."""
+        return nbytes(list(self._kept.values()))
+
+    def start(self, example: int) -> None:
+        """From now on the values are those of this example."""
+        if example != self.example:
+            self.example, self._kept = example, {}
+            self._restart()
+
+    def __call__(self, node: fx.Node) -> Any:
+        """The clean value of a node that depends on the site."""
+        self._asked.add(node)
+        if node is self.suffix.graph.site:
+            return self._site
+        if node not in self._kept and node in self._passing:
+            self._kept[node] = self._passing[node]
+        while node not in self._kept:
+            if self._next == len(self.suffix.nodes):
+                self._restart()  # it was not needed before, and is gone
+            self._step()
+        return self._kept[node]
+
+    @property
+    def _site(self) -> Tensor:
+        return self.captured.site[self.example : self.example + 1]
+
+    def _restart(self) -> None:
+        self._next = 0
+        self._passing = self.suffix.constants(self.captured, 1, torch.tensor([self.example]))
+        self._passing[self.suffix.graph.site] = self._site
+
+    def _step(self) -> None:
+        node = self.suffix.nodes[self._next]
+        self._next += 1
+        args, kwargs = (map_arg(part, self._passing.__getitem__) for part in (node.args, node.kwargs))
+        value = self._passing[node] = self.suffix.graph.call(node, args, kwargs)
+        if node in self._asked or node in self._outputs:
+            self._kept[node] = value
+        for arg in self._last_uses[node]:
+            self._passing.pop(arg, None)
+        if self._next == len(self.suffix.nodes):
+            self._passing = {}
+
+
+class Local:
+    """Runs trials of one example that each set one unit of a site, and computes only what differs.
+
+    Flipping a channel changes one channel; operations that treat channels separately keep it so, and the first that
+    mixes them is linear in most networks: W(h + d) = W h + W d, where W h is known. Flipping a small rectangle changes
+    a rectangle that grows with every kernel. From where neither holds, rows are run in full. Rows in which nothing
+    differs any more have the clean output, exactly.
+
+    Args:
+        suffix: of the network.
+        captured: a clean pass of the examples.
+
+    Attributes:
+        bytes_per_row: growth of memory at its peak, per row that is not found to be clean; the largest so far.
+        route: how the latest run's rows began: "channel differences", "window differences" or "dense".
+        example: whose clean values are held.
+        last_uses: by operation, the values that are not needed after it.
+
+    Example:
+        >>> from ce_plugin.networks.graph import Point
+        >>> network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 1), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1)).eval()
+        >>> x = torch.rand(1, 1, 3, 3)
+        >>> suffix = Suffix(network, Point(network[0]))
+        >>> local = Local(suffix, suffix.capture((x,)))
+        >>> channels = torch.eye(4, dtype=torch.bool).view(4, 4, 1, 1)
+        >>> local(0, torch.zeros(1, 4, 3, 3), channels).shape
+        torch.Size([4, 2, 3, 3])
+    """
+
+    def __init__(self, suffix: Suffix, captured: Captured) -> None:
+        self.suffix, self.captured = suffix, captured
+        self.bytes_per_row = 0
+        self.route = "dense"
+        nodes = suffix.nodes
+        last = {arg: node for node in nodes for arg in node.all_input_nodes}
+        outputs = set(nodes_of(suffix.graph.output))
+        self.last_uses = {
+            node: [arg for arg in node.all_input_nodes if last[arg] is node and arg not in outputs] for node in nodes
+        }
+        self.clean_value = CleanValues(suffix, captured, self.last_uses)
+
+    @property
+    def example(self) -> int:
+        """Which example is explained now."""
+        return self.clean_value.example
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Memory that an example's clean values take."""
+        return self.clean_value.nbytes
+
+    def __call__(self, example: int, do: Tensor, masks: Tensor) -> Any:
+        """The network's raw output for every row.
+
+        Args:
+            example: which example is explained.
+            do: the values that trials set, (1, ...), of the site's shape.
+            masks: what each row sets, bool (B, ...), broadcastable to the site.
+        """
+        self.clean_value.start(example)
+        site = self.captured.site[example : example + 1]
+        start = initial(site, do.to(site), masks.to(site.device))
+        self.route = {Channel: "channel differences", Window: "window differences"}.get(type(start), "dense")
+        return Propagation(self, start, len(masks)).output()
+
+    def clean_output(self, example: int) -> Any:
+        """The network's raw output for an example as it is: what rows in which nothing differs get."""
+        self.clean_value.start(example)
+        return map_arg(self.suffix.graph.output, self._clean_or_constant)
+
+    def _clean_or_constant(self, node: fx.Node) -> Any:
+        if node in self.suffix.dependent:
+            return self.clean_value(node)
+        return self.suffix.constants(self.captured, 1, torch.tensor([self.example]))[node]
+
+    def cost(self, do: Tensor, masks: Tensor, example: int = 0) -> float:
+        """Floating-point operations of a row, in units of a full clean pass; measured on a few rows.
+
+        Args:
+            do: as in :meth:`__call__`.
+            masks: a sample of rows, as in :meth:`__call__`.
+            example: which example.
+        """
+        self(example, do, masks)  # the clean values are not a row's
+        total = flops_of(lambda: self(example, do, masks))
+        return total / max(len(masks), 1) / max(self.suffix.full_flops(self.captured), 1)
+
+
+def initial(site: Tensor, do: Tensor, masks: Tensor) -> State:
+    """The smallest state that holds what each row sets."""
+    if site.dim() >= 2 and masks.dim() == site.dim():
+        window = window_of(site, do, masks)
+        if window is not None:
+            return window
+        if masks.shape[1] == site.shape[1] > 1:
+            channels = masks.flatten(2).any(2) if masks.dim() > 2 else masks
+            if bool((channels.sum(1) <= 1).all()):
+                return _channel_of(site, do, masks, channels.int().argmax(1))
+    return Dense(torch.where(masks, do, site))
+
+
+def _channel_of(site: Tensor, do: Tensor, masks: Tensor, start: Tensor) -> Channel:
+    state = Channel(site, start, site.new_empty((len(start), 1, *site.shape[2:])))
+    rows = torch.arange(len(start), device=start.device)
+    value = torch.where(masks[rows[:, None], start[:, None]], state.taken(do), state.taken(site))
+    return Channel(site, start, value)
+
+
+# Rows of a batch whose values fill this much memory run fastest on CPUs: more of them fall out of the caches.
+_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+# Rows of the first batch, which shows how much memory a row takes; fewer where so many times what the site's value
+# takes would not fit into the budget.
+_FIRST, _GUESS = 8, 16
+# How often a row's outputs are held at once on their way from the network to the outcomes.
+_COPIES = 6
+_MOST = 8192
+
+
+class Flips:
+    """Runs trials that each set one unit of a site.
+
+    Args:
+        downstream: the network from the site on, cut out.
+    """
+
+    def __init__(self, downstream: Downstream) -> None:
+        if downstream.suffix is None or downstream.captured is None:
+            raise TypeError("differences are followed through a suffix")
+        self.forward = downstream.forward
+        self.local = Local(downstream.suffix, downstream.captured)
+        self.route = "suffix"
+        self._output_bytes = 0
+
+    def reference(self, n: int) -> dict[str, Tensor]:
+        """The clean outputs of N examples: the very numbers that a row in which nothing differs has."""
+        parts = []
+        for example in range(n):
+            with torch.inference_mode():
+                raw = self.local.clean_output(example)
+                heads = self.forward.heads(raw)
+            parts.append({name: head.clone() for name, head in heads.items()})
+            self._output_bytes = sum(head.numel() * head.element_size() for head in heads.values())
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def __call__(self, setting: Setting, rows: Rows, values: Values) -> dict[str, Tensor]:
+        """The heads' outputs of one batch of rows, (B, ...) each."""
+        (masks,) = setting.units.masks(rows.assignments, rows.examples)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, key in enumerate(zip(rows.examples.tolist(), rows.variants.tolist(), strict=True)):
+            groups.setdefault(key, []).append(row)
+        parts, order = [], []
+        for (example, variant), members in groups.items():
+            here = masks if len(groups) == 1 else masks[members]
+            with torch.inference_mode():
+                heads = self.forward.heads(self.local(example, values[example][variant][0], here))
+            self.route = self.local.route
+            parts.append({name: head.to(setting.device).clone() for name, head in heads.items()})
+            order += members
+        if len(parts) == 1:
+            return parts[0]
+        back = torch.tensor(order).argsort().to(setting.device)
+        return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+
+    def rows(self, budget: int, device: torch.device) -> tuple[int, int]:
+        """How many rows a batch should have, and how many the memory budget allows."""
+        if not self.local.bytes_per_row:
+            site = self.local.captured.site
+            guess = max(1, min(_FIRST, budget // max(_GUESS * site[:1].numel() * site.element_size(), 1)))
+            return guess, guess
+        each = self.local.bytes_per_row + _COPIES * self._output_bytes
+        limit = max(1, min((budget - self.local.fixed_bytes) // each, _MOST))
+        return max(1, min(max(_BYTES.get(device.type, _BYTES["cuda"]) // each, 4), limit)), limit
+
+    def kind(self, setting: Setting) -> str:
+        """How flips of the site's units start: as a "channel", as a "window", or "" where neither."""
+        site, masks = self._sample(setting)
+        start = initial(site, site + 1, masks)
+        return "channel" if isinstance(start, Channel) else "window" if isinstance(start, Window) else ""
+
+    def area(self, setting: Setting) -> int:
+        """How many elements three of the units have."""
+        return int(self._sample(setting)[1].sum())
+
+    def cost(self, setting: Setting) -> float:
+        """What a row costs, in forward passes of the whole network, counted on three rows of the first example."""
+        site, masks = self._sample(setting)
+        found = self.local.cost(site + 1, masks)
+        self.route = self.local.route
+        return found
+
+    @staticmethod
+    def _sample(setting: Setting) -> tuple[Tensor, Tensor]:
+        n_units = int(setting.units.n_units[0])
+        chosen = sorted({n_units // 4, n_units // 2, 3 * n_units // 4})
+        assignments = torch.nn.functional.one_hot(torch.tensor(chosen), setting.units.width).bool()
+        site = setting.inputs[0][:1]
+        (masks,) = setting.units.masks(assignments, torch.zeros(len(chosen), dtype=torch.int64))
+        return site, masks.to(site.device)

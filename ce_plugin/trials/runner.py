@@ -9,11 +9,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ce_plugin.trials.batching import BatchSize, bytes_per_row, free_memory, is_opaque
-from ce_plugin.trials.flips import Flips
-from ce_plugin.trials.forward import Forward
-from ce_plugin.trials.setting import Rows, Setting, batches, rows_of_args
-from ce_plugin.trials.values import Counterfactuals, Values, chunks, values_of_trials
+from ce_plugin.networks.forward import Forward, is_opaque
+from ce_plugin.trials.batches import (
+    BatchSize,
+    Counterfactuals,
+    Rows,
+    Setting,
+    Values,
+    batches,
+    bytes_per_row,
+    chunks,
+    free_memory,
+    rows_of_args,
+    values_of_trials,
+)
+from ce_plugin.trials.propagation import Flips
 
 __all__ = ["Measure", "Runner"]
 

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-__all__ = ["Channel", "Clean", "Dense", "State", "Window", "as_dense", "gathered", "nbytes", "overlaid", "select"]
+__all__ = [
+    "Channel",
+    "Clean",
+    "Dense",
+    "State",
+    "Window",
+    "as_dense",
+    "gathered",
+    "nbytes",
+    "overlaid",
+    "select",
+]
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,7 @@ Every function returns a :class:`matplotlib.figure.Figure` or plain values. Neit
 touched, so the functions work on a server, in a notebook and in a thread alike.
 """
 
-from ce_plugin.visualization.detection import plot_roc, plot_scores
-from ce_plugin.visualization.estimates import plot_estimate
-from ce_plugin.visualization.mediation import plot_carriers
-from ce_plugin.visualization.nodes import plot_nodes
+from ce_plugin.visualization.charts import plot_nodes, plot_roc, plot_scores
 from ce_plugin.visualization.pictures import (
     NEGATIVE,
     POSITIVE,
@@ -16,8 +13,9 @@ from ce_plugin.visualization.pictures import (
     magnify,
     outlines,
     overlay,
+    sheet,
+    spotlight,
 )
-from ce_plugin.visualization.sheets import sheet, spotlight
 
 __all__ = [
     "NEGATIVE",
@@ -27,8 +25,6 @@ __all__ = [
     "magnify",
     "outlines",
     "overlay",
-    "plot_carriers",
-    "plot_estimate",
     "plot_nodes",
     "plot_roc",
     "plot_scores",

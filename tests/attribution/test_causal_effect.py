@@ -393,16 +393,16 @@ def test_batch_size_and_order_do_not_matter(name: str, fill: Any) -> None:
 
 @pytest.mark.parametrize("name", DESIGNS)
 def test_a_batch_size_that_changes_midway_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ce_plugin.trials import batching
+    from ce_plugin.trials import batches
 
     net, x = network(), inputs(3)
     explainer = CausalEffect(net, PixelMask(("zero", "noise")), DESIGNS[name])
     whole = explainer.estimate(x, perturbations_per_eval=1000)
 
-    def random_size(self: batching.BatchSize, seconds: float) -> None:
+    def random_size(self: batches.BatchSize, seconds: float) -> None:
         self._queue = [int(torch.randint(1, 12, ()))]
 
-    monkeypatch.setattr(batching.BatchSize, "_learn", random_size)
+    monkeypatch.setattr(batches.BatchSize, "_learn", random_size)
     # Each pass is timed only where it is full, so that the size keeps changing.
     assert same(whole, CausalEffect(lambda v: net(v), PixelMask(("zero", "noise")), DESIGNS[name]).estimate(x))
 

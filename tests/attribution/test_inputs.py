@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ce_plugin import Evidence
-from ce_plugin.attribution.inputs import as_args, as_baseline, as_evidences, as_ids, as_inputs, flat_target
+from ce_plugin.attribution.estimation import flat_target
+from ce_plugin.attribution.explainer import as_args, as_baseline, as_evidences, as_ids, as_inputs
 from ce_plugin.interventions import Context, PixelMask
 
 
@@ -64,7 +65,7 @@ def test_baselines_of_each_examples_own_follow_their_example(bytes_: int, monkey
     """The runner asks for the values of as many examples together as fit into memory."""
     from ce_plugin import CausalEffect
 
-    monkeypatch.setattr("ce_plugin.trials.values._BYTES", bytes_)
+    monkeypatch.setattr("ce_plugin.trials.batches._BYTES", bytes_)
     x, baselines = torch.rand(5, 4, dtype=torch.float64), torch.rand(5, 4, dtype=torch.float64)
     weight = torch.rand(4, dtype=torch.float64)
     wanted = (x - baselines) * weight

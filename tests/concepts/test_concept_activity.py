@@ -11,8 +11,8 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from ce_plugin.concepts import ConceptAutoencoder, Fidelity, examine, inserted, measure_fidelity
+from ce_plugin.concepts.activity import peak_regions
 from ce_plugin.concepts.fidelity import compare_outputs
-from ce_plugin.concepts.regions import peak_regions
 from ce_plugin.errors import ArgumentError, ModelError
 
 

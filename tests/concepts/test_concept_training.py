@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from ce_plugin.concepts import ConceptAutoencoder, measure_fidelity, train_autoencoder
 from ce_plugin.concepts.images import as_source
 from ce_plugin.concepts.recorded import Recorded
-from ce_plugin.concepts.start import independent_components, start_linear
+from ce_plugin.concepts.training import independent_components, start_linear
 from ce_plugin.errors import ArgumentError, FileError, InputError, ModelError, UnknownNameError
-from ce_plugin.guard import state_guard
+from ce_plugin.networks.guard import state_guard
 
 
 def quick(

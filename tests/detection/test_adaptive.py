@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ce_plugin._art import build_classifier
 from ce_plugin.detection.adaptive import LOSSES, AdaptiveEvasion, AdaptiveReport
-from ce_plugin.detection.adaptive.ball import Ball
-from ce_plugin.detection.adaptive.pool import Pool
-from ce_plugin.detection.adaptive.victim import Judgement
+from ce_plugin.detection.adaptive.objective import Ball, Judgement
+from ce_plugin.detection.adaptive.search import Pool
 from ce_plugin.errors import AttackError, InputError, ModelError, TargetError, UnknownNameError
+from ce_plugin.networks.art import build_classifier
 from ce_plugin.randomness import generator
 
 SHAPE = (1, 3, 4)

@@ -15,8 +15,8 @@ import torch
 from _toy import classifier, patterns, quick_signature
 from torch import nn
 
-from ce_plugin._art import load_art
 from ce_plugin.detection import CausalEffectDetector
+from ce_plugin.networks.forward import load_art
 
 load_art()
 from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescent  # noqa: E402

@@ -25,7 +25,7 @@ from ce_plugin.detection import (
     Smoothing,
     realised_interval,
 )
-from ce_plugin.detection.learning import Lesson
+from ce_plugin.detection.fitting import Lesson
 from ce_plugin.errors import ArgumentError, InferenceError, InputError, ModelError, UnknownNameError
 from ce_plugin.interventions import Adversarial, Smooth
 

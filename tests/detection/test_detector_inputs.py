@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ce_plugin._art import build_classifier
 from ce_plugin.detection import Benign, Denoising, Signature
 from ce_plugin.detection.classifier import Protected
 from ce_plugin.detection.denoiser import Denoiser, train_denoiser
-from ce_plugin.detection.labels import adversarial_labels
-from ce_plugin.detection.measuring import checked_count, digests, measured
-from ce_plugin.detection.view import View
+from ce_plugin.detection.fitting import adversarial_labels
+from ce_plugin.detection.probes import View
+from ce_plugin.detection.signature import checked_count, digests, measured
 from ce_plugin.errors import ArgumentError, InferenceError, InputError, ModelError, UnknownNameError
+from ce_plugin.networks.art import build_classifier
 
 # --- labels
 

@@ -21,8 +21,7 @@ from ce_plugin.detection import (
     Smoothing,
 )
 from ce_plugin.detection.classifier import Protected
-from ce_plugin.detection.group import Group
-from ce_plugin.detection.view import View
+from ce_plugin.detection.probes import Group, View
 from ce_plugin.errors import ArgumentError, FileError, UnknownNameError
 from ce_plugin.interventions import Smooth
 

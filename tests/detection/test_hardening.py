@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ce_plugin.detection import Denoising, Signature
 from ce_plugin.detection.classifier import Protected
-from ce_plugin.detection.denoiser import Denoiser, train_denoiser
-from ce_plugin.detection.hardening import Bounds, worst_nearby
+from ce_plugin.detection.denoiser import Bounds, Denoiser, train_denoiser, worst_nearby
 from ce_plugin.errors import ArgumentError
 
 

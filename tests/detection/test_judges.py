@@ -11,12 +11,18 @@ from scipy.spatial.distance import mahalanobis
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor
 
-from ce_plugin.detection.aggregation import AGGREGATES, aggregate
-from ce_plugin.detection.fitted import Fitted, Judge, Sample, learn
-from ce_plugin.detection.group import Response
-from ce_plugin.detection.reference import ClassScale, EffectDistance
-from ce_plugin.detection.reversal import Reversal
-from ce_plugin.detection.view import margin_under
+from ce_plugin.detection.probes import Response, margin_under
+from ce_plugin.detection.scorers import (
+    AGGREGATES,
+    ClassScale,
+    EffectDistance,
+    Fitted,
+    Judge,
+    Reversal,
+    Sample,
+    aggregate,
+    learn,
+)
 from ce_plugin.errors import InputError, UnknownNameError
 
 PRIOR = 20

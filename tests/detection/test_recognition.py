@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ce_plugin.detection.recognition import Recogniser
+from ce_plugin.detection.scorers import Recogniser
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from _toy import classifier, patterns
 from torch import Tensor, nn
 
-from ce_plugin.detection.view import View, effects_on_logits, leading_logits, margin_under, outcome_names
+from ce_plugin.detection.probes import View, effects_on_logits, leading_logits, margin_under, outcome_names
 from ce_plugin.interventions import Smooth
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ce_plugin.effects import ratio_of_means
-from ce_plugin.effects.shares import refuse_without_total
+from ce_plugin.effects.mediation import refuse_without_total
 from ce_plugin.errors import InferenceError, UnitError
 
 

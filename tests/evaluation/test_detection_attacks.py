@@ -142,7 +142,7 @@ class TestCarlini:
 
 class TestEstimator:
     def test_it_answers_as_arts_own_classifier_does(self) -> None:
-        from ce_plugin._art import build_classifier
+        from ce_plugin.networks.art import build_classifier
 
         net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).eval()
         ours = build_estimator(CountedNetwork(net), (1, 4, 4), 3)
@@ -280,7 +280,7 @@ class TestSuites:
     @pytest.mark.parametrize("name", ["small", "imagenet"])
     def test_every_attack_is_known_once_and_set_by_settings_that_exist(self, name: str) -> None:
         from benchmarks.harness.estimators import BUILDERS
-        from ce_plugin._art import attack_class
+        from ce_plugin.networks.art import attack_class
 
         names = [spec.name for spec in suite(name)]
         assert len(set(names)) == len(names)

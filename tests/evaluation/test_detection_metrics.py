@@ -91,7 +91,7 @@ def slow_figures(clean: np.ndarray, attacked: np.ndarray, fprs: tuple[float, ...
 @pytest.mark.parametrize("paired", [False, True])
 def test_every_sample_has_the_figures_of_its_images(ties: bool, paired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sample, written out and evaluated one by one, and also when few are held at a time."""
-    from benchmarks.harness import bootstrap
+    from ce_plugin.evaluation import detection_metrics as bootstrap
 
     generator = np.random.default_rng(0)
     clean, attacked = generator.normal(size=23), generator.normal(1.0, size=9)

@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ce_plugin._art import attack_class, load_art
 from ce_plugin.errors import (
     AttackError,
     InputError,
@@ -27,6 +26,8 @@ from ce_plugin.errors import (
 )
 from ce_plugin.interventions.adversarial import Adversarial
 from ce_plugin.interventions.base import Context
+from ce_plugin.networks.art import attack_class
+from ce_plugin.networks.forward import load_art
 
 PRESETS = ("fgsm", "bim", "pgd", "jsma")
 pytestmark = pytest.mark.filterwarnings("error::UserWarning:ce_plugin")

@@ -115,7 +115,7 @@ def test_fills_and_regions_of_each_examples_own_follow_their_example(
     fill: object, bytes_: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever examples the runner asks for together."""
-    monkeypatch.setattr("ce_plugin.trials.values._BYTES", bytes_)
+    monkeypatch.setattr("ce_plugin.trials.batches._BYTES", bytes_)
     x = 1 + torch.rand(5, 1, 2, 2, dtype=torch.float64)
     region = torch.rand(5, 1, 2, 2, generator=torch.Generator().manual_seed(0)) < 0.5
     mask = PixelMask(fill, region=region)  # type: ignore[arg-type]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ce_plugin.designs import Design, LeaveOneIn, OneAtATime, RandomMask
 from ce_plugin.interventions import Context, PixelMask
+from ce_plugin.networks.forward import is_opaque
 from ce_plugin.sites import InputSite
-from ce_plugin.trials.batching import BatchSize, bytes_per_row, free_memory, is_opaque
-from ce_plugin.trials.setting import Setting, batches, rows_of_args
+from ce_plugin.trials.batches import BatchSize, Setting, batches, bytes_per_row, free_memory, rows_of_args
 
 
 def run(size: BatchSize, seconds_per_row: dict[int, float], passes: int = 40) -> list[int]:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ce_plugin.errors import ArgumentError, ModelError
-from ce_plugin.trials.batching import learned
-from ce_plugin.trials.forward import Forward
+from ce_plugin.networks.forward import Forward, learned
 
 
 def test_heads() -> None:
@@ -94,6 +93,6 @@ def test_what_is_learned_goes_with_the_module() -> None:
     del net
     gc.collect()
     assert gone() is None
-    from ce_plugin.trials import batching
+    from ce_plugin.networks import forward
 
-    assert key not in batching._LEARNED
+    assert key not in forward._LEARNED

@@ -121,7 +121,7 @@ def test_values_are_asked_for_once_for_each_example_and_experiment() -> None:
 
 
 def test_values_of_many_examples_are_made_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ce_plugin.trials.values._BYTES", 2 * 3 * 4)
+    monkeypatch.setattr("ce_plugin.trials.batches._BYTES", 2 * 3 * 4)
     asked = []
 
     def infill(images: Tensor) -> Tensor:

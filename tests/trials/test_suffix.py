@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ce_plugin.trials.suffix import Point, Suffix, Untraceable
+from ce_plugin.networks.graph import Point, Suffix, Untraceable
 
 Pair = collections.namedtuple("Pair", ["logits", "features"])
 

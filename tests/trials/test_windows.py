@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ce_plugin.trials.local import Local
+from ce_plugin.networks.graph import Point, Suffix
+from ce_plugin.trials.propagation import Local
 from ce_plugin.trials.states import Window, as_dense
-from ce_plugin.trials.suffix import Point, Suffix
 from ce_plugin.trials.windows import window_of
 
 

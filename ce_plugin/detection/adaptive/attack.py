@@ -2,26 +2,226 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from ce_plugin._art import load_art, unwrap
-from ce_plugin.detection.adaptive.checks import Array, check_detector, check_ids, check_images, check_settings
-from ce_plugin.detection.adaptive.directions import LOSSES
-from ce_plugin.detection.adaptive.job import Job
-from ce_plugin.detection.adaptive.results import AdaptiveReport
-from ce_plugin.detection.adaptive.victim import Victim
+import numpy as np
+import numpy.typing as npt
+import torch
+from art.attacks.attack import EvasionAttack
+from art.estimators.classification.classifier import ClassifierMixin
+from art.estimators.estimator import BaseEstimator, LossGradientsMixin
+from torch import Tensor
+from tqdm import tqdm
+
+from ce_plugin.detection.adaptive.objective import LOSSES, Ball, Victim
+from ce_plugin.detection.adaptive.results import AdaptiveReport, Best, Curves, distances
+from ce_plugin.detection.adaptive.search import Batch, Others, Plan, search
 from ce_plugin.detection.protocol import DifferentiableDetector
-from ce_plugin.errors import AttackError, InputError, expected
-from ce_plugin.guard import state_guard
+from ce_plugin.errors import AttackError, InputError, ModelError, TargetError, expected, unknown_name
+from ce_plugin.networks.forward import load_art, unwrap
+from ce_plugin.networks.guard import state_guard
 from ce_plugin.randomness import derived_seed
 
-load_art()
-from art.attacks.attack import EvasionAttack  # noqa: E402 - after load_art, which keeps ART from closing log files
-from art.estimators.classification.classifier import ClassifierMixin  # noqa: E402
-from art.estimators.estimator import BaseEstimator, LossGradientsMixin  # noqa: E402
+__all__ = [
+    "AdaptiveEvasion",
+    "Job",
+    "check_detector",
+    "check_images",
+    "check_settings",
+    "norm_name",
+    "whole_labels",
+]
 
-__all__ = ["AdaptiveEvasion"]
+
+Array = npt.NDArray[Any]
+_WRITE = "Give the class `score_tensor(images: Tensor) -> Tensor (N,)`, with a gradient, or use an attack without one."
+
+
+def norm_name(norm: object) -> str:
+    """ "inf" or "2", however it was written.
+
+    Example:
+        >>> norm_name(np.inf), norm_name(2)
+        ('inf', '2')
+    """
+    if norm in ("inf", math.inf):
+        return "inf"
+    if norm in ("2", 2):
+        return "2"
+    raise AttackError(expected("norm", "'inf' or 2", repr(norm)))
+
+
+def check_detector(detector: object) -> None:
+    """A detector must have a score with a gradient."""
+    if not callable(getattr(detector, "score_tensor", None)):
+        name = type(detector).__name__
+        raise ModelError(expected("detector", "one with a method `score_tensor`", f"{name}, which has none", _WRITE))
+
+
+def check_settings(attack: Any) -> None:
+    """The settings of an :class:`AdaptiveEvasion`, its attributes."""
+    norm_name(attack.norm)
+    if isinstance(attack.losses, str) or not len(attack.losses):
+        raise AttackError(expected("losses", "a sequence of names", repr(attack.losses), f"All: {tuple(LOSSES)}."))
+    for loss in attack.losses:
+        if loss not in LOSSES:
+            raise unknown_name("losses", loss, LOSSES)
+    if not _number(attack.eps) or not attack.eps > 0:
+        raise AttackError(expected("eps", "a number above 0, or math.inf", repr(attack.eps)))
+    if not _number(attack.eps_step) or not 0 < attack.eps_step < math.inf:
+        raise AttackError(expected("eps_step", "a share of eps, above 0", repr(attack.eps_step)))
+    for name, least in (("steps", 1), ("restarts", 1), ("width", 1), ("eot", 1), ("batch_size", 1)):
+        _check_count(name, getattr(attack, name), least)
+    if attack.levels is not None:
+        _check_count("levels", attack.levels, 2)
+    if not isinstance(attack.seed, (int, np.integer)):
+        raise AttackError(expected("seed", "an integer", repr(attack.seed)))
+    if attack.threshold is not None and (not _number(attack.threshold) or math.isnan(attack.threshold)):
+        raise AttackError(expected("threshold", "a score, or None", repr(attack.threshold)))
+
+
+def check_images(name: str, images: object, clip: tuple[float, float], shape: tuple[int, ...] | None = None) -> Array:
+    """Images (N, ...) of a floating type, finite, inside the clip values, and of a shape where that is given."""
+    array = np.asarray(images)
+    if array.ndim < 2 or not len(array) or not np.issubdtype(array.dtype, np.floating):
+        wanted = "images (N, ...) of a floating type"
+        raise InputError(
+            expected(name, wanted, f"{array.dtype} of shape {array.shape}", "Write `x.astype('float32')`.")
+        )
+    if shape is not None and array.shape[1:] != shape:
+        raise InputError(expected(name, f"images of shape {shape}", array.shape[1:]))
+    low, high = float(array.min()), float(array.max())
+    slack = 1e-6 * (clip[1] - clip[0])
+    if not (clip[0] - slack <= low and high <= clip[1] + slack):
+        todo = "Bring them into image units."
+        raise InputError(expected(name, f"images inside the clip values {clip}", f"values in [{low}, {high}]", todo))
+    return array
+
+
+def whole_labels(y: Array | None, predicted: Array, n_classes: int) -> Array:
+    """Labels (N,) as whole numbers, from indices, one-hot rows, or predictions where there are none."""
+    if y is None:
+        return predicted
+    labels = np.asarray(y)
+    if labels.ndim == 2 and labels.shape[1] == n_classes:
+        labels = labels.argmax(axis=1)
+    labels = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if labels.shape != predicted.shape:
+        raise TargetError(expected("y", f"labels ({len(predicted)},) or ({len(predicted)}, {n_classes})", labels.shape))
+    whole = labels.astype(np.int64)
+    if (whole != labels).any() or whole.min() < 0 or whole.max() >= n_classes:
+        raise TargetError(expected("y", f"classes 0 to {n_classes - 1}", f"values {labels.min()} to {labels.max()}"))
+    return whole
+
+
+def check_ids(ids: Sequence[int] | None, n: int) -> list[int]:
+    """One id per image: its position where none is given."""
+    result = list(range(n)) if ids is None else [int(i) for i in ids]
+    if len(result) != n:
+        raise InputError(expected("ids", f"one id per image, {n}", len(result)))
+    return result
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+        raise AttackError(expected(name, f"a whole number from {least}", repr(value)))
+
+
+class Job:
+    """One call of ``generate``, with everything checked that can be checked without running the network."""
+
+    def __init__(
+        self,
+        attack: AdaptiveEvasion,
+        victim: Victim,
+        clip: tuple[float, float],
+        images: Array,
+        starts: Array | None,
+        pool: Array | None,
+        ids: list[int],
+    ) -> None:
+        self.attack = attack
+        self.victim = victim
+        self.clip = clip
+        self.images = images
+        self.starts = starts
+        self.ids = ids
+        self.device = torch.device(attack.estimator.device)
+        self.plan = Plan(
+            losses=tuple(attack.losses),
+            restarts=attack.restarts,
+            width=attack.width,
+            steps=attack.steps,
+            step=attack.eps_step,
+            seed=attack.seed,
+            threshold=attack.threshold,
+        )
+        self.curves = Curves(self.plan.losses, attack.restarts, attack.steps)
+        self.others = None if pool is None else Others(victim, self._tensor(pool), attack.batch_size)
+
+    def run(self, y: Array | None) -> tuple[Array, AdaptiveReport]:
+        """Attack all images, batch by batch."""
+        size, n = max(1, self.attack.batch_size // self.plan.width), len(self.images)
+        slices = [slice(begin, min(begin + size, n)) for begin in range(0, n, size)]
+        logits = torch.cat([self.victim.predict(self._tensor(self.images[rows])) for rows in slices])
+        labels = whole_labels(y, logits.argmax(dim=1).cpu().numpy(), logits.shape[1])
+        balls = [self._ball(rows) for rows in slices]
+        ticks = len(slices) * self.plan.restarts * len(self.plan.losses)
+        parts = []
+        with tqdm(total=ticks, desc="AdaptiveEvasion", disable=not self.attack.verbose) as bar:
+            for rows, ball in zip(slices, balls, strict=True):
+                whole = torch.from_numpy(labels[rows]).to(self.device)
+                parts.append(self._attack(ball, whole, logits[rows], rows, bar))
+        found = np.concatenate([part[0] for part in parts])
+        columns = {key: np.concatenate([part[1][key] for part in parts]) for key in parts[0][1]}
+        return found, AdaptiveReport(**columns, curves=self.curves.means(), threshold=self.plan.threshold)
+
+    def _tensor(self, images: Array) -> Tensor:
+        like = np.float64 if self.images.dtype == np.float64 else np.float32
+        return torch.from_numpy(np.ascontiguousarray(images, dtype=like)).to(self.device).clamp(*self.clip)
+
+    def _ball(self, rows: slice) -> Ball:
+        norm = norm_name(self.attack.norm)
+        ball = Ball(self._tensor(self.images[rows]), float(self.attack.eps), norm, self.clip, self.attack.levels)
+        if ball.is_frozen or not ball.contains(ball.store(ball.clean)).all():
+            step = (self.clip[1] - self.clip[0]) / ((self.attack.levels or 2) - 1)
+            todo = "Allow more, or pass `levels=None`."
+            raise AttackError(expected("eps", f"large enough for one level, {step:.4g}", self.attack.eps, todo))
+        return ball
+
+    def _attack(
+        self, ball: Ball, labels: Tensor, logits: Tensor, rows: slice, bar: Any
+    ) -> tuple[Array, dict[str, Array]]:
+        stored = ball.store(ball.clean)
+        best = Best(stored, self.victim.judge(stored, labels), "clean")
+        everything = torch.arange(len(stored), device=self.device)
+        if self.starts is not None:
+            stored = ball.store(ball.project(self._tensor(self.starts[rows])))
+            best.offer(stored, self.victim.judge(stored, labels), everything, ("start", -1))
+        ids = self.ids[rows]
+        none = ball.clean[:, None][:, :0]
+        others = none if self.others is None else self.others.near(ball, labels, ids, self.plan, best)
+        search(self.victim, Batch(ball, labels, ids, logits, others), self.plan, best, self.curves, bar.update)
+        judged = self.victim.judge(best.images, labels)
+        columns = {
+            "success": best.success.cpu().numpy(),
+            "score": judged.score.double().cpu().numpy(),
+            "margin": judged.margin.double().cpu().numpy(),
+            "norm": distances(ball.clean, best.images, ball.norm),
+            "prediction": judged.predicted.cpu().numpy(),
+            "loss": np.array([name for name, _ in best.origin], dtype=object),
+            "restart": np.array([restart for _, restart in best.origin]),
+        }
+        return best.images.cpu().numpy().astype(self.images.dtype), columns
+
+
+load_art()
 
 
 class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
@@ -97,7 +297,7 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
         >>> import numpy as np
         >>> import torch
         >>> from torch import nn
-        >>> from ce_plugin._art import build_classifier
+        >>> from ce_plugin.networks.art import build_classifier
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
         >>> with torch.no_grad():
         ...     _ = net[1].weight.copy_(torch.tensor([[0.0, 0, 0, 0], [1, 1, 0, 0]]))

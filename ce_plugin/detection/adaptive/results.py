@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ce_plugin.detection.adaptive.victim import Judgement
+from ce_plugin.detection.adaptive.objective import Judgement
 
 __all__ = ["AdaptiveReport", "Best", "Curves", "distances"]
 

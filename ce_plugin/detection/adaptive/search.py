@@ -3,21 +3,189 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ce_plugin.detection.adaptive.ball import flat_norm, per_image
-from ce_plugin.detection.adaptive.directions import Course
-from ce_plugin.detection.adaptive.plan import Batch, Plan
-from ce_plugin.detection.adaptive.pool import Pool
+from ce_plugin.detection.adaptive.objective import Ball, Course, Judgement, Victim, flat_norm, margin_of, per_image
 from ce_plugin.detection.adaptive.results import Best, Curves
-from ce_plugin.detection.adaptive.starts import Starts, kind_of
-from ce_plugin.detection.adaptive.victim import Victim, margin_of
-from ce_plugin.randomness import generator
+from ce_plugin.randomness import generator, numpy_generator
 
-__all__ = ["search"]
+__all__ = [
+    "Batch",
+    "Others",
+    "Plan",
+    "Pool",
+    "Starts",
+    "kind_of",
+    "search",
+]
+
+
+_KEPT = 8
+# Finds nearer to each other than this share of their change are one and the same.
+_SAME = 0.1
+
+
+class Pool:
+    """For each image of a batch the best finds so far that differ from each other.
+
+    Args:
+        clean: the images, (N, ...).
+    """
+
+    def __init__(self, clean: Tensor) -> None:
+        self.clean = clean
+        self.images = clean[:, None].repeat_interleave(_KEPT, dim=1)
+        self.scores = torch.full((len(clean), _KEPT), torch.inf, dtype=torch.float64, device=clean.device)
+
+    def offer(self, images: Tensor, scores: Tensor, rows: Tensor) -> None:
+        """Take finds (n, W, ...) with scores (n, W), infinite where they are none, for some images (n,)."""
+        scores, order = torch.cat([self.scores[rows], scores], 1).sort(dim=1, stable=True)
+        images = _take(torch.cat([self.images[rows], images], 1), order)
+        scores = torch.where(self._repeats(images, scores, rows), torch.inf, scores)
+        scores, order = scores.sort(dim=1, stable=True)
+        self.scores[rows] = scores[:, :_KEPT]
+        self.images[rows] = _take(images, order[:, :_KEPT])
+
+    def partners(self, rows: Tensor, share: Tensor, otherwise: Tensor) -> Tensor:
+        """For some images a find other than the best, at a share (n,) of their list; ``otherwise`` where none is."""
+        others = self.scores[rows].isfinite().sum(dim=1) - 1
+        place = 1 + (share * others.clamp_min(0)).long()
+        return torch.where(per_image(others > 0, otherwise), self.images[rows, place], otherwise)
+
+    def _repeats(self, images: Tensor, scores: Tensor, rows: Tensor) -> Tensor:
+        """Which of the images (n, K, ...), best first, are nearly one before them, (n, K)."""
+        flat = (images - self.clean[rows][:, None]).flatten(2)
+        # The quicker way by products would round equal images apart.
+        distance = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
+        near = distance < _SAME * flat.norm(dim=2)[:, None]
+        repeats = torch.zeros_like(scores, dtype=torch.bool)
+        for place in range(1, scores.shape[1]):
+            repeats[:, place] = (near[:, place, :place] & ~repeats[:, :place]).any(dim=1)
+        return repeats
+
+
+def _take(images: Tensor, order: Tensor) -> Tensor:
+    """Images (n, K, ...) in another order, (n, K')."""
+    return images[torch.arange(len(images), device=order.device)[:, None], order]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the search is run.
+
+    Attributes:
+        losses: names of :data:`LOSSES`.
+        restarts: runs of each loss.
+        width: points that a run starts from at once.
+        steps: steps of each run.
+        step: first step as a share of the ball's radius.
+        seed: seed of everything random.
+        threshold: score at which an image is left alone; None never leaves one alone.
+    """
+
+    losses: Sequence[str]
+    restarts: int
+    width: int
+    steps: int
+    step: float
+    seed: int
+    threshold: float | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is attacked together; nothing in it depends on the others.
+
+    Attributes:
+        ball: where images may go.
+        labels: classes to leave, (N,).
+        ids: one for each image, which names its random numbers.
+        logits: of the clean images, (N, C).
+        others: candidates in the ball, the most promising first, (N, K, ...).
+    """
+
+    ball: Ball
+    labels: Tensor
+    ids: Sequence[int]
+    logits: Tensor
+    others: Tensor
+
+
+_KINDS = ("clean", "candidate", "clean")
+# Share of the values that differ from the clean image at the start. Few do in what is found in the end.
+_DENSITIES = (0.1, 0.02, 0.2, 0.05, 1.0)
+# How far a start lies on the way from the best to another find.
+_WAYS = (0.1, 0.3, 0.05, 0.5, 0.2)
+
+
+def kind_of(restart: int) -> str:
+    """What a restart starts from: after the first ones always the best so far."""
+    return _KINDS[restart] if restart < len(_KINDS) else "best"
+
+
+class Starts:
+    """The points that runs start from, and the classes that they aim at.
+
+    Args:
+        victim: classifier and detector.
+        batch: the images.
+        plan: how the search is run.
+        best: what was found so far.
+        pool: finds of different runs.
+    """
+
+    def __init__(self, victim: Victim, batch: Batch, plan: Plan, best: Best, pool: Pool) -> None:
+        self.victim = victim
+        self.batch = batch
+        self.plan = plan
+        self.best = best
+        self.pool = pool
+        # The least unlikely class first.
+        likely = batch.logits.scatter(1, batch.labels[:, None], -torch.inf)
+        self.classes = likely.argsort(dim=1, descending=True, stable=True)[:, : likely.shape[1] - 1]
+
+    def __call__(self, loss: str, restart: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Points (n * width, ...) for some images (n,), each image's side by side, and the classes (n * width,)."""
+        kind = kind_of(restart)
+        if kind == "candidate" and not self.batch.others.shape[1]:
+            kind = "clean"
+        ball, width = self.batch.ball.select(rows), range(self.plan.width)
+        points = [self._points(kind, loss, restart, copy, rows, ball) for copy in width]
+        if loss != "targeted":
+            return torch.stack(points, 1).flatten(0, 1), None
+        aims = [self._aims(kind, restart, copy, rows, point) for copy, point in zip(width, points, strict=True)]
+        return torch.stack(points, 1).flatten(0, 1), torch.stack(aims, 1).flatten()
+
+    def _points(self, kind: str, loss: str, restart: int, copy: int, rows: Tensor, ball: Ball) -> Tensor:
+        """One point for each image, (n, ...)."""
+        number = self.plan.losses.index(loss)
+        if kind == "candidate":
+            others = self.batch.others[rows]
+            return others[:, (number * self.plan.width + copy) % others.shape[1]]
+        turn = restart * self.plan.width + copy + number
+        names = [self.batch.ids[row] for row in rows.tolist()]
+        draws = [generator(self.plan.seed, name, "start", loss, restart, copy) for name in names]
+        point = ball.random(draws)
+        if kind == "clean":
+            place = torch.stack([torch.rand(ball.clean.shape[1:], generator=draw) for draw in draws]).to(point.device)
+            return ball.project(torch.where(place < _DENSITIES[turn % len(_DENSITIES)], point, ball.clean))
+        share = torch.stack([torch.rand((), generator=draw) for draw in draws]).to(point.device)
+        found = self.best.images[rows]
+        way = _WAYS[turn % len(_WAYS)] * (self.pool.partners(rows, share, point) - found)
+        return torch.where(per_image(self.best.success[rows], found), found + way, point)
+
+    def _aims(self, kind: str, restart: int, copy: int, rows: Tensor, points: Tensor) -> Tensor:
+        """The class that each image is to reach, (n,): the one that a point shows, and else one after another."""
+        aims = self.classes[rows][:, (restart * self.plan.width + copy) % self.classes.shape[1]]
+        if kind not in ("candidate", "best"):
+            return aims
+        shown = self.victim.predict(points).argmax(dim=1)
+        return torch.where(shown == self.batch.labels[rows], aims, shown)
+
 
 # The lead that is asked for at first, as a share of the clean image's; points differ in where they trade it for the
 # score. A negative one lets the score fall first. From the best so far the way to the boundary is short already.
@@ -106,3 +274,62 @@ class _Run:
             noise = torch.randn(direction.shape[1:], generator=draw, dtype=direction.dtype).to(direction.device)
             direction[row] = noise / noise.norm()
         return direction
+
+
+_TRIED = 128
+_CANDIDATES_KEPT = 16
+
+
+class Others:
+    """The candidates, with what the classifier takes them for.
+
+    Args:
+        victim: classifier and detector.
+        images: (M, ...).
+        batch_size: images judged together.
+    """
+
+    def __init__(self, victim: Victim, images: Tensor, batch_size: int) -> None:
+        self.victim = victim
+        self.images = images
+        self.batch_size = batch_size
+        parts = [victim.predict(part).argmax(dim=1) for part in torch.split(images, batch_size)]
+        self.predicted = torch.cat(parts).cpu().numpy()
+
+    def near(self, ball: Ball, labels: Tensor, ids: Sequence[int], plan: Plan, best: Best) -> Tensor:
+        """Some candidates of each image in its ball, the most promising first, (N, K, ...).
+
+        First come those that are misclassified, by their score, then the others, by their margin. The first of all is
+        offered to ``best``.
+        """
+        rows = []
+        for row, name in enumerate(ids):
+            usable = (self.predicted != int(labels[row])).nonzero()[0]
+            if not len(usable):
+                rows.append(ball.clean[row].expand(_CANDIDATES_KEPT, *ball.clean.shape[1:]))
+                continue
+            order = numpy_generator(plan.seed, name, "candidates").permutation(len(usable))[:_TRIED]
+            chosen = self.images[torch.from_numpy(usable[order]).to(self.images.device)]
+            some = torch.full((len(chosen),), row, device=chosen.device)
+            near = ball.select(some)
+            stored = near.store(near.project(chosen))
+            judged = self._judge(stored, labels[some])
+            ranks = _ranks(judged)
+            rows.append(stored[ranks[torch.arange(_CANDIDATES_KEPT, device=ranks.device) % len(ranks)]])
+            first = ranks[:1]
+            best.offer(stored[first], judged.select(first), some[:1], ("candidate", -1))
+        return torch.stack(rows)
+
+    def _judge(self, images: Tensor, labels: Tensor) -> Judgement:
+        parts = zip(torch.split(images, self.batch_size), torch.split(labels, self.batch_size), strict=True)
+        judged = [self.victim.judge(some, own) for some, own in parts]
+        return Judgement(
+            *(torch.cat([getattr(j, f) for j in judged]) for f in ("margin", "wrong", "score", "predicted"))
+        )
+
+
+def _ranks(judged: Judgement) -> Tensor:
+    """Positions, the most promising first."""
+    by_margin = judged.margin.argsort(descending=True, stable=True)
+    key = torch.where(judged.wrong, judged.score, torch.inf)[by_margin]
+    return by_margin[key.argsort(stable=True)]

@@ -1,0 +1,437 @@
+"""Designs: which units are set in each trial."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ce_plugin.errors import DesignError, expected
+from ce_plugin.randomness import generator
+
+__all__ = [
+    "Design",
+    "EveryUnit",
+    "Joint",
+    "LeaveOneIn",
+    "OneAtATime",
+    "RandomMask",
+    "RandomRegions",
+    "RandomWindows",
+]
+
+
+# Rows and columns of a grid of units.
+Grid: TypeAlias = tuple[int, int]
+
+
+class Design(ABC):
+    """The assignments that are run: boolean rows over units, True where the unit is *do*, False where it is idle.
+
+    Subclasses write :meth:`n_trials_for` and :meth:`assignments`.
+
+    Attributes:
+        exact: True where the trials answer the question without sampling error.
+        estimator: name of the estimator that fits the design (:mod:`ce_plugin.effects.estimators`).
+        reference: what an exact design's trials are compared with: all units ``"idle"`` or ``"all"`` do.
+        flips_one: True where every trial sets a single unit, so that what it changes can be followed by itself.
+        seed: seed of what is random.
+    """
+
+    exact: bool = False
+    estimator: str = "adjusted"
+    reference: ClassVar[str] = "idle"
+    flips_one: ClassVar[bool] = False
+    seed: int = 0
+
+    @abstractmethod
+    def n_trials_for(self, n_units: int) -> int:
+        """Number of trials for one example with ``n_units`` units, the reference not counted."""
+
+    @abstractmethod
+    def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
+        """All trials of one example.
+
+        Args:
+            n_units: number of units U.
+            example: the example's id: equal ids get equal assignments.
+            grid: (rows, columns) where the units are the cells of a grid, row by row.
+
+        Returns:
+            bool (T, U).
+        """
+
+    def rows(self, n_units: int, start: int, stop: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
+        """Some of the trials, (stop - start, U); designs with many units make them without the others."""
+        return self.assignments(n_units, example=example, grid=grid)[start:stop]
+
+    def blocks(self, n_trials: int) -> Tensor | None:
+        """For each trial the block of dependent trials it belongs to, (T,); None where trials are independent."""
+        return None
+
+    def flip_probability(self) -> float | None:
+        """Probability that a unit flips, where the design knows it."""
+        return None
+
+    def reseeded(self, seed: int) -> Design:
+        """The same design with another seed."""
+        other = copy.copy(self)
+        other.seed = seed
+        return other
+
+
+def check_n_trials(n_trials: object) -> None:
+    """Whether a number of trials is a whole number, 2 or more."""
+    if not isinstance(n_trials, Integral) or int(n_trials) < 2:
+        raise DesignError(expected("n_trials", "a whole number, 2 or more", n_trials))
+
+
+def is_share(p: object) -> bool:
+    """Whether this is a number in (0, 1)."""
+    return isinstance(p, Real) and 0 < float(p) < 1
+
+
+class OneAtATime(Design):
+    """Each unit flips alone: its exact effect with all other units idle. With zero fill this is FeatureAblation.
+
+    Example:
+        >>> OneAtATime().assignments(3).int().tolist()
+        [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+
+    Source: Eq. 1 of Yang et al., ICIP 2019 (arXiv 1902.03380).
+    """
+
+    exact = True
+    estimator = "exact"
+    flips_one = True
+
+    def n_trials_for(self, n_units: int) -> int:
+        return n_units
+
+    def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
+        return self.rows(n_units, 0, n_units)
+
+    def rows(self, n_units: int, start: int, stop: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
+        """Trials ``start`` to ``stop`` only: U x U assignments of a pixel grid would not fit into memory."""
+        return torch.arange(start, min(stop, n_units))[:, None] == torch.arange(n_units)[None, :]
+
+    def __repr__(self) -> str:
+        return "OneAtATime()"
+
+
+class LeaveOneIn(OneAtATime):
+    """All units flip but one: effect = P(all do) - P(all do except u), the effect of u when nothing else is left.
+
+    Example:
+        >>> LeaveOneIn().assignments(3).int().tolist()
+        [[0, 1, 1], [1, 0, 1], [1, 1, 0]]
+    """
+
+    reference = "all"
+    flips_one = False
+
+    def rows(self, n_units: int, start: int, stop: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
+        """Trials ``start`` to ``stop`` only."""
+        return ~super().rows(n_units, start, stop)
+
+    def __repr__(self) -> str:
+        return "LeaveOneIn()"
+
+
+class EveryUnit(Design):
+    """One trial in which all units flip: what :class:`LeaveOneIn` is compared with.
+
+    Example:
+        >>> EveryUnit().assignments(3).int().tolist()
+        [[1, 1, 1]]
+    """
+
+    exact = True
+    estimator = "exact"
+
+    def n_trials_for(self, n_units: int) -> int:
+        return 1
+
+    def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
+        return torch.ones(1, n_units, dtype=torch.bool)
+
+    def __repr__(self) -> str:
+        return "EveryUnit()"
+
+
+class Joint(Design):
+    """Groups of units flip together: the exact joint effect of each group.
+
+    Args:
+        groups: for each group the indices of its units, at least one, without repetition.
+
+    Raises:
+        DesignError: no groups, an empty group, a repeated or negative index.
+
+    Example:
+        >>> Joint([(0,), (1,), (0, 1)]).assignments(3).int().tolist()
+        [[1, 0, 0], [0, 1, 0], [1, 1, 0]]
+        >>> Joint.pairs([0, 2]).groups
+        ((0,), (2,), (0, 2))
+    """
+
+    exact = True
+    estimator = "exact"
+
+    def __init__(self, groups: Sequence[Sequence[int]]) -> None:
+        wanted = "one or more non-empty groups of unit indices"
+        try:
+            self.groups = tuple(tuple(operator.index(u) for u in group) for group in groups)
+        except TypeError as error:
+            raise DesignError(expected("groups", wanted, groups, "Write [(0,), (0, 1)].")) from error
+        if not self.groups or any(not group for group in self.groups):
+            raise DesignError(expected("groups", wanted, groups))
+        for group in self.groups:
+            if len(set(group)) != len(group) or min(group) < 0:
+                raise DesignError(expected("groups", "groups of different indices, 0 or larger", group))
+
+    @classmethod
+    def pairs(cls, units: Sequence[int]) -> Joint:
+        """All units alone and all pairs of them: what :meth:`Estimate.interaction` needs.
+
+        Args:
+            units: indices of two or more units.
+        """
+        return cls([(u,) for u in units] + list(itertools.combinations(units, 2)))
+
+    def n_trials_for(self, n_units: int) -> int:
+        return len(self.groups)
+
+    def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
+        largest = max(max(group) for group in self.groups)
+        if largest >= n_units:
+            raise DesignError(expected("groups", f"indices below the number of units, {n_units}", largest))
+        rows = torch.zeros(len(self.groups), n_units, dtype=torch.bool)
+        for row, group in zip(rows, self.groups, strict=True):
+            row[list(group)] = True
+        return rows
+
+    def __repr__(self) -> str:
+        shown = ", ".join(map(str, self.groups[:3])) + (", ..." if len(self.groups) > 3 else "")
+        return f"Joint([{shown}])"
+
+
+class RandomMask(Design):
+    """Each unit flips with probability p in each trial, independently: effects are averaged over the others' flips.
+
+    Args:
+        p: probability of a flip, in (0, 1); the paper masks 10 % of the area.
+        n_trials: number of trials, 2 or more.
+        balanced: each unit flips in exactly ``round(p * n_trials)`` trials.
+        antithetic: trials come in pairs that draw a flip from u and from 1 - u: smaller errors where effects are
+            close to additive. Errors are then taken from pair means.
+        estimator: ``"adjusted"`` or ``"difference_in_means"``.
+        seed: any integer.
+
+    Raises:
+        DesignError: p outside (0, 1), fewer than 2 trials, an odd number of antithetic trials, a balanced design in
+            which a unit would never (or always) flip.
+
+    Example:
+        >>> RandomMask(0.5, n_trials=4, balanced=True).assignments(3).sum(0).tolist()
+        [2, 2, 2]
+
+    Source: F_i of Yang et al., ICIP 2019 (p = 0.1); the expected effect is the p-weighted Banzhaf value.
+    """
+
+    def __init__(
+        self,
+        p: float = 0.1,
+        n_trials: int = 400,
+        *,
+        balanced: bool = False,
+        antithetic: bool = False,
+        estimator: str = "adjusted",
+        seed: int = 0,
+    ) -> None:
+        if not is_share(p):
+            raise DesignError(expected("p", "a probability in (0, 1)", p, "Write 0.1 for ten per cent."))
+        check_n_trials(n_trials)
+        if antithetic and n_trials % 2:
+            raise DesignError(expected("n_trials", "even for antithetic pairs", n_trials))
+        if balanced and not 0 < round(p * n_trials) < n_trials:
+            todo = f"Use at least {round(1 / min(p, 1 - p)) + 1} trials, or balanced=False."
+            raise DesignError(expected("n_trials", f"so large that units flip and idle at p={p}", n_trials, todo))
+        if estimator not in ("adjusted", "difference_in_means"):
+            raise DesignError(expected("estimator", "'adjusted' or 'difference_in_means'", repr(estimator)))
+        self.p, self.n_trials, self.seed = float(p), int(n_trials), int(seed)
+        self.balanced, self.antithetic, self.estimator = balanced, antithetic, estimator
+
+    def n_trials_for(self, n_units: int) -> int:
+        return self.n_trials
+
+    def flip_probability(self) -> float | None:
+        """p, or for a balanced design the share that is exactly held."""
+        return round(self.p * self.n_trials) / self.n_trials if self.balanced else self.p
+
+    def blocks(self, n_trials: int) -> Tensor | None:
+        """Antithetic pairs; None otherwise."""
+        return torch.arange(n_trials) // 2 if self.antithetic else None
+
+    def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
+        draw = generator(self.seed, example, "assignments")
+        if self.balanced and self.antithetic:
+            return self._balanced_pairs(n_units, draw)
+        if self.balanced:
+            # The k smallest of T uniform numbers: exactly k flips, independently for each unit.
+            rank = torch.rand(self.n_trials, n_units, generator=draw).argsort(0).argsort(0)
+            return rank < round(self.p * self.n_trials)
+        if self.antithetic:
+            uniform = torch.rand(self.n_trials // 2, n_units, generator=draw)
+            return torch.stack([uniform < self.p, 1 - uniform < self.p], dim=1).flatten(0, 1)
+        return torch.rand(self.n_trials, n_units, generator=draw) < self.p
+
+    def _balanced_pairs(self, n_units: int, draw: torch.Generator) -> Tensor:
+        """In k (of T/2) pairs one member of the pair flips; for p > 1/2 the same with do and idle exchanged."""
+        k = round(self.p * self.n_trials)
+        few = min(k, self.n_trials - k)
+        chosen = torch.rand(self.n_trials // 2, n_units, generator=draw).argsort(0).argsort(0) < few
+        first = torch.rand(self.n_trials // 2, n_units, generator=draw) < 0.5
+        pairs = torch.stack([chosen & first, chosen & ~first], dim=1).flatten(0, 1)
+        return pairs if few == k else ~pairs
+
+    def __repr__(self) -> str:
+        flags = "".join(f", {name}=True" for name in ("balanced", "antithetic") if getattr(self, name))
+        return f"RandomMask({self.p}, n_trials={self.n_trials}{flags}, estimator={self.estimator!r}, seed={self.seed})"
+
+
+class _OverGrid(Design):
+    """Random designs whose trials set coherent parts of a grid; neighbours flip together, so a regression is needed."""
+
+    estimator = "smooth"
+
+    def __init__(self, p: float, n_trials: int, seed: int) -> None:
+        if not is_share(p):
+            raise DesignError(expected("p", "a share of the area in (0, 1)", p, "Write 0.5 for a half."))
+        check_n_trials(n_trials)
+        self.p, self.n_trials, self.seed = float(p), int(n_trials), int(seed)
+
+    def n_trials_for(self, n_units: int) -> int:
+        return self.n_trials
+
+    def _grid(self, n_units: int, grid: Grid | None) -> Grid:
+        if grid is None or grid[0] * grid[1] != n_units:
+            todo = "Leave out `feature_mask` and windows for images (N, C, H, W), or use RandomMask or OneAtATime."
+            raise DesignError(expected("design", "one for units that are not a grid", repr(self), todo))
+        return grid
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.p}, n_trials={self.n_trials}, seed={self.seed})"
+
+
+class RandomWindows(_OverGrid):
+    """Square windows of several sizes at random places, until they cover a share of the image.
+
+    Args:
+        p: share of the area that each trial sets, in (0, 1); the nearest that whole windows give.
+        n_trials: number of trials, 2 or more.
+        sizes: sides of the windows as shares of the grid's longer side, in (0, 1].
+        seed: any integer.
+
+    Raises:
+        DesignError: p outside (0, 1), fewer than 2 trials, sizes outside (0, 1], units that are not a grid.
+
+    Example:
+        >>> a = RandomWindows(0.5, n_trials=300).assignments(196, grid=(14, 14))
+        >>> a.shape, bool((a.float().mean() - 0.5).abs() < 0.02)
+        (torch.Size([300, 196]), True)
+    """
+
+    def __init__(
+        self,
+        p: float = 0.5,
+        n_trials: int = 399,
+        *,
+        sizes: Sequence[float] = (0.1, 0.15, 0.2, 0.3, 0.4),
+        seed: int = 0,
+    ) -> None:
+        super().__init__(p, n_trials, seed)
+        if not sizes or not all(0 < size <= 1 for size in sizes):
+            raise DesignError(expected("sizes", "shares of the grid's side in (0, 1]", sizes))
+        self.sizes = tuple(float(size) for size in sizes)
+
+    def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
+        rows, columns = self._grid(n_units, grid)
+        draw = generator(self.seed, example, "windows")
+        sides = torch.tensor([max(1, round(size * max(rows, columns))) for size in self.sizes])
+        # Enough windows for any share: each covers its area once, and the last of a cover are found late.
+        count = 4 + int(6 * n_units / float(sides.double().square().mean()))
+        return torch.stack([self._trial(sides, count, rows, columns, draw) for _ in range(self.n_trials)])
+
+    def _trial(self, sides: Tensor, count: int, rows: int, columns: int, draw: torch.Generator) -> Tensor:
+        """The union of as many windows as bring the covered share nearest to p."""
+        side = sides[torch.randint(len(sides), (count,), generator=draw)]
+        # Windows may reach over the border, so that units at the border flip as often as the others.
+        top = _start(side, rows, draw)
+        left = _start(side, columns, draw)
+        row, column = torch.arange(rows), torch.arange(columns)
+        high = (row >= top[:, None]) & (row < (top + side)[:, None])
+        wide = (column >= left[:, None]) & (column < (left + side)[:, None])
+        union = (high[:, :, None] & wide[:, None, :]).flatten(1).cummax(0).values
+        best = (union.double().mean(1) - self.p).abs().argmin()
+        return union[best]
+
+
+class RandomRegions(_OverGrid):
+    """Coherent regions of random shape: units where low-frequency noise over the grid is high.
+
+    White noise is averaged with a Gaussian of standard deviation ``length`` cells, scaled to unit variance, and a unit
+    is set where it exceeds the normal quantile of 1 - p. Every unit, at the border too, flips with probability exactly
+    p; neighbours tend to flip together; no direction or position is preferred. How many units flip differs between
+    trials: with a fixed number the level that all effects share could not be told from the intercept.
+
+    Args:
+        p: probability that a unit flips, in (0, 1).
+        n_trials: number of trials, 2 or more; with the reference the default takes 400 forward passes.
+        length: standard deviation of the smoothing, in cells of the grid.
+        seed: any integer.
+
+    Raises:
+        DesignError: p outside (0, 1), fewer than 2 trials, length not positive, units that are not a grid.
+
+    Example:
+        >>> a = RandomRegions(0.5, n_trials=300).assignments(196, grid=(14, 14))
+        >>> a.shape, bool((a.float().mean() - 0.5).abs() < 0.03)
+        (torch.Size([300, 196]), True)
+    """
+
+    def __init__(self, p: float = 0.5, n_trials: int = 399, *, length: float = 1.2, seed: int = 0) -> None:
+        super().__init__(p, n_trials, seed)
+        if not length > 0:
+            raise DesignError(expected("length", "a positive number of cells", length))
+        self.length = float(length)
+
+    def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
+        rows, columns = self._grid(n_units, grid)
+        draw = generator(self.seed, example, "regions")
+        pad = math.ceil(3 * self.length)
+        noise = torch.randn(self.n_trials, rows + 2 * pad, columns + 2 * pad, generator=draw, dtype=torch.float64)
+        field = _gaussian(rows, pad, self.length) @ noise @ _gaussian(columns, pad, self.length).T
+        above: Tensor = torch.special.ndtri(torch.tensor(1 - self.p, dtype=torch.float64))
+        return field.flatten(1) > above
+
+
+def _gaussian(n: int, pad: int, length: float) -> Tensor:
+    """Weights (n, n + 2 pad), rows of norm 1, that average padded noise around each of n cells."""
+    centre = torch.arange(n, dtype=torch.float64)[:, None] + pad
+    weights = torch.exp(-0.5 * ((centre - torch.arange(n + 2 * pad, dtype=torch.float64)) / length) ** 2)
+    return weights / weights.square().sum(dim=1, keepdim=True).sqrt()
+
+
+def _start(side: Tensor, size: int, draw: torch.Generator) -> Tensor:
+    """First cells of windows that overlap a line of ``size`` cells, each place equally likely."""
+    places = size + side - 1
+    return (torch.rand(len(side), generator=draw) * places).long() - side + 1

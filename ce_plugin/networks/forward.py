@@ -1,0 +1,217 @@
+"""One way to call whatever the user explains: a module, a function, an ART classifier; one head or several."""
+
+from __future__ import annotations
+
+import logging
+import logging.config
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Union
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.futures import Future
+
+from ce_plugin.errors import ArgumentError, ModelError, expected
+from ce_plugin.networks.guard import modules_of, state_guard
+
+__all__ = [
+    "ClipValues",
+    "Forward",
+    "OutputSelector",
+    "clip_values_of",
+    "is_art_classifier",
+    "is_opaque",
+    "learned",
+    "load_art",
+    "unwrap",
+]
+
+# By identity: modules may define what equality means for them, and then need not be hashable.
+_LEARNED: dict[int, dict[object, object]] = {}
+
+
+def learned(module: nn.Module) -> dict[object, object]:
+    """What earlier runs learned about this network (best batch size, memory format); forgotten with the network."""
+    key = id(module)
+    if key not in _LEARNED:
+        weakref.finalize(module, _LEARNED.pop, key, None).atexit = False
+        _LEARNED[key] = {}
+    return _LEARNED[key]
+
+
+def is_opaque(module: nn.Module) -> bool:
+    """Scripted and compiled modules: a hook or another memory layout would make them compile again."""
+    compiled = (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)
+    return isinstance(module, compiled) or getattr(module, "_compiled_call_impl", None) is not None
+
+
+OutputSelector = Union[str, int, Callable[[Any], Tensor], Sequence[str], None]
+
+
+class Forward:
+    """Calls a forward function and returns its output heads as tensors.
+
+    Args:
+        forward_func: a module, any callable, or an ART ``PyTorchClassifier``, whose model and preprocessing are used.
+        output: which part of the output is explained: a key of a dict or ModelOutput, an index of a tuple, a
+            callable on the output, or a list of keys (several heads). None takes a tensor as it is and all tensors of
+            a dict as heads.
+
+    Raises:
+        ModelError: ``forward_func`` cannot be called.
+        ArgumentError: ``output`` is none of these.
+
+    Attributes:
+        modules: the networks that were found in ``forward_func``.
+        clip_values: of an ART classifier, else None.
+        learned: what runs learned about speed; shared by all that explain the same module, but not by functions that
+            happen to run it, since what they do before and after may not bear the same.
+
+    Example:
+        >>> forward = Forward(lambda x: {"a": x + 1, "b": x * 2})
+        >>> sorted(forward((torch.ones(1, 2),)))
+        ['a', 'b']
+        >>> Forward(lambda x: {"a": x + 1, "b": x * 2}, output="b")((torch.ones(1, 2),))
+        {'': tensor([[2., 2.]])}
+    """
+
+    def __init__(self, forward_func: Callable[..., Any], output: OutputSelector = None) -> None:
+        self.clip_values = None
+        if is_art_classifier(forward_func):
+            forward_func, self.clip_values = unwrap(forward_func)
+        if not callable(forward_func):
+            raise ModelError(expected("forward_func", "a callable or an ART classifier", type(forward_func).__name__))
+        _check_selector(output)
+        self.forward_func = forward_func
+        self.output = output
+        self.modules = modules_of(forward_func)
+        self.learned: dict[object, object] = {}
+        if isinstance(forward_func, nn.Module) and not callable(output):
+            self.learned = learned(forward_func)
+
+    def __call__(self, inputs: tuple[Tensor, ...], args: tuple[object, ...] = ()) -> dict[str, Tensor]:
+        """The heads of the output by name; a single head has the name ``""``."""
+        return self.heads(self.forward_func(*inputs, *args))
+
+    def heads(self, output: Any) -> dict[str, Tensor]:
+        """The heads of what the forward function returned."""
+        if isinstance(output, Future):
+            todo = "Wait for it inside forward_func: `lambda x: model(x).wait()`."
+            raise ModelError(
+                expected("forward_func", "a callable that returns a tensor", "one that returns a Future", todo)
+            )
+        if callable(self.output):
+            return {"": _tensor(self.output(output))}
+        if isinstance(self.output, (str, int)):
+            return {"": _tensor(self._part(output, self.output))}
+        if self.output is not None:
+            return {key: _tensor(self._part(output, key)) for key in self.output}
+        if isinstance(output, Mapping):
+            heads = {str(key): value for key, value in output.items() if isinstance(value, Tensor)}
+            if heads:
+                return heads if len(heads) > 1 else {"": next(iter(heads.values()))}
+        return {"": _tensor(output)}
+
+    @staticmethod
+    def _part(output: Any, key: str | int) -> Any:
+        try:
+            return output[key]
+        except (KeyError, IndexError, TypeError) as error:
+            have = list(output) if isinstance(output, Mapping) else type(output).__name__
+            raise ModelError(expected("output", f"a part of what the model returns ({have})", repr(key))) from error
+
+
+def _check_selector(output: object) -> None:
+    several = isinstance(output, (list, tuple)) and output and all(isinstance(key, str) for key in output)
+    if not (several or output is None or callable(output) or isinstance(output, (str, int))):
+        wanted = "None, a key, an index, a callable, or a list of keys"
+        raise ArgumentError(expected("output", wanted, repr(output)))
+
+
+def _tensor(value: object) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (int, float)):
+        return torch.tensor(float(value))
+    todo = "Name the part to explain with `output=` (a key, an index or a callable)."
+    raise ModelError(
+        expected("forward_func", "a callable that returns a tensor or a dict of tensors", type(value).__name__, todo)
+    )
+
+
+ClipValues = tuple[float, float]
+
+
+def is_art_classifier(thing: object) -> bool:
+    """Whether this is a classifier of ART; answered without importing ART."""
+    module = sys.modules.get("art.estimators.classification.classifier")
+    return module is not None and isinstance(thing, module.ClassifierMixin)
+
+
+class _ClassifierNetwork(nn.Module):
+    """What ``classifier.predict`` computes, in torch and differentiable."""
+
+    def __init__(self, classifier: Any) -> None:
+        super().__init__()
+        self.model = classifier.model
+        self._classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.to(self._classifier.device)
+        for operation in self._classifier.preprocessing_operations:
+            if operation.apply_predict:
+                x, _ = operation.forward(x, None)
+        scores: Tensor = self.model(x)
+        return scores.unsqueeze(1) if scores.dim() == 1 else scores
+
+
+def unwrap(classifier: object) -> tuple[nn.Module, ClipValues | None]:
+    """The network inside an ART ``PyTorchClassifier``, with its preprocessing, and the classifier's clip values.
+
+    Args:
+        classifier: the classifier; its preprocessing is applied in torch.
+
+    Returns:
+        A module from inputs in the classifier's units, (N, ...), to what ``predict`` gives, and (low, high).
+
+    Raises:
+        ModelError: it is no PyTorchClassifier, or uses preprocessing or postprocessing that is not torch's.
+    """
+    load_art()
+    from art.estimators.classification import PyTorchClassifier
+
+    kind = type(classifier).__name__
+    if not isinstance(classifier, PyTorchClassifier):
+        raise ModelError(expected("classifier", "an ART PyTorchClassifier", kind, "Pass its torch network instead."))
+    if not classifier.all_framework_preprocessing:
+        names = [type(operation).__name__ for operation in classifier.preprocessing_operations]
+        raise ModelError(expected("classifier", "one whose preprocessing is torch's", names, "Use PyTorch versions."))
+    if classifier.postprocessing_defences:
+        names = [type(defence).__name__ for defence in classifier.postprocessing_defences]
+        raise ModelError(expected("classifier", "one without postprocessing", names, "Rebuild it without."))
+    return _ClassifierNetwork(classifier), clip_values_of(classifier)
+
+
+def clip_values_of(estimator: Any) -> ClipValues | None:
+    """Lowest and highest value that an estimator's clip values allow."""
+    clip = getattr(estimator, "clip_values", None)
+    return None if clip is None else (float(np.min(clip[0])), float(np.max(clip[1])))
+
+
+def load_art() -> None:
+    """Import ART and leave the user's logging and random state alone."""
+    if "art.attacks.evasion" in sys.modules:
+        return
+    # ART configures logging at import, which closes every handler that the user has: a log file then loses lines.
+    configure = logging.config.dictConfig
+    logging.config.dictConfig = lambda config: None
+    try:
+        with state_guard():
+            import art.attacks.evasion
+            import art.estimators.classification  # noqa: F401
+    finally:
+        logging.config.dictConfig = configure
+    logging.getLogger("art").addHandler(logging.NullHandler())

@@ -1,0 +1,660 @@
+"""Sites: which variables can be set, and the units into which they are grouped."""
+
+from __future__ import annotations
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, Union, cast
+
+import torch
+from torch import Tensor, nn
+
+from ce_plugin.concepts import ConceptAutoencoder
+from ce_plugin.designs import RandomMask
+from ce_plugin.errors import ArgumentError, InputError, ModelError, UnitError, expected, unknown_name
+from ce_plugin.interventions.base import Intervention
+from ce_plugin.randomness import derived_seed
+
+__all__ = [
+    "ConceptSite",
+    "Evidence",
+    "InputSite",
+    "LayerSite",
+    "MaskUnits",
+    "Masks",
+    "Strides",
+    "Units",
+    "WindowUnits",
+    "Windows",
+    "patch_grid",
+]
+
+
+class Units(ABC):
+    """The units of a site for N examples: how an assignment becomes a mask, and unit values become a map.
+
+    Attributes:
+        n_units: number of units of each example, int64 (N,).
+        labels: a name for each unit; one list for all examples, or one per example where they differ.
+        grid: (rows, columns) where the units are the cells of a grid, row by row; else None.
+    """
+
+    n_units: Tensor
+    labels: list[str] | list[list[str]]
+    grid: tuple[int, int] | None = None
+
+    @property
+    def width(self) -> int:
+        """The largest number of units that an example has: U of the tensors that hold all examples."""
+        return int(self.n_units.max())
+
+    @abstractmethod
+    def masks(self, assignments: Tensor, examples: Tensor) -> tuple[Tensor, ...]:
+        """What each trial sets.
+
+        Args:
+            assignments: bool (B, U).
+            examples: index of each trial's example, int64 (B,).
+
+        Returns:
+            For each input a bool tensor (B, ...) that broadcasts to the input's rows; True where x' goes.
+        """
+
+    @abstractmethod
+    def spread(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Maps in the shape of the inputs.
+
+        Args:
+            values: one value per unit, (N, U).
+
+        Returns:
+            For each input a tensor (N, ...) of its shape (with one row where the values have one): a unit's value
+            wherever the unit is; the mean over the units where they overlap; 0 where there is none.
+        """
+
+
+class MaskUnits(Units):
+    """Units given by a feature mask: equal ids are one unit, over all inputs of a tuple.
+
+    Args:
+        inputs: the tensors of the site, (N, ...) each.
+        masks: for each input an integer tensor that broadcasts to it; the leading dimension is 1 (all examples
+            share the units) or N.
+        grid: see :class:`Units`.
+        none: an id that belongs to no unit: what has it is never set.
+        labels: names of the units in the order of their ids; None names them by their ids.
+
+    Raises:
+        UnitError: as many masks as inputs were expected; a shape that does not broadcast; fractional ids.
+
+    Example:
+        >>> units = MaskUnits((torch.zeros(1, 4),), (torch.tensor([[7, 7, 9, 9]]),))
+        >>> units.labels, units.spread(torch.tensor([[1.0, 2.0]]))
+        (['7', '9'], (tensor([[1., 1., 2., 2.]]),))
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[Tensor, ...],
+        masks: tuple[Tensor, ...],
+        grid: tuple[int, int] | None = None,
+        *,
+        none: int | None = None,
+        labels: list[str] | None = None,
+    ) -> None:
+        checked = _checked_masks(inputs, masks)
+        n = len(inputs[0])
+        self.shapes = [tuple(x.shape) for x in inputs]
+        self.grid = grid
+        self.open = False
+        rows = n if any(len(mask) > 1 for mask in checked) else 1
+        names: list[Tensor] = []
+        ids: list[list[Tensor]] = []
+        for row in range(rows):
+            flat = [mask[row if len(mask) > 1 else 0] for mask in checked]
+            name, index = torch.unique(torch.cat([mask.reshape(-1) for mask in flat]), return_inverse=True)
+            if none is not None and bool((name == none).any()):
+                # What belongs to no unit points behind the last one, at the column that `masks` and `spread` append.
+                place = int((name == none).nonzero())
+                name = name[name != none]
+                index = torch.where(index == place, len(name), index - (index > place).long())
+                self.open = True
+            names.append(name)
+            parts = index.split([mask.numel() for mask in flat])
+            ids.append([part.reshape(mask.shape) for part, mask in zip(parts, flat, strict=True)])
+        self.ids = tuple(torch.stack(column) for column in zip(*ids, strict=True))
+        self.n_units = torch.tensor([len(name) for name in names]).expand(n)
+        if labels is not None:
+            self.labels = labels
+            return
+        every = [[str(int(value)) for value in name] for name in names]
+        self.labels = every[0] if all(one == every[0] for one in every) else every
+
+    def masks(self, assignments: Tensor, examples: Tensor) -> tuple[Tensor, ...]:
+        out = []
+        if self.open:
+            assignments = torch.nn.functional.pad(assignments, (0, 1))
+        for ids in self.ids:
+            flat = ids.reshape(len(ids), -1)
+            if torch.equal(flat[0], torch.arange(assignments.shape[1])) and len(flat) == 1:
+                chosen = assignments  # each unit is one entry, as channels are: nothing is to be copied
+            elif len(flat) == 1:
+                chosen = assignments[:, flat[0]]
+            else:
+                chosen = assignments.gather(1, flat[examples.to(flat.device)])
+            out.append(chosen.reshape(len(assignments), *ids.shape[1:]))
+        return tuple(out)
+
+    def spread(self, values: Tensor) -> tuple[Tensor, ...]:
+        out = []
+        if self.open:
+            values = torch.nn.functional.pad(values, (0, 1))
+        for ids, shape in zip(self.ids, self.shapes, strict=True):
+            flat = ids.reshape(len(ids), -1).to(values.device)
+            chosen = values[:, flat[0]] if len(flat) == 1 else values.gather(1, flat)
+            out.append(chosen.reshape(len(values), *ids.shape[1:]).expand(-1, *shape[1:]).clone())
+        return tuple(out)
+
+
+class WindowUnits(Units):
+    """Units given by windows that slide over the inputs, as in Captum's Occlusion; they may overlap.
+
+    Args:
+        inputs: the tensors of the site, (N, ...) each.
+        windows: for each input the window's size in each dimension but the first.
+        strides: for each input the step in each dimension, or one step for all; not larger than the window.
+
+    Raises:
+        UnitError: a window larger than the input, a stride larger than the window, or values that are not positive.
+
+    Example:
+        >>> units = WindowUnits((torch.zeros(1, 3),), ((2,),), ((1,),))
+        >>> units.spread(torch.tensor([[1.0, 2.0]]))  # the middle is in both windows
+        (tensor([[1.0000, 1.5000, 2.0000]]),)
+    """
+
+    def __init__(
+        self, inputs: tuple[Tensor, ...], windows: tuple[tuple[int, ...], ...], strides: tuple[tuple[int, ...], ...]
+    ) -> None:
+        self.shapes = [tuple(x.shape) for x in inputs]
+        self.starts: list[list[tuple[int, ...]]] = []
+        self.windows = windows
+        labels: list[str] = []
+        for position, (x, window, stride) in enumerate(zip(inputs, windows, strides, strict=True)):
+            counts = [-(-(size - w) // s) + 1 for size, w, s in zip(x.shape[1:], window, stride, strict=True)]
+            index = torch.cartesian_prod(*[torch.arange(c) for c in counts]).reshape(-1, len(counts))
+            starts = [tuple(row) for row in (index * torch.tensor(stride)).tolist()]
+            self.starts.append(starts)
+            prefix = f"{position}:" if len(inputs) > 1 else ""
+            labels += [prefix + ",".join(map(str, start)) for start in starts]
+        self.labels = labels
+        self.n_units = torch.tensor(len(labels)).expand(len(inputs[0]))
+
+    def _slices(self, position: int, unit: int) -> tuple[slice, ...]:
+        start, window = self.starts[position][unit], self.windows[position]
+        return tuple(slice(a, a + w) for a, w in zip(start, window, strict=True))
+
+    def masks(self, assignments: Tensor, examples: Tensor) -> tuple[Tensor, ...]:
+        out = []
+        offset = 0
+        for position, shape in enumerate(self.shapes):
+            # Dimensions that every window covers whole (the channels, mostly) stay of size 1 and broadcast.
+            size = [1 if w >= s else s for w, s in zip(self.windows[position], shape[1:], strict=True)]
+            mask = torch.zeros(len(assignments), *size, dtype=torch.bool)
+            here = assignments[:, offset : offset + len(self.starts[position])]
+            for row, unit in here.nonzero().tolist():
+                mask[row][self._slices(position, unit)] = True
+            out.append(mask)
+            offset += len(self.starts[position])
+        return tuple(out)
+
+    def spread(self, values: Tensor) -> tuple[Tensor, ...]:
+        out = []
+        offset = 0
+        for position, shape in enumerate(self.shapes):
+            total, count = values.new_zeros((len(values), *shape[1:])), values.new_zeros((1, *shape[1:]))
+            for unit in range(len(self.starts[position])):
+                slices = (slice(None), *self._slices(position, unit))
+                total[slices] += values[:, offset + unit].reshape(-1, *[1] * (len(shape) - 1))
+                count[slices] += 1
+            out.append(total / count.clamp(min=1))
+            offset += len(self.starts[position])
+        return tuple(out)
+
+
+def patch_grid(height: int, width: int, cells: int = 14) -> Tensor:
+    """A feature mask that cuts an image into a grid of at most ``cells`` x ``cells`` patches of nearly equal size.
+
+    Args:
+        height, width: of the image in pixels.
+        cells: largest number of rows and columns.
+
+    Returns:
+        int64 (1, 1, height, width).
+
+    Example:
+        >>> patch_grid(2, 4, cells=2)[0, 0].tolist()
+        [[0, 0, 1, 1], [2, 2, 3, 3]]
+    """
+    rows, columns = min(height, cells), min(width, cells)
+    row = torch.arange(height) * rows // height
+    column = torch.arange(width) * columns // width
+    return (row[:, None] * columns + column[None, :])[None, None]
+
+
+def _checked_masks(inputs: tuple[Tensor, ...], masks: tuple[Tensor, ...]) -> list[Tensor]:
+    if len(masks) != len(inputs):
+        raise UnitError(expected("feature_mask", f"{len(inputs)} mask(s), one per input", f"{len(masks)}"))
+    out = []
+    for x, mask in zip(inputs, masks, strict=True):
+        if not isinstance(mask, Tensor):
+            raise UnitError(expected("feature_mask", "a tensor, or a tuple of tensors", type(mask).__name__))
+        if mask.is_floating_point() and not bool((mask == mask.round()).logical_and(mask.isfinite()).all()):
+            raise UnitError(expected("feature_mask", "integer ids", "fractional ones", "Write `mask.long()`."))
+        if mask.is_complex():
+            raise UnitError(expected("feature_mask", "integer ids", "complex ones"))
+        full = mask.detach().to("cpu", torch.int64).reshape([1] * (x.dim() - mask.dim()) + list(mask.shape))
+        fits = full.dim() == x.dim() and all(m in (1, s) for m, s in zip(full.shape, x.shape, strict=True))
+        if not fits:
+            wanted = f"a mask that broadcasts to the input's shape {tuple(x.shape)}"
+            raise UnitError(expected("feature_mask", wanted, f"shape {tuple(mask.shape)}"))
+        out.append(full)
+    return out
+
+
+Masks: TypeAlias = "Tensor | tuple[Tensor, ...] | None"
+Windows: TypeAlias = "tuple[int, ...] | tuple[tuple[int, ...], ...] | None"
+Strides: TypeAlias = "int | tuple[int | tuple[int, ...], ...] | None"
+
+
+@dataclass(frozen=True)
+class InputSite:
+    """The network's input as the site: its units are patches, scalars, a feature mask's regions, or windows.
+
+    Args:
+        feature_mask: see :class:`MaskUnits`; a tensor, or a tuple as long as the inputs.
+        sliding_window_shapes: see :class:`WindowUnits`; for one input a tuple of sizes, else a tuple of such.
+        strides: of the windows; None means 1.
+        cells: of the default grid for images, see :func:`patch_grid`.
+
+    Example:
+        >>> site = InputSite()
+        >>> site.units_of((torch.zeros(1, 3, 224, 224),)).grid
+        (14, 14)
+        >>> site.units_of((torch.zeros(1, 5),)).labels
+        ['0', '1', '2', '3', '4']
+    """
+
+    feature_mask: Masks = None
+    sliding_window_shapes: Windows = None
+    strides: Strides = None
+    cells: int = 14
+
+    def __repr__(self) -> str:
+        given: list[tuple[str, object]] = [("feature_mask", self.feature_mask)]
+        given += [("sliding_window_shapes", self.sliding_window_shapes)]
+        given += [("strides", self.strides), ("cells", None if self.cells == 14 else self.cells)]
+        return f"InputSite({', '.join(f'{name}={_shown(value)}' for name, value in given if value is not None)})"
+
+    def is_grid(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Whether the units are the cells of a grid: one tensor of images (N, C, H, W), no mask and no windows."""
+        plain = self.feature_mask is None and self.sliding_window_shapes is None
+        return plain and len(inputs) == 1 and inputs[0].dim() == 4
+
+    def units_of(self, inputs: tuple[Tensor, ...]) -> Units:
+        """The units of these inputs: patches for images (N, C, H, W), each scalar for anything else."""
+        if self.sliding_window_shapes is not None:
+            if self.feature_mask is not None:
+                raise UnitError(expected("feature_mask", "None when sliding windows are the units", "a mask"))
+            return _window_units(inputs, self.sliding_window_shapes, self.strides)
+        if self.strides is not None:
+            raise UnitError(expected("strides", "None without `sliding_window_shapes`", self.strides))
+        if self.feature_mask is not None:
+            given = self.feature_mask if isinstance(self.feature_mask, tuple) else (self.feature_mask,)
+            return MaskUnits(inputs, given)
+        masks, offset = [], 0
+        for x in inputs:
+            if x.dim() == 4:
+                mask = patch_grid(x.shape[2], x.shape[3], self.cells)
+            else:
+                mask = torch.arange(x[0].numel()).reshape(1, *x.shape[1:])
+            masks.append(mask + offset)
+            offset += int(mask.max()) + 1 if mask.numel() else 0
+        grid = None
+        if self.is_grid(inputs):
+            grid = (min(inputs[0].shape[2], self.cells), min(inputs[0].shape[3], self.cells))
+        return MaskUnits(inputs, tuple(masks), grid)
+
+
+def _window_units(inputs: tuple[Tensor, ...], windows: Windows, strides: Strides) -> WindowUnits:
+    if not isinstance(windows, (tuple, list)):
+        todo = "Write (3, 15, 15) for images with three channels, for example."
+        raise UnitError(expected("sliding_window_shapes", "a tuple of sizes, or a tuple of such", windows, todo))
+    one_shape = not windows or not isinstance(windows[0], (tuple, list))
+    nested = cast("tuple[tuple[int, ...], ...]", (windows,) if one_shape else windows)
+    if len(nested) != len(inputs):
+        raise UnitError(expected("sliding_window_shapes", f"{len(inputs)} shape(s), one per input", windows))
+    one_stride = strides is None or isinstance(strides, int)
+    if (
+        isinstance(strides, (tuple, list))
+        and len(inputs) == 1
+        and not any(isinstance(s, (tuple, list)) for s in strides)
+    ):
+        strides = (cast("tuple[int, ...]", tuple(strides)),)
+    elif not one_stride and not isinstance(strides, (tuple, list)):
+        raise UnitError(expected("strides", "None, a number of steps, or a tuple of them", strides))
+    steps = cast("tuple[int | tuple[int, ...] | None, ...]", (strides,) * len(inputs) if one_stride else strides)
+    if len(steps) != len(inputs):
+        raise UnitError(expected("strides", f"{len(inputs)} stride(s), one per input", strides))
+    all_windows, all_strides = [], []
+    for x, window, step in zip(inputs, nested, steps, strict=True):
+        n = x.dim() - 1
+        sizes = _whole("sliding_window_shapes", window)
+        stride = _whole("strides", step if isinstance(step, (tuple, list)) else (1 if step is None else step,) * n)
+        if len(sizes) != n or not all(0 < w <= s for w, s in zip(sizes, x.shape[1:], strict=True)):
+            wanted = f"sizes from 1 to the input's {tuple(x.shape[1:])}"
+            raise UnitError(expected("sliding_window_shapes", wanted, sizes))
+        if len(stride) != n or not all(0 < s <= w for s, w in zip(stride, sizes, strict=True)):
+            todo = "Larger strides would leave parts of the input without a unit."
+            raise UnitError(expected("strides", f"steps from 1 to the window's {sizes}", stride, todo))
+        all_windows.append(sizes)
+        all_strides.append(stride)
+    return WindowUnits(inputs, tuple(all_windows), tuple(all_strides))
+
+
+def _shown(value: object) -> str:
+    """A tensor by its shape: what an estimate notes about its evidence must stay readable."""
+    if isinstance(value, Tensor):
+        return f"tensor{tuple(value.shape)}"
+    return f"({', '.join(map(_shown, value))})" if isinstance(value, tuple) else repr(value)
+
+
+def _whole(name: str, numbers: Sequence[int]) -> tuple[int, ...]:
+    """Whole numbers of any kind, but nothing that would have to be rounded."""
+    try:
+        return tuple(operator.index(number) for number in numbers)
+    except TypeError as error:
+        raise UnitError(expected(name, "whole numbers", numbers)) from error
+
+
+_KINDS = ("channels", "tokens", "positions", "heads")
+
+
+@dataclass(frozen=True)
+class LayerSite:
+    """What a layer returns (or takes) as the site.
+
+    Args:
+        layer: a module of the network, or its dotted name.
+        units: what is set together: ``"channels"``; ``"tokens"`` of a transformer (N, T, D); ``"positions"`` of a map
+            (N, C, h, w); ``"heads"``, equal blocks of channels.
+        layer_mask: integer ids that broadcast to the value; equal ids are one unit. Replaces ``units``.
+        at_input: the layer's input is the site, not its output.
+        element: which element, where the layer returns a tuple (or which argument it takes).
+        call: which call, counted from 0, of a layer that the network passes through several times.
+        channel_dim: where the channels are; None means dimension 1 of (N, C), (N, C, h, w) and longer ones, and the
+            last of (N, T, D). Swin's maps (N, h, w, C) need ``channel_dim=-1``.
+        n_heads: number of blocks for ``units="heads"``.
+        reshape_transform: from the layer's value to a map (N, C, h, w), as pytorch-grad-cam takes it for
+            transformers; units are then those of the map, and what it drops (a class token) belongs to none.
+
+    Raises:
+        ArgumentError: a layer that is neither a module nor a name; ``units`` of unknown kind; no ``n_heads`` for heads.
+
+    Example:
+        >>> site = LayerSite("0", units="positions")
+        >>> site.units_of((torch.zeros(1, 8, 2, 2),)).labels
+        ['0,0', '0,1', '1,0', '1,1']
+    """
+
+    layer: nn.Module | str
+    units: Literal["channels", "tokens", "positions", "heads"] = "channels"
+    layer_mask: Tensor | None = None
+    at_input: bool = False
+    element: int | None = None
+    call: int | None = None
+    channel_dim: int | None = None
+    n_heads: int | None = None
+    reshape_transform: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        layer: object = self.layer
+        if not isinstance(layer, (str, nn.Module)):
+            raise ArgumentError(expected("layer", "a module of the network or its dotted name", type(layer).__name__))
+        if self.units not in _KINDS:
+            raise unknown_name("units", self.units, _KINDS)
+        if self.units == "heads" and (self.n_heads is None or self.n_heads < 1):
+            raise ArgumentError(expected("n_heads", "the number of heads for units='heads'", self.n_heads))
+        for name in ("element", "call"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise ArgumentError(expected(name, "None or an index from 0", value))
+
+    def __repr__(self) -> str:
+        shown = [repr(self.layer) if isinstance(self.layer, str) else type(self.layer).__name__]
+        for name, default in (("units", "channels"), ("at_input", False), ("element", None), ("call", None)):
+            if getattr(self, name) != default:
+                shown.append(f"{name}={getattr(self, name)!r}")
+        if self.layer_mask is not None:
+            shown.append(f"layer_mask=tensor{tuple(self.layer_mask.shape)}")
+        return f"LayerSite({', '.join(shown)})"
+
+    def module(self, networks: Sequence[nn.Module]) -> tuple[str, nn.Module]:
+        """The layer's dotted name and the layer itself, found in the networks that the forward function runs.
+
+        Raises:
+            ModelError: no network was found in the forward function, or it does not hold this module.
+            UnknownNameError: no layer of this name.
+        """
+        if not networks:
+            todo = "Pass the nn.Module itself, or a function that refers to it."
+            raise ModelError(expected("forward_func", "a network, or a function that runs one", "none found", todo))
+        for network in networks:
+            for name, module in network.named_modules(remove_duplicate=False):
+                if module is self.layer or (name == self.layer and name):
+                    return name, module
+        if isinstance(self.layer, str):
+            raise unknown_name("layer", self.layer, [n for net in networks for n, _ in net.named_modules() if n])
+        todo = "Take a module of the very object that is explained, or its dotted name."
+        raise ModelError(expected("layer", "a module of the network", f"another {type(self.layer).__name__}", todo))
+
+    def units_of(self, values: tuple[Tensor, ...]) -> MaskUnits:
+        """The units of the layer's value, a tuple of one tensor (N, ...).
+
+        Raises:
+            UnitError: the value has no such units (no positions, channels that the heads do not divide ...).
+        """
+        (value,) = values
+        if value.dim() < 2:
+            raise UnitError(expected("layer", "one with a value (N, ...) of two dimensions or more", _shape(value)))
+        if self.layer_mask is not None:
+            return MaskUnits(values, (self.layer_mask,))
+        if self.reshape_transform is not None:
+            ids, labels = self._reshaped(value)
+            return MaskUnits(values, (ids,), none=-1, labels=labels)
+        ids, labels = self._ids(value[:1], self.channel_dim)
+        return MaskUnits(values, (ids,), labels=labels)
+
+    def _ids(self, value: Tensor, channel_dim: int | None) -> tuple[Tensor, list[str] | None]:
+        """Each element's unit, in a shape that broadcasts to the value; names where these are no numbers."""
+        dim = (2 if value.dim() == 3 else 1) if channel_dim is None else channel_dim % value.dim()
+        ones = [1] * value.dim()
+        if self.units == "channels":
+            return torch.arange(value.shape[dim]).reshape(*ones[:dim], -1, *ones[dim + 1 :]), None
+        if self.units == "heads":
+            heads, channels = self.n_heads or 1, value.shape[dim]
+            if channels % heads:
+                raise UnitError(expected("n_heads", f"a divisor of the {channels} channels", heads))
+            ids = torch.arange(channels) // (channels // heads)
+            return ids.reshape(*ones[:dim], -1, *ones[dim + 1 :]), None
+        places = [k for k in range(1, value.dim()) if k != dim]
+        if self.units == "tokens" and len(places) != 1:
+            raise UnitError(expected("units", "tokens of a value (N, T, D)", f"a layer with values {_shape(value)}"))
+        if not places:
+            raise UnitError(expected("units", "positions of a map", f"a layer with values {_shape(value)}"))
+        sizes = [value.shape[k] for k in places]
+        shape = [value.shape[k] if k in places else 1 for k in range(value.dim())]
+        index = torch.cartesian_prod(*[torch.arange(size) for size in sizes]).reshape(-1, len(sizes))
+        labels = [",".join(map(str, row)) for row in index.tolist()]
+        return torch.arange(len(labels)).reshape(shape), labels
+
+    def _reshaped(self, value: Tensor) -> tuple[Tensor, list[str] | None]:
+        """Units of the map that ``reshape_transform`` makes: element numbers are sent through it and found again."""
+        numbers = torch.arange(1, value[0].numel() + 1, dtype=torch.float64).reshape(1, *value.shape[1:])
+        places = (self.map(numbers)[0] - 1).round().long().reshape(-1)
+        ids, labels = self._ids(self.map(numbers), 1)
+        unit = ids.expand(1, *self.map(numbers).shape[1:]).reshape(-1)
+        out = torch.full((value[0].numel(),), -1)
+        if bool(((places < 0) | (places >= len(out))).any()) or len(set(places.tolist())) != len(places):
+            todo = "Average or pad after the explanation instead."
+            raise ArgumentError(expected("reshape_transform", "one that only moves or drops elements", "another", todo))
+        out[places] = unit
+        return out.reshape(1, *value.shape[1:]), labels
+
+    def map(self, value: Tensor) -> Tensor:
+        """The layer's value as maps (N, C, h, w).
+
+        Raises:
+            InputError: it has no positions, and no ``reshape_transform`` was given.
+        """
+        if self.reshape_transform is not None:
+            maps = self.reshape_transform(value)
+            if not isinstance(maps, Tensor) or maps.dim() != 4 or len(maps) != len(value):
+                got = _shape(maps) if isinstance(maps, Tensor) else type(maps).__name__
+                raise ArgumentError(expected("reshape_transform", "one that returns maps (N, C, h, w)", got))
+            return maps
+        if value.dim() != 4:
+            todo = "For transformers pass `reshape_transform=`, from (N, T, D) to (N, D, h, w)."
+            raise InputError(expected("layer", "one with maps (N, C, h, w)", f"values {_shape(value)}", todo))
+        return value if self.channel_dim is None else value.movedim(self.channel_dim, 1)
+
+
+def _shape(value: Tensor) -> str:
+    return f"of shape {tuple(value.shape)}"
+
+
+@dataclass(frozen=True)
+class ConceptSite:
+    """The innermost code of an autoencoder that is inserted at a layer; its channels are the concepts.
+
+    The reference then is the network *with* the autoencoder inserted.
+
+    Args:
+        layer: a module of the network, its dotted name, or a :class:`LayerSite` that says more.
+        autoencoder: trained on this layer of this network.
+
+    Raises:
+        ArgumentError: ``autoencoder`` is none.
+
+    Example:
+        >>> site = ConceptSite("features.3", ConceptAutoencoder(8, 2))
+        >>> site
+        ConceptSite('features.3', 2 concepts)
+
+    Source: Yang et al., ICIP 2019 (arXiv 1902.03380), section 3.2; Harradon et al. 2018 (arXiv 1802.00541).
+    """
+
+    layer: nn.Module | str | LayerSite
+    autoencoder: ConceptAutoencoder
+    _layer: LayerSite = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        given: object = self.autoencoder
+        if not isinstance(given, ConceptAutoencoder):
+            raise ArgumentError(expected("autoencoder", "a ConceptAutoencoder", type(given).__name__))
+        layer = self.layer if isinstance(self.layer, LayerSite) else LayerSite(self.layer)
+        object.__setattr__(self, "_layer", layer)
+
+    def __repr__(self) -> str:
+        shown = repr(self.layer) if isinstance(self.layer, (str, LayerSite)) else type(self.layer).__name__
+        return f"ConceptSite({shown}, {self.autoencoder.concepts} concepts)"
+
+    @property
+    def place(self) -> LayerSite:
+        """Where the autoencoder is inserted."""
+        return self._layer
+
+    def module(self, networks: Sequence[nn.Module]) -> tuple[str, nn.Module]:
+        """The layer's dotted name and the layer itself; see :meth:`LayerSite.module`."""
+        return self.place.module(networks)
+
+    def units_of(self, values: tuple[Tensor, ...]) -> MaskUnits:
+        """The code's channels."""
+        return LayerSite("code").units_of(values)
+
+    def map(self, value: Tensor) -> Tensor:
+        """The code is a map already, (N, K, h, w)."""
+        return value
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """An intervention that holds in all trials and in the reference.
+
+    Args:
+        intervention: what is set.
+        site: where; the input by default, or a layer or a layer's concepts.
+        units: which units are set: ``"all"``, indices, or a :class:`RandomMask` whose ``n_trials`` draws the result
+            is averaged over.
+
+    Raises:
+        ArgumentError: ``intervention`` is none.
+        UnitError: ``units`` is none of these.
+
+    Example:
+        >>> from ce_plugin.interventions import PixelMask
+        >>> Evidence(PixelMask("mean"), units=[0, 1]).units
+        (0, 1)
+    """
+
+    intervention: Intervention
+    site: InputSite | LayerSite | ConceptSite = field(default_factory=InputSite)
+    units: Union[Literal["all"], tuple[int, ...], Sequence[int], RandomMask] = "all"
+
+    def __post_init__(self) -> None:
+        given: object = self.intervention
+        if not isinstance(given, Intervention):
+            raise ArgumentError(expected("intervention", "an Intervention", type(given).__name__))
+        if isinstance(self.units, str) and self.units != "all":
+            raise UnitError(expected("units", "'all', unit indices or a RandomMask", repr(self.units)))
+        if not isinstance(self.units, (str, RandomMask)):
+            try:
+                chosen = tuple(operator.index(u) for u in self.units)
+            except TypeError as error:
+                wanted = "'all', unit indices or a RandomMask"
+                raise UnitError(expected("units", wanted, repr(self.units))) from error
+            object.__setattr__(self, "units", chosen)
+
+    def __repr__(self) -> str:
+        units = "" if self.units == "all" else f", units={self.units!r}"
+        site = "" if repr(self.site) == "InputSite()" else f", site={self.site!r}"
+        return f"Evidence({self.intervention!r}{site}{units})"
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the units are drawn."""
+        return isinstance(self.units, RandomMask)
+
+    @property
+    def n_draws(self) -> int:
+        """How many random evidences the result is averaged over; 1 where nothing is random."""
+        return self.units.n_trials if isinstance(self.units, RandomMask) else 1
+
+    def assignment(self, n_units: int, example: int, draw: int, order: int = 0) -> Tensor:
+        """Which units hold the evidence, bool (U,), in one draw for the example of this id.
+
+        Several random evidences, told apart by their ``order``, and the trials of a design are drawn independently of
+        each other, also where their seeds are equal.
+        """
+        if isinstance(self.units, RandomMask):
+            own = self.units.reseeded(derived_seed(self.units.seed, "evidence", order))
+            return own.assignments(n_units, example=example)[draw]
+        chosen = torch.zeros(n_units, dtype=torch.bool)
+        if isinstance(self.units, str):
+            return ~chosen
+        if self.units and not 0 <= min(self.units) <= max(self.units) < n_units:
+            raise UnitError(expected("units", f"indices of the site's {n_units} units", self.units))
+        chosen[list(self.units)] = True
+        return chosen

@@ -1,0 +1,420 @@
+"""The experiment that a run carries out, and how its trials are cut into batches."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ce_plugin.designs import Design
+from ce_plugin.errors import ArgumentError, expected
+from ce_plugin.interventions.base import Context, Intervention
+from ce_plugin.networks.forward import is_opaque
+from ce_plugin.sites import Units
+
+__all__ = [
+    "BatchSize",
+    "Cost",
+    "Counterfactuals",
+    "Rows",
+    "Setting",
+    "Values",
+    "Wanted",
+    "batches",
+    "bytes_per_row",
+    "checked_values",
+    "chunks",
+    "free_memory",
+    "rows_of_args",
+    "values_of_trials",
+]
+
+
+_FIRST, _LARGEST = (4, 8, 16), 4096
+# Shorter batches than this are dominated by fixed costs, so that a larger batch always pays.
+_SHORT_SECONDS = 0.004
+_TIMINGS = 3
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as info:
+        line = next(line for line in info if line.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return 4 << 30
+
+
+def _nbytes(value: object) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, (tuple, list)):
+        return sum(map(_nbytes, value))
+    return 0
+
+
+@contextlib.contextmanager
+def bytes_per_row(modules: list[nn.Module], rows: int, inputs: tuple[Tensor, ...]) -> Iterator[list[int]]:
+    """Measure during a forward pass what one row takes at its peak; the list's one entry is valid afterwards.
+
+    The peak of inference is where some operation holds its input and output; residual connections keep a few more
+    such tensors alive, hence the factor. Scripted and compiled modules are not hooked.
+    """
+    row = max(sum(map(_nbytes, inputs)) // max(rows, 1), 1)
+    result = [64 * row]
+    largest = [0]
+
+    def hook(module: nn.Module, args: object, output: object) -> None:
+        largest[0] = max(largest[0], _nbytes(args) + _nbytes(output))
+
+    leaves = [m for root in modules if not is_opaque(root) for m in root.modules() if not list(m.children())]
+    handles = [leaf.register_forward_hook(hook) for leaf in leaves if not is_opaque(leaf)]
+    try:
+        yield result
+    finally:
+        for handle in handles:
+            handle.remove()
+    if largest[0]:
+        result[0] = 4 * row + 3 * largest[0] // max(rows, 1)
+
+
+class BatchSize:
+    """Chooses the number of rows per pass: the fastest of a few, then larger or smaller ones while they are faster.
+
+    On a CPU large batches are *slower* (they fall out of the caches and their memory is handed back to the system
+    after each operation), so that time is measured, on trials that have to be run anyway. Sizes take turns, because the
+    machine's own speed drifts.
+
+    Args:
+        limit: largest number of rows that memory allows.
+        fixed: a number of rows that the user wants; nothing is measured then.
+        start: what an earlier run learned.
+
+    Attributes:
+        rows: the number of rows to take now.
+        fastest: the number of rows that proved fastest, once it is known; None where memory was what decided.
+    """
+
+    def __init__(self, limit: int, fixed: int | None = None, start: int | None = None) -> None:
+        self.limit = max(1, min(limit, _LARGEST))
+        self.fastest: int | None = None
+        self._times: dict[int, float] = {}
+        self._queue: list[int] = []
+        if fixed is not None:
+            self._chosen = fixed
+        elif start is not None:
+            self._chosen = min(start, self.limit)
+        else:
+            self._chosen = min(_FIRST[1], self.limit)
+            self._queue = sorted({min(size, self.limit) for size in _FIRST}) * _TIMINGS
+
+    @property
+    def rows(self) -> int:
+        return self._queue[0] if self._queue else self._chosen
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to be timed."""
+        return not self._queue
+
+    @contextlib.contextmanager
+    def timed(self, rows: int, device: torch.device) -> Iterator[None]:
+        """Time one pass of ``rows`` rows and learn from it."""
+        if self.settled or rows != self.rows:
+            yield
+            return
+        _synchronize(device)
+        start = time.perf_counter()
+        yield
+        _synchronize(device)
+        self._learn(time.perf_counter() - start)
+
+    def _learn(self, seconds: float) -> None:
+        if self.settled:
+            return  # memory has run out during this very pass
+        rows = self._queue.pop(0)
+        # The fastest of a few: a first pass of a new shape sets things up, and other work only ever adds time.
+        self._times[rows] = min(self._times.get(rows, seconds), seconds)
+        if self._queue:
+            return
+        per_row = {size: taken / size for size, taken in self._times.items()}
+        best, largest = min(per_row, key=lambda size: per_row[size]), max(per_row)
+        short = self._times[largest] <= _SHORT_SECONDS
+        if (short or best == largest) and 2 * largest <= self.limit:
+            self._queue = [2 * largest] if short else [best, 2 * best] * _TIMINGS
+        elif not short and best == min(per_row) and best > 1:
+            self._queue = [best, best // 2] * _TIMINGS
+        else:
+            self._chosen = largest if short else best
+            bound = self._chosen == largest and self.limit < _LARGEST
+            self.fastest = None if bound else self._chosen
+
+    def settle(self, rows: int, limit: int) -> None:
+        """Take so many rows from now on, and nothing is timed."""
+        self.limit, self._chosen, self._queue = limit, min(rows, limit), []
+
+    def halve(self, rows: int) -> None:
+        """After ``rows`` rows did not fit into memory."""
+        self.limit = max(1, min(self.limit, rows // 2))
+        self._chosen = min(self.rows, self.limit)
+        self._queue = []
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# An example and the range of its trials that are wanted.
+Wanted: TypeAlias = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run will cost, known before it.
+
+    Args:
+        trials: over all examples, alternative values and draws of evidence.
+        forward_passes: what the run takes, in passes of one example through the whole network, references included;
+            counted in floating-point operations where only a part of it is run.
+        route: how trials are evaluated: ``"full"`` passes each through the whole network, ``"suffix"`` through the
+            part that depends on the site, ``"channel differences"`` and ``"window differences"`` only follow what a
+            single unit changes there.
+        outcome_bytes: memory that the outcomes of all trials take.
+
+    Example:
+        >>> print(Cost(trials=196, forward_passes=198, route="full", outcome_bytes=1 << 20))
+        196 trials, 198 forward passes (route: full), 1.0 MiB of outcomes
+    """
+
+    trials: int
+    forward_passes: float
+    route: str
+    outcome_bytes: int
+
+    def __str__(self) -> str:
+        passes = f"{self.trials} trials, {self.forward_passes:.6g} forward passes (route: {self.route})"
+        return f"{passes}, {self.outcome_bytes / 2**20:.1f} MiB of outcomes"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is held fixed while trials vary.
+
+    Args:
+        inputs: the inputs under their evidence, (N, ...) each.
+        args: additional forward arguments; tensors with N rows go with their example.
+        units: of the input.
+        design: yields the assignments.
+        intervention: supplies x'.
+        context: ids and seed.
+    """
+
+    inputs: tuple[Tensor, ...]
+    args: tuple[object, ...]
+    units: Units
+    design: Design
+    intervention: Intervention
+    context: Context
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return len(self.inputs[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs are."""
+        return self.inputs[0].device
+
+    @property
+    def repeats(self) -> int:
+        """How often a trial is run: exact designs run it under every alternative value, random ones take turns."""
+        return self.intervention.n_variants if self.design.exact else 1
+
+    def n_trials(self, example: int) -> int:
+        """Trials of one example, repeats not counted."""
+        return self.design.n_trials_for(int(self.units.n_units[example]))
+
+    def assignments(self, example: int, start: int, stop: int) -> Tensor:
+        """Some trials of one example, bool (stop - start, U); units that only other examples have stay idle."""
+        n_units = int(self.units.n_units[example])
+        rows = self.design.rows(n_units, start, stop, example=self.context.ids[example], grid=self.units.grid)
+        return torch.nn.functional.pad(rows, (0, self.units.width - n_units)) if n_units < self.units.width else rows
+
+    def variants(self, start: int, stop: int) -> Tensor:
+        """Which alternative value a trial of a random design sets: in turn; antithetic partners set the same."""
+        blocks = self.design.blocks(stop)
+        trials = torch.arange(stop) if blocks is None else blocks
+        return trials[start:stop] % self.intervention.n_variants
+
+    def args_of(self, examples: Tensor) -> tuple[object, ...]:
+        """The additional forward arguments of a batch of rows."""
+        return rows_of_args(self.args, self.n, examples)
+
+
+def rows_of_args(args: tuple[object, ...], n: int, examples: Tensor) -> tuple[object, ...]:
+    """Tensors with one row per example are taken row by row, everything else as it is."""
+    return tuple(
+        arg[examples.to(arg.device)] if isinstance(arg, Tensor) and arg.dim() and len(arg) == n else arg for arg in args
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One batch: each row's example, what it sets, which alternative value, and which trial it is; (B, ...) each."""
+
+    examples: Tensor
+    assignments: Tensor
+    variants: Tensor
+    trials: Tensor
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, part: slice) -> Rows:
+        return Rows(self.examples[part], self.assignments[part], self.variants[part], self.trials[part])
+
+
+def _segments(setting: Setting, wanted: list[Wanted], size: BatchSize) -> Iterator[Rows]:
+    """All rows in order, in pieces that belong to one example and are no longer than a batch."""
+    repeats = setting.repeats
+    for example, start, stop in wanted:
+        # Random designs draw all their trials at once; exact ones make each piece when it is needed.
+        drawn = None if setting.design.exact else setting.assignments(example, 0, stop)
+        first = start * repeats
+        while first < stop * repeats:
+            last = min(first + size.rows, stop * repeats)
+            row = torch.arange(first, last)
+            trials = row // repeats
+            low, high = int(trials[0]), int(trials[-1]) + 1
+            piece = drawn[low:high] if drawn is not None else setting.assignments(example, low, high)
+            variants = setting.variants(low, high) if drawn is not None else row % repeats
+            yield Rows(torch.full_like(row, example), piece[trials - low], variants, trials)
+            first = last
+
+
+def batches(setting: Setting, wanted: list[Wanted], size: BatchSize) -> Iterator[Rows]:
+    """Full batches of rows, across examples; ``size`` may change between them."""
+    held: list[Rows] = []
+    count = 0
+    for segment in _segments(setting, wanted, size):
+        held.append(segment)
+        count += len(segment)
+        while count >= size.rows:
+            joined, take = _join(held), size.rows  # the size may change while the batch runs
+            held, count = [joined[take:]], count - take
+            yield joined[:take]
+    if count:
+        yield _join(held)
+
+
+def _join(parts: list[Rows]) -> Rows:
+    if len(parts) == 1:
+        return parts[0]
+    return Rows(
+        torch.cat([part.examples for part in parts]),
+        torch.cat([part.assignments for part in parts]),
+        torch.cat([part.variants for part in parts]),
+        torch.cat([part.trials for part in parts]),
+    )
+
+
+# For each example and each alternative value the counterfactual inputs, (1, ...) each.
+Values: TypeAlias = "dict[int, list[tuple[Tensor, ...]]]"
+
+_BYTES = 256 << 20
+
+
+def _chunk_length(setting: Setting) -> int:
+    each = sum(x[0].numel() * x.element_size() for x in setting.inputs) * setting.intervention.n_variants
+    return max(1, _BYTES // max(each, 1))
+
+
+def chunks(setting: Setting, wanted: list[Wanted]) -> Iterator[list[Wanted]]:
+    """Examples in groups whose counterfactual values fit into a fixed amount of memory."""
+    step = _chunk_length(setting)
+    for first in range(0, len(wanted), step):
+        yield wanted[first : first + step]
+
+
+class Counterfactuals:
+    """Supplies the counterfactual values of examples, and keeps them while the same experiment asks again.
+
+    Args:
+        laid_out: puts a tensor into the memory format in which the network takes it.
+    """
+
+    def __init__(self, laid_out: Callable[[Tensor], Tensor]) -> None:
+        self._laid_out = laid_out
+        self._kept: Values = {}
+        self._kept_of: tuple[object, ...] = ()
+
+    def of(self, setting: Setting, examples: list[int]) -> Values | None:
+        """The values of some examples; None where they depend on the trial."""
+        if setting.intervention.per_trial:
+            return None
+        of = (setting.inputs, setting.intervention, setting.context)
+        if len(self._kept_of) != len(of) or any(a is not b for a, b in zip(self._kept_of, of, strict=True)):
+            self._kept_of, self._kept = of, {}
+        missing = [example for example in examples if example not in self._kept]
+        values = self._kept | (self._made(setting, missing) if missing else {})
+        # An attack is dear: where the examples fit into one chunk, later rounds of trials find its values here.
+        if setting.n <= _chunk_length(setting):
+            self._kept = values
+        return values
+
+    def _made(self, setting: Setting, examples: list[int]) -> Values:
+        context = setting.context.select(examples)
+        every = []
+        for variant in range(setting.intervention.n_variants):
+            clean = [x[examples] for x in setting.inputs]
+            at = [replace(context, variant=variant, position=k) for k in range(len(clean))]
+            every.append([checked_values(setting.intervention, x, c) for x, c in zip(clean, at, strict=True)])
+        return {
+            example: [tuple(self._laid_out(x[k : k + 1]) for x in variant) for variant in every]
+            for k, example in enumerate(examples)
+        }
+
+
+def values_of_trials(setting: Setting, rows: Rows, clean: Tensor, mask: Tensor, position: int) -> Tensor:
+    """Values that depend on the hole, (B, ...), for each alternative value in one call.
+
+    Args:
+        setting: the experiment.
+        rows: the batch.
+        clean: each row's own value, (B, ...).
+        mask: what each row sets, broadcastable to ``clean``.
+        position: which of the inputs this is.
+    """
+    context = replace(setting.context.select(rows.examples.tolist()), position=position)
+    do = clean.clone()
+    for variant in sorted(set(rows.variants.tolist())):
+        here = (rows.variants == variant).nonzero()[:, 0]
+        part = replace(context.select(here.tolist()), variant=variant, mask=mask[here.to(mask.device)])
+        do[here.to(do.device)] = checked_values(setting.intervention, clean[here.to(do.device)], part)
+    return do
+
+
+def checked_values(intervention: Intervention, clean: Tensor, context: Context) -> Tensor:
+    """An intervention's x', which anyone may have written, in the type and on the device of the clean value.
+
+    Raises:
+        ArgumentError: the values have another shape than ``clean``, or are not finite.
+    """
+    values = intervention.values(clean, context).detach()
+    if values.shape != clean.shape:
+        wanted = f"one whose values have the input's shape {tuple(clean.shape)}"
+        raise ArgumentError(expected("intervention", wanted, f"{intervention!r} with {tuple(values.shape)}"))
+    if not bool(torch.isfinite(values).all()):
+        raise ArgumentError(expected("intervention", "one whose values are finite", f"NaN from {intervention!r}"))
+    return values.to(clean)

@@ -1,0 +1,242 @@
+"""Ranked nodes as bars: what each contributes, clean and under attack, and what it carries of the attack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ce_plugin.errors import ArgumentError, InputError, expected
+from ce_plugin.visualization.pictures import NEGATIVE, POSITIVE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "plot_nodes",
+    "plot_roc",
+    "plot_scores",
+]
+
+
+_GRAY = "#555555"
+
+
+def plot_nodes(
+    labels: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    *,
+    shares: tuple[Sequence[str], Sequence[float]] | None = None,
+    xlabel: str = "contribution",
+    title: str = "",
+) -> Figure:
+    """Bars of nodes in the order given: the first series filled, a second as an outline over it.
+
+    Args:
+        labels: names of the nodes, best first.
+        series: one or two lists of contributions by name, each as long as ``labels``.
+        shares: names of the nodes that carry an attack and their shares of its effect, drawn beside.
+        xlabel: what the bars measure.
+        title: written above.
+
+    Returns:
+        A figure.
+
+    Raises:
+        ArgumentError: no nodes, lists of other lengths, or other than one or two series.
+
+    Example:
+        >>> figure = plot_nodes(["7", "3"], {"clean": [0.5, -0.2], "pgd": [0.1, -0.3]})
+        >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        ['7', '3']
+    """
+    from matplotlib.figure import Figure
+
+    _check(labels, series, shares)
+    longest = max(len(labels), len(shares[0]) if shares else 0)
+    figure = Figure(figsize=(9.0 if shares else 5.0, 1.1 + 0.24 * longest), dpi=100, layout="constrained")
+    axes = figure.subplots(1, 2 if shares else 1, squeeze=False)[0]
+    _contributions(axes[0], labels, series)
+    axes[0].set_xlabel(xlabel)
+    if shares:
+        _shares(axes[1], *shares)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _check(
+    labels: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    shares: tuple[Sequence[str], Sequence[float]] | None,
+) -> None:
+    if not labels:
+        raise ArgumentError(expected("labels", "the name of one node or more", "none"))
+    lengths = {name: len(values) for name, values in series.items()}
+    if len(lengths) not in (1, 2) or set(lengths.values()) != {len(labels)}:
+        raise ArgumentError(expected("series", f"one or two lists of {len(labels)} numbers", lengths))
+    if shares is not None and (not shares[0] or len(shares[0]) != len(shares[1])):
+        raise ArgumentError(expected("shares", "as many numbers as names", [len(part) for part in shares]))
+
+
+def _contributions(axes: Any, labels: Sequence[str], series: Mapping[str, Sequence[float]]) -> None:
+    (first, values), *rest = series.items()
+    places = range(len(labels))
+    colors = [POSITIVE if value >= 0 else NEGATIVE for value in values]
+    axes.barh(places, values, color=colors, height=0.72, label=first)
+    for name, others in rest:
+        axes.barh(places, others, color="none", edgecolor="#111111", height=0.5, linewidth=1.1, label=name)
+        axes.legend(loc="best", fontsize=8)
+    _finish(axes, labels, "channels by their contribution")
+
+
+def _shares(axes: Any, labels: Sequence[str], values: Sequence[float]) -> None:
+    axes.barh(range(len(labels)), [100 * value for value in values], color=_GRAY, height=0.72)
+    axes.set_xlabel("share of the attack's effect, % (this image)")
+    _finish(axes, labels, "channels that carry the attack")
+
+
+def _finish(axes: Any, labels: Sequence[str], title: str) -> None:
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0, color=_GRAY, linewidth=0.8)
+    axes.set_title(title, fontsize=9)
+
+
+# Colours that stay apart for colour-blind readers; then again with other dashes.
+_COLORS = ("#e8590c", "#1c6fd1", "#2b8a3e", "#9c36b5", "#b08900", "#0b7285")
+_DASHES = ("-", "--", ":", "-.")
+_LIGHT_GRAY = "#9aa1ab"
+_BINS = 40
+
+
+def plot_scores(
+    calibration: npt.ArrayLike,
+    threshold: float,
+    others: Mapping[str, npt.ArrayLike] | None = None,
+    *,
+    title: str = "",
+) -> Figure:
+    """Histogram of the clean images' scores that set the threshold, and of other images' as lines over it.
+
+    Args:
+        calibration: scores of clean images, (n,), finite.
+        threshold: scores above it are flagged.
+        others: name -> scores (m,); those without any are left out.
+        title: written above.
+
+    Returns:
+        A figure; its heights are shares of each set of images.
+
+    Raises:
+        InputError: no calibration scores, or scores that are not finite.
+
+    Example:
+        >>> figure = plot_scores([0.1, 0.2, 0.4], 0.35, {"pgd": [0.5, 0.9]})
+        >>> figure.axes[0].get_xlabel()
+        'score: greater is more adversarial'
+    """
+    from matplotlib.figure import Figure
+
+    clean = _finite("calibration", calibration)
+    if not clean.size:
+        raise InputError(expected("calibration", "at least one score", "none"))
+    sets = {name: _finite(name, scores) for name, scores in (others or {}).items()}
+    everything = np.concatenate([clean, *sets.values(), [threshold]])
+    # Where a few scores are far out, a plain axis would press all others into one bar.
+    ratio = everything.max() / max(float(np.median(clean)), 1e-300) if everything.min() > 0 else 0.0
+    spaced = np.geomspace if ratio > 20 else np.linspace
+    edges: list[float] = spaced(everything.min(), everything.max() + 1e-9, _BINS + 1).tolist()
+    figure = Figure(figsize=(5.6, 3.4), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.hist(clean, edges, weights=_parts(clean), color=_LIGHT_GRAY, label=f"clean, calibration ({len(clean)})")
+    for number, (name, scores) in enumerate(sets.items()):
+        if scores.size:
+            axes.hist(
+                scores, edges, weights=_parts(scores), histtype="step", linewidth=1.6, label=f"{name} ({len(scores)})",
+                **_line(number),
+            )  # fmt: skip
+    axes.axvline(threshold, color="#111111", linewidth=1.2, linestyle="--", label="threshold")
+    if ratio > 20:
+        axes.set_xscale("log")
+    axes.set_xlabel("score: greater is more adversarial")
+    axes.set_ylabel("share of the images")
+    _finish_curves(axes, title, "best")
+    return figure
+
+
+def plot_roc(clean: npt.ArrayLike, attacked: Mapping[str, npt.ArrayLike], *, fpr: float, title: str = "") -> Figure:
+    """What share of attacked images is detected when a given share of clean ones may be flagged.
+
+    Args:
+        clean: scores of clean images, (n,); infinity is a score, NaN is none.
+        attacked: name of the attack -> scores, (m,); those without any are left out.
+        fpr: false-alarm rate at which a line is drawn.
+        title: written above.
+
+    Returns:
+        A figure; the false-alarm rate is drawn as its square root, which shows the left end, where it matters.
+
+    Raises:
+        InputError: no clean scores, or NaN.
+        ArgumentError: a rate outside (0, 1).
+
+    Example:
+        >>> figure = plot_roc([0.0, 1.0, 2.0], {"pgd": [1.5, 3.0]}, fpr=0.05)
+        >>> figure.axes[0].get_lines()[0].get_ydata()[-1].item()
+        1.0
+    """
+    from matplotlib.figure import Figure
+
+    below = np.sort(np.asarray(clean, dtype=np.float64))
+    if not below.size or np.isnan(below).any():
+        raise InputError(expected("clean", "scores of at least one image", "none" if not below.size else "NaN"))
+    if not 0 < fpr < 1:
+        raise ArgumentError(expected("fpr", "a rate in (0, 1)", fpr))
+    figure = Figure(figsize=(5.6, 3.4), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for number, (name, given) in enumerate(attacked.items()):
+        scores = np.sort(np.asarray(given, dtype=np.float64))
+        if np.isnan(scores).any():
+            raise InputError(expected("attacked", "numbers", f"NaN among those of {name!r}"))
+        if scores.size:
+            # From a threshold above all scores to one below them.
+            thresholds = np.r_[np.inf, np.unique(np.r_[below, scores])[::-1]]
+            false = 1 - np.searchsorted(below, thresholds, "left") / len(below)
+            true = 1 - np.searchsorted(scores, thresholds, "left") / len(scores)
+            axes.plot(false, true, linewidth=1.6, label=name, **_line(number))
+    axes.axvline(fpr, color="#111111", linewidth=0.9, linestyle=":", label=f"{100 * fpr:g} % false alarms")
+    axes.set_xscale("function", functions=(np.sqrt, np.square))
+    axes.set_xticks([0.0, 0.01, 0.05, 0.2, 0.5, 1.0], ["0", "1 %", "5 %", "20 %", "50 %", "100 %"])
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("clean images flagged")
+    axes.set_ylabel("attacked images flagged")
+    _finish_curves(axes, title, "lower right")
+    return figure
+
+
+def _line(number: int) -> dict[str, Any]:
+    return {
+        "color": _COLORS[number % len(_COLORS)],
+        "linestyle": _DASHES[number // len(_COLORS) % len(_DASHES)],
+    }
+
+
+def _finish_curves(axes: Any, title: str, legend: str) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.legend(loc=legend, fontsize=8, frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _parts(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.full(len(values), 1.0 / len(values))
+
+
+def _finite(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64).ravel()
+    if not np.isfinite(array).all():
+        raise InputError(expected(name, "finite scores", "NaN or infinity"))
+    return array
