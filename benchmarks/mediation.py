@@ -409,13 +409,13 @@ def view_rows(attacker: Attacker, names: list[str], folder: Path) -> Iterator[di
 def sizes_needed(layer: Layer, testing: list[int], order: tuple[int, ...], total: Tensor) -> dict[str, int | None]:
     """As `carriers` finds them, without intervals: a handful of views has none that could be trusted."""
     shares: dict[int, float] = {}
-    todo = [len(chosen) for chosen in nested_sets(order)]
-    while todo:
-        joint = layer.joint(testing, nested_sets(order, todo))[..., 0]
-        shares |= dict(zip(todo, (joint.mean(0) / total.mean()).tolist(), strict=True))
+    hint = [len(chosen) for chosen in nested_sets(order)]
+    while hint:
+        joint = layer.joint(testing, nested_sets(order, hint))[..., 0]
+        shares |= dict(zip(hint, (joint.mean(0) / total.mean()).tolist(), strict=True))
         sizes = sorted(shares)
         curve = torch.tensor([shares[k] for k in sizes])
-        todo = next_sizes(sizes, curve, PARTS)
+        hint = next_sizes(sizes, curve, PARTS)
     return {str(part): first_size(sizes, curve, part) for part in PARTS}
 
 

@@ -263,8 +263,8 @@ class RandomMask(Design):
         if antithetic and n_trials % 2:
             raise DesignError(expected("n_trials", "even for antithetic pairs", n_trials))
         if balanced and not 0 < round(p * n_trials) < n_trials:
-            todo = f"Use at least {round(1 / min(p, 1 - p)) + 1} trials, or balanced=False."
-            raise DesignError(expected("n_trials", f"so large that units flip and idle at p={p}", n_trials, todo))
+            hint = f"Use at least {round(1 / min(p, 1 - p)) + 1} trials, or balanced=False."
+            raise DesignError(expected("n_trials", f"so large that units flip and idle at p={p}", n_trials, hint))
         if estimator not in ("adjusted", "difference_in_means"):
             raise DesignError(expected("estimator", "'adjusted' or 'difference_in_means'", repr(estimator)))
         self.p, self.n_trials, self.seed = float(p), int(n_trials), int(seed)
@@ -324,8 +324,8 @@ class _OverGrid(Design):
 
     def _grid(self, n_units: int, grid: Grid | None) -> Grid:
         if grid is None or grid[0] * grid[1] != n_units:
-            todo = "Leave out `feature_mask` and windows for images (N, C, H, W), or use RandomMask or OneAtATime."
-            raise DesignError(expected("design", "one for units that are not a grid", repr(self), todo))
+            hint = "Leave out `feature_mask` and windows for images (N, C, H, W), or use RandomMask or OneAtATime."
+            raise DesignError(expected("design", "one for units that are not a grid", repr(self), hint))
         return grid
 
     def __repr__(self) -> str:

@@ -100,7 +100,7 @@ class SaturationWarning(CEPluginWarning):
     """Intervals on saturated probabilities are not reliable."""
 
 
-def expected(argument: str, wanted: str, got: object, todo: str = "") -> str:
+def expected(argument: str, wanted: str, got: object, hint: str = "") -> str:
     """The one grammar of error messages.
 
     Args:
@@ -113,7 +113,7 @@ def expected(argument: str, wanted: str, got: object, todo: str = "") -> str:
         >>> expected("p", "a float in (0, 1)", 1.5, "Write 0.1 for ten per cent.")
         'Expected argument `p` to be a float in (0, 1), but got 1.5. Write 0.1 for ten per cent.'
     """
-    return f"Expected argument `{argument}` to be {wanted}, but got {got}.{' ' + todo if todo else ''}"
+    return f"Expected argument `{argument}` to be {wanted}, but got {got}.{' ' + hint if hint else ''}"
 
 
 def unknown_name(argument: str, name: object, known: Iterable[str]) -> UnknownNameError:
@@ -126,5 +126,5 @@ def unknown_name(argument: str, name: object, known: Iterable[str]) -> UnknownNa
     names = sorted(known)
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     shown = names if len(names) <= 20 else [*difflib.get_close_matches(str(name), names, n=8, cutoff=0.0), "..."]
-    todo = f"Did you mean {close[0]!r}?" if close else ""
-    return UnknownNameError(expected(argument, "one of " + ", ".join(map(repr, shown)), repr(name), todo))
+    hint = f"Did you mean {close[0]!r}?" if close else ""
+    return UnknownNameError(expected(argument, "one of " + ", ".join(map(repr, shown)), repr(name), hint))

@@ -330,8 +330,8 @@ class InputSite:
 
 def _window_units(inputs: tuple[Tensor, ...], windows: Windows, strides: Strides) -> WindowUnits:
     if not isinstance(windows, (tuple, list)):
-        todo = "Write (3, 15, 15) for images with three channels, for example."
-        raise UnitError(expected("sliding_window_shapes", "a tuple of sizes, or a tuple of such", windows, todo))
+        hint = "Write (3, 15, 15) for images with three channels, for example."
+        raise UnitError(expected("sliding_window_shapes", "a tuple of sizes, or a tuple of such", windows, hint))
     one_shape = not windows or not isinstance(windows[0], (tuple, list))
     nested = cast("tuple[tuple[int, ...], ...]", (windows,) if one_shape else windows)
     if len(nested) != len(inputs):
@@ -357,8 +357,8 @@ def _window_units(inputs: tuple[Tensor, ...], windows: Windows, strides: Strides
             wanted = f"sizes from 1 to the input's {tuple(x.shape[1:])}"
             raise UnitError(expected("sliding_window_shapes", wanted, sizes))
         if len(stride) != n or not all(0 < s <= w for s, w in zip(stride, sizes, strict=True)):
-            todo = "Larger strides would leave parts of the input without a unit."
-            raise UnitError(expected("strides", f"steps from 1 to the window's {sizes}", stride, todo))
+            hint = "Larger strides would leave parts of the input without a unit."
+            raise UnitError(expected("strides", f"steps from 1 to the window's {sizes}", stride, hint))
         all_windows.append(sizes)
         all_strides.append(stride)
     return WindowUnits(inputs, tuple(all_windows), tuple(all_strides))
@@ -449,16 +449,16 @@ class LayerSite:
             UnknownNameError: no layer of this name.
         """
         if not networks:
-            todo = "Pass the nn.Module itself, or a function that refers to it."
-            raise ModelError(expected("forward_func", "a network, or a function that runs one", "none found", todo))
+            hint = "Pass the nn.Module itself, or a function that refers to it."
+            raise ModelError(expected("forward_func", "a network, or a function that runs one", "none found", hint))
         for network in networks:
             for name, module in network.named_modules(remove_duplicate=False):
                 if module is self.layer or (name == self.layer and name):
                     return name, module
         if isinstance(self.layer, str):
             raise unknown_name("layer", self.layer, [n for net in networks for n, _ in net.named_modules() if n])
-        todo = "Take a module of the very object that is explained, or its dotted name."
-        raise ModelError(expected("layer", "a module of the network", f"another {type(self.layer).__name__}", todo))
+        hint = "Take a module of the very object that is explained, or its dotted name."
+        raise ModelError(expected("layer", "a module of the network", f"another {type(self.layer).__name__}", hint))
 
     def units_of(self, values: tuple[Tensor, ...]) -> MaskUnits:
         """The units of the layer's value, a tuple of one tensor (N, ...).
@@ -508,8 +508,8 @@ class LayerSite:
         unit = ids.expand(1, *self.map(numbers).shape[1:]).reshape(-1)
         out = torch.full((value[0].numel(),), -1)
         if bool(((places < 0) | (places >= len(out))).any()) or len(set(places.tolist())) != len(places):
-            todo = "Average or pad after the explanation instead."
-            raise ArgumentError(expected("reshape_transform", "one that only moves or drops elements", "another", todo))
+            hint = "Average or pad after the explanation instead."
+            raise ArgumentError(expected("reshape_transform", "one that only moves or drops elements", "another", hint))
         out[places] = unit
         return out.reshape(1, *value.shape[1:]), labels
 
@@ -526,8 +526,8 @@ class LayerSite:
                 raise ArgumentError(expected("reshape_transform", "one that returns maps (N, C, h, w)", got))
             return maps
         if value.dim() != 4:
-            todo = "For transformers pass `reshape_transform=`, from (N, T, D) to (N, D, h, w)."
-            raise InputError(expected("layer", "one with maps (N, C, h, w)", f"values {_shape(value)}", todo))
+            hint = "For transformers pass `reshape_transform=`, from (N, T, D) to (N, D, h, w)."
+            raise InputError(expected("layer", "one with maps (N, C, h, w)", f"values {_shape(value)}", hint))
         return value if self.channel_dim is None else value.movedim(self.channel_dim, 1)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import ce_plugin.report.digits as demo
 from ce_plugin.detection import Alarm, Calibration, UnusualEffect
-from ce_plugin.detection.classifier import Protected
+from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.detection.signature import digests
 from ce_plugin.errors import InputError, UnknownNameError
 from ce_plugin.models import DigitsCNN, VisionModel
@@ -65,7 +65,7 @@ class Stub:
     name, fpr, threshold, passes = "stub", 0.25, 0.5, 7.0
 
     def __init__(self, seen: Tensor | None = None) -> None:
-        self.protected = Protected(Brightness())
+        self.protected = ClassifierWrapper(Brightness())
         names = frozenset() if seen is None else frozenset(digests(seen))
         self.state = SimpleNamespace(seen=names, calibration=Calibration([0.1, 0.2, 0.4, 0.6]), shape=(1, 4, 4))
         self.batches: list[int] = []
@@ -217,7 +217,7 @@ def test_attacks_go_by_name_and_know_the_range() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2, bias=False))
     with torch.no_grad():
         network[1].weight.copy_(torch.stack([torch.ones(16), -torch.ones(16)]) / 1e4)
-    detector = SimpleNamespace(protected=Protected(network, clip_values=(0.0, 255.0)))
+    detector = SimpleNamespace(protected=ClassifierWrapper(network, clip_values=(0.0, 255.0)))
     x = torch.full((2, 1, 4, 4), 100.0)
     for name in ("fgsm", "bim", "pgd"):
         attack = detector_attack(detector, name, 0.1)  # type: ignore[arg-type]

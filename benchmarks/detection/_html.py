@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.detection._curves import curves
 from benchmarks.detection._detectors import OURS, label
 from benchmarks.detection._outcome import TITLES, Outcome
-from benchmarks.detection._scores import Result, Setting, predictions
+from benchmarks.detection._scores import Result, TrialSpec, predictions
 from benchmarks.detection._table import Table, marked
 from ce_plugin.datasets import FASHION_CLASSES
 
@@ -54,7 +54,7 @@ def _pictures(outcome: Outcome) -> list[dict[str, Any]]:
     return [{"title": f"{TITLES[one.problem]}, classifier {one.seed}", "attacks": one.examples} for one in groups]
 
 
-def examples(setting: Setting, results: Sequence[Result]) -> list[dict[str, Any]]:
+def examples(setting: TrialSpec, results: Sequence[Result]) -> list[dict[str, Any]]:
     """The first attacked images of each attack, chosen by number alone, with the verdict of one clean-only detector."""
     judges = [one for one in results if one.protocol == "P3" and one.evaluation is not None]
     judges.sort(key=lambda one: (one.detector != OURS, -(one.evaluation.mean.value if _has_mean(one) else 0.0)))
@@ -85,7 +85,7 @@ def _has_mean(one: Result) -> bool:
     return one.evaluation is not None and one.evaluation.mean is not None
 
 
-def _class_name(setting: Setting, k: int) -> str:
+def _class_name(setting: TrialSpec, k: int) -> str:
     return FASHION_CLASSES[k] if setting.problem.name == "fashion" else str(k)
 
 

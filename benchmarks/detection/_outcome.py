@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.detection._detectors import OWN
-from benchmarks.detection._scores import NEEDED, Result, Setting
+from benchmarks.detection._scores import NEEDED, Result, TrialSpec
 from benchmarks.harness import Evaluation, ImageDraws, pooled
 
 TITLES = {"fashion": "Fashion-MNIST", "mnist": "MNIST-5k", "imagenet": "photographs (EfficientNet-lite0)"}
@@ -39,7 +39,7 @@ class Group:
     examples: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, setting: Setting) -> Group:
+    def of(cls, setting: TrialSpec) -> Group:
         """Without results yet."""
         problem, clean = setting.problem, len(setting.material.clean)
         tried = {name: len(ids) for name, ids in setting.tried.items()}

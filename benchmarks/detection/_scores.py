@@ -43,7 +43,7 @@ FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeErro
 
 
 @dataclass(frozen=True)
-class Setting:
+class TrialSpec:
     """A problem with all images that detectors are tried on.
 
     Args:
@@ -96,7 +96,7 @@ class Result:
     error: str = ""
 
 
-def setting(problem: Problem, cache: str | None) -> Setting:
+def setting(problem: Problem, cache: str | None) -> TrialSpec:
     """All images of a problem: the first 1500 correctly classified test images, and those between them that are not."""
     images, labels = problem.images["test"], problem.labels["test"]
     right = predictions(problem.network, images) == labels
@@ -113,7 +113,7 @@ def setting(problem: Problem, cache: str | None) -> Setting:
         others[kind] = ImageSet(kind, _bytes(altered), some)
     clean = ImageSet("clean", _bytes(images[chosen]), chosen)
     material = Material(problem.images["fit"], taught, clean, attacks, others)
-    return Setting(problem, material, missing, tried, float(right.mean()), keep)
+    return TrialSpec(problem, material, missing, tried, float(right.mean()), keep)
 
 
 def _attacks(
@@ -135,7 +135,7 @@ def _attacks(
 
 
 def result(
-    setting: Setting, protocol: str, name: str, draws: ImageDraws, cache: str | None, *, make: bool
+    setting: TrialSpec, protocol: str, name: str, draws: ImageDraws, cache: str | None, *, make: bool
 ) -> Result | None:
     """Scores and figures; None where there are none, and none are to be made."""
     problem, material = setting.problem, setting.material
@@ -170,7 +170,7 @@ def result(
     return Result(*about, figures, alarms, one.passes, one.seconds, sheets, setting.among())
 
 
-def _sheet(setting: Setting, protocol: str, name: str, task: Task, cache: str | None, make: bool) -> Sheet | None:
+def _sheet(setting: TrialSpec, protocol: str, name: str, task: Task, cache: str | None, make: bool) -> Sheet | None:
     problem, material = setting.problem, setting.material
     folder = "P3" if protocol == "P2" and name in UNTAUGHT else protocol
     file = cache_folder(cache) / "scores" / f"{problem.name}-{problem.seed}" / folder / name / f"{task.key}.npz"

@@ -66,8 +66,8 @@ class Peer(ABC):
         images = self._images(x)
         labels = _labels(y, len(images))
         if labels is None and self.needs_labels:
-            todo = "This detector learns from attacked images and cannot be fitted on clean ones alone."
-            raise InputError(expected("y", f"labels (N,), 0 clean and 1 adversarial, for {self.name}", None, todo))
+            hint = "This detector learns from attacked images and cannot be fitted on clean ones alone."
+            raise InputError(expected("y", f"labels (N,), 0 clean and 1 adversarial, for {self.name}", None, hint))
         clean = len(images) if labels is None else int((labels == 0).sum())
         if clean < self.least:
             raise InputError(expected("x", f"at least {self.least} clean images for {self.name}", clean))
@@ -221,6 +221,6 @@ def _labels(y: Array | None, n: int) -> npt.NDArray[np.int64] | None:
         got = f"shape {values.shape} with values {np.unique(values)[:5].tolist()}"
         raise InputError(expected("y", f"None or labels ({n},), 0 clean and 1 adversarial", got))
     if len(np.unique(values)) < 2:
-        todo = "Pass y=None to fit on clean images alone."
-        raise InputError(expected("y", "labels with both clean (0) and adversarial (1) images", "one kind only", todo))
+        hint = "Pass y=None to fit on clean images alone."
+        raise InputError(expected("y", "labels with both clean (0) and adversarial (1) images", "one kind only", hint))
     return values.astype(np.int64)

@@ -143,8 +143,8 @@ class KernelDensity(DifferentiablePeer, StatisticsPeer):
                 hooks.callback(module.register_forward_pre_hook(keep).remove)
             logits = self.network(images)
         if not held:
-            todo = "Say where the last hidden layer is with `layer=`."
-            raise ModelError(expected("network", "one with a linear layer at its end", "none", todo))
+            hint = "Say where the last hidden layer is with `layer=`."
+            raise ModelError(expected("network", "one with a linear layer at its end", "none", hint))
         return logits, held[0].flatten(1)
 
     def _uncertainty(self, images: Tensor) -> Tensor:

@@ -155,8 +155,8 @@ def _last_convolution(network: nn.Module, images: Tensor) -> nn.Module:
         for hook in hooks:
             hook.remove()
     if not run:
-        todo = "Say with `layer=` whose channels are set to zero."
-        raise ModelError(expected("network", "one with a two-dimensional convolution", "none", todo))
+        hint = "Say with `layer=` whose channels are set to zero."
+        raise ModelError(expected("network", "one with a two-dimensional convolution", "none", hint))
     return run[-1]
 
 

@@ -78,8 +78,8 @@ def default_layers(network: nn.Module, images: Tensor, most: int = _MOST) -> lis
             chosen.append(module)
             largest = max(size, largest)
     if not chosen:
-        todo = "Pass `layers=` with modules or their dotted names."
-        raise ModelError(expected("network", "one with activation, convolution or linear layers", "none", todo))
+        hint = "Pass `layers=` with modules or their dotted names."
+        raise ModelError(expected("network", "one with activation, convolution or linear layers", "none", hint))
     return chosen[:most][::-1]
 
 
@@ -112,8 +112,8 @@ def every_layer(network: nn.Module, images: Tensor, most: int = 20) -> list[nn.M
     leaves = [m for m in network.modules() if not list(m.children()) and not isinstance(m, _SAME_VALUES)]
     _run(network, images, [(module, seen) for module in leaves])
     if not run:
-        todo = "Pass `layers=` with modules or their dotted names."
-        raise ModelError(expected("network", "one that runs layers", "none", todo))
+        hint = "Pass `layers=` with modules or their dotted names."
+        raise ModelError(expected("network", "one that runs layers", "none", hint))
     ordered, count = list(run), min(most, len(run))
     return [ordered[(k + 1) * len(ordered) // count - 1] for k in range(count)]
 

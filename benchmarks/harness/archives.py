@@ -33,7 +33,7 @@ def write_archive(
 
 
 def read_archive(
-    file: str | os.PathLike[str], read: Callable[[Any, Arrays], Any], *, wanted: str, todo: str
+    file: str | os.PathLike[str], read: Callable[[Any, Arrays], Any], *, wanted: str, hint: str
 ) -> tuple[Any, Any]:
     """The facts, and what ``read(facts, arrays)`` makes of the arrays while the file is open.
 
@@ -45,4 +45,4 @@ def read_archive(
             about = json.loads(str(stored["about"]))
             return about, read(about, stored)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise FileError(expected("file", wanted, f"{str(file)!r} ({error})", todo)) from error
+        raise FileError(expected("file", wanted, f"{str(file)!r} ({error})", hint)) from error

@@ -78,11 +78,11 @@ class Attacked:
             file,
             lambda _, stored: {name: stored[name] for name in _ARRAYS},
             wanted="a file of attacked images",
-            todo="Make it again.",
+            hint="Make it again.",
         )
         if key is not None and about["key"] != key:
-            todo = "It was made with other settings, another network or other images: make it again."
-            raise FileError(expected("file", f"one made under the key {key}", about["key"], todo))
+            hint = "It was made with other settings, another network or other images: make it again."
+            raise FileError(expected("file", f"one made under the key {key}", about["key"], hint))
         return cls(about["spec"], **arrays, forwards=about["forwards"], seconds=about["seconds"])
 
 

@@ -91,10 +91,10 @@ class Sheet:
             sets = {name: Scored(stored[f"ids{i}"], stored[f"scores{i}"], check) for i, (name, check) in rows}
             return Calibration(stored["calibration"]), sets
 
-        about, (calibration, sets) = read_archive(file, read, wanted="a file of scores", todo="Score again.")
+        about, (calibration, sets) = read_archive(file, read, wanted="a file of scores", hint="Score again.")
         if key is not None and about["key"] != key:
-            todo = "The detector or what it was fitted on has changed: score again."
-            raise FileError(expected("file", f"one written under the key {key}", about["key"], todo))
+            hint = "The detector or what it was fitted on has changed: score again."
+            raise FileError(expected("file", f"one written under the key {key}", about["key"], hint))
         return cls(calibration, sets, about["passes"], about["seconds"])
 
 

@@ -291,8 +291,8 @@ class CausalEffect(Explainer):
         site = InputSite(feature_mask, sliding_window_shapes, strides)
         grid = on_grid(site, tensors)
         if baselines is not None and self.intervention is not None and not isinstance(self.intervention, PixelMask):
-            todo = "Baselines replace the fill of a mask; leave them out."
-            raise ArgumentError(expected("baselines", f"None with {self.intervention!r}", "baselines", todo))
+            hint = "Baselines replace the fill of a mask; leave them out."
+            raise ArgumentError(expected("baselines", f"None with {self.intervention!r}", "baselines", hint))
         intervention = self.intervention or default_mask(grid, self.normalization)
         return Experiment(
             forward=self.forward,
@@ -309,6 +309,6 @@ class CausalEffect(Explainer):
             perturbations_per_eval=perturbations_per_eval,
             show_progress=show_progress,
             memory_budget=self.memory_budget,
-            locator=self._locator,
+            router=self._router,
             **options,
         )

@@ -21,7 +21,7 @@ from ce_plugin.errors import ArgumentError, OutcomeError, TargetError, expected,
 from ce_plugin.interventions import Intervention
 from ce_plugin.networks.forward import OutputSelector
 from ce_plugin.sites import ConceptSite, InputSite, LayerSite, MaskUnits
-from ce_plugin.trials import Setting
+from ce_plugin.trials import TrialSpec
 from ce_plugin.trials.batches import checked_values
 
 __all__ = [
@@ -159,8 +159,8 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
         super().__init__(forward_func, self.effects.layer, device_ids)
         self.weighting = weighting
         if not self.effects.outcome.per_class:
-            todo = "Take 'logit', 'log_odds' or 'probability'."
-            raise OutcomeError(expected("outcome", "one with a value for each class", f"{outcome!r}", todo))
+            hint = "Take 'logit', 'log_odds' or 'probability'."
+            raise OutcomeError(expected("outcome", "one with a value for each class", f"{outcome!r}", hint))
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
@@ -255,16 +255,16 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
         rate = false_discovery_rate(significant_only, experiment)
         estimates = experiment.run()
         if len(estimates) > 1:
-            todo = "Name one with `output=`."
-            raise ArgumentError(expected("forward_func", "a model with one output head", sorted(estimates), todo))
+            hint = "Name one with `output=`."
+            raise ArgumentError(expected("forward_func", "a model with one output head", sorted(estimates), hint))
         estimate = next(iter(estimates.values()))
         if rate is not None:
             estimate.effect = estimate.effect.where(estimate.significant(rate), 0.0)
-        return estimate, torch.stack([self._weights(experiment.site, setting) for setting in experiment.kept]).mean(0)
+        return estimate, torch.stack([self._weights(experiment.site, spec) for spec in experiment.kept]).mean(0)
 
-    def _weights(self, site: InputSite | LayerSite | ConceptSite, setting: Setting) -> Tensor:
+    def _weights(self, site: InputSite | LayerSite | ConceptSite, spec: TrialSpec) -> Tensor:
         """Where the units are, (N, U, h, w)."""
-        (clean,), units = setting.inputs, setting.units
+        (clean,), units = spec.inputs, spec.units
         if isinstance(site, InputSite) or not isinstance(units, MaskUnits):
             raise TypeError("maps are made at layers")
         numbers = units.ids[0].to(clean.device, torch.float64).expand(len(units.ids[0]), *clean.shape[1:])
@@ -272,8 +272,8 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
         if self.weighting == "activation":
             return activation_weights(site.map(clean), unit_of, units.width)
         parts = []
-        for variant in range(setting.intervention.n_variants):
-            do = checked_values(setting.intervention, clean, replace(setting.context, variant=variant))
+        for variant in range(spec.intervention.n_variants):
+            do = checked_values(spec.intervention, clean, replace(spec.context, variant=variant))
             parts.append(change_weights(site.map(do - clean), unit_of, units.width))
         return torch.stack(parts).mean(0)
 
@@ -287,8 +287,8 @@ def _target_of(estimate: Estimate, target: Target) -> Tensor:
             return torch.zeros(n, dtype=torch.int64, device=estimate.effect.device)
         if estimate.predicted is None:
             wanted = f"an index into outputs {(n, *estimate.class_shape)}"
-            todo = "Only for outputs (N, C) the predicted class is the default."
-            raise TargetError(expected("target", wanted, "None", todo))
+            hint = "Only for outputs (N, C) the predicted class is the default."
+            raise TargetError(expected("target", wanted, "None", hint))
         chosen = estimate.predicted
     return chosen.to(estimate.effect.device)
 

@@ -15,12 +15,12 @@ from ce_plugin.effects import Outcome, check_outcome
 from ce_plugin.effects.estimators import Effects, adjusted, difference_in_means, exact_difference
 from ce_plugin.effects.smooth import smooth
 from ce_plugin.errors import DesignError, ModelError, TargetError, expected
-from ce_plugin.trials import Setting
+from ce_plugin.trials import TrialSpec
 
-__all__ = ["Answer", "Measured", "Target", "answers", "average", "check_design", "flat_target"]
+__all__ = ["Answer", "OutcomeMeasure", "Target", "answers", "average", "check_design", "flat_target"]
 
 
-class Measured:
+class OutcomeMeasure:
     """The reference's outputs, and how trials are measured against them.
 
     Args:
@@ -59,9 +59,9 @@ class Measured:
         self.reference: dict[str, Tensor] = {}
         for name, head in heads.items():
             if not bool(torch.isfinite(head).all()):
-                todo = "Check the inputs' range and the model's weights."
+                hint = "Check the inputs' range and the model's weights."
                 raise ModelError(
-                    expected("forward_func", "a model with finite outputs on the clean inputs", "NaN", todo)
+                    expected("forward_func", "a model with finite outputs on the clean inputs", "NaN", hint)
                 )
             check_outcome(outcome, head)
             deciding = head if decided is None else decided[name]
@@ -75,8 +75,8 @@ class Measured:
     def _target(self, name: str, head: Tensor, own: Tensor, target: Target, predicted_only: bool) -> Tensor | None:
         if not self.outcome.per_class:
             if target is not None:
-                todo = f"{self.outcome.name!r} is one number for all classes: leave the target out."
-                raise TargetError(expected("target", "None", target, todo))
+                hint = f"{self.outcome.name!r} is one number for all classes: leave the target out."
+                raise TargetError(expected("target", "None", target, hint))
             return None
         flat = flat_target(target, tuple(own.shape))
         if flat is None and predicted_only:
@@ -85,8 +85,8 @@ class Measured:
             flat = self.predicted[name]
             if flat is None or own.shape != head.shape:
                 wanted = f"an index into outputs {tuple(own.shape)}"
-                todo = "Only for outputs (N, C) the predicted class is the default."
-                raise TargetError(expected("target", wanted, "None", todo))
+                hint = "Only for outputs (N, C) the predicted class is the default."
+                raise TargetError(expected("target", wanted, "None", hint))
         return None if flat is None else flat.to(head.device)
 
     def _kept(self, name: str, outcome: Tensor, examples: Tensor) -> Tensor:
@@ -124,42 +124,42 @@ class Answer:
     insertion: Tensor | None = None
 
 
-def check_design(setting: Setting) -> None:
+def check_design(spec: TrialSpec) -> None:
     """Whether a design fits the units of every example and an estimator fits the design.
 
     Raises:
         DesignError: it does not.
     """
-    design = setting.design
+    design = spec.design
     if not design.exact and design.estimator not in _ESTIMATORS:
         raise DesignError(expected("design.estimator", f"one of {_ESTIMATORS}", f"{design.estimator!r} for {design!r}"))
     if not design.exact and design.estimator == "adjusted":
         _flip_probability(design)
-    counts = setting.units.n_units.tolist()
+    counts = spec.units.n_units.tolist()
     # A design that does not fit the units says so when it is asked for a trial.
     for example in {count: i for i, count in reversed(list(enumerate(counts)))}.values():
-        setting.assignments(example, 0, 1)
-        trials = setting.n_trials(example)
+        spec.assignments(example, 0, 1)
+        trials = spec.n_trials(example)
         if not design.exact and trials < _FEW:
             # Whether these are too few is for the estimator to say, but before they are run.
-            _effects(setting, setting.assignments(example, 0, trials), torch.zeros(trials, 1), torch.zeros(1), example)
+            _effects(spec, spec.assignments(example, 0, trials), torch.zeros(trials, 1), torch.zeros(1), example)
 
 
 def answers(
-    setting: Setting,
+    spec: TrialSpec,
     outcomes: dict[str, Tensor],
     compared: dict[str, Tensor],
-    measured: Measured,
+    measure: OutcomeMeasure,
     used: list[int],
     keep: bool,
 ) -> dict[str, Answer]:
     """Effects of all examples.
 
     Args:
-        setting: the experiment.
+        spec: the experiment.
         outcomes: (N, T, C) for each head.
         compared: what exact trials are compared with, (N, C) for each head.
-        measured: the reference.
+        measure: the reference.
         used: number of trials of each example.
         keep: keep assignments and outcomes in the answer.
 
@@ -169,8 +169,8 @@ def answers(
     out = {}
     for name, outcome in outcomes.items():
         n = len(outcome)
-        drawn = [None if setting.design.exact else setting.assignments(i, 0, used[i]) for i in range(n)]
-        parts = [_effects(setting, drawn[i], outcome[i, : used[i]], compared[name][i], i) for i in range(n)]
+        drawn = [None if spec.design.exact else spec.assignments(i, 0, used[i]) for i in range(n)]
+        parts = [_effects(spec, drawn[i], outcome[i, : used[i]], compared[name][i], i) for i in range(n)]
         width = max(len(part.effect) for part in parts)
         stacked = [
             torch.stack([pad(t, (0, 0, 0, width - len(t)), value=torch.nan) for t in column]).to(outcome)
@@ -185,10 +185,10 @@ def answers(
             effect=stacked[0],
             std_error=stacked[1] if len(stacked) > 1 else None,
             dof=stacked[2] if len(stacked) > 2 else None,
-            reference=measured.reference[name],
-            target=measured.targets[name],
-            predicted=measured.predicted[name],
-            class_shape=measured.class_shapes[name],
+            reference=measure.reference[name],
+            target=measure.targets[name],
+            predicted=measure.predicted[name],
+            class_shape=measure.class_shapes[name],
             n_trials=torch.tensor(used),
             assignments=_stack_trials([a for a in drawn if a is not None]) if keep and drawn[0] is not None else None,
             outcomes=outcome if keep else None,
@@ -201,22 +201,22 @@ def _stack_trials(drawn: list[Tensor]) -> Tensor:
     return torch.stack([pad(a, (0, 0, 0, longest - len(a))) for a in drawn])
 
 
-def _effects(setting: Setting, drawn: Tensor | None, outcomes: Tensor, compared: Tensor, example: int) -> Effects:
+def _effects(spec: TrialSpec, drawn: Tensor | None, outcomes: Tensor, compared: Tensor, example: int) -> Effects:
     """One example's effects, (U, C); units that only other examples have are NaN or left out."""
-    design = setting.design
+    design = spec.design
     if drawn is None:
         effects = exact_difference(outcomes, compared)
         return Effects(-effects.effect) if design.reference == "all" else effects
-    own = drawn[:, : int(setting.units.n_units[example])].to(outcomes.device)
+    own = drawn[:, : int(spec.units.n_units[example])].to(outcomes.device)
     blocks = design.blocks(len(own))
     if design.estimator == "difference_in_means":
         return difference_in_means(own, outcomes, blocks)
     if design.estimator == "adjusted":
         return adjusted(own, outcomes, _flip_probability(design), blocks)
-    if setting.units.grid is None:
-        todo = "Leave out `feature_mask` and windows for images, or give the design another `estimator`."
-        raise DesignError(expected("design", "one for units that are not a grid", repr(design), todo))
-    return smooth(own, outcomes, setting.units.grid, setting.variants(0, len(own)))
+    if spec.units.grid is None:
+        hint = "Leave out `feature_mask` and windows for images, or give the design another `estimator`."
+        raise DesignError(expected("design", "one for units that are not a grid", repr(design), hint))
+    return smooth(own, outcomes, spec.units.grid, spec.variants(0, len(own)))
 
 
 def _flip_probability(design: Design) -> float:
@@ -278,9 +278,9 @@ def flat_target(target: Target, shape: tuple[int, ...]) -> Tensor | None:
     every = _index_rows(target, n)
     if any(len(index) != len(dims) for index in every) and not (dims == (1,) and all(i in ((), (0,)) for i in every)):
         wanted = f"{len(dims)} ind{'ex' if len(dims) == 1 else 'ices'} per example for outputs {shape}"
-        todo = "" if dims else "The model returns one number per example: leave the target out."
+        hint = "" if dims else "The model returns one number per example: leave the target out."
         raise TargetError(
-            expected("target", wanted, repr(target) if not isinstance(target, Tensor) else target.tolist(), todo)
+            expected("target", wanted, repr(target) if not isinstance(target, Tensor) else target.tolist(), hint)
         )
     flat = []
     for index in every:

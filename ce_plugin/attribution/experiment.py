@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ce_plugin.attribution.estimation import Answer, Measured, Target, answers, average, check_design
+from ce_plugin.attribution.estimation import Answer, OutcomeMeasure, Target, answers, average, check_design
 from ce_plugin.designs import Design, EveryUnit, Joint
 from ce_plugin.effects import Estimate, Interactions, Outcome, half_width, pairwise
 from ce_plugin.errors import ArgumentError, ModelError, NoChangeWarning, UnitError, expected
@@ -21,10 +21,10 @@ from ce_plugin.interventions import Context, Intervention
 from ce_plugin.networks.forward import Forward
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite, MaskUnits, Units
-from ce_plugin.trials import Cost, Runner, Setting
+from ce_plugin.trials import Cost, Runner, TrialSpec
 from ce_plugin.trials.batches import checked_values, free_memory, rows_of_args
-from ce_plugin.trials.downstream import Downstream, Held, Hold, Observed, Place
-from ce_plugin.trials.located import Located, Locator, place_of
+from ce_plugin.trials.downstream import CapturingForward, EvidenceForward, ForwardFromSite, LayerEvidence, SiteHook
+from ce_plugin.trials.routing import CapturedSite, Router, hook_of
 from ce_plugin.trials.runner import AggregateError, as_one_row, run_aggregated
 
 __all__ = [
@@ -43,66 +43,66 @@ __all__ = [
 ]
 
 
-def check_shared(setting: Setting, until: float | None) -> None:
+def check_shared(spec: TrialSpec, until: float | None) -> None:
     """Whether all examples share what they must share to be one.
 
     Raises:
         ModelError: they do not.
     """
-    shared = len(set(setting.context.ids)) == 1 and isinstance(setting.units.labels[0], str)
+    shared = len(set(spec.context.ids)) == 1 and isinstance(spec.units.labels[0], str)
     if until is not None or not shared:
-        todo = "Leave out `until=`, `ids=` and masks that differ between examples."
+        hint = "Leave out `until=`, `ids=` and masks that differ between examples."
         wanted = "a model that returns one value per example for these options"
-        raise ModelError(expected("forward_func", wanted, "one value per batch", todo))
+        raise ModelError(expected("forward_func", wanted, "one value per batch", hint))
 
 
-def outputs_of_batch(setting: Setting, runner: Runner, first: dict[str, Tensor]) -> dict[str, Tensor]:
+def outputs_of_batch(spec: TrialSpec, runner: Runner, first: dict[str, Tensor]) -> dict[str, Tensor]:
     """The batch's outputs, (1, ...) for each head.
 
     Args:
-        setting, runner: the experiment.
+        spec, runner: the experiment.
         first: the outputs of the first example alone.
 
     Raises:
         ModelError: some outputs have one value per example and others have not.
     """
     # Copies, because a network may write to its input.
-    raw = runner.evaluate(tuple(x.clone() for x in setting.inputs), setting.args)
+    raw = runner.evaluate(tuple(x.clone() for x in spec.inputs), spec.args)
     heads = {name: as_one_row(head) for name, head in raw.items()}
     if any(heads[name].shape != one.shape for name, one in first.items()):
         shapes = [tuple(head.shape) for head in raw.values()]
-        got = f"shapes {shapes} for {setting.n} examples, some not one for each"
-        todo = "Name the part to explain with `output=`."
-        raise ModelError(expected("forward_func", "a model with one value per example in every output", got, todo))
+        got = f"shapes {shapes} for {spec.n} examples, some not one for each"
+        hint = "Name the part to explain with `output=`."
+        raise ModelError(expected("forward_func", "a model with one value per example in every output", got, hint))
     return heads
 
 
 def answers_of_batch(
-    setting: Setting, runner: Runner, measured: Measured, used: list[int], keep: bool
+    spec: TrialSpec, runner: Runner, measure: OutcomeMeasure, used: list[int], keep: bool
 ) -> dict[str, Answer]:
     """The effects on the batch's outcome."""
-    outcomes = run_aggregated(runner, setting, measured)
-    compared = measured.reference
-    if setting.design.reference == "all":
-        every = run_aggregated(runner, replace(setting, design=EveryUnit()), measured)
+    outcomes = run_aggregated(runner, spec, measure)
+    compared = measure.reference
+    if spec.design.reference == "all":
+        every = run_aggregated(runner, replace(spec, design=EveryUnit()), measure)
         compared = {name: outcome[:, 0] for name, outcome in every.items()}
-    return answers(setting, outcomes, compared, measured, used[:1], keep)
+    return answers(spec, outcomes, compared, measure, used[:1], keep)
 
 
-def warn_unchanged(setting: Setting) -> None:
+def warn_unchanged(spec: TrialSpec) -> None:
     """Say so where an intervention changes nothing in an example.
 
     Warns:
         NoChangeWarning: it does not.
     """
-    intervention = setting.intervention
+    intervention = spec.intervention
     if intervention.per_trial or intervention.forward_equivalents:
         return  # unknown before the trials, or too dear to ask for twice (attacks warn by themselves)
-    unchanged = torch.ones(setting.n, dtype=torch.bool)
+    unchanged = torch.ones(spec.n, dtype=torch.bool)
     for variant in range(intervention.n_variants):
-        for position, x in enumerate(setting.inputs):
-            at = replace(setting.context, position=position, variant=variant)
-            unchanged &= (checked_values(intervention, x, at) == x).reshape(setting.n, -1).all(1).cpu()
+        for position, x in enumerate(spec.inputs):
+            at = replace(spec.context, position=position, variant=variant)
+            unchanged &= (checked_values(intervention, x, at) == x).reshape(spec.n, -1).all(1).cpu()
     if bool(unchanged.any()):
         warnings.warn(
             f"{intervention!r} changes nothing in example(s) {unchanged.nonzero()[:5, 0].tolist()}, so that their "
@@ -112,18 +112,18 @@ def warn_unchanged(setting: Setting) -> None:
         )
 
 
-def check_memory(setting: Setting, measured: Measured, trials: int) -> None:
+def check_memory(spec: TrialSpec, measure: OutcomeMeasure, trials: int) -> None:
     """Whether the outcomes of all trials fit into memory.
 
     Raises:
         ArgumentError: they do not.
     """
-    size = sum(r.shape[1] * r.element_size() for r in measured.reference.values()) * setting.n * trials
-    free = free_memory(setting.device)
+    size = sum(r.shape[1] * r.element_size() for r in measure.reference.values()) * spec.n * trials
+    free = free_memory(spec.device)
     if size > free:
-        got = f"{size / 2**30:.1f} GiB ({setting.n} examples x {trials} trials x all classes)"
-        todo = "Pass `target=`, fewer examples, or coarser units."
-        raise ArgumentError(expected("inputs", f"few enough for {free / 2**30:.1f} GiB of outcomes", got, todo))
+        got = f"{size / 2**30:.1f} GiB ({spec.n} examples x {trials} trials x all classes)"
+        hint = "Pass `target=`, fewer examples, or coarser units."
+        raise ArgumentError(expected("inputs", f"few enough for {free / 2**30:.1f} GiB of outcomes", got, hint))
 
 
 _ROWS = 16
@@ -134,7 +134,7 @@ def donated(
     inputs: tuple[Tensor, ...],
     context: Context,
     forward: Forward | None = None,
-    place: Place | None = None,
+    place: SiteHook | None = None,
     args: tuple[object, ...] = (),
 ) -> tuple[Tensor, ...] | None:
     """What ``context.donors`` is to be: the values at the site of the inputs that the intervention names.
@@ -153,10 +153,12 @@ def donated(
         return None
     if place is None or forward is None:
         return tuple(intervention.collect([donor]) for donor in donors)
-    return (intervention.collect(_batches(Observed(forward, place, once=False), donors, args, len(inputs[0]))),)
+    return (intervention.collect(_batches(CapturingForward(forward, place, once=False), donors, args, len(inputs[0]))),)
 
 
-def _batches(observed: Observed, donors: tuple[Tensor, ...], args: tuple[object, ...], n: int) -> Iterator[Tensor]:
+def _batches(
+    observed: CapturingForward, donors: tuple[Tensor, ...], args: tuple[object, ...], n: int
+) -> Iterator[Tensor]:
     # One row at a time first would say nothing here: a layer's value takes no more memory than a pass to it.
     for start in range(0, len(donors[0]), _ROWS):
         rows = torch.arange(start, min(start + _ROWS, len(donors[0])))
@@ -210,16 +212,16 @@ def held(
     for order, evidence in enumerate(evidences):
         site = evidence.site
         if isinstance(site, (LayerSite, ConceptSite)):
-            place = place_of(site, forward.modules)
+            place = hook_of(site, forward.modules)
             donors = donated(evidence.intervention, inputs, context, forward, place, args)
 
             def chosen(n_units: int, evidence: Evidence = evidence, order: int = order) -> Tensor:
                 return torch.stack([evidence.assignment(n_units, i, draw, order) for i in context.ids])
 
-            holds.append(Hold(site, place, evidence.intervention, replace(context, donors=donors), chosen))
+            holds.append(LayerEvidence(site, place, evidence.intervention, replace(context, donors=donors), chosen))
     if not holds:
         return forward, args
-    return Held(forward, holds), (*args, torch.arange(len(context.ids)))
+    return EvidenceForward(forward, holds), (*args, torch.arange(len(context.ids)))
 
 
 def _rows(evidence: Evidence, units: Units, ids: tuple[int, ...], draw: int, order: int) -> Tensor:
@@ -241,78 +243,78 @@ _FIRST, _ROUND = 100, 50
 
 
 def answers_until(
-    setting: Setting, runner: Runner, measured: Measured, most: list[int], until: float, keep: bool
+    spec: TrialSpec, runner: Runner, measure: OutcomeMeasure, most: list[int], until: float, keep: bool
 ) -> dict[str, Answer]:
     """Rounds of trials; an example leaves when all its intervals are at most ``until`` to either side.
 
     Args:
-        setting, runner, measured: the experiment.
+        spec, runner, measured: the experiment.
         most: the largest number of trials of each example.
         until: half-width of the 95 % intervals.
         keep: keep the trials in the answers.
     """
-    n, last = setting.n, max(most)
+    n, last = spec.n, max(most)
     outcomes: dict[str, Tensor] = {}
     active, used, done = list(range(n)), list(most), 0
     found: dict[str, Answer] = {}
     while active and done < last:
         stop = min(last, _FIRST if done == 0 else done + _ROUND)
-        new = runner.run(setting, done, stop, measured, active)
+        new = runner.run(spec, done, stop, measure, active)
         outcomes = {name: torch.cat([outcomes[name], new[name]], 1) if outcomes else new[name] for name in new}
         used = [min(stop, most[i]) if i in active else used[i] for i in range(n)]
         done = stop
-        found = answers(setting, outcomes, measured.reference, measured, used, keep)
-        active = [i for i in active if used[i] == done and _widest(setting, found, i) > until]
+        found = answers(spec, outcomes, measure.reference, measure, used, keep)
+        active = [i for i in active if used[i] == done and _widest(spec, found, i) > until]
     return found
 
 
-def _widest(setting: Setting, found: dict[str, Answer], example: int) -> float:
+def _widest(spec: TrialSpec, found: dict[str, Answer], example: int) -> float:
     """Half the width of an example's widest interval; infinite where a unit's error is not known yet."""
     widest = 0.0
     for answer in found.values():
         if answer.std_error is not None:
-            own = slice(int(setting.units.n_units[example]))
+            own = slice(int(spec.units.n_units[example]))
             dof = None if answer.dof is None else answer.dof[example, own]
             widths = half_width(answer.std_error[example, own], dof, 0.95)
             widest = max(widest, float(widths.nan_to_num(torch.inf).max()))
     return widest
 
 
-def flip_outcome(setting: Setting, located: Located, measured: Measured, example: int) -> Callable[[Tensor], Tensor]:
+def flip_outcome(
+    spec: TrialSpec, captured_site: CapturedSite, measure: OutcomeMeasure, example: int
+) -> Callable[[Tensor], Tensor]:
     """From states (B, U) in [0, 1] to outcomes (B, C) of one example, the site's value being h + a (do - h).
 
     Args:
-        setting: the experiment; its units are those of a mask.
-        located: runs the network from the site.
-        measured: from outputs to outcomes.
+        spec: the experiment; its units are those of a mask.
+        captured_site: runs the network from the site.
+        measure: from outputs to outcomes.
         example: which one.
 
     Raises:
         UnitError: units that overlap.
         ModelError: several output heads.
     """
-    units = setting.units
+    units = spec.units
     if not isinstance(units, MaskUnits):
-        todo = "Pass `feature_mask=` instead of windows."
-        raise UnitError(expected("units", "units that do not overlap", "windows", todo))
-    if setting.intervention.n_variants > 1 or setting.intervention.per_trial:
-        raise UnitError(expected("intervention", "one with a single value for each unit", setting.intervention))
-    if len(measured.reference) > 1:
-        wanted, got = "a model with one output head", sorted(measured.reference)
+        hint = "Pass `feature_mask=` instead of windows."
+        raise UnitError(expected("units", "units that do not overlap", "windows", hint))
+    if spec.intervention.n_variants > 1 or spec.intervention.per_trial:
+        raise UnitError(expected("intervention", "one with a single value for each unit", spec.intervention))
+    if len(measure.reference) > 1:
+        wanted, got = "a model with one output head", sorted(measure.reference)
         raise ModelError(expected("forward_func", wanted, got, "Name one with `output=`."))
-    context = setting.context.select([example])
-    clean = [x[example : example + 1].detach() for x in setting.inputs]
-    do = [
-        checked_values(setting.intervention, x, replace(context, position=position)) for position, x in enumerate(clean)
-    ]
+    context = spec.context.select([example])
+    clean = [x[example : example + 1].detach() for x in spec.inputs]
+    do = [checked_values(spec.intervention, x, replace(context, position=position)) for position, x in enumerate(clean)]
 
     def outcome(states: Tensor) -> Tensor:
         examples = torch.full((len(states),), example)
         padded = torch.nn.functional.pad(states, (0, units.width - states.shape[1]))
         weights = units.masks(padded, examples)
         values = tuple(x + weight.to(x.device) * (x1 - x) for x, x1, weight in zip(clean, do, weights, strict=True))
-        heads = located.forward(values, setting.args_of(examples))
-        (found,) = measured(heads, examples.to(states.device)).values()
+        heads = captured_site.forward(values, spec.args_of(examples))
+        (found,) = measure(heads, examples.to(states.device)).values()
         return found
 
     return outcome
@@ -343,7 +345,7 @@ class Experiment:
     until: float | None = None
     keep_trials: bool = False
     keep_values: bool = False
-    locator: Locator | None = None
+    router: Router | None = None
 
     def __post_init__(self) -> None:
         if self.until is not None and (self.design.exact or not self.until > 0):
@@ -355,24 +357,24 @@ class Experiment:
         self.n = len(self.inputs[0])
         self.n_draws = max((evidence.n_draws for evidence in self.evidences), default=1)
         self.context = Context(ids=self.ids, seed=self.seed)
-        self._locator = self.locator or Locator(self.forward)
+        self._router = self.router or Router(self.forward)
         self.runner = Runner(
             self.forward, None if per_eval is None else per_eval * self.n, self.memory_budget, self.show_progress
         )
         self.route, self.cut, self.seconds = "full", False, 0.0
-        self.kept: list[Setting] = []
-        self._looked: Located | None = None
+        self.kept: list[TrialSpec] = []
+        self._looked: CapturedSite | None = None
         if isinstance(self.site, InputSite):
             self._settle(self.inputs)
         else:
-            place_of(self.site, self.forward.modules)
+            hook_of(self.site, self.forward.modules)
 
     def _settle(self, values: tuple[Tensor, ...]) -> None:
         """Units and trials of the site's values, (N, ...) each, and whether the design fits them."""
         units = self.site.units_of(values)
-        self.setting = Setting(values, self.args, units, self.design, self.intervention, self.context)
-        self.used = [self.setting.n_trials(i) for i in range(self.n)]
-        check_design(self.setting)
+        self.spec = TrialSpec(values, self.args, units, self.design, self.intervention, self.context)
+        self.used = [self.spec.n_trials(i) for i in range(self.n)]
+        check_design(self.spec)
 
     def _look(self) -> None:
         """At a layer the units are known only when one example has passed through it."""
@@ -381,7 +383,7 @@ class Experiment:
         first = torch.tensor([0])
         inputs = tuple(x[first.to(x.device)] for x in self.inputs)
         args = rows_of_args(self.args, self.n, first)
-        self._looked = self._locator.at(self.site, inputs, args, self.runner)
+        self._looked = self._router.at(self.site, inputs, args, self.runner)
         self._settle(tuple(value.expand(self.n, *value.shape[1:]) for value in self._looked.values))
 
     def look(self) -> dict[str, Tensor]:
@@ -390,23 +392,23 @@ class Experiment:
             self._look()
             return self._first()
 
-    def first_located(self) -> tuple[Setting, Located]:
+    def first_captured_site(self) -> tuple[TrialSpec, CapturedSite]:
         """The site of one example and how its trials would be run; after :meth:`look`."""
         with self._guard():
-            located = self._looked
-            if located is None:
+            captured_site = self._looked
+            if captured_site is None:
                 first = torch.tensor([0])
                 inputs = tuple(x[first.to(x.device)] for x in self.inputs)
-                located = Located(self.forward, inputs, rows_of_args(self.args, self.n, first))
-            setting = replace(self.setting, inputs=located.values)
+                captured_site = CapturedSite(self.forward, inputs, rows_of_args(self.args, self.n, first))
+            spec = replace(self.spec, inputs=captured_site.values)
             # Evidence at a layer is set by hooks, which only whole passes meet.
             held = any(not isinstance(evidence.site, InputSite) for evidence in self.evidences)
-            return setting, located if held else self._locator.followed(located, setting)
+            return spec, captured_site if held else self._router.followed(captured_site, spec)
 
     @property
     def trials(self) -> int:
         """Trials of the whole run."""
-        return self.n_draws * self.setting.repeats * sum(self.used)
+        return self.n_draws * self.spec.repeats * sum(self.used)
 
     def run(self) -> dict[str, Estimate]:
         """The estimates of all heads; the model and the random state are afterwards as they were."""
@@ -455,124 +457,126 @@ class Experiment:
             warnings.simplefilter("ignore")  # they come again, with the outputs under evidence
             self._measured(every)
 
-    def _measured(self, heads: dict[str, Tensor], decided: dict[str, Tensor] | None = None) -> Measured:
+    def _measured(self, heads: dict[str, Tensor], decided: dict[str, Tensor] | None = None) -> OutcomeMeasure:
         if self.predicted_only and len(heads) > 1:
-            todo = "Name one with `output=`, or call `estimate`, which returns them all."
-            raise ModelError(expected("forward_func", "a model with one output head", sorted(heads), todo))
-        return Measured(heads, self.outcome, self.target, self.predicted_only, decided)
+            hint = "Name one with `output=`, or call `estimate`, which returns them all."
+            raise ModelError(expected("forward_func", "a model with one output head", sorted(heads), hint))
+        return OutcomeMeasure(heads, self.outcome, self.target, self.predicted_only, decided)
 
-    def _locate(self, context: Context, draw: int) -> Located:
+    def _locate(self, context: Context, draw: int) -> CapturedSite:
         """The site under one draw of the evidence."""
         inputs = evident(self.inputs, self.evidences, context, draw)
         forward, args = held(self.forward, inputs, self.args, self.evidences, context, draw)
         if isinstance(self.site, InputSite):
-            return Located(forward, inputs, args)
+            return CapturedSite(forward, inputs, args)
         if self._looked is not None and self.n == 1 and not self.evidences:
             return self._looked
         runner = self.runner if forward is self.forward else self.runner.of(forward)
-        return self._locator.at(self.site, inputs, args, runner)
+        return self._router.at(self.site, inputs, args, runner)
 
-    def _set(self, draw: int) -> tuple[Setting, Located]:
+    def _set(self, draw: int) -> tuple[TrialSpec, CapturedSite]:
         """The experiment under one draw of the random evidence; assignments are drawn anew for each."""
         context = replace(self.context, seed=self.seed + draw)
         design = self.design if draw == 0 else self.design.reseeded(self.design.seed + draw)
-        located = self._locate(context, draw)
+        captured_site = self._locate(context, draw)
         if not isinstance(self.site, InputSite) and self._looked is None:
-            self._settle(located.values)
-        context = replace(context, donors=self._donors(located, context))
-        setting = replace(self.setting, inputs=located.values, args=located.args, context=context, design=design)
-        warn_unchanged(setting)
+            self._settle(captured_site.values)
+        context = replace(context, donors=self._donors(captured_site, context))
+        spec = replace(self.spec, inputs=captured_site.values, args=captured_site.args, context=context, design=design)
+        warn_unchanged(spec)
         if self.keep_values:
-            self.kept.append(setting)
-        return setting, located
+            self.kept.append(spec)
+        return spec, captured_site
 
-    def _start(self, setting: Setting, located: Located) -> tuple[Located, Runner, dict[str, Tensor], Measured]:
+    def _start(
+        self, spec: TrialSpec, captured_site: CapturedSite
+    ) -> tuple[CapturedSite, Runner, dict[str, Tensor], OutcomeMeasure]:
         """What runs the trials, the reference's outputs, and how trials are measured against them.
 
         Whether flips can be followed takes passes to find out; the target and the outcome are checked before.
         """
-        known = located.outputs
+        known = captured_site.outputs
         if known is None:
-            located, runner, known = self._locator.start(located, self.runner, self.trials)
-            measured = self._measured(known)
-            followed = self._locator.followed(located, setting)
-            if followed is located:
-                return located, runner, known, measured
+            captured_site, runner, known = self._router.start(captured_site, self.runner, self.trials)
+            measure = self._measured(known)
+            followed = self._router.followed(captured_site, spec)
+            if followed is captured_site:
+                return captured_site, runner, known, measure
         else:
             self._check_target(known)
-            followed = self._locator.followed(located, setting)
-        located, runner, heads = self._locator.start(followed, self.runner, self.trials)
+            followed = self._router.followed(captured_site, spec)
+        captured_site, runner, heads = self._router.start(followed, self.runner, self.trials)
         with warnings.catch_warnings():
-            if located.outputs is None:
+            if captured_site.outputs is None:
                 warnings.simplefilter("ignore")  # they came with the outputs above
-            return located, runner, heads, self._measured(heads, located.outputs)
+            return captured_site, runner, heads, self._measured(heads, captured_site.outputs)
 
     def _draw(self, draw: int) -> dict[str, Answer]:
         """The effects under one draw of the random evidence."""
-        setting, located = self._set(draw)
+        spec, captured_site = self._set(draw)
         try:
-            located, runner, heads, measured = self._start(setting, located)
-            check_memory(setting, measured, max(self.used))
+            captured_site, runner, heads, measure = self._start(spec, captured_site)
+            check_memory(spec, measure, max(self.used))
             if self.until is not None:
-                return answers_until(setting, runner, measured, self.used, self.until, self.keep_trials)
-            outcomes = runner.run(setting, 0, max(self.used), measured)
-            compared = measured.reference
-            if setting.design.reference == "all":
-                every = runner.run(replace(setting, design=EveryUnit()), 0, 1, measured)
+                return answers_until(spec, runner, measure, self.used, self.until, self.keep_trials)
+            outcomes = runner.run(spec, 0, max(self.used), measure)
+            compared = measure.reference
+            if spec.design.reference == "all":
+                every = runner.run(replace(spec, design=EveryUnit()), 0, 1, measure)
                 compared = {name: outcome[:, 0] for name, outcome in every.items()}
-            self.route, self.cut, self.seconds = located.taken, located.is_cut, located.seconds
-            found = answers(setting, outcomes, compared, measured, self.used, self.keep_trials)
-            return self._with_insertion(found, heads, located) if isinstance(self.site, ConceptSite) else found
+            self.route, self.cut, self.seconds = captured_site.taken, captured_site.is_cut, captured_site.seconds
+            found = answers(spec, outcomes, compared, measure, self.used, self.keep_trials)
+            return self._with_insertion(found, heads, captured_site) if isinstance(self.site, ConceptSite) else found
         except AggregateError:
-            return self._aggregated(setting, self.runner.of(located.forward))
+            return self._aggregated(spec, self.runner.of(captured_site.forward))
 
-    def _aggregated(self, setting: Setting, runner: Runner) -> dict[str, Answer]:
+    def _aggregated(self, spec: TrialSpec, runner: Runner) -> dict[str, Answer]:
         """A network that returns one value for the batch makes the batch one example."""
-        check_shared(setting, self.until)
-        heads = outputs_of_batch(setting, runner, self._first())
-        return answers_of_batch(setting, runner, self._measured(heads), self.used, self.keep_trials)
+        check_shared(spec, self.until)
+        heads = outputs_of_batch(spec, runner, self._first())
+        return answers_of_batch(spec, runner, self._measured(heads), self.used, self.keep_trials)
 
     def _with_insertion(
-        self, found: dict[str, Answer], heads: dict[str, Tensor], located: Located
+        self, found: dict[str, Answer], heads: dict[str, Tensor], captured_site: CapturedSite
     ) -> dict[str, Answer]:
         """The answers with what inserting the autoencoder does by itself."""
-        plain = self._measured(located.outputs or heads)
-        inserted = plain(heads, torch.arange(self.n, device=located.values[0].device))
+        plain = self._measured(captured_site.outputs or heads)
+        inserted = plain(heads, torch.arange(self.n, device=captured_site.values[0].device))
         return {
             name: replace(answer, insertion=inserted[name] - plain.reference[name]) for name, answer in found.items()
         }
 
-    def _donors(self, located: Located, context: Context) -> tuple[Tensor, ...] | None:
+    def _donors(self, captured_site: CapturedSite, context: Context) -> tuple[Tensor, ...] | None:
         """What the intervention's donors are at the site."""
-        at = located.forward
-        if isinstance(at, Downstream):
+        at = captured_site.forward
+        if isinstance(at, ForwardFromSite):
             return donated(self.intervention, at.inputs, context, self.forward, at.place, self.args)
-        return donated(self.intervention, located.values, context)
+        return donated(self.intervention, captured_site.values, context)
 
     def interactions(self, **options: Any) -> list[Interactions]:
         """Pairwise interactions of each example's units; options are those of :func:`~ce_plugin.effects.pairwise`."""
         with self._guard():
             self._look()
-            setting, located = self._set(0)
-            located, runner, heads = self._locator.start(located, self.runner, 1)
-            measured = self._measured(heads, located.outputs)
+            spec, captured_site = self._set(0)
+            captured_site, runner, heads = self._router.start(captured_site, self.runner, 1)
+            measure = self._measured(heads, captured_site.outputs)
             options.setdefault("batch_size", runner.rows or 32)
             found = []
             for i in range(self.n):
-                outcome = flip_outcome(setting, located, measured, i)
+                outcome = flip_outcome(spec, captured_site, measure, i)
                 own: dict[str, Any] = {
                     "name": self.outcome.name,
-                    "device": setting.device,
-                    "dtype": setting.inputs[0].dtype,
+                    "device": spec.device,
+                    "dtype": spec.inputs[0].dtype,
                 }
-                labels = setting.units.labels
+                labels = spec.units.labels
                 names = labels[i] if isinstance(labels[0], list) else labels
-                found.append(pairwise(outcome, int(setting.units.n_units[i]), unit_labels=names, **own, **options))
+                found.append(pairwise(outcome, int(spec.units.n_units[i]), unit_labels=names, **own, **options))
         return found
 
     def _estimate(self, draws: list[Answer], seconds: float) -> Estimate:
         answer = average(draws)
-        units = self.setting.units
+        units = self.spec.units
         groups = self.design.groups if isinstance(self.design, Joint) else None
         n = len(answer.effect)
         labels: Any = units.labels if groups is None else ["+".join(map(str, group)) for group in groups]
@@ -616,7 +620,7 @@ def cost_of(experiment: Experiment) -> Cost:
     interventions = (experiment.intervention, *(evidence.intervention for evidence in experiment.evidences))
     extra = sum(intervention.forward_equivalents for intervention in interventions)
     # The outcome with all units set, which some designs compare with, is one more trial.
-    every = experiment.setting.repeats if design.reference == "all" else 0
+    every = experiment.spec.repeats if design.reference == "all" else 0
     route, each, once = _route(experiment)
     passes = experiment.trials * each + experiment.n_draws * n * (once + every + extra) + experiment.checks_first
     if route == "full":
@@ -626,14 +630,14 @@ def cost_of(experiment: Experiment) -> Cost:
 
 def _route(experiment: Experiment) -> tuple[str, float, float]:
     """How trials will be run, what a trial costs, and what is run once for each example, in forward passes."""
-    setting, located = experiment.first_located()
-    cut = located.forward
-    if not isinstance(cut, Downstream) or cut.suffix is None or cut.captured is None:
+    spec, captured_site = experiment.first_captured_site()
+    cut = captured_site.forward
+    if not isinstance(cut, ForwardFromSite) or cut.suffix is None or cut.captured is None:
         return "full", 1, 1
     share = cut.suffix.share(cut.captured)
     # A clean pass, another for what by-passes the site, and the reference.
     once = 1 + (not cut.suffix.is_cut) + share
-    if located.flips is None:
-        return located.route, share, once
-    each = located.flips.cost(setting)
-    return located.flips.route, each, once
+    if captured_site.flips is None:
+        return captured_site.route, share, once
+    each = captured_site.flips.cost(spec)
+    return captured_site.flips.route, each, once

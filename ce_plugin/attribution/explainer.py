@@ -31,7 +31,7 @@ from ce_plugin.interventions.base import NormalizationLike
 from ce_plugin.networks.forward import OutputSelector
 from ce_plugin.sites import Evidence, Masks, Units
 from ce_plugin.trials import Forward
-from ce_plugin.trials.located import Locator
+from ce_plugin.trials.routing import Router
 
 __all__ = ["Baseline", "Explainer", "as_args", "as_evidences", "as_ids", "as_inputs", "spread"]
 
@@ -71,13 +71,13 @@ def as_inputs(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     for position, x in enumerate(tensors):
         name = "inputs" if len(tensors) == 1 else f"inputs[{position}]"
         if not isinstance(x, Tensor):
-            got, todo = type(x).__name__, "Write `torch.as_tensor(x)`."
-            raise InputError(expected(name, "a tensor, or a tuple of tensors", got, todo))
+            got, hint = type(x).__name__, "Write `torch.as_tensor(x)`."
+            raise InputError(expected(name, "a tensor, or a tuple of tensors", got, hint))
         if x.dim() == 0 or x.numel() == 0:
             raise InputError(expected(name, "one or more examples (N, ...), not empty", f"shape {tuple(x.shape)}"))
         if not x.is_floating_point():
-            todo = "Write `images.float() / 255` if the model takes images in [0, 1]."
-            raise InputError(expected(name, "of a floating-point type", str(x.dtype), todo))
+            hint = "Write `images.float() / 255` if the model takes images in [0, 1]."
+            raise InputError(expected(name, "of a floating-point type", str(x.dtype), hint))
         if len(x) != len(tensors[0]):
             raise InputError(expected(name, f"as many examples as the first input, {len(tensors[0])}", len(x)))
         if not bool(torch.isfinite(x).all()):
@@ -105,8 +105,8 @@ def as_ids(ids: Sequence[int] | Tensor | None, n: int) -> tuple[int, ...]:
     try:
         names = tuple(operator.index(i) for i in (ids.tolist() if isinstance(ids, Tensor) else ids))
     except TypeError as error:
-        todo = "Take the examples' places in the data set."
-        raise InputError(expected("ids", "one integer per example", repr(ids), todo)) from error
+        hint = "Take the examples' places in the data set."
+        raise InputError(expected("ids", "one integer per example", repr(ids), hint)) from error
     if len(names) != n:
         raise InputError(expected("ids", f"{n} ids, one per example", len(names)))
     return names
@@ -208,7 +208,7 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
         self.seed = int(seed)
         self.memory_budget = memory_budget
         self.engine = engine
-        self._locator = Locator(self.forward, engine)
+        self._router = Router(self.forward, engine)
         _warn_twice_normalized(self.forward.modules, self.normalization)
 
     @property
@@ -274,7 +274,7 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
         values = estimate.contribution[..., 0]
         if rate is not None:
             values = values.where(estimate.significant(rate)[..., 0], 0.0)
-        return spread(experiment.setting.units, experiment.design, values)
+        return spread(experiment.spec.units, experiment.design, values)
 
     @staticmethod
     def _estimates(experiment: Experiment) -> Any:
@@ -288,12 +288,12 @@ def false_discovery_rate(significant_only: bool | float | None, experiment: Expe
     if significant_only is None or significant_only is False:
         return None
     if experiment.design.exact and experiment.n_draws == 1:
-        todo = "Only random designs or a data set have sampling error: use RandomMask(...), or leave it out."
-        raise InferenceError(expected("significant_only", f"None for {experiment.design!r}", significant_only, todo))
+        hint = "Only random designs or a data set have sampling error: use RandomMask(...), or leave it out."
+        raise InferenceError(expected("significant_only", f"None for {experiment.design!r}", significant_only, hint))
     rate = 0.05 if significant_only is True else significant_only
     if not 0 < rate < 1:
-        todo = "Write 0.05 for five per cent."
-        raise ArgumentError(expected("significant_only", "True, or a false discovery rate in (0, 1)", rate, todo))
+        hint = "Write 0.05 for five per cent."
+        raise ArgumentError(expected("significant_only", "True, or a false discovery rate in (0, 1)", rate, hint))
     return float(rate)
 
 

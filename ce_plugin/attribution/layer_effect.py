@@ -219,8 +219,8 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
     def _site(self, layer_mask: Tensor | tuple[Tensor, ...] | None, at_input: bool) -> LayerSite | ConceptSite:
         if isinstance(layer_mask, tuple):
             if len(layer_mask) != 1:
-                todo = "A layer's value is one tensor; `LayerSite(layer, element=...)` says which."
-                raise ArgumentError(expected("layer_mask", "one mask", f"{len(layer_mask)}", todo))
+                hint = "A layer's value is one tensor; `LayerSite(layer, element=...)` says which."
+                raise ArgumentError(expected("layer_mask", "one mask", f"{len(layer_mask)}", hint))
             layer_mask = layer_mask[0]
         site = self.site if layer_mask is None else replace(self.site, layer_mask=layer_mask)
         return replace(site, at_input=True) if at_input else site
@@ -241,8 +241,8 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
     ) -> Experiment:
         tensors = as_inputs(inputs)
         if layer_baselines is not None and self.intervention is not None:
-            todo = "Baselines replace the intervention; leave one of them out."
-            raise ArgumentError(expected("layer_baselines", f"None with {self.intervention!r}", "baselines", todo))
+            hint = "Baselines replace the intervention; leave one of them out."
+            raise ArgumentError(expected("layer_baselines", f"None with {self.intervention!r}", "baselines", hint))
         intervention = self.intervention or ZeroOut()
         return Experiment(
             forward=self.forward,
@@ -259,7 +259,7 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
             perturbations_per_eval=perturbations_per_eval,
             show_progress=show_progress,
             memory_budget=self.memory_budget,
-            locator=self._locator,
+            router=self._router,
             **options,
         )
 
@@ -319,8 +319,8 @@ class ConceptCausalEffect(LayerCausalEffect):
 
     def _site(self, layer_mask: Tensor | tuple[Tensor, ...] | None, at_input: bool) -> ConceptSite:
         if layer_mask is not None:
-            todo = "Joint groups of concepts: pass design=Joint(groups)."
-            raise ArgumentError(expected("layer_mask", "None: the units are concepts", "a mask", todo))
+            hint = "Joint groups of concepts: pass design=Joint(groups)."
+            raise ArgumentError(expected("layer_mask", "None: the units are concepts", "a mask", hint))
         if at_input and not self.concept_site.place.at_input:
             place = replace(self.concept_site.place, at_input=True)
             return ConceptSite(place, self.autoencoder)

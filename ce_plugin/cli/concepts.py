@@ -64,17 +64,17 @@ def _check_file(out: Path, checkpoint: Path, arguments: argparse.Namespace) -> N
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise FileError(expected("out", "a file in an existing folder", repr(str(out))))
     if out.exists() and not arguments.force:
-        todo = "Choose another name, or allow it to be replaced with --force."
-        raise FileError(expected("out", "a file that does not exist yet", repr(str(out)), todo))
+        hint = "Choose another name, or allow it to be replaced with --force."
+        raise FileError(expected("out", "a file that does not exist yet", repr(str(out)), hint))
     if arguments.resume and not checkpoint.exists():
-        todo = "There is nothing to go on from: leave out --resume."
+        hint = "There is nothing to go on from: leave out --resume."
         raise FileError(
-            expected("resume", f"with the file {str(checkpoint)!r} of an interrupted training", "none", todo)
+            expected("resume", f"with the file {str(checkpoint)!r} of an interrupted training", "none", hint)
         )
     if checkpoint.exists() and not arguments.resume:
         if not arguments.force:
-            todo = "Go on from it with --resume, or begin again with --force."
-            raise FileError(expected("out", "without an interrupted training", f"{str(checkpoint)!r}", todo))
+            hint = "Go on from it with --resume, or begin again with --force."
+            raise FileError(expected("out", "without an interrupted training", f"{str(checkpoint)!r}", hint))
         checkpoint.unlink()
 
 

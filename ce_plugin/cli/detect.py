@@ -125,8 +125,8 @@ def _loaded(arguments: argparse.Namespace) -> tuple[VisionModel, CausalEffectDet
     detector = CausalEffectDetector.load(arguments.detector, net.model, normalization=net.normalization)
     channels, size, _ = detector.learned().shape
     if size != net.framing.size:
-        todo = f"Add --size {size}." if arguments.size is None else "Give the size that detect fit was given."
-        raise ArgumentError(expected("size", f"{size}, as the detector was fitted", net.framing.size, todo))
+        hint = f"Add --size {size}." if arguments.size is None else "Give the size that detect fit was given."
+        raise ArgumentError(expected("size", f"{size}, as the detector was fitted", net.framing.size, hint))
     if detector.protected.clip_values != tuple(map(float, net.value_range)):
         wanted = f"{detector.protected.clip_values}, as the detector was fitted"
         raise ArgumentError(expected("value_range", wanted, net.value_range))
@@ -144,8 +144,8 @@ def _check_file(out: Path, force: bool) -> None:
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise FileError(expected("out", "a file in an existing folder", repr(str(out))))
     if out.exists() and not force:
-        todo = "Choose another name, or allow it to be replaced with --force."
-        raise FileError(expected("out", "a file that does not exist yet", repr(str(out)), todo))
+        hint = "Choose another name, or allow it to be replaced with --force."
+        raise FileError(expected("out", "a file that does not exist yet", repr(str(out)), hint))
 
 
 def _labels(file: Path, names: list[str]) -> Tensor:

@@ -72,8 +72,8 @@ def _contrast(asked: Question, named: list[str] | None) -> Any:
         return None
     if "others" in named:
         if len(named) > 1:
-            todo = "Write others alone: it means all classes but the target."
-            raise ArgumentError(expected("contrast", "others, or classes", " and ".join(named), todo))
+            hint = "Write others alone: it means all classes but the target."
+            raise ArgumentError(expected("contrast", "others, or classes", " and ".join(named), hint))
         return "others"
     chosen = [asked.net.class_index(one) for one in named]
     classes = asked.logits.shape[1]

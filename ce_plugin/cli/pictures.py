@@ -52,14 +52,14 @@ class Pictures:
 
     def _below(self, path: Path) -> list[Path]:
         if not path.exists():
-            todo = "Check the spelling and the folder."
-            raise FileError(expected(self.name, "existing files or folders", repr(str(path)), todo))
+            hint = "Check the spelling and the folder."
+            raise FileError(expected(self.name, "existing files or folders", repr(str(path)), hint))
         if not path.is_dir():
             return [path]
         found = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
         if not found:
-            todo = f"Known are {', '.join(sorted(PICTURES))}."
-            raise FileError(expected(self.name, "a folder with pictures", f"{str(path)!r}, without any", todo))
+            hint = f"Known are {', '.join(sorted(PICTURES))}."
+            raise FileError(expected(self.name, "a folder with pictures", f"{str(path)!r}, without any", hint))
         return found
 
     def __len__(self) -> int:
@@ -100,11 +100,11 @@ def check_channels(net: VisionModel, gray: bool) -> None:
     if first is None or first.in_channels == (1 if gray else 3):
         return
     if first.in_channels == 1:
-        todo = "Add --grayscale."
-        raise ArgumentError(expected("grayscale", "given for a network that takes one channel", "no --grayscale", todo))
-    todo = "Leave it out." if gray else "Only gray and colour pictures can be read from files."
+        hint = "Add --grayscale."
+        raise ArgumentError(expected("grayscale", "given for a network that takes one channel", "no --grayscale", hint))
+    hint = "Leave it out." if gray else "Only gray and colour pictures can be read from files."
     got = f"one that takes {first.in_channels}"
-    raise ArgumentError(expected("model", f"a network that takes {1 if gray else 3} channel(s)", got, todo))
+    raise ArgumentError(expected("model", f"a network that takes {1 if gray else 3} channel(s)", got, hint))
 
 
 def column_of(file: Path, names: Sequence[str], column: str, argument: str) -> list[str]:
@@ -134,8 +134,8 @@ def column_of(file: Path, names: Sequence[str], column: str, argument: str) -> l
     values = [known.get(name, short.get(Path(name).name)) for name in names]
     missing = next((name for name, value in zip(names, values, strict=True) if not value), None)
     if missing is not None:
-        todo = "Add it, or leave the picture out."
-        raise FileError(expected(argument, f"a {column} for every picture", f"none for {missing!r}", todo))
+        hint = "Add it, or leave the picture out."
+        raise FileError(expected(argument, f"a {column} for every picture", f"none for {missing!r}", hint))
     return [value for value in values if value]
 
 

@@ -72,8 +72,8 @@ def _device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        todo = "Leave it out to use the CPU."
-        raise ArgumentError(expected("device", "one that this machine has", f"{name!r} ({reason})", todo)) from error
+        hint = "Leave it out to use the CPU."
+        raise ArgumentError(expected("device", "one that this machine has", f"{name!r} ({reason})", hint)) from error
     return device
 
 
@@ -88,8 +88,8 @@ def layer_name(net: VisionModel, inputs: Tensor, wanted: str | None) -> str:
         return named_layer(net.model, wanted)[0]
     found = last_conv_layer(net.model, inputs)
     if found is None:
-        todo = "Name one of its layers with --layer."
-        raise ModelError(expected("layer", "given for a network without a late convolution", None, todo))
+        hint = "Name one of its layers with --layer."
+        raise ModelError(expected("layer", "given for a network without a late convolution", None, hint))
     return found[0]
 
 
@@ -119,8 +119,8 @@ def intervention(arguments: argparse.Namespace, net: VisionModel) -> Interventio
     kind, folder = arguments.intervention, arguments.reference
     if kind == "zero":
         if folder is not None:
-            todo = "Add --intervention mean or --intervention resample, or leave it out."
-            raise ArgumentError(expected("reference", "left out with --intervention zero", repr(str(folder)), todo))
+            hint = "Add --intervention mean or --intervention resample, or leave it out."
+            raise ArgumentError(expected("reference", "left out with --intervention zero", repr(str(folder)), hint))
         return ZeroOut()
     if folder is None:
         raise ArgumentError(expected("reference", f"a folder of pictures for --intervention {kind}", None))
@@ -154,8 +154,8 @@ class Folder:
         found = sorted(file for file in self.folder.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
         self.files = found[: self.limit]
         if not self.files:
-            todo = f"Known are {', '.join(sorted(PICTURES))}."
-            raise FileError(expected(self.name, "a folder with pictures", f"{str(self.folder)!r}, without any", todo))
+            hint = f"Known are {', '.join(sorted(PICTURES))}."
+            raise FileError(expected(self.name, "a folder with pictures", f"{str(self.folder)!r}, without any", hint))
 
     def __len__(self) -> int:
         return len(self.files)

@@ -180,7 +180,7 @@ def examine(
         if activations.shape[1] != autoencoder.channels:
             wanted = f"one for the {activations.shape[1]} channels of layer {name!r}"
             raise ModelError(expected("autoencoder", wanted, f"one for {autoencoder.channels}"))
-        seen = _Seen(autoencoder.concepts, min(top, len(source)))
+        seen = _Activity(autoencoder.concepts, min(top, len(source)))
         for batch in source.batches(batch_size):
             seen.add(autoencoder.encode(read_layer(network, name, batch)[0]), batch.shape)
 
@@ -196,7 +196,7 @@ def _any_output(result: object) -> Tensor:
     return torch.zeros(1, 1)
 
 
-class _Seen:
+class _Activity:
     """Running sums over batches, and the most active examples so far."""
 
     def __init__(self, concepts: int, top: int) -> None:

@@ -55,9 +55,9 @@ def _image(item: object, index: int) -> Tensor:
     image = item[0] if isinstance(item, (tuple, list)) and item else item
     if not isinstance(image, Tensor) or not image.is_floating_point():
         came = f"{image.dtype}" if isinstance(image, Tensor) else type(image).__name__
-        todo = "Convert them in the Dataset (ToTensor, normalisation)."
+        hint = "Convert them in the Dataset (ToTensor, normalisation)."
         raise InputError(
-            expected("images", "floating point tensors, as the network takes them", f"{came} (item {index})", todo)
+            expected("images", "floating point tensors, as the network takes them", f"{came} (item {index})", hint)
         )
     return image
 

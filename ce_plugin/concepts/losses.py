@@ -88,8 +88,8 @@ def check_outcome(outcome: str, output: Tensor | None = None) -> None:
     if outcome not in OUTCOMES:
         raise ArgumentError(expected("outcome", f"one of {OUTCOMES}", repr(outcome)))
     if output is not None and outcome == "probability" and output.shape[1] == 1:
-        todo = "The softmax of a single output is always 1."
-        raise ArgumentError(expected("outcome", "'sigmoid' where the network has one output", repr(outcome), todo))
+        hint = "The softmax of a single output is always 1."
+        raise ArgumentError(expected("outcome", "'sigmoid' where the network has one output", repr(outcome), hint))
 
 
 def sparsity(code: Tensor) -> Tensor:

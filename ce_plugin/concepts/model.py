@@ -174,17 +174,17 @@ class ConceptAutoencoder(nn.Module):
             raise ArgumentError(expected("min_fidelity", "a share in [0, 1]", min_fidelity))
         name, _ = find_layer(network, layer)
         if self.layer_name and name != self.layer_name:
-            todo = "Train one for that layer, or explain this one."
-            raise ModelError(expected("autoencoder", f"one for layer {name!r}", f"{self._made_for()}", todo))
+            hint = "Train one for that layer, or explain this one."
+            raise ModelError(expected("autoencoder", f"one for layer {name!r}", f"{self._made_for()}", hint))
         if self.fingerprint and (found := fingerprint(network)) != self.fingerprint:
             wanted = f"one for this {type(network).__name__} ({found})"
-            todo = "Its weights differ from those that it was trained with: train it again."
-            raise ModelError(expected("autoencoder", wanted, f"one for network {self.fingerprint}", todo))
+            hint = "Its weights differ from those that it was trained with: train it again."
+            raise ModelError(expected("autoencoder", wanted, f"one for network {self.fingerprint}", hint))
         if min_fidelity > 0 and (self.fidelity is None or not self.fidelity.reliable(min_fidelity)):
             came = "one that was not trained" if self.fidelity is None else str(self.fidelity)
-            todo = "Train it longer, on more images or with more concepts, or lower `min_fidelity`."
+            hint = "Train it longer, on more images or with more concepts, or lower `min_fidelity`."
             wanted = f"one that keeps the top class of at least {min_fidelity:.1%} of the images"
-            raise ModelError(expected("autoencoder", wanted, came, todo))
+            raise ModelError(expected("autoencoder", wanted, came, hint))
         return self.fidelity
 
     def _made_for(self) -> str:
@@ -255,13 +255,13 @@ def check_sizes(channels: int, concepts: int, hidden: int | None, kernel_size: i
     if channels < 2:
         raise ArgumentError(expected("channels", "2 or more", channels))
     if not 1 <= concepts < channels:
-        todo = "A code as wide as the layer has nothing to compress."
-        raise ArgumentError(expected("concepts", f"at least 1 and below channels = {channels}", concepts, todo))
+        hint = "A code as wide as the layer has nothing to compress."
+        raise ArgumentError(expected("concepts", f"at least 1 and below channels = {channels}", concepts, hint))
     if hidden is not None and hidden < 1:
         raise ArgumentError(expected("hidden", "None or a positive number of channels", hidden))
     if kernel_size < 1 or kernel_size % 2 == 0:
-        todo = "Only odd kernels keep the spatial size."
-        raise ArgumentError(expected("kernel_size", "a positive odd number", kernel_size, todo))
+        hint = "Only odd kernels keep the spatial size."
+        raise ArgumentError(expected("kernel_size", "a positive odd number", kernel_size, hint))
 
 
 def _convolution(before: int, after: int, size: int, draw: torch.Generator) -> nn.Conv2d:

@@ -72,16 +72,16 @@ class Settings:
             if not (math.isfinite(value) and value >= 0):
                 raise ArgumentError(expected(name, "zero or more", value))
         if not any(getattr(self, name) > 0 for name in lambdas[:2]):
-            todo = "With neither, nothing asks the autoencoder to restore anything."
-            raise ArgumentError(expected("lambda_shallow", "above zero where lambda_deep is zero", 0.0, todo))
+            hint = "With neither, nothing asks the autoencoder to restore anything."
+            raise ArgumentError(expected("lambda_shallow", "above zero where lambda_deep is zero", 0.0, hint))
         for name in ("epochs", "batch_size", "patience"):
             if getattr(self, name) < 1:
                 raise ArgumentError(expected(name, "1 or more", getattr(self, name)))
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ArgumentError(expected("lr", "above zero", self.lr))
         if not isinstance(self.validation, str) and not 0.0 < self.validation < 1.0:
-            todo = "Without held-out images there is nothing to stop by and no fidelity."
-            raise ArgumentError(expected("validation", "a share in (0, 1), or images", self.validation, todo))
+            hint = "Without held-out images there is nothing to stop by and no fidelity."
+            raise ArgumentError(expected("validation", "a share in (0, 1), or images", self.validation, hint))
         check_outcome(self.outcome)
 
     def to_dict(self) -> dict[str, object]:
@@ -139,8 +139,8 @@ class Objective:
             some = rows[start : start + size]
             terms = self.terms(autoencoder, recorded, recorded.batch(some))
             if not bool(terms["total"].isfinite()):
-                todo = "Try a tenth of it, and look at what `interpretability` returns."
-                raise ArgumentError(expected("lr", "so small that the loss stays finite", self.settings.lr, todo))
+                hint = "Try a tenth of it, and look at what `interpretability` returns."
+                raise ArgumentError(expected("lr", "so small that the loss stays finite", self.settings.lr, hint))
             if optimizer is not None:
                 optimizer.zero_grad()
                 torch.autograd.backward(terms["total"])
@@ -191,18 +191,18 @@ class Progress:
 
     def _read(self, path: str | PathLike[str]) -> None:
         content = read_file(path, "checkpoint")
-        todo = "Choose another file, or delete this one to begin again."
+        hint = "Choose another file, or delete this one to begin again."
         here = (self.layer, self.fingerprint)
         if (content["layer_name"], content["fingerprint"]) != here:
             came = f"one of layer {content['layer_name']!r} of network {content['fingerprint']}"
             wanted = f"one of layer {self.layer!r} of this network ({self.fingerprint})"
-            raise ModelError(expected("checkpoint", wanted, came, todo))
+            raise ModelError(expected("checkpoint", wanted, came, hint))
         asked = self.settings.to_dict()
         other = {k: v for k, v in content["settings"].items() if k != "epochs" and asked.get(k) != v}
         if other:
             wanted = "one with " + ", ".join(f"{key}={asked.get(key)!r}" for key in other)
             came = "one with " + ", ".join(f"{key}={value!r}" for key, value in other.items())
-            raise ArgumentError(expected("checkpoint", wanted, came, todo))
+            raise ArgumentError(expected("checkpoint", wanted, came, hint))
         self.history, self.best, self._state = content["history"], content["best"], content["state"]
         self._optimizer, self._n_images = content["optimizer"], content["n_images"]
 
@@ -221,9 +221,9 @@ class Progress:
                 for key in keys
             )
             if not same:
-                todo = "Choose another file, or delete this one to begin again."
+                hint = "Choose another file, or delete this one to begin again."
                 came = f"one of {self._n_images} others" if n_images != self._n_images else "one of others"
-                raise ArgumentError(expected("checkpoint", f"one of these {n_images} images", came, todo))
+                raise ArgumentError(expected("checkpoint", f"one of these {n_images} images", came, hint))
             return
         self._n_images = n_images
         self.best = self._state = _copy(now)

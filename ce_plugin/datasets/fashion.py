@@ -73,8 +73,8 @@ def _idx(folder: Path, name: str, dimensions: int) -> Tensor:
     try:
         content = gzip.decompress(packed.read_bytes()) if packed.is_file() else plain.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        todo = "Fetch it from the data set's own page."
-        raise FileError(expected("folder", f"one with {name}.gz", f"{str(folder)!r} ({error})", todo)) from error
+        hint = "Fetch it from the data set's own page."
+        raise FileError(expected("folder", f"one with {name}.gz", f"{str(folder)!r} ({error})", hint)) from error
     header = 4 + 4 * dimensions
     sizes = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != header + int(np.prod(sizes)):

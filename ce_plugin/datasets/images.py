@@ -68,14 +68,14 @@ def _decode(file: Path) -> Image:
                 opened.load()
                 return _to_rgb(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError as error:
-        todo = "Convert it to JPEG or PNG, or leave it out."
-        raise FileError(expected("image", "a picture in a known format", repr(str(file)), todo)) from error
+        hint = "Convert it to JPEG or PNG, or leave it out."
+        raise FileError(expected("image", "a picture in a known format", repr(str(file)), hint)) from error
     except PermissionError as error:
         raise FileError(expected("image", "a readable file", repr(str(file)), "Check its permissions.")) from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         # Pillow's decoders report damage with all of these (PNG: SyntaxError; TIFF, WebP: ValueError, EOFError).
-        todo = "The file is truncated or damaged: fetch it again, or leave it out."
-        raise FileError(expected("image", "a complete picture", f"{str(file)!r} ({error})", todo)) from error
+        hint = "The file is truncated or damaged: fetch it again, or leave it out."
+        raise FileError(expected("image", "a complete picture", f"{str(file)!r} ({error})", hint)) from error
 
 
 def _to_rgb(image: Image) -> Image:

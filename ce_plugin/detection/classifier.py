@@ -18,10 +18,10 @@ from ce_plugin.networks.forward import is_art_classifier, unwrap
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.randomness import generator
 
-__all__ = ["Protected"]
+__all__ = ["ClassifierWrapper"]
 
 
-class Protected(nn.Module):
+class ClassifierWrapper(nn.Module):
     """The protected classifier: images in image units to logits (N, K).
 
     Args:
@@ -38,7 +38,7 @@ class Protected(nn.Module):
         ArgumentError: an empty range of values.
 
     Example:
-        >>> protected = Protected(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
+        >>> protected = ClassifierWrapper(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
         >>> protected(torch.zeros(2, 1, 2, 2)).shape
         torch.Size([2, 3])
     """
@@ -52,9 +52,9 @@ class Protected(nn.Module):
         super().__init__()
         network, own = unwrap(classifier) if is_art_classifier(classifier) else (classifier, None)
         if not isinstance(network, nn.Module):
-            todo = "Pass the network itself; a function can be wrapped into a module."
+            hint = "Pass the network itself; a function can be wrapped into a module."
             got = type(classifier).__name__
-            raise ModelError(expected("classifier", "an nn.Module or an ART PyTorchClassifier", got, todo))
+            raise ModelError(expected("classifier", "an nn.Module or an ART PyTorchClassifier", got, hint))
         low, high = clip_values if clip_values is not None else own if own is not None else (0.0, 1.0)
         if not low < high:
             raise ArgumentError(expected("clip_values", "(low, high) with low < high", (low, high)))
@@ -76,8 +76,8 @@ class Protected(nn.Module):
         logits = self.network(self.normalization.to_model(images))
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
             got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-            todo = "Wrap the network so that it returns the logits of its classes."
-            raise ModelError(expected("classifier", "a network with logits (N, K), K >= 2", got, todo))
+            hint = "Wrap the network so that it returns the logits of its classes."
+            raise ModelError(expected("classifier", "a network with logits (N, K), K >= 2", got, hint))
         return logits
 
     @contextmanager
@@ -101,15 +101,15 @@ class Protected(nn.Module):
 
     def _checked(self, images: Tensor, argument: str) -> Tensor:
         if not images.is_floating_point():
-            todo = f"Convert it to float32 in image units {self.clip_values}."
-            raise InputError(expected(argument, "of floating point", str(images.dtype).removeprefix("torch."), todo))
+            hint = f"Convert it to float32 in image units {self.clip_values}."
+            raise InputError(expected(argument, "of floating point", str(images.dtype).removeprefix("torch."), hint))
         images = images.detach()
         low, high = self.clip_values
         least, greatest = float(images.min()), float(images.max())
         if not (least >= low - 1e-6 and greatest <= high + 1e-6):
-            todo = "Pass images in image units (normalization= says what the network wants), or other clip_values=."
+            hint = "Pass images in image units (normalization= says what the network wants), or other clip_values=."
             got = f"values from {least:g} to {greatest:g}"
-            raise InputError(expected(argument, f"finite and inside the clip values [{low:g}, {high:g}]", got, todo))
+            raise InputError(expected(argument, f"finite and inside the clip values [{low:g}, {high:g}]", got, hint))
         return images.to(self.like)
 
     def fingerprint(self) -> str:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ce_plugin.detection.classifier import Protected
+from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.randomness import derived_seed, generator
 
 __all__ = [
@@ -161,7 +161,7 @@ class Denoiser(nn.Module):
 
 
 def train_denoiser(
-    protected: Protected,
+    classifier: ClassifierWrapper,
     images: Tensor,
     *,
     width: int = 16,
@@ -181,7 +181,7 @@ def train_denoiser(
     while its answer holds (:class:`~ce_plugin.detection.denoiser.Bounds`).
 
     Args:
-        protected: the classifier; nothing of it is changed.
+        classifier: the classifier; nothing of it is changed.
         images: clean ones, (N, C, H, W), image units.
         width: see :class:`Denoiser`.
         n_steps: of Adam, with a learning rate that rises and falls.
@@ -193,8 +193,8 @@ def train_denoiser(
         The denoiser in eval mode, on the images' device; its parameters want no gradient.
 
     Example:
-        >>> protected = Protected(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
-        >>> denoiser = train_denoiser(protected, torch.rand(32, 1, 8, 8), n_steps=2)
+        >>> classifier = ClassifierWrapper(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
+        >>> denoiser = train_denoiser(classifier, torch.rand(32, 1, 8, 8), n_steps=2)
         >>> denoiser.training
         False
 
@@ -202,17 +202,17 @@ def train_denoiser(
     train on attacked images; here the noise is random. Hardening is the adversarial training of Madry et al., ICLR 2018
     (arXiv 1706.06083), Eq. 2.1, of D with f held fixed.
     """
-    low, high = protected.clip_values
+    low, high = classifier.clip_values
     random = generator(seed, "denoiser")
-    with torch.random.fork_rng(devices=[]), protected.guarded():
+    with torch.random.fork_rng(devices=[]), classifier.guarded():
         # Not torch.manual_seed, which would seed the accelerators as well.
         torch.default_generator.manual_seed(derived_seed(seed, "denoiser", "weights"))
         denoiser = Denoiser(images.shape[1], width, (low, high)).to(images.device, torch.float32).train()
-        wants = [(parameter, parameter.requires_grad) for parameter in protected.network.parameters()]
+        wants = [(parameter, parameter.requires_grad) for parameter in classifier.network.parameters()]
         for parameter, _ in wants:
             parameter.requires_grad_(False)
         try:
-            _train(denoiser, protected, images, random, n_steps, batch_size, eps)
+            _train(denoiser, classifier, images, random, n_steps, batch_size, eps)
         finally:
             for parameter, want in wants:
                 parameter.requires_grad_(want)
@@ -223,23 +223,23 @@ def train_denoiser(
 
 def _train(
     denoiser: Denoiser,
-    protected: Protected,
+    classifier: ClassifierWrapper,
     images: Tensor,
     random: torch.Generator,
     n_steps: int,
     batch_size: int,
     eps: float,
 ) -> None:
-    low, high = protected.clip_values
+    low, high = classifier.clip_values
     with torch.no_grad():
-        answers = torch.cat([protected(part) for part in torch.split(images, batch_size)]).float()
+        answers = torch.cat([classifier(part) for part in torch.split(images, batch_size)]).float()
     variance = answers.var(unbiased=False).clamp_min(1e-12)
     bounds = Bounds(len(images), eps)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=_LEARNING_RATE / 2, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=max(n_steps, 2))
 
     def run(restored: Tensor) -> Tensor:
-        logits: Tensor = protected(restored.to(images.dtype))
+        logits: Tensor = classifier(restored.to(images.dtype))
         return logits.float()
 
     def distance(restored: Tensor, clean: Tensor) -> Tensor:

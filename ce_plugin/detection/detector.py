@@ -17,7 +17,7 @@ from torch import Tensor
 from ce_plugin._version import __version__
 from ce_plugin.detection.benign import Benign
 from ce_plugin.detection.calibration import Calibration
-from ce_plugin.detection.classifier import Protected
+from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.detection.explanation import Alarm, explained
 from ce_plugin.detection.fitting import Learner, Lesson, Recipe, State, attacked, check_enough
 from ce_plugin.detection.protocol import Array
@@ -76,9 +76,9 @@ def read_detector(
     """The detector in a file; see :meth:`CausalEffectDetector.load`."""
     values = read_result(path, _KIND)
     if values["file_format"] != _FORMAT:
-        todo = f"Fit again, or use ce_plugin {values['versions']['ce_plugin']}."
+        hint = f"Fit again, or use ce_plugin {values['versions']['ce_plugin']}."
         got = f"format {values['file_format']}"
-        raise FileError(expected("path", f"a file of format {_FORMAT}", got, todo))
+        raise FileError(expected("path", f"a file of format {_FORMAT}", got, hint))
     signature = Signature.from_settings(values["groups"])
     benign = values["benign"]
     detector = kind(
@@ -108,12 +108,12 @@ def _check_network(detector: CausalEffectDetector, values: dict[str, Any]) -> No
     """Whether the classifier is the one that the detector was fitted on, its normalisation included."""
     wanted = "the network that the detector was fitted on"
     if detector.protected.fingerprint() != values["fingerprint"]:
-        todo = "Fit again: what is usual changes with the network."
-        raise ModelError(expected("classifier", wanted, "one with other parameters", todo))
+        hint = "Fit again: what is usual changes with the network."
+        raise ModelError(expected("classifier", wanted, "one with other parameters", hint))
     here, there = detector.protected.probe(tuple(values["shape"])), values["probe"]
     if here.shape != there.shape or not torch.allclose(here, there, rtol=1e-2, atol=1e-2 * float(there.abs().max())):
-        todo = "Pass the same normalization= and the same preprocessing."
-        raise ModelError(expected("classifier", wanted, "one that answers a test image otherwise", todo))
+        hint = "Pass the same normalization= and the same preprocessing."
+        raise ModelError(expected("classifier", wanted, "one that answers a test image otherwise", hint))
 
 
 def _named(attacks: Sequence[Any] | None) -> list[str] | None:
@@ -164,8 +164,8 @@ def check_ranges(signature: Signature, benign: Benign | None, clip_values: tuple
         made_for.append(("benign", benign.value_range))
     for name, values in made_for:
         if tuple(values) != clip_values:
-            todo = "Pass its `value_range=`, and sizes in the same units; or leave it out for the default."
-            raise ArgumentError(expected(name, f"made for the clip values, {clip_values}", tuple(values), todo))
+            hint = "Pass its `value_range=`, and sizes in the same units; or leave it out for the default."
+            raise ArgumentError(expected(name, f"made for the clip values, {clip_values}", tuple(values), hint))
 
 
 def same_option(mine: object, theirs: object) -> bool:
@@ -247,7 +247,7 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.protected = Protected(classifier, clip_values, normalization)
+        self.protected = ClassifierWrapper(classifier, clip_values, normalization)
         self.signature = signature
         self.fpr = fpr
         self.holdout = holdout
@@ -366,13 +366,13 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
             ModelError: the network is not the one that it was learned on.
         """
         if self.state is None:
-            todo = "Call `fit(x)` with clean images first."
-            raise InferenceError(expected("detector", "a fitted one", "one that is not fitted", todo))
+            hint = "Call `fit(x)` with clean images first."
+            raise InferenceError(expected("detector", "a fitted one", "one that is not fitted", hint))
         version = self.protected.version()
         if not quick or version != self._version:
             if self.protected.fingerprint() != self.state.fingerprint:
-                todo = "Fit again: what is usual changes with the network."
-                raise ModelError(expected("classifier", "the network that the detector was fitted on", "another", todo))
+                hint = "Fit again: what is usual changes with the network."
+                raise ModelError(expected("classifier", "the network that the detector was fitted on", "another", hint))
             self._version = version
         return self.state
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ce_plugin.attribution import CausalEffect, LayerCausalEffect
-from ce_plugin.detection.classifier import Protected
+from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.detection.fitting import State
 from ce_plugin.detection.probes import Smoothing, View
 from ce_plugin.detection.scorers import Fitted, Sample
@@ -71,7 +71,7 @@ class Alarm:
 
 
 def explained(
-    protected: Protected,
+    classifier: ClassifierWrapper,
     state: State,
     sample: Sample,
     image: Tensor,
@@ -81,7 +81,7 @@ def explained(
     """Why one image, (1, C, H, W), raised an alarm.
 
     Args:
-        protected: the classifier.
+        classifier: the classifier.
         state: what is measured, and what is usual.
         sample: the image's responses.
         image: the image.
@@ -95,14 +95,14 @@ def explained(
     effects = tuple(sorted(_effects(signature, fitted, sample), key=lambda one: -abs(one.deviations)))
     filters = [one for group in signature.groups if isinstance(group, Smoothing) for one in group.filters]
     what, turned_to = _turned(signature, sample)
-    strongest = _strongest(protected, filters, image) if filters else None
+    strongest = _strongest(classifier, filters, image) if filters else None
     return Alarm(
         verdicts=verdicts,
         effects=effects,
         turned_to=turned_to,
         intervention=what,
-        channels={} if layer is None or strongest is None else _channels(protected, layer, strongest, image, sample),
-        regions=None if strongest is None else _regions(protected, strongest, image, sample),
+        channels={} if layer is None or strongest is None else _channels(classifier, layer, strongest, image, sample),
+        regions=None if strongest is None else _regions(classifier, strongest, image, sample),
     )
 
 
@@ -138,21 +138,21 @@ def _turned(signature: Signature, sample: Sample) -> tuple[str, int]:
     return what, answer
 
 
-def _strongest(protected: Protected, filters: list[Smooth], image: Tensor) -> Smooth:
+def _strongest(classifier: ClassifierWrapper, filters: list[Smooth], image: Tensor) -> Smooth:
     """The filter that takes most from the predicted class."""
-    with protected.guarded(), torch.no_grad():
-        view = View(protected, image, digests(image))
+    with classifier.guarded(), torch.no_grad():
+        view = View(classifier, image, digests(image))
         k = int(view.predicted)
         return min(filters, key=lambda one: float(view.do(one)[0, k]))
 
 
-def _regions(protected: Protected, smooth: Smooth, image: Tensor, sample: Sample) -> Tensor:
+def _regions(classifier: ClassifierWrapper, smooth: Smooth, image: Tensor, sample: Sample) -> Tensor:
     """Contribution to the margin of what smoothing removes, place by place."""
     sides = image.shape[-2:]
     window = tuple(max(2, -(-side // _WINDOWS) * 2) for side in sides)
     stride = tuple(max(1, side // 2) for side in window)
     shape = (image.shape[1], *window)
-    explainer = CausalEffect(protected, smooth, outcome="margin")
+    explainer = CausalEffect(classifier, smooth, outcome="margin")
     found = explainer.attribute(
         image, target=sample.predicted.to(image.device), sliding_window_shapes=shape, strides=(image.shape[1], *stride)
     )
@@ -160,9 +160,11 @@ def _regions(protected: Protected, smooth: Smooth, image: Tensor, sample: Sample
     return regions.detach().cpu()
 
 
-def _channels(protected: Protected, layer: str, smooth: Smooth, image: Tensor, sample: Sample) -> dict[int, float]:
+def _channels(
+    classifier: ClassifierWrapper, layer: str, smooth: Smooth, image: Tensor, sample: Sample
+) -> dict[int, float]:
     """Channels by what setting each to its value in the smoothed run takes from the margin."""
-    explainer = LayerCausalEffect(protected, protected.module(layer), Patch(smooth.perturb(image)), outcome="margin")
+    explainer = LayerCausalEffect(classifier, classifier.module(layer), Patch(smooth.perturb(image)), outcome="margin")
     effect = explainer.estimate(image, target=sample.predicted.to(image.device)).effect[0, :, 0]
     order = (-effect).topk(min(_SHOWN, len(effect))).indices.tolist()
     return {i: float(-effect[i]) for i in order}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ce_plugin.detection.benign import Benign
 from ce_plugin.detection.calibration import Calibration
-from ce_plugin.detection.classifier import Protected
+from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.detection.probes import View
 from ce_plugin.detection.scorers import Fitted, Sample, learn
 from ce_plugin.detection.signature import Signature, digests, measured
@@ -73,11 +73,11 @@ def held_out(names: Sequence[int], share: float, seed: int) -> Tensor:
     return torch.tensor([name in kept for name in names])
 
 
-def attacked(protected: Protected, attacks: Sequence[Any], images: Tensor, batch_size: int) -> Tensor:
+def attacked(classifier: ClassifierWrapper, attacks: Sequence[Any], images: Tensor, batch_size: int) -> Tensor:
     """The images after each attack, those that the attack turned over: (M, C, H, W), in 256 levels.
 
     Args:
-        protected: the classifier.
+        classifier: the classifier.
         attacks: names of presets ("fgsm", "bim", "pgd", "jsma"), :class:`Adversarial` interventions, or attacks of ART.
         images: clean ones.
         batch_size: images at a time.
@@ -86,40 +86,40 @@ def attacked(protected: Protected, attacks: Sequence[Any], images: Tensor, batch
         UnknownNameError: a preset of another name.
         InputError: no attack turned any image over.
     """
-    made = [_adversarial(protected, one, batch_size) for one in attacks]
+    made = [_adversarial(classifier, one, batch_size) for one in attacks]
     names = digests(images)
     # In an order of their own: an attack may draw random numbers for one image after the other.
     images = images[sorted(range(len(names)), key=names.__getitem__)]
-    with protected.guarded(), torch.no_grad():
-        before = torch.cat([protected(part).argmax(1) for part in torch.split(images, batch_size)])
+    with classifier.guarded(), torch.no_grad():
+        before = torch.cat([classifier(part).argmax(1) for part in torch.split(images, batch_size)])
     successes = []
-    low, high = protected.clip_values
+    low, high = classifier.clip_values
     for attack in made:
         moved = attack.perturb(images, target=before).detach().clamp(low, high)
         moved = ((moved - low) / (high - low) * 255).round() / 255 * (high - low) + low
-        with protected.guarded(), torch.no_grad():
-            after = torch.cat([protected(part).argmax(1) for part in torch.split(moved, batch_size)])
+        with classifier.guarded(), torch.no_grad():
+            after = torch.cat([classifier(part).argmax(1) for part in torch.split(moved, batch_size)])
         successes.append(moved[after != before])
     found = torch.cat(successes)
     if not len(found):
-        todo = "Take a stronger attack, or a larger eps."
-        raise InputError(expected("attacks", "attacks that turn some image over", f"none of {len(images)}", todo))
+        hint = "Take a stronger attack, or a larger eps."
+        raise InputError(expected("attacks", "attacks that turn some image over", f"none of {len(images)}", hint))
     return found
 
 
-def _adversarial(protected: Protected, attack: Any, batch_size: int) -> Adversarial:
+def _adversarial(classifier: ClassifierWrapper, attack: Any, batch_size: int) -> Adversarial:
     if isinstance(attack, Adversarial):
         return attack
     if isinstance(attack, str) and attack in _PRESETS:
         preset = getattr(Adversarial, attack)
-        made: Adversarial = preset(protected, clip_values=protected.clip_values, batch_size=batch_size)
+        made: Adversarial = preset(classifier, clip_values=classifier.clip_values, batch_size=batch_size)
         return made
     if isinstance(attack, str):
-        return Adversarial(attack, model=protected, clip_values=protected.clip_values, batch_size=batch_size)
+        return Adversarial(attack, model=classifier, clip_values=classifier.clip_values, batch_size=batch_size)
     return Adversarial(attack, batch_size=batch_size)
 
 
-def fit_to(protected: Protected, recipe: Recipe, clean: Tensor) -> tuple[Signature, Fitted]:
+def fit_to(classifier: ClassifierWrapper, recipe: Recipe, clean: Tensor) -> tuple[Signature, Fitted]:
     """Learn from clean images.
 
     Returns:
@@ -129,8 +129,8 @@ def fit_to(protected: Protected, recipe: Recipe, clean: Tensor) -> tuple[Signatu
     # In an order of their own, so that folds and batches are the same in whatever order the images came.
     order = sorted(range(len(names)), key=names.__getitem__)
     clean, names = clean[order], [names[i] for i in order]
-    signature = recipe.signature.prepared(protected, clean, n_epochs=recipe.n_epochs, seed=recipe.seed)
-    sample = measured(protected, signature, clean, batch_size=recipe.batch_size, seed=recipe.seed, ids=names)
+    signature = recipe.signature.prepared(classifier, clean, n_epochs=recipe.n_epochs, seed=recipe.seed)
+    sample = measured(classifier, signature, clean, batch_size=recipe.batch_size, seed=recipe.seed, ids=names)
     altered = None
     if recipe.benign is not None:
         benign = recipe.benign
@@ -139,16 +139,16 @@ def fit_to(protected: Protected, recipe: Recipe, clean: Tensor) -> tuple[Signatu
             return benign(batch, ids, recipe.seed)
 
         altered = measured(
-            protected, signature, clean, batch_size=recipe.batch_size, seed=recipe.seed, altered=alter, ids=names
+            classifier, signature, clean, batch_size=recipe.batch_size, seed=recipe.seed, altered=alter, ids=names
         )
     return signature, learn(sample, altered, how=recipe.aggregate, seed=recipe.seed, leading=signature.leading)
 
 
-def check_enough(protected: Protected, clean: Tensor, kept: Tensor, batch_size: int) -> None:
+def check_enough(classifier: ClassifierWrapper, clean: Tensor, kept: Tensor, batch_size: int) -> None:
     """Whether clean images are enough to fit to and to calibrate on.
 
     Args:
-        protected: the classifier.
+        classifier: the classifier.
         clean: clean images, (N, C, H, W).
         kept: which of them are held out for calibration, (N,), bool.
         batch_size: images at a time.
@@ -156,19 +156,19 @@ def check_enough(protected: Protected, clean: Tensor, kept: Tensor, batch_size: 
     Raises:
         InputError: too few clean images, or all of one predicted class.
     """
-    with protected.guarded(), torch.no_grad():
-        predicted = torch.cat([protected(part).argmax(1) for part in torch.split(clean, batch_size)])
+    with classifier.guarded(), torch.no_grad():
+        predicted = torch.cat([classifier(part).argmax(1) for part in torch.split(clean, batch_size)])
     counts = Counter(predicted.tolist())
     shown = ", ".join(f"{n} of class {k}" for k, n in sorted(counts.items())[:12]) + " ..." * (len(counts) > 12)
     n_kept = int(kept.sum())
     n_fit = len(kept) - n_kept
     if n_fit < LEAST_FIT or n_kept < LEAST_CALIBRATION:
         wanted = f"clean images, {LEAST_FIT} or more to fit to and {LEAST_CALIBRATION} or more to calibrate on"
-        todo = "About 50 of each predicted class are good; classes with fewer than 20 lean on the others."
-        raise InputError(expected("x", wanted, f"{n_fit} and {n_kept} ({shown})", todo))
+        hint = "About 50 of each predicted class are good; classes with fewer than 20 lean on the others."
+        raise InputError(expected("x", wanted, f"{n_fit} and {n_kept} ({shown})", hint))
     if len(counts) < 2:
-        todo = "Pass images of all classes; about 50 of each are good."
-        raise InputError(expected("x", "clean images of two predicted classes or more", shown, todo))
+        hint = "Pass images of all classes; about 50 of each are good."
+        raise InputError(expected("x", "clean images of two predicted classes or more", shown, hint))
 
 
 _FORMS = "None, or labels 0 (clean) and 1 (adversarial): (N,), (N, 1), or one-hot (N, 2)"
@@ -205,8 +205,8 @@ def adversarial_labels(y: npt.ArrayLike | None, n_images: int) -> npt.NDArray[np
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim not in (1, 2) or (labels.ndim == 2 and labels.shape[1] != 2):
-        todo = "Classes of the images are not wanted here."
-        raise InputError(expected("y", _FORMS, f"shape {labels.shape}", todo))
+        hint = "Classes of the images are not wanted here."
+        raise InputError(expected("y", _FORMS, f"shape {labels.shape}", hint))
     if len(labels) != n_images:
         raise InputError(expected("y", f"one label for each of the {n_images} images", f"{len(labels)} labels"))
     odd = np.setdiff1d(labels, [0.0, 1.0])
@@ -249,35 +249,35 @@ class State:
         """The scores of the images that calibrate it."""
         return Calibration(self.fitted.score(self.held).numpy())
 
-    def deviations(self, protected: Protected, images: Tensor, batch_size: int) -> Tensor:
+    def deviations(self, classifier: ClassifierWrapper, images: Tensor, batch_size: int) -> Tensor:
         """Every verdict on images, centred and scaled on clean ones, (N, D)."""
-        return self.fitted.deviations(self.measured(protected, images, batch_size))
+        return self.fitted.deviations(self.measured(classifier, images, batch_size))
 
-    def taught(self, protected: Protected, images: Tensor, batch_size: int) -> State:
+    def taught(self, classifier: ClassifierWrapper, images: Tensor, batch_size: int) -> State:
         """The same, having been shown these attacked images."""
         names = digests(images)
         # In an order of their own: training takes them in the order of their places.
         order = sorted(range(len(names)), key=names.__getitem__)
-        fitted = self.fitted.taught(self.measured(protected, images[order], batch_size), self.seed)
+        fitted = self.fitted.taught(self.measured(classifier, images[order], batch_size), self.seed)
         return replace(self, fitted=fitted, held=fitted.with_likeness(self.held, self.traits))
 
-    def checked(self, protected: Protected, x: object) -> Tensor:
+    def checked(self, classifier: ClassifierWrapper, x: object) -> Tensor:
         """The user's images, of the shape that the detector was fitted on."""
-        images = protected.images(x)
+        images = classifier.images(x)
         if tuple(images.shape[1:]) != self.shape:
             raise InputError(expected("x", f"images of shape {self.shape}", f"shape {tuple(images.shape[1:])}"))
         return images
 
-    def measured(self, protected: Protected, images: Tensor, batch_size: int) -> Sample:
+    def measured(self, classifier: ClassifierWrapper, images: Tensor, batch_size: int) -> Sample:
         """What the signature finds in images."""
-        return measured(protected, self.signature, images, batch_size=batch_size, seed=self.seed)
+        return measured(classifier, self.signature, images, batch_size=batch_size, seed=self.seed)
 
-    def scores(self, protected: Protected, images: Tensor, batch_size: int) -> npt.NDArray[np.float64]:
+    def scores(self, classifier: ClassifierWrapper, images: Tensor, batch_size: int) -> npt.NDArray[np.float64]:
         """Scores (N,) of images."""
-        scores: npt.NDArray[np.float64] = self.fitted.score(self.deviations(protected, images, batch_size)).numpy()
+        scores: npt.NDArray[np.float64] = self.fitted.score(self.deviations(classifier, images, batch_size)).numpy()
         return scores
 
-    def score_tensor(self, protected: Protected, images: Tensor) -> Tensor:
+    def score_tensor(self, classifier: ClassifierWrapper, images: Tensor) -> Tensor:
         """Scores (N,) with a gradient.
 
         Raises:
@@ -286,13 +286,13 @@ class State:
         if not self.signature.differentiable:
             names = [group.name for group in self.signature.groups if not group.differentiable]
             raise ArgumentError(expected("signature", "groups that have a gradient", f"{names}, which have none"))
-        with protected.guarded():
-            view = View(protected, images, digests(images), self.seed)
+        with classifier.guarded():
+            view = View(classifier, images, digests(images), self.seed)
             sample = Sample(self.signature.measure(view), view.logits)
             fitted = self.fitted.to(images.device)
             return fitted.score(fitted.deviations(sample)).to(images.dtype)
 
-    def recalibrated(self, protected: Protected, images: Tensor, batch_size: int) -> State:
+    def recalibrated(self, classifier: ClassifierWrapper, images: Tensor, batch_size: int) -> State:
         """The same, calibrated on other images.
 
         Raises:
@@ -300,9 +300,9 @@ class State:
         """
         again = sum(name in self.seen for name in digests(images))
         if again:
-            todo = "On its own images every distance is too small, and the threshold would be, too."
-            raise InputError(expected("x", "images that the detector was not fitted on", f"{again} that it was", todo))
-        sample = self.measured(protected, images, batch_size)
+            hint = "On its own images every distance is too small, and the threshold would be, too."
+            raise InputError(expected("x", "images that the detector was not fitted on", f"{again} that it was", hint))
+        sample = self.measured(classifier, images, batch_size)
         return replace(self, held=self.fitted.deviations(sample), traits=sample.traits())
 
     def groups(self, deviations: Tensor) -> dict[str, npt.NDArray[np.float64]]:
@@ -344,8 +344,8 @@ class Lesson:
         """
         adversarial = torch.as_tensor(adversarial_labels(y, len(images)))
         if bool(adversarial.all()):
-            todo = "The detector learns what clean images are like; adversarial ones are optional."
-            raise InputError(expected("y", "labels with clean images (0) among them", "adversarial ones only", todo))
+            hint = "The detector learns what clean images are like; adversarial ones are optional."
+            raise InputError(expected("y", "labels with clean images (0) among them", "adversarial ones only", hint))
         clean = images[~adversarial]
         names = digests(clean)
         kept = held_out(names, holdout, seed)
@@ -377,14 +377,16 @@ class Learner:
     def __init__(self) -> None:
         self._last: tuple[object, State] | None = None
 
-    def learn(self, protected: Protected, recipe: Recipe, lesson: Lesson) -> State:
+    def learn(self, classifier: ClassifierWrapper, recipe: Recipe, lesson: Lesson) -> State:
         """What the lesson's clean images teach; its adversarial ones are left aside."""
-        fingerprint = protected.fingerprint()
+        fingerprint = classifier.fingerprint()
         key = (repr(replace(recipe, batch_size=1)), lesson.holdout, tuple(sorted(lesson.names)), fingerprint)
         if self._last is not None and self._last[0] == key:
             return self._last[1]
-        signature, fitted = fit_to(protected, recipe, lesson.fitted)
-        held = measured(protected, signature, lesson.clean[lesson.kept], batch_size=recipe.batch_size, seed=recipe.seed)
+        signature, fitted = fit_to(classifier, recipe, lesson.fitted)
+        held = measured(
+            classifier, signature, lesson.clean[lesson.kept], batch_size=recipe.batch_size, seed=recipe.seed
+        )
         seen = frozenset(name for name, keep in zip(lesson.names, lesson.kept.tolist(), strict=True) if not keep)
         shape = tuple(lesson.clean.shape[1:])
         deviations, traits = fitted.deviations(held), held.traits()

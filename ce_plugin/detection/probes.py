@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ce_plugin.attribution import LayerCausalEffect
-from ce_plugin.detection.classifier import Protected
+from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.detection.denoiser import Denoiser, train_denoiser
 from ce_plugin.effects import resolve_outcome
 from ce_plugin.errors import ArgumentError, InferenceError, expected
@@ -250,7 +250,7 @@ class Group(ABC):
         """Least and greatest value of the images that its interventions were made for, where they depend on it."""
         return []
 
-    def prepared(self, protected: Protected, images: Tensor, *, n_epochs: int, seed: int) -> Group:
+    def prepared(self, classifier: ClassifierWrapper, images: Tensor, *, n_epochs: int, seed: int) -> Group:
         """The group, having learned what it needs from clean images (N, C, H, W); most need nothing."""
         return self
 
@@ -300,8 +300,8 @@ def in_image_units(smooth: Smooth | dict[str, Any]) -> Smooth:
     """
     made = smooth if isinstance(smooth, Smooth) else Smooth(**smooth)
     if not made.normalization.is_identity:
-        todo = "Images come to a detector in image units: leave `normalization` out of the filter."
-        raise ArgumentError(expected("filters", "in image units", repr(made), todo))
+        hint = "Images come to a detector in image units: leave `normalization` out of the filter."
+        raise ArgumentError(expected("filters", "in image units", repr(made), hint))
     return made
 
 
@@ -536,7 +536,7 @@ class _ChannelEffects(Group):
     def respond(self, view: View) -> Response:
         """Effects on the predicted class's logit, then on the margin, one for each channel, (N, 2 U)."""
         images, network = view.images.detach(), view.network
-        layer = network.module(self.layer) if isinstance(network, Protected) else self.layer
+        layer = network.module(self.layer) if isinstance(network, ClassifierWrapper) else self.layer
         columns = []
         for outcome in ("logit", "margin"):
             explainer = LayerCausalEffect(view.network, layer, self.made(view), outcome=outcome)
@@ -629,10 +629,10 @@ class Denoising(Group):
         name: of the group.
 
     Example:
-        >>> protected = Protected(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)))
+        >>> classifier = ClassifierWrapper(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)))
         >>> images = torch.rand(8, 1, 8, 8)
-        >>> group = Denoising(least_steps=2).prepared(protected, images, n_epochs=1, seed=0)
-        >>> group.respond(View(protected, images)).effects.shape
+        >>> group = Denoising(least_steps=2).prepared(classifier, images, n_epochs=1, seed=0)
+        >>> group.respond(View(classifier, images)).effects.shape
         torch.Size([8, 3])
 
     Source: :func:`~ce_plugin.detection.denoiser.train_denoiser`.
@@ -657,12 +657,12 @@ class Denoising(Group):
         self.width, self.least_steps, self.eps, self.passes = width, least_steps, float(eps), passes
         self._denoiser: Denoiser | None = None
 
-    def prepared(self, protected: Protected, images: Tensor, *, n_epochs: int, seed: int) -> Group:
+    def prepared(self, classifier: ClassifierWrapper, images: Tensor, *, n_epochs: int, seed: int) -> Group:
         """The group with a denoiser trained on clean images."""
         n_steps = max(self.least_steps, n_epochs * len(images) // 64)
         ready = Denoising(**self.settings())
-        ready._denoiser = train_denoiser(protected, images, width=self.width, n_steps=n_steps, eps=self.eps, seed=seed)
-        ready.passes = 1 + _share(ready._denoiser, protected, images[:1])
+        ready._denoiser = train_denoiser(classifier, images, width=self.width, n_steps=n_steps, eps=self.eps, seed=seed)
+        ready.passes = 1 + _share(ready._denoiser, classifier, images[:1])
         return ready
 
     def respond(self, view: View) -> Response:
@@ -716,8 +716,8 @@ class Denoising(Group):
         return ready
 
 
-def _share(denoiser: Denoiser, protected: Protected, image: Tensor) -> float:
+def _share(denoiser: Denoiser, classifier: ClassifierWrapper, image: Tensor) -> float:
     """What denoising costs in forward passes of the network, by floating-point operations, to a tenth."""
-    with protected.guarded():
-        one = flops_of(lambda: protected(image))
+    with classifier.guarded():
+        one = flops_of(lambda: classifier(image))
     return round(flops_of(lambda: denoiser(image.float())) / one, 1) if one else 0.0

@@ -123,8 +123,8 @@ class EffectDistance:
 
         effects, predicted = effects.detach().double().cpu(), predicted.cpu()
         if not bool(effects.isfinite().all()):
-            todo = "The network's logits overflow or are NaN under an intervention; run it in float32."
-            raise InputError(expected("x", "images with finite effects", "effects with NaN or infinity", todo))
+            hint = "The network's logits overflow or are NaN under an intervention; run it in float32."
+            raise InputError(expected("x", "images with finite effects", "effects with NaN or infinity", hint))
         scale = ClassScale.fit(effects, predicted, n_classes)
         values = scale.standardised(effects, predicted).asinh()
         shrunk = LedoitWolf().fit(values.numpy())
@@ -211,8 +211,8 @@ class Reversal:
         """
         margins, idle = margins.detach().double().cpu(), idle.detach().double().cpu()
         if not bool(margins.isfinite().all() and idle.isfinite().all()):
-            todo = "The network's logits overflow or are NaN under an intervention; run it in float32."
-            raise InputError(expected("x", "images with finite logits", "NaN or infinity", todo))
+            hint = "The network's logits overflow or are NaN under an intervention; run it in float32."
+            raise InputError(expected("x", "images with finite logits", "NaN or infinity", hint))
         unit = margins.abs().median().clamp_min(1e-9)
         predicted = idle.argmax(1)
         x, wanted = _explaining(idle, conditional), (margins / unit).asinh()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ce_plugin.detection.benign import SMALL
-from ce_plugin.detection.classifier import Protected
+from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.detection.probes import (
     SIDES,
     CounterAttack,
@@ -172,9 +172,9 @@ class Signature:
         """What every group does to a batch of images."""
         return {group.name: group.respond(view) for group in self.groups}
 
-    def prepared(self, protected: Protected, images: Tensor, *, n_epochs: int, seed: int) -> Signature:
+    def prepared(self, classifier: ClassifierWrapper, images: Tensor, *, n_epochs: int, seed: int) -> Signature:
         """The signature, its groups having learned what they need from clean images (N, C, H, W)."""
-        groups = [one.prepared(protected, images, n_epochs=n_epochs, seed=seed) for one in self.groups]
+        groups = [one.prepared(classifier, images, n_epochs=n_epochs, seed=seed) for one in self.groups]
         return Signature(groups, leading=self.leading)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -248,7 +248,7 @@ def digests(images: Tensor) -> list[int]:
 
 
 def measured(
-    protected: Protected,
+    classifier: ClassifierWrapper,
     signature: Signature,
     images: Tensor,
     *,
@@ -260,7 +260,7 @@ def measured(
     """What every group does to every image; the network and the random state stay as they are.
 
     Args:
-        protected: the classifier.
+        classifier: the classifier.
         signature: what is measured.
         images: (N, C, H, W), image units, checked.
         batch_size: images at a time.
@@ -271,10 +271,10 @@ def measured(
     names = list(ids) if ids is not None else digests(images)
     parts = []
     # Inside inference mode no group could ask for a gradient.
-    with protected.guarded(), torch.inference_mode(False), torch.no_grad():
+    with classifier.guarded(), torch.inference_mode(False), torch.no_grad():
         for start in range(0, len(images), batch_size):
             batch, own = images[start : start + batch_size], names[start : start + batch_size]
-            view = View(protected, batch if altered is None else altered(batch, own), own, seed)
+            view = View(classifier, batch if altered is None else altered(batch, own), own, seed)
             responses = {name: one.detached() for name, one in signature.measure(view).items()}
             parts.append(Sample(responses, view.logits.detach().cpu()))
     return Sample.joined(parts)

@@ -101,8 +101,8 @@ def ranking(mediation: Mediation, class_index: int | Tensor | None = None) -> tu
     direction = total.double().mean().sign()
     if not bool(direction.abs() == 1):
         got = f"{float(total.double().mean()):+.4g} over {len(total)} images"
-        todo = "Take other images, a stronger intervention or another class."
-        raise InferenceError(expected("mediation", "one with a mean total effect other than 0", got, todo))
+        hint = "Take other images, a stronger intervention or another class."
+        raise InferenceError(expected("mediation", "one with a mean total effect other than 0", got, hint))
     score = indirect.double().mean(dim=0) * direction
     return tuple(score.nan_to_num(-torch.inf).argsort(descending=True, stable=True).tolist())
 
@@ -274,15 +274,15 @@ def carriers(
     _check_levels(levels)
     refuse_without_total(total, level, n_boot, seed)
     columns: dict[int, Tensor] = {}
-    todo = [len(chosen) for chosen in nested_sets(order)]
-    while todo:
-        found = run(nested_sets(order, todo))
-        if found.shape != (len(total), len(todo)):
-            raise UnitError(expected("run", f"a callable that returns {(len(total), len(todo))}", tuple(found.shape)))
-        columns.update(zip(todo, found.unbind(dim=1), strict=True))
+    hint = [len(chosen) for chosen in nested_sets(order)]
+    while hint:
+        found = run(nested_sets(order, hint))
+        if found.shape != (len(total), len(hint)):
+            raise UnitError(expected("run", f"a callable that returns {(len(total), len(hint))}", tuple(found.shape)))
+        columns.update(zip(hint, found.unbind(dim=1), strict=True))
         sizes = sorted(columns)
         share = torch.stack([columns[k].double().mean() for k in sizes]) / total.double().mean()
-        todo = next_sizes(sizes, share, levels)
+        hint = next_sizes(sizes, share, levels)
     joint = torch.stack([columns[k] for k in sizes], dim=1)
     return carried(order, joint, total, sizes=sizes, levels=levels, level=level, n_boot=n_boot, seed=seed)
 
@@ -298,8 +298,8 @@ def _checked_sizes(sizes: Sequence[int], n: int) -> list[int]:
 def _check_levels(levels: Sequence[float]) -> None:
     """Levels are parts of the total effect."""
     if not levels or any(not part > 0 for part in levels):
-        todo = "Write (0.5, 0.9) for 50 and 90 per cent."
-        raise ArgumentError(expected("levels", "one or more numbers above 0", list(levels), todo))
+        hint = "Write (0.5, 0.9) for 50 and 90 per cent."
+        raise ArgumentError(expected("levels", "one or more numbers above 0", list(levels), hint))
 
 
 def _first(found: Tensor) -> int | None:

@@ -280,9 +280,9 @@ class Estimate:
             UnitError: for a unit out of range.
         """
         if self.assignments is None or self.outcomes is None or self.p is None:
-            todo = "Run a RandomMask design with keep_trials=True, or read .interaction of a Joint design."
+            hint = "Run a RandomMask design with keep_trials=True, or read .interaction of a Joint design."
             raise DesignError(
-                expected("design", "a random one whose trials were kept", self.design or "no trials", todo)
+                expected("design", "a random one whose trials were kept", self.design or "no trials", hint)
             )
         found = []
         for i, (a, y) in enumerate(zip(self.assignments, self.outcomes, strict=True)):
@@ -452,8 +452,8 @@ def plot_estimate(
     batch = image.detach().cpu()[None]
     units = InputSite(feature_mask, sliding_window_shapes, strides).units_of((batch,))
     if int(units.n_units[0]) != n_units:
-        todo = "Hand over the `feature_mask` or windows that the estimate was made with."
-        raise UnitError(expected("image", f"with the {n_units} units of the estimate", int(units.n_units[0]), todo))
+        hint = "Hand over the `feature_mask` or windows that the estimate was made with."
+        raise UnitError(expected("image", f"with the {n_units} units of the estimate", int(units.n_units[0]), hint))
     (plane,) = units.spread(values[None].to(torch.float64))
     region = None if found is None else units.spread(found[None].to(torch.float64))[0][0].amax(0) > 0.5
     return overlay(plane[0], image, significant=region, width=width, title=heading)
@@ -464,8 +464,8 @@ def _column(estimate: Estimate, example: int, target: int | None) -> tuple[int, 
     classes = estimate.effect.shape[2]
     if estimate.target is not None or classes == 1:
         if target is not None and estimate.target is not None and int(estimate.target[example].flatten()[0]) != target:
-            todo = "The estimate holds this class only; leave `target` out of estimate() to get all."
-            raise TargetError(expected("target", f"{estimate.target[example].tolist()}", target, todo))
+            hint = "The estimate holds this class only; leave `target` out of estimate() to get all."
+            raise TargetError(expected("target", f"{estimate.target[example].tolist()}", target, hint))
         own = estimate.target[example].tolist() if estimate.target is not None else 0
         return 0, str(own)
     if target is None:

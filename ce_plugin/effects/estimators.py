@@ -123,8 +123,8 @@ def leave_out_fit(z: Tensor, y: Tensor, index: Tensor, ridge: float) -> tuple[Te
     """
     trials, units = z.shape
     if not ridge >= 0 or (ridge == 0 and trials <= units + index.shape[1]):
-        todo = "Without a penalty the regression needs more trials than units." if ridge == 0 else ""
-        raise ArgumentError(expected("ridge", "above 0", ridge, todo))
+        hint = "Without a penalty the regression needs more trials than units." if ridge == 0 else ""
+        raise ArgumentError(expected("ridge", "above 0", ridge, hint))
     centred = z - z.mean(dim=0)
     primal = units <= trials
     gram = centred.T @ centred if primal else centred @ centred.T
@@ -483,8 +483,8 @@ def joint_interaction(effect: Tensor, groups: Sequence[tuple[int, ...]]) -> Tens
     single = {group[0]: g for g, group in enumerate(groups) if len(group) == 1}
     missing = sorted({u for group in groups for u in group} - set(single))
     if missing:
-        todo = "Add them as groups of one unit, as Joint.pairs(units) does."
-        raise DesignError(expected("groups", "the single units of every group too", f"none for {missing[:8]}", todo))
+        hint = "Add them as groups of one unit, as Joint.pairs(units) does."
+        raise DesignError(expected("groups", "the single units of every group too", f"none for {missing[:8]}", hint))
     parts = torch.zeros(len(groups), len(groups), dtype=effect.dtype, device=effect.device)
     for g, group in enumerate(groups):
         parts[g, [single[u] for u in group]] = 1
@@ -513,7 +513,7 @@ def _standardised(a: Tensor, p: float | Tensor) -> tuple[Tensor, Tensor, Tensor]
     """(a - p) / sqrt(p (1 - p)), the scale sqrt(p (1 - p)) as (U, 1), and the kurtosis of these weights, (U,)."""
     prob = torch.as_tensor(p, dtype=torch.float64, device=a.device).expand(a.shape[1])
     if not bool(((prob > 0) & (prob < 1)).all()):
-        todo = "A unit that is always or never flipped has no effect to compare."
-        raise ArgumentError(expected("p", "in (0, 1)", p, todo))
+        hint = "A unit that is always or never flipped has no effect to compare."
+        raise ArgumentError(expected("p", "in (0, 1)", p, hint))
     variance = prob * (1 - prob)
     return (a - prob) / variance.sqrt(), variance.sqrt()[:, None], 1 / variance - 3

@@ -229,8 +229,8 @@ def _check(part: Tensor, total: Tensor, level: float, n_boot: int) -> None:
         got = f"shapes {tuple(part.shape)} and {tuple(total.shape)}"
         raise UnitError(expected("part", "of shape (N, U), with totals (N,)", got))
     if len(total) < 2:
-        todo = "A share is a ratio of means over images; of one image read .indirect and .total."
-        raise InferenceError(expected("total", "the effects on at least 2 images", len(total), todo))
+        hint = "A share is a ratio of means over images; of one image read .indirect and .total."
+        raise InferenceError(expected("total", "the effects on at least 2 images", len(total), hint))
 
 
 def _ratio(part: Tensor, total: Tensor, key: Tensor, level: float, n_boot: int, seed: int) -> Ratio:

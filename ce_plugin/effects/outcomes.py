@@ -200,11 +200,11 @@ def check_outcome(outcome: Outcome, output: Tensor) -> None:
     shape = tuple(output.shape)
     if outcome.name in _NEED_CLASSES and OUTCOMES[outcome.name] is outcome and (len(shape) < 2 or shape[1] < 2):
         got = f"{outcome.name!r}, which compares classes, for an output of shape {shape}"
-        todo = (
+        hint = (
             'Write outcome="sigmoid" if the output is the logit of a yes-or-no answer, '
             "outcome=None to take it as it is."
         )
-        raise OutcomeError(expected("outcome", "one for a single output ('sigmoid' or None)", got, todo))
+        raise OutcomeError(expected("outcome", "one for a single output ('sigmoid' or None)", got, hint))
     layer = _already_probability(outcome, output)
     if layer:
         warnings.warn(

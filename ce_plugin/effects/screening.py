@@ -245,8 +245,8 @@ class _Runner:
             states = self._states(flipped, nudge).requires_grad_()
             out = self._outcome(states)
             if not out.requires_grad:
-                todo = "Compute it from `a` by differentiable operations, or raise `exhaustive` to run all pairs."
-                raise OutcomeError(expected("outcome", "differentiable with respect to the states", "no graph", todo))
+                hint = "Compute it from `a` by differentiable operations, or raise `exhaustive` to run all pairs."
+                raise OutcomeError(expected("outcome", "differentiable with respect to the states", "no graph", hint))
             columns = [torch.autograd.grad(column.sum(), states, retain_graph=True)[0] for column in out.unbind(dim=1)]
         self.n_gradients += len(flipped)
         return torch.stack(columns, dim=1).double()

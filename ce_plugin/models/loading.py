@@ -48,8 +48,8 @@ def load_model(name: str, weights: Weights = "DEFAULT") -> VisionModel:
     """
     prefix, colon, rest = name.partition(":")
     if not (prefix and colon and rest):
-        todo = "For example: torchvision:resnet50, or my_module:my_factory."
-        raise ArgumentError(expected("model", "torchvision:NAME or MODULE:FACTORY", repr(name), todo))
+        hint = "For example: torchvision:resnet50, or my_module:my_factory."
+        raise ArgumentError(expected("model", "torchvision:NAME or MODULE:FACTORY", repr(name), hint))
     if weights is not None and str(weights) != "DEFAULT" and not Path(weights).is_file():
         raise FileError(expected("weights", "DEFAULT or an existing file", repr(str(weights))))
     loaded = _from_torchvision(rest, weights) if prefix == "torchvision" else _from_factory(prefix, rest)
@@ -69,8 +69,8 @@ def _from_torchvision(name: str, weights: Weights) -> VisionModel:
     try:
         model = models.get_model(name, weights=preset if str(weights) == "DEFAULT" else None)
     except (OSError, RuntimeError) as error:
-        todo = f"Fetch {preset.url} where there is a network and give the file as weights."
-        raise FileError(expected("weights", "downloadable", f"the error {error}", todo)) from error
+        hint = f"Fetch {preset.url} where there is a network and give the file as weights."
+        raise FileError(expected("weights", "downloadable", f"the error {error}", hint)) from error
     transform = preset.transforms()
     return VisionModel(
         model,
@@ -101,8 +101,8 @@ def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        todo = "It must be installed, or a .py file in the current folder, with its own imports installed."
-        raise UnknownNameError(expected("model", "an importable module", f"{name!r} ({error})", todo)) from error
+        hint = "It must be installed, or a .py file in the current folder, with its own imports installed."
+        raise UnknownNameError(expected("model", "an importable module", f"{name!r} ({error})", hint)) from error
     finally:
         if added and here in sys.path:
             sys.path.remove(here)
@@ -140,9 +140,9 @@ def load_weights(model: nn.Module, file: str | PathLike[str]) -> None:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, struct.error, pickle.UnpicklingError) as error:
-        todo = "Write it with torch.save(model.state_dict(), FILE)."
+        hint = "Write it with torch.save(model.state_dict(), FILE)."
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FileError(expected("weights", "a file of tensors", f"{str(file)!r} ({reason})", todo)) from error
+        raise FileError(expected("weights", "a file of tensors", f"{str(file)!r} ({reason})", hint)) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -186,8 +186,8 @@ class VisionModel:
         if isinstance(target, int) or target.strip().lstrip("-").isdigit():
             return int(target)
         if self.class_names is None:
-            todo = "The classes of this network have no names."
-            raise TargetError(expected("target", "the index of a class", repr(target), todo))
+            hint = "The classes of this network have no names."
+            raise TargetError(expected("target", "the index of a class", repr(target), hint))
         wanted = target.strip().casefold()
         found = [i for i, name in enumerate(self.class_names) if name.casefold() == wanted]
         if not found:

@@ -99,9 +99,9 @@ class Forward:
     def heads(self, output: Any) -> dict[str, Tensor]:
         """The heads of what the forward function returned."""
         if isinstance(output, Future):
-            todo = "Wait for it inside forward_func: `lambda x: model(x).wait()`."
+            hint = "Wait for it inside forward_func: `lambda x: model(x).wait()`."
             raise ModelError(
-                expected("forward_func", "a callable that returns a tensor", "one that returns a Future", todo)
+                expected("forward_func", "a callable that returns a tensor", "one that returns a Future", hint)
             )
         if callable(self.output):
             return {"": _tensor(self.output(output))}
@@ -136,9 +136,9 @@ def _tensor(value: object) -> Tensor:
         return value
     if isinstance(value, (int, float)):
         return torch.tensor(float(value))
-    todo = "Name the part to explain with `output=` (a key, an index or a callable)."
+    hint = "Name the part to explain with `output=` (a key, an index or a callable)."
     raise ModelError(
-        expected("forward_func", "a callable that returns a tensor or a dict of tensors", type(value).__name__, todo)
+        expected("forward_func", "a callable that returns a tensor or a dict of tensors", type(value).__name__, hint)
     )
 
 

@@ -20,11 +20,11 @@ from torch.utils.flop_counter import flop_registry
 from ce_plugin.networks.forward import is_opaque
 
 __all__ = [
-    "Captured",
     "ChangedInPlaceError",
     "Graph",
-    "Point",
+    "HookPoint",
     "Suffix",
+    "SuffixConstants",
     "Untraceable",
     "ancestors",
     "flops_of",
@@ -176,7 +176,7 @@ _FAILURES = (
 
 
 @dataclass(frozen=True)
-class Point:
+class HookPoint:
     """Where in a network an experiment sets a value.
 
     Args:
@@ -186,7 +186,7 @@ class Point:
         call: which call, of a module that the network calls several times.
 
     Example:
-        >>> Point(nn.ReLU(), at_input=True)
+        >>> HookPoint(nn.ReLU(), at_input=True)
         Point(module=ReLU(), at_input=True, element=None, call=0)
     """
 
@@ -214,7 +214,9 @@ def spliced(values: Any, value: Any, index: int) -> Any:
 class _Root(nn.Module):
     """The network, the decoder beside it, and which arguments are tensors."""
 
-    def __init__(self, network: nn.Module, decoder: nn.Module | None, point: Point, args: tuple[object, ...]) -> None:
+    def __init__(
+        self, network: nn.Module, decoder: nn.Module | None, point: HookPoint, args: tuple[object, ...]
+    ) -> None:
         super().__init__()
         self.network, self.decoder, self.point, self.args = network, decoder, point, args
 
@@ -240,7 +242,7 @@ def _mark(value: Any, decoder: nn.Module | None) -> Any:
 class _Tracer(fx.Tracer):
     """Marks the point; a part of the network that cannot be traced, and does not hold the point, stays whole."""
 
-    def __init__(self, point: Point, decoder: nn.Module | None) -> None:
+    def __init__(self, point: HookPoint, decoder: nn.Module | None) -> None:
         super().__init__(autowrap_functions=())
         self.point, self.decoder, self.calls = point, decoder, 0
 
@@ -330,7 +332,7 @@ class Graph:
     """
 
     def __init__(
-        self, network: nn.Module, point: Point, decoder: nn.Module | None, n_inputs: int, args: tuple[object, ...]
+        self, network: nn.Module, point: HookPoint, decoder: nn.Module | None, n_inputs: int, args: tuple[object, ...]
     ) -> None:
         tracer = _Tracer(point, decoder)
         self._root = _Root(network, decoder, point, (*[_INPUT] * n_inputs, *args))
@@ -451,7 +453,7 @@ _BROADCASTING = {"add", "sub", "mul", "truediv", "cat", "concat"}
 
 
 @dataclass
-class Captured:
+class SuffixConstants:
     """What the suffix needs of a clean pass.
 
     Args:
@@ -495,7 +497,7 @@ class Suffix:
     Example:
         >>> network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)).eval()
         >>> x = torch.randn(5, 3)
-        >>> suffix = Suffix(network, Point(network[0]))
+        >>> suffix = Suffix(network, HookPoint(network[0]))
         >>> captured = suffix.capture((x,))
         >>> suffix.is_cut, captured.site.shape
         (True, torch.Size([5, 4]))
@@ -506,7 +508,7 @@ class Suffix:
     def __init__(
         self,
         network: nn.Module,
-        point: Point,
+        point: HookPoint,
         *,
         decoder: nn.Module | None = None,
         n_inputs: int = 1,
@@ -547,7 +549,7 @@ class Suffix:
 
     def capture(
         self, inputs: tuple[Tensor, ...], args: tuple[object, ...] = (), site: Tensor | None = None
-    ) -> Captured:
+    ) -> SuffixConstants:
         """Take what by-passes the site from clean inputs.
 
         Args:
@@ -580,7 +582,7 @@ class Suffix:
         for node in [node for node in rows if rows[node] is None]:
             fixed[node] = values[node]
             del rows[node]
-        return Captured(value, rows, fixed, shapes, given)
+        return SuffixConstants(value, rows, fixed, shapes, given)
 
     def _tensors_of(self, args: tuple[object, ...]) -> tuple[Tensor, ...]:
         if len(args) != len(self._args):
@@ -599,7 +601,7 @@ class Suffix:
             raise Untraceable(f"`{node.name}` by-passes the site and has no row per example")
         return None
 
-    def run(self, captured: Captured, values: Tensor, examples: Tensor) -> Any:
+    def run(self, captured: SuffixConstants, values: Tensor, examples: Tensor) -> Any:
         """The network's raw output with the site set.
 
         Args:
@@ -616,7 +618,7 @@ class Suffix:
         self.graph.evaluate(self.nodes, here, outputs)
         return map_arg(self.graph.output, here.__getitem__)
 
-    def constants(self, captured: Captured, rows: int, examples: Tensor | None = None) -> dict[fx.Node, Any]:
+    def constants(self, captured: SuffixConstants, rows: int, examples: Tensor | None = None) -> dict[fx.Node, Any]:
         """The constants of a batch; without ``examples`` those of one example stand for all rows."""
         here: dict[fx.Node, Any] = {node: _usable(value) for node, value in captured.fixed.items()}
         one = examples is None or len(captured) == 1 or bool((examples == examples[0]).all())
@@ -632,15 +634,15 @@ class Suffix:
             here[node] = tree_map(_usable, taken)
         return here
 
-    def share(self, captured: Captured) -> float:
+    def share(self, captured: SuffixConstants) -> float:
         """Floating-point operations of the suffix, as a share of those of one full pass."""
         return self.flops(captured) / max(self.full_flops(captured), 1)
 
-    def flops(self, captured: Captured) -> int:
+    def flops(self, captured: SuffixConstants) -> int:
         """Floating-point operations of the suffix for one example."""
         return flops_of(lambda: self.run(captured, captured.site[:1], torch.zeros(1, dtype=torch.int64)))
 
-    def full_flops(self, captured: Captured) -> int:
+    def full_flops(self, captured: SuffixConstants) -> int:
         """Floating-point operations of the whole network for one example."""
         n = len(captured)
         given = tuple(x[:1] if x.dim() and len(x) == n else x for x in captured.inputs)

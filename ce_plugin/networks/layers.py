@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ce_plugin.errors import ArgumentError, CEPluginError, InputError, ModelError, expected, unknown_name
-from ce_plugin.networks.graph import Point
+from ce_plugin.networks.graph import HookPoint
 
 __all__ = [
+    "HookCalls",
     "Layer",
     "OutputSelector",
-    "Seen",
     "find_layer",
     "fingerprint",
+    "hooked",
     "inserted",
-    "intercepted",
     "probe",
     "read_layer",
     "replaced",
@@ -56,8 +56,8 @@ def find_layer(network: nn.Module, layer: Layer) -> tuple[str, nn.Module]:
         for name, module in modules.items():
             if module is layer:
                 return name, module
-        todo = "Give a submodule of this network, or its dotted name."
-        raise ModelError(expected("layer", f"a part of the {type(network).__name__}", type(layer).__name__, todo))
+        hint = "Give a submodule of this network, or its dotted name."
+        raise ModelError(expected("layer", f"a part of the {type(network).__name__}", type(layer).__name__, hint))
     if not isinstance(layer, str):
         raise ArgumentError(expected("layer", "a submodule of the network or its dotted name", repr(layer)))
     if layer not in modules:
@@ -103,15 +103,15 @@ def read_layer(network: nn.Module, layer: Layer, images: Tensor) -> tuple[Tensor
 def _the_one(name: str, seen: list[object], rows: int) -> Tensor:
     """The activations, where the layer was reached once and returned something spatial."""
     if len(seen) != 1:
-        todo = "Choose a layer that every image passes through." if not seen else "Give each use a module of its own."
+        hint = "Choose a layer that every image passes through." if not seen else "Give each use a module of its own."
         came = "one that is not reached" if not seen else f"one that is reached {len(seen)} times"
-        raise ModelError(expected("layer", f"a layer that is reached once in a pass ({name!r})", came, todo))
+        raise ModelError(expected("layer", f"a layer that is reached once in a pass ({name!r})", came, hint))
     found = seen[0]
     spatial = isinstance(found, Tensor) and found.dim() == 4 and len(found) == rows and found.is_floating_point()
     if not isinstance(found, Tensor) or not spatial:
         came = f"{tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        todo = "Choose a convolutional layer, or one before the pooling."
-        raise ModelError(expected("layer", f"a layer ({name!r}) that returns (N, C, h, w), N = {rows}", came, todo))
+        hint = "Choose a convolutional layer, or one before the pooling."
+        raise ModelError(expected("layer", f"a layer ({name!r}) that returns (N, C, h, w), N = {rows}", came, hint))
     return found
 
 
@@ -194,8 +194,8 @@ def select(result: Any, output: OutputSelector) -> Tensor:
         raise ModelError(expected("output", "a part of what the network returns", repr(output))) from error
     if not isinstance(chosen, Tensor) or chosen.dim() != 2 or not chosen.is_floating_point():
         came = tuple(chosen.shape) if isinstance(chosen, Tensor) else type(chosen).__name__
-        todo = "Name the part that holds the logits with `output=` (a key, an index or a callable)."
-        raise ModelError(expected("network", "a network that returns logits (N, C)", came, todo))
+        hint = "Name the part that holds the logits with `output=` (a key, an index or a callable)."
+        raise ModelError(expected("network", "a network that returns logits (N, C)", came, hint))
     return chosen
 
 
@@ -225,7 +225,7 @@ def fingerprint(network: nn.Module) -> str:
 
 
 @dataclass
-class Seen:
+class HookCalls:
     """What was seen of a layer during one pass.
 
     Attributes:
@@ -238,7 +238,7 @@ class Seen:
 
 
 @contextmanager
-def intercepted(point: Point, act: Callable[[Tensor], Tensor | None], name: str) -> Iterator[Seen]:
+def hooked(point: HookPoint, act: Callable[[Tensor], Tensor | None], name: str) -> Iterator[HookCalls]:
     """During one forward pass, show the point's value to ``act`` and put what it returns in its place.
 
     Args:
@@ -250,7 +250,7 @@ def intercepted(point: Point, act: Callable[[Tensor], Tensor | None], name: str)
         ModelError: the network does not pass through the layer, or not that often.
         InputError: the layer's value is no tensor.
     """
-    seen = Seen()
+    seen = HookCalls()
     module = point.module
     if module is None:
         raise ModelError(expected("layer", "a module", "the network's input"))
@@ -280,14 +280,14 @@ def intercepted(point: Point, act: Callable[[Tensor], Tensor | None], name: str)
     finally:
         handle.remove()
     if seen.calls == 0:
-        todo = "Take a layer that forward really calls; scripted and compiled modules hide theirs."
-        raise ModelError(expected("layer", "one that the network passes through", f"{name!r}, never reached", todo))
+        hint = "Take a layer that forward really calls; scripted and compiled modules hide theirs."
+        raise ModelError(expected("layer", "one that the network passes through", f"{name!r}, never reached", hint))
     if seen.calls <= point.call:
         got = f"{point.call} for {name!r}, which is passed through {seen.calls} time(s)"
         raise ModelError(expected("call", f"below {seen.calls}", got))
 
 
-def _part(parts: Any, point: Point, name: str) -> tuple[Tensor, int | None]:
+def _part(parts: Any, point: HookPoint, name: str) -> tuple[Tensor, int | None]:
     if isinstance(parts, Tensor) and point.element is None:
         return parts, None
     every = list(parts) if isinstance(parts, (tuple, list)) else []
@@ -299,9 +299,9 @@ def _part(parts: Any, point: Point, name: str) -> tuple[Tensor, int | None]:
         return every[tensors[0]], tensors[0]
     side = "takes" if point.at_input else "returns"
     got = f"{name!r}, which {side} {type(parts).__name__}" + (f" with tensors at {tensors}" if every else "")
-    todo = f"Say which: `LayerSite(layer, element={tensors[0]})`." if tensors else ""
+    hint = f"Say which: `LayerSite(layer, element={tensors[0]})`." if tensors else ""
     wanted = "a layer with a tensor as its value" if point.element is None else f"one with a tensor at {point.element}"
-    raise InputError(expected("layer", wanted, got, todo))
+    raise InputError(expected("layer", wanted, got, hint))
 
 
 def _replaced(parts: Any, element: int | None, new: Tensor) -> Any:

@@ -51,12 +51,12 @@ def carried_by(
         return Carried(total, indirect, tuple(found.unit_labels), (), dict.fromkeys(levels), found.cut)
     order = ranking(found)
     curve: dict[int, float] = {}
-    todo = [len(chosen) for chosen in nested_sets(order)]
-    while todo:
-        joint = mediation.estimate(clean, target, sets=nested_sets(order, todo)).indirect[0, :, 0]
-        curve.update(zip(todo, (joint.double() / total).tolist(), strict=True))
+    hint = [len(chosen) for chosen in nested_sets(order)]
+    while hint:
+        joint = mediation.estimate(clean, target, sets=nested_sets(order, hint)).indirect[0, :, 0]
+        curve.update(zip(hint, (joint.double() / total).tolist(), strict=True))
         sizes = sorted(curve)
-        todo = _between(sizes, next_sizes(sizes, torch.tensor([curve[k] for k in sizes]), levels))
+        hint = _between(sizes, next_sizes(sizes, torch.tensor([curve[k] for k in sizes]), levels))
     needed = {level: next((k for k in sizes if curve[k] >= level), None) for level in levels}
     return Carried(total, indirect, tuple(found.unit_labels), order, needed, found.cut)
 

@@ -133,8 +133,8 @@ def try_detector(
     truth = answers if labels is None else labels.cpu()
     right = (answers == truth).numpy()
     if not right.any():
-        todo = "Look at the classes that were given, and at the network's normalisation."
-        raise InputError(expected("images", "some that the network classifies correctly", "none of them", todo))
+        hint = "Look at the classes that were given, and at the network's normalisation."
+        raise InputError(expected("images", "some that the network classifies correctly", "none of them", hint))
     clean = np.array([row.score for row in rows])
     tried = []
     for attack in attacks:
@@ -243,6 +243,6 @@ def _check_unseen(detector: CausalEffectDetector, images: Tensor) -> None:
     seen = detector.learned().seen
     again = sum(name in seen for name in digests(images))
     if again:
-        todo = "On its own pictures a detector looks better than it is: take others."
+        hint = "On its own pictures a detector looks better than it is: take others."
         wanted = "pictures that the detector was not fitted on"
-        raise InputError(expected("images", wanted, f"{again} that it was", todo))
+        raise InputError(expected("images", wanted, f"{again} that it was", hint))

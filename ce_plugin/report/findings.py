@@ -86,8 +86,8 @@ class Plan:
         if self.outcome not in OUTCOMES:
             raise unknown_name("outcome", self.outcome, OUTCOMES)
         if not 0 < self.eps <= 1:
-            todo = "It is a share of the range from black to white: 8/255, or the paper's 0.3."
-            raise ArgumentError(expected("eps", "in (0, 1]", self.eps, todo))
+            hint = "It is a share of the range from black to white: 8/255, or the paper's 0.3."
+            raise ArgumentError(expected("eps", "in (0, 1]", self.eps, hint))
         if not 0 < self.fdr < 1:
             raise ArgumentError(expected("fdr", "in (0, 1)", self.fdr))
         for name in ("max_iter", "jsma_pairs", "cells"):

@@ -45,8 +45,8 @@ def check_out(out: str | Path, *, force: bool = False) -> Path:
     if folder.exists() and not folder.is_dir():
         raise FileError(expected("out", "a folder", f"the file {str(folder)!r}", "Choose another name."))
     if folder.exists() and not force:
-        todo = "Choose another name, or allow its report to be replaced with --force (force=True)."
-        raise FileError(expected("out", "a folder that does not exist yet", repr(str(folder)), todo))
+        hint = "Choose another name, or allow its report to be replaced with --force (force=True)."
+        raise FileError(expected("out", "a folder that does not exist yet", repr(str(folder)), hint))
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise FileError(expected("out", "a folder that can be written to", f"{str(folder)!r} in {str(nearest)!r}"))

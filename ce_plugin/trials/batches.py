@@ -22,8 +22,8 @@ __all__ = [
     "BatchSize",
     "Cost",
     "Counterfactuals",
-    "Rows",
-    "Setting",
+    "TrialBatch",
+    "TrialSpec",
     "Values",
     "Wanted",
     "batches",
@@ -207,7 +207,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Setting:
+class TrialSpec:
     """What is held fixed while trials vary.
 
     Args:
@@ -270,7 +270,7 @@ def rows_of_args(args: tuple[object, ...], n: int, examples: Tensor) -> tuple[ob
 
 
 @dataclass(frozen=True)
-class Rows:
+class TrialBatch:
     """One batch: each row's example, what it sets, which alternative value, and which trial it is; (B, ...) each."""
 
     examples: Tensor
@@ -281,33 +281,33 @@ class Rows:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, part: slice) -> Rows:
-        return Rows(self.examples[part], self.assignments[part], self.variants[part], self.trials[part])
+    def __getitem__(self, part: slice) -> TrialBatch:
+        return TrialBatch(self.examples[part], self.assignments[part], self.variants[part], self.trials[part])
 
 
-def _segments(setting: Setting, wanted: list[Wanted], size: BatchSize) -> Iterator[Rows]:
+def _segments(spec: TrialSpec, wanted: list[Wanted], size: BatchSize) -> Iterator[TrialBatch]:
     """All rows in order, in pieces that belong to one example and are no longer than a batch."""
-    repeats = setting.repeats
+    repeats = spec.repeats
     for example, start, stop in wanted:
         # Random designs draw all their trials at once; exact ones make each piece when it is needed.
-        drawn = None if setting.design.exact else setting.assignments(example, 0, stop)
+        drawn = None if spec.design.exact else spec.assignments(example, 0, stop)
         first = start * repeats
         while first < stop * repeats:
             last = min(first + size.rows, stop * repeats)
             row = torch.arange(first, last)
             trials = row // repeats
             low, high = int(trials[0]), int(trials[-1]) + 1
-            piece = drawn[low:high] if drawn is not None else setting.assignments(example, low, high)
-            variants = setting.variants(low, high) if drawn is not None else row % repeats
-            yield Rows(torch.full_like(row, example), piece[trials - low], variants, trials)
+            piece = drawn[low:high] if drawn is not None else spec.assignments(example, low, high)
+            variants = spec.variants(low, high) if drawn is not None else row % repeats
+            yield TrialBatch(torch.full_like(row, example), piece[trials - low], variants, trials)
             first = last
 
 
-def batches(setting: Setting, wanted: list[Wanted], size: BatchSize) -> Iterator[Rows]:
+def batches(spec: TrialSpec, wanted: list[Wanted], size: BatchSize) -> Iterator[TrialBatch]:
     """Full batches of rows, across examples; ``size`` may change between them."""
-    held: list[Rows] = []
+    held: list[TrialBatch] = []
     count = 0
-    for segment in _segments(setting, wanted, size):
+    for segment in _segments(spec, wanted, size):
         held.append(segment)
         count += len(segment)
         while count >= size.rows:
@@ -318,10 +318,10 @@ def batches(setting: Setting, wanted: list[Wanted], size: BatchSize) -> Iterator
         yield _join(held)
 
 
-def _join(parts: list[Rows]) -> Rows:
+def _join(parts: list[TrialBatch]) -> TrialBatch:
     if len(parts) == 1:
         return parts[0]
-    return Rows(
+    return TrialBatch(
         torch.cat([part.examples for part in parts]),
         torch.cat([part.assignments for part in parts]),
         torch.cat([part.variants for part in parts]),
@@ -335,14 +335,14 @@ Values: TypeAlias = "dict[int, list[tuple[Tensor, ...]]]"
 _BYTES = 256 << 20
 
 
-def _chunk_length(setting: Setting) -> int:
-    each = sum(x[0].numel() * x.element_size() for x in setting.inputs) * setting.intervention.n_variants
+def _chunk_length(spec: TrialSpec) -> int:
+    each = sum(x[0].numel() * x.element_size() for x in spec.inputs) * spec.intervention.n_variants
     return max(1, _BYTES // max(each, 1))
 
 
-def chunks(setting: Setting, wanted: list[Wanted]) -> Iterator[list[Wanted]]:
+def chunks(spec: TrialSpec, wanted: list[Wanted]) -> Iterator[list[Wanted]]:
     """Examples in groups whose counterfactual values fit into a fixed amount of memory."""
-    step = _chunk_length(setting)
+    step = _chunk_length(spec)
     for first in range(0, len(wanted), step):
         yield wanted[first : first + step]
 
@@ -359,49 +359,49 @@ class Counterfactuals:
         self._kept: Values = {}
         self._kept_of: tuple[object, ...] = ()
 
-    def of(self, setting: Setting, examples: list[int]) -> Values | None:
+    def of(self, spec: TrialSpec, examples: list[int]) -> Values | None:
         """The values of some examples; None where they depend on the trial."""
-        if setting.intervention.per_trial:
+        if spec.intervention.per_trial:
             return None
-        of = (setting.inputs, setting.intervention, setting.context)
+        of = (spec.inputs, spec.intervention, spec.context)
         if len(self._kept_of) != len(of) or any(a is not b for a, b in zip(self._kept_of, of, strict=True)):
             self._kept_of, self._kept = of, {}
         missing = [example for example in examples if example not in self._kept]
-        values = self._kept | (self._made(setting, missing) if missing else {})
+        values = self._kept | (self._made(spec, missing) if missing else {})
         # An attack is dear: where the examples fit into one chunk, later rounds of trials find its values here.
-        if setting.n <= _chunk_length(setting):
+        if spec.n <= _chunk_length(spec):
             self._kept = values
         return values
 
-    def _made(self, setting: Setting, examples: list[int]) -> Values:
-        context = setting.context.select(examples)
+    def _made(self, spec: TrialSpec, examples: list[int]) -> Values:
+        context = spec.context.select(examples)
         every = []
-        for variant in range(setting.intervention.n_variants):
-            clean = [x[examples] for x in setting.inputs]
+        for variant in range(spec.intervention.n_variants):
+            clean = [x[examples] for x in spec.inputs]
             at = [replace(context, variant=variant, position=k) for k in range(len(clean))]
-            every.append([checked_values(setting.intervention, x, c) for x, c in zip(clean, at, strict=True)])
+            every.append([checked_values(spec.intervention, x, c) for x, c in zip(clean, at, strict=True)])
         return {
             example: [tuple(self._laid_out(x[k : k + 1]) for x in variant) for variant in every]
             for k, example in enumerate(examples)
         }
 
 
-def values_of_trials(setting: Setting, rows: Rows, clean: Tensor, mask: Tensor, position: int) -> Tensor:
+def values_of_trials(spec: TrialSpec, rows: TrialBatch, clean: Tensor, mask: Tensor, position: int) -> Tensor:
     """Values that depend on the hole, (B, ...), for each alternative value in one call.
 
     Args:
-        setting: the experiment.
+        spec: the experiment.
         rows: the batch.
         clean: each row's own value, (B, ...).
         mask: what each row sets, broadcastable to ``clean``.
         position: which of the inputs this is.
     """
-    context = replace(setting.context.select(rows.examples.tolist()), position=position)
+    context = replace(spec.context.select(rows.examples.tolist()), position=position)
     do = clean.clone()
     for variant in sorted(set(rows.variants.tolist())):
         here = (rows.variants == variant).nonzero()[:, 0]
         part = replace(context.select(here.tolist()), variant=variant, mask=mask[here.to(mask.device)])
-        do[here.to(do.device)] = checked_values(setting.intervention, clean[here.to(do.device)], part)
+        do[here.to(do.device)] = checked_values(spec.intervention, clean[here.to(do.device)], part)
     return do
 
 

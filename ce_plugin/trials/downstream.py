@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from ce_plugin.errors import ModelError, expected
 from ce_plugin.interventions.base import Context, Intervention
 from ce_plugin.networks.forward import Forward
-from ce_plugin.networks.graph import Captured, Point, Suffix
-from ce_plugin.networks.layers import copied, intercepted
+from ce_plugin.networks.graph import HookPoint, Suffix, SuffixConstants
+from ce_plugin.networks.layers import copied, hooked
 from ce_plugin.sites import ConceptSite, LayerSite
 from ce_plugin.trials.batches import checked_values, rows_of_args
 
 __all__ = [
     "SITE",
-    "Downstream",
-    "Held",
-    "Hold",
-    "Observed",
-    "Place",
+    "CapturingForward",
+    "EvidenceForward",
+    "ForwardFromSite",
+    "LayerEvidence",
+    "SiteHook",
 ]
 
 
@@ -37,7 +37,7 @@ class _Reached(Exception):  # noqa: N818 - ends a pass, and is no error
 
 
 @dataclass(frozen=True)
-class Place:
+class SiteHook:
     """Where a site lies in a network.
 
     Args:
@@ -47,12 +47,12 @@ class Place:
     """
 
     name: str
-    point: Point
+    point: HookPoint
     encoder: nn.Module | None = None
     decoder: nn.Module | None = None
 
 
-class Observed(Forward):
+class CapturingForward(Forward):
     """The network as it is, with the site's value as one more head (named ``SITE``).
 
     Args:
@@ -61,19 +61,19 @@ class Observed(Forward):
         once: whether passing through the layer several times is an error, as it is where no call was named.
     """
 
-    def __init__(self, forward: Forward, place: Place, once: bool) -> None:
+    def __init__(self, forward: Forward, place: SiteHook, once: bool) -> None:
         self.forward, self.place, self.once = forward, place, once
         self.modules, self.learned = forward.modules, {}
         self.element: int | None = None
 
     def __call__(self, inputs: tuple[Tensor, ...], args: tuple[object, ...] = ()) -> dict[str, Tensor]:
         store: list[Tensor] = []
-        with intercepted(self.place.point, copied(store), self.place.name) as seen:
+        with hooked(self.place.point, copied(store), self.place.name) as seen:
             heads = self.forward(inputs, args)
         if self.once and seen.calls > 1:
-            todo = f"Say which call: `LayerSite(layer, call=0)` to `call={seen.calls - 1}`."
+            hint = f"Say which call: `LayerSite(layer, call=0)` to `call={seen.calls - 1}`."
             got = f"{self.place.name!r}, which is passed through {seen.calls} times"
-            raise ModelError(expected("layer", "one that the network passes through once", got, todo))
+            raise ModelError(expected("layer", "one that the network passes through once", got, hint))
         self.element = seen.element
         return {**heads, SITE: self._encoded(store[0])}
 
@@ -87,7 +87,7 @@ class Observed(Forward):
             raise _Reached
 
         try:
-            with torch.inference_mode(), intercepted(self.place.point, act, self.place.name):
+            with torch.inference_mode(), hooked(self.place.point, act, self.place.name):
                 self.forward(inputs, args)
         except _Reached:
             pass
@@ -99,7 +99,7 @@ class Observed(Forward):
         return value if self.place.encoder is None else self.place.encoder(value)
 
 
-class Downstream(Forward):
+class ForwardFromSite(Forward):
     """From values of the site, and each row's example, to the network's outputs.
 
     Args:
@@ -114,11 +114,11 @@ class Downstream(Forward):
     def __init__(
         self,
         forward: Forward,
-        place: Place,
+        place: SiteHook,
         inputs: tuple[Tensor, ...],
         args: tuple[object, ...],
         suffix: Suffix | None = None,
-        captured: Captured | None = None,
+        captured: SuffixConstants | None = None,
     ) -> None:
         self.forward, self.place = forward, place
         self.inputs, self.args = inputs, args
@@ -142,12 +142,12 @@ class Downstream(Forward):
         if self.place.point.module is None:
             return self.forward((layer,), rows_of_args(self.args, len(self.inputs[0]), examples))
         inputs = tuple(x[examples.to(x.device)] for x in self.inputs)
-        with intercepted(self.place.point, lambda _: layer, self.place.name):
+        with hooked(self.place.point, lambda _: layer, self.place.name):
             return self.forward(inputs, rows_of_args(self.args, len(self.inputs[0]), examples))
 
 
 @dataclass(frozen=True)
-class Hold:
+class LayerEvidence:
     """One evidence at a layer.
 
     Args:
@@ -158,7 +158,7 @@ class Hold:
     """
 
     site: LayerSite | ConceptSite
-    place: Place
+    place: SiteHook
     intervention: Intervention
     context: Context
     chosen: Callable[[int], Tensor]
@@ -176,7 +176,7 @@ class Hold:
         return new if self.place.decoder is None else self.place.decoder(new)
 
 
-class Held(Forward):
+class EvidenceForward(Forward):
     """A network some of whose layers hold evidence; its last additional argument is each row's example.
 
     Args:
@@ -184,7 +184,7 @@ class Held(Forward):
         holds: in the order in which they are set.
     """
 
-    def __init__(self, forward: Forward, holds: list[Hold]) -> None:
+    def __init__(self, forward: Forward, holds: list[LayerEvidence]) -> None:
         self.forward, self.holds = forward, holds
         self.modules, self.learned = forward.modules, {}
 
@@ -195,5 +195,5 @@ class Held(Forward):
         with ExitStack() as stack:
             for hold in self.holds:
                 act = partial(hold, examples=examples)
-                stack.enter_context(intercepted(hold.place.point, act, hold.place.name))
+                stack.enter_context(hooked(hold.place.point, act, hold.place.name))
             return self.forward(inputs, tuple(rest))

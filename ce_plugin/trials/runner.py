@@ -13,8 +13,8 @@ from ce_plugin.networks.forward import Forward, is_opaque
 from ce_plugin.trials.batches import (
     BatchSize,
     Counterfactuals,
-    Rows,
-    Setting,
+    TrialBatch,
+    TrialSpec,
     Values,
     batches,
     bytes_per_row,
@@ -23,7 +23,7 @@ from ce_plugin.trials.batches import (
     rows_of_args,
     values_of_trials,
 )
-from ce_plugin.trials.propagation import Flips
+from ce_plugin.trials.incremental import IncrementalTrials
 
 __all__ = ["Measure", "Runner"]
 
@@ -64,7 +64,7 @@ class Runner:
         self._row_bytes = 1
         self._channels_last = False
         self._values = Counterfactuals(self._laid_out)
-        self.flips: Flips | None = None
+        self.flips: IncrementalTrials | None = None
 
     @property
     def passes(self) -> int:
@@ -107,14 +107,14 @@ class Runner:
             examples = torch.arange(start, min(start + step, n))
             some = tuple(x[examples.to(x.device)] for x in inputs)
             try:
-                with bytes_per_row(self.forward.modules, len(examples), some) as measured:
+                with bytes_per_row(self.forward.modules, len(examples), some) as measure:
                     heads = self.evaluate(some, rows_of_args(args, n, examples))
             except torch.OutOfMemoryError:
                 if len(examples) == 1:
                     raise
                 most = step = len(examples) // 2
                 continue
-            self._row_bytes = max(self._row_bytes, measured[0])
+            self._row_bytes = max(self._row_bytes, measure[0])
             _check_rows(heads, len(examples), parts[0] if parts else None)
             parts.append(heads)
             start += len(examples)
@@ -122,12 +122,12 @@ class Runner:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def run(
-        self, setting: Setting, start: int, stop: int, measure: Measure, active: list[int] | None = None
+        self, spec: TrialSpec, start: int, stop: int, measure: Measure, active: list[int] | None = None
     ) -> dict[str, Tensor]:
         """Outcomes of the trials ``start`` to ``stop`` of every example.
 
         Args:
-            setting: the experiment.
+            spec: the experiment.
             start, stop: range of trials; an example with fewer has NaN in place of those it lacks.
             measure: from outputs to outcomes.
             active: indices of the examples that are wanted; None means all.
@@ -139,26 +139,26 @@ class Runner:
         Raises:
             AggregateError: the network returns one value per batch.
         """
-        examples = range(setting.n) if active is None else active
-        wanted = [(i, start, min(stop, setting.n_trials(i))) for i in examples if setting.n_trials(i) > start]
-        flips = self.flips if setting.design.flips_one and not setting.intervention.per_trial else None
-        size = self._batch_size(setting)
+        examples = range(spec.n) if active is None else active
+        wanted = [(i, start, min(stop, spec.n_trials(i))) for i in examples if spec.n_trials(i) > start]
+        flips = self.flips if spec.design.flips_one and not spec.intervention.per_trial else None
+        size = self._batch_size(spec)
         if flips is not None and self.rows is None:
-            size = BatchSize(_MANY, fixed=flips.rows(self._budget(setting.device), setting.device)[0])
-        store = _Store(setting, start, stop)
-        total = setting.repeats * sum(last - first for _, first, last in wanted)
+            size = BatchSize(_MANY, fixed=flips.rows(self._budget(spec.device), spec.device)[0])
+        store = _Store(spec, start, stop)
+        total = spec.repeats * sum(last - first for _, first, last in wanted)
         with tqdm(total=total, desc="trials", unit="trial", disable=not self.show_progress) as bar:
-            for chunk in chunks(setting, wanted):
-                values = self._values.of(setting, [i for i, _, _ in chunk])
-                for rows in batches(setting, chunk, size):
-                    with size.timed(len(rows), setting.device):
-                        heads = self._pass(setting, rows, values, size, flips)
+            for chunk in chunks(spec, wanted):
+                values = self._values.of(spec, [i for i, _, _ in chunk])
+                for rows in batches(spec, chunk, size):
+                    with size.timed(len(rows), spec.device):
+                        heads = self._pass(spec, rows, values, size, flips)
                     if flips is not None and self.rows is None:
-                        size.settle(*flips.rows(self._budget(setting.device), setting.device))
-                    store.add(measure(heads, rows.examples.to(setting.device)), rows)
+                        size.settle(*flips.rows(self._budget(spec.device), spec.device))
+                    store.add(measure(heads, rows.examples.to(spec.device)), rows)
                     bar.update(len(rows))
         if flips is None and size.fastest is not None:
-            self.forward.learned[_key("rows", setting.inputs, setting.args)] = size.fastest
+            self.forward.learned[_key("rows", spec.inputs, spec.args)] = size.fastest
         return store.means()
 
     def _affordable(self, device: torch.device) -> int:
@@ -168,21 +168,26 @@ class Runner:
     def _budget(self, device: torch.device) -> int:
         return self.memory_budget if self.memory_budget is not None else free_memory(device) // 2
 
-    def _batch_size(self, setting: Setting) -> BatchSize:
+    def _batch_size(self, spec: TrialSpec) -> BatchSize:
         if self.rows is not None:
             return BatchSize(self.rows, fixed=self.rows)
-        known = self.forward.learned.get(_key("rows", setting.inputs, setting.args))
-        return BatchSize(self._affordable(setting.device), start=known if isinstance(known, int) else None)
+        known = self.forward.learned.get(_key("rows", spec.inputs, spec.args))
+        return BatchSize(self._affordable(spec.device), start=known if isinstance(known, int) else None)
 
     def _pass(
-        self, setting: Setting, rows: Rows, values: Values | None, size: BatchSize, flips: Flips | None = None
+        self,
+        spec: TrialSpec,
+        rows: TrialBatch,
+        values: Values | None,
+        size: BatchSize,
+        flips: IncrementalTrials | None = None,
     ) -> dict[str, Tensor]:
         """The outputs of one batch; in smaller ones where it does not fit into memory."""
         try:
             if flips is not None and values is not None:
-                heads = flips(setting, rows, values)
+                heads = flips(spec, rows, values)
             else:
-                heads = self.evaluate(self._intervened(setting, rows, values), setting.args_of(rows.examples))
+                heads = self.evaluate(self._intervened(spec, rows, values), spec.args_of(rows.examples))
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise
@@ -194,22 +199,22 @@ class Runner:
         parts, start = [], 0
         while start < len(rows):
             part = rows[start : start + size.rows]  # a part that does not fit either makes the next ones smaller
-            parts.append(self._pass(setting, part, values, size, flips))
+            parts.append(self._pass(spec, part, values, size, flips))
             start += len(part)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _intervened(self, setting: Setting, rows: Rows, values: Values | None) -> tuple[Tensor, ...]:
+    def _intervened(self, spec: TrialSpec, rows: TrialBatch, values: Values | None) -> tuple[Tensor, ...]:
         """where(assignment, x', clean) for each input."""
-        masks = setting.units.masks(rows.assignments, rows.examples)
+        masks = spec.units.masks(rows.assignments, rows.examples)
         keys = list(zip(rows.examples.tolist(), rows.variants.tolist(), strict=True))
         # Rows of one example and one value broadcast, which saves two copies of the batch.
         one_example, one_key = len({example for example, _ in keys}) == 1, len(set(keys)) == 1
         out = []
-        for position, (x, mask) in enumerate(zip(setting.inputs, masks, strict=True)):
+        for position, (x, mask) in enumerate(zip(spec.inputs, masks, strict=True)):
             here = mask.to(x.device)
             clean = self._laid_out(x[keys[0][0] : keys[0][0] + 1] if one_example else x[rows.examples.to(x.device)])
             if values is None:
-                do = values_of_trials(setting, rows, clean.expand(len(keys), *x.shape[1:]), here, position)
+                do = values_of_trials(spec, rows, clean.expand(len(keys), *x.shape[1:]), here, position)
             elif one_key:
                 do = values[keys[0][0]][keys[0][1]][position]
             else:
@@ -264,21 +269,21 @@ def as_one_row(head: Tensor) -> Tensor:
     return head if head.dim() and len(head) == 1 else head[None]
 
 
-def run_aggregated(runner: Runner, setting: Setting, measure: Measure) -> dict[str, Tensor]:
+def run_aggregated(runner: Runner, spec: TrialSpec, measure: Measure) -> dict[str, Tensor]:
     """Outcomes of a network that returns one value for the whole batch: one trial at a time, (1, T, C) for each head.
 
     All examples share the assignments, since they share the outcome.
     """
-    everyone = torch.arange(setting.n)
-    values = runner._values.of(setting, everyone.tolist())
+    everyone = torch.arange(spec.n)
+    values = runner._values.of(spec, everyone.tolist())
     outcomes: list[dict[str, Tensor]] = []
-    for trial in range(setting.n_trials(0)):
-        row = setting.assignments(0, trial, trial + 1).expand(setting.n, -1)
+    for trial in range(spec.n_trials(0)):
+        row = spec.assignments(0, trial, trial + 1).expand(spec.n, -1)
         parts = []
-        for repeat in range(setting.repeats):
-            variant = torch.tensor(repeat) if setting.repeats > 1 else setting.variants(trial, trial + 1)
-            rows = Rows(everyone, row, variant.expand(setting.n), torch.full((setting.n,), trial))
-            heads = runner.evaluate(runner._intervened(setting, rows, values), setting.args)
+        for repeat in range(spec.repeats):
+            variant = torch.tensor(repeat) if spec.repeats > 1 else spec.variants(trial, trial + 1)
+            rows = TrialBatch(everyone, row, variant.expand(spec.n), torch.full((spec.n,), trial))
+            heads = runner.evaluate(runner._intervened(spec, rows, values), spec.args)
             parts.append(measure({k: as_one_row(v) for k, v in heads.items()}, everyone[:1]))
         outcomes.append({k: torch.stack([part[k] for part in parts]).mean(0) for k in parts[0]})
     return {name: torch.stack([one[name] for one in outcomes], dim=1) for name in outcomes[0]}
@@ -287,12 +292,12 @@ def run_aggregated(runner: Runner, setting: Setting, measure: Measure) -> dict[s
 class _Store:
     """Collects outcomes by example and trial; rows of the same trial are averaged."""
 
-    def __init__(self, setting: Setting, start: int, stop: int) -> None:
-        self.shape, self.start, self.device = (setting.n, stop - start), start, setting.device
+    def __init__(self, spec: TrialSpec, start: int, stop: int) -> None:
+        self.shape, self.start, self.device = (spec.n, stop - start), start, spec.device
         self.count = torch.zeros(self.shape, device=self.device)
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, outcomes: dict[str, Tensor], rows: Rows) -> None:
+    def add(self, outcomes: dict[str, Tensor], rows: TrialBatch) -> None:
         index = (rows.examples.to(self.device), (rows.trials - self.start).to(self.device))
         for name, outcome in outcomes.items():
             if name not in self.sums:

@@ -232,8 +232,8 @@ def _plane(attribution: Tensor) -> Pixels:
 
 def _channels_last(image: Tensor) -> Pixels:
     if image.dim() != 3 or image.shape[0] not in (1, 3):
-        todo = "`VisionModel.pictures` turns a batch of inputs into such pictures."
-        raise InputError(expected("image", "of shape (1 or 3, H, W)", tuple(image.shape), todo))
+        hint = "`VisionModel.pictures` turns a batch of inputs into such pictures."
+        raise InputError(expected("image", "of shape (1 or 3, H, W)", tuple(image.shape), hint))
     shown: Pixels = image.detach().double().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
     return shown
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ce_plugin.detection import Benign, Denoising, Signature
-from ce_plugin.detection.classifier import Protected
+from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.detection.denoiser import Denoiser, train_denoiser
 from ce_plugin.detection.fitting import adversarial_labels
 from ce_plugin.detection.probes import View
@@ -57,7 +57,7 @@ def test_labels_of_another_form_are_refused(y: object, message: str) -> None:
 def test_the_toolbox_s_classifier_is_its_network_with_its_preprocessing() -> None:
     net = classifier(channels=3, dtype=torch.float32)
     made = build_classifier(net, (3, 8, 8), 3, (0.0, 1.0), torch.device("cpu"))
-    plain = Protected(made)
+    plain = ClassifierWrapper(made)
     x = torch.as_tensor(patterns(4, channels=3)[0])
     torch.testing.assert_close(plain(x), net(x))
     assert plain.clip_values == (0.0, 1.0)
@@ -66,32 +66,32 @@ def test_the_toolbox_s_classifier_is_its_network_with_its_preprocessing() -> Non
 
 def test_clip_values_are_those_given_those_of_the_classifier_or_0_to_1() -> None:
     made = build_classifier(classifier(dtype=torch.float32), (1, 8, 8), 3, (-1.0, 2.0), torch.device("cpu"))
-    assert Protected(made).clip_values == (-1.0, 2.0)
-    assert Protected(made, (0, 3)).clip_values == (0.0, 3.0)
-    assert Protected(classifier()).clip_values == (0.0, 1.0)
+    assert ClassifierWrapper(made).clip_values == (-1.0, 2.0)
+    assert ClassifierWrapper(made, (0, 3)).clip_values == (0.0, 3.0)
+    assert ClassifierWrapper(classifier()).clip_values == (0.0, 1.0)
     with pytest.raises(ArgumentError, match=r"`clip_values` to be \(low, high\) with low < high, but got \(1, 0\)"):
-        Protected(classifier(), (1, 0))
+        ClassifierWrapper(classifier(), (1, 0))
 
 
 def test_what_is_no_classifier_is_refused() -> None:
     with pytest.raises(ModelError, match=r"`classifier` to be an nn.Module or an ART Py.*but got function"):
-        Protected(lambda x: x)
+        ClassifierWrapper(lambda x: x)
     x = torch.zeros(2, 1, 8, 8)
     for layers, shape in (
         ([nn.Flatten(), nn.Linear(64, 1)], r"shape \(2, 1\)"),
         ([nn.Identity()], r"shape \(2, 1, 8, 8\)"),
     ):
         with pytest.raises(ModelError, match=rf"a network with logits \(N, K\), K >= 2, but got {shape}"):
-            Protected(nn.Sequential(*layers))(x)
+            ClassifierWrapper(nn.Sequential(*layers))(x)
     with pytest.raises(UnknownNameError, match=r"`layer` to be one of '0', '1', '2', '3', but got 'conv'"):
-        Protected(classifier()).module("conv")
+        ClassifierWrapper(classifier()).module("conv")
 
 
 def test_the_fingerprint_is_that_of_every_parameter_and_buffer() -> None:
     net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 3)).eval()
-    protected = Protected(net)
+    protected = ClassifierWrapper(net)
     first, version = protected.fingerprint(), protected.version()
-    assert Protected(net).fingerprint() == first
+    assert ClassifierWrapper(net).fingerprint() == first
     assert protected.version() == version
     with torch.no_grad():
         net[2].bias[1] += 1e-6
@@ -107,7 +107,7 @@ def test_the_fingerprint_is_that_of_every_parameter_and_buffer() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_images_come_in_every_form_that_arrays_have(dtype: torch.dtype) -> None:
-    protected, x = Protected(classifier(dtype=dtype)), patterns(6)[0]
+    protected, x = ClassifierWrapper(classifier(dtype=dtype)), patterns(6)[0]
     wanted = torch.as_tensor(x).to(dtype)
     frozen = x.copy()
     frozen.flags.writeable = False
@@ -141,15 +141,15 @@ def test_images_come_in_every_form_that_arrays_have(dtype: torch.dtype) -> None:
 )
 def test_images_that_cannot_be_are_refused(x: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Protected(classifier()).images(x)
+        ClassifierWrapper(classifier()).images(x)
 
 
 def test_the_probe_sees_the_normalisation_and_leaves_no_trace() -> None:
     net = classifier().train()
     before = snapshot(net)
-    first = Protected(net).probe((1, 8, 8))
-    assert torch.equal(Protected(net).probe((1, 8, 8)), first)
-    assert not torch.allclose(Protected(net, normalization=(0.5, 0.5)).probe((1, 8, 8)), first)
+    first = ClassifierWrapper(net).probe((1, 8, 8))
+    assert torch.equal(ClassifierWrapper(net).probe((1, 8, 8)), first)
+    assert not torch.allclose(ClassifierWrapper(net, normalization=(0.5, 0.5)).probe((1, 8, 8)), first)
     assert same(before, snapshot(net))
 
 
@@ -172,7 +172,7 @@ def test_measuring_does_not_depend_on_batches_and_leaves_no_trace() -> None:
     net = classifier().train()
     net[3].weight.grad = torch.ones_like(net[3].weight)
     net[0].bias.requires_grad_(False)
-    protected, signature, x = Protected(net), quick_signature(), torch.as_tensor(patterns(11)[0]).double()
+    protected, signature, x = ClassifierWrapper(net), quick_signature(), torch.as_tensor(patterns(11)[0]).double()
     before = snapshot(net)
     whole = measured(protected, signature, x, batch_size=64, seed=0)
     order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
@@ -264,7 +264,7 @@ def test_training_teaches_to_denoise_and_leaves_no_trace() -> None:
     net = classifier(dtype=torch.float32).train()
     net[3].weight.grad = torch.ones_like(net[3].weight)
     net[0].bias.requires_grad_(False)
-    protected, x = Protected(net), torch.as_tensor(patterns(120)[0])
+    protected, x = ClassifierWrapper(net), torch.as_tensor(patterns(120)[0])
     before = snapshot(net)
     trained = train_denoiser(protected, x, width=4, n_steps=60, batch_size=32, seed=3)
     start = train_denoiser(protected, x, width=4, n_steps=1, seed=3)
@@ -303,12 +303,12 @@ def test_an_error_while_training_leaves_no_trace() -> None:
     net = Breaking(3).train()
     before = snapshot(net)
     with pytest.raises(RuntimeError, match="out of order"):
-        train_denoiser(Protected(net), torch.as_tensor(patterns(20)[0]), width=2, n_steps=9)
+        train_denoiser(ClassifierWrapper(net), torch.as_tensor(patterns(20)[0]), width=2, n_steps=9)
     assert same(before, snapshot(net))
 
 
 def test_the_group_of_the_denoiser_is_trained_before_it_is_used_and_comes_back() -> None:
-    protected, x = Protected(classifier(dtype=torch.float32)), torch.as_tensor(patterns(40)[0])
+    protected, x = ClassifierWrapper(classifier(dtype=torch.float32)), torch.as_tensor(patterns(40)[0])
     group = Denoising(width=3, least_steps=2)
     with pytest.raises(InferenceError, match="one whose denoiser is trained, but got one before `fit`"):
         group.respond(View(protected, x))

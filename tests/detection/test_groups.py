@@ -20,7 +20,7 @@ from ce_plugin.detection import (
     Signature,
     Smoothing,
 )
-from ce_plugin.detection.classifier import Protected
+from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.detection.probes import Group, View
 from ce_plugin.errors import ArgumentError, FileError, UnknownNameError
 from ce_plugin.interventions import Smooth
@@ -116,7 +116,7 @@ def test_masking_a_share_of_the_pixels_takes_this_share_of_a_linear_answer() -> 
 def test_channels_set_to_zero_one_by_one(wrapped: bool) -> None:
     net, x = classifier(), images()
     idle, predicted = net(x), net(x).argmax(1)
-    found = NodeZeroing("0").respond(View(Protected(net) if wrapped else net, x)).effects
+    found = NodeZeroing("0").respond(View(ClassifierWrapper(net) if wrapped else net, x)).effects
     for channel in range(4):
 
         def zeroed(output: Tensor, channel: int = channel) -> Tensor:
@@ -248,7 +248,7 @@ def test_bad_groups_are_refused() -> None:
     with pytest.raises(ArgumentError, match="`width and least_steps` to be 1 or more"):
         Denoising(width=0)
     with pytest.raises(UnknownNameError, match="`layer` to be one of"):
-        NodeZeroing("9").respond(View(Protected(classifier()), images()))
+        NodeZeroing("9").respond(View(ClassifierWrapper(classifier()), images()))
 
 
 def test_bad_signatures_are_refused() -> None:

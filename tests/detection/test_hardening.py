@@ -9,7 +9,7 @@ from _toy import classifier, patterns, same, snapshot
 from torch import Tensor, nn
 
 from ce_plugin.detection import Denoising, Signature
-from ce_plugin.detection.classifier import Protected
+from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.detection.denoiser import Bounds, Denoiser, train_denoiser, worst_nearby
 from ce_plugin.errors import ArgumentError
 
@@ -52,7 +52,7 @@ def test_bounds_grow_while_answers_hold_and_shrink_when_they_fall() -> None:
 
 def test_hardening_makes_the_network_behind_the_denoiser_robust_and_leaves_no_trace() -> None:
     net = classifier(dtype=torch.float32).train()
-    protected, x = Protected(net), torch.as_tensor(patterns(240)[0])
+    protected, x = ClassifierWrapper(net), torch.as_tensor(patterns(240)[0])
     before = snapshot(net)
     options = {"width": 8, "n_steps": 100, "batch_size": 32, "seed": 3}
     plain = train_denoiser(protected, x, **options)  # type: ignore[arg-type]
@@ -78,7 +78,7 @@ def test_hardening_makes_the_network_behind_the_denoiser_robust_and_leaves_no_tr
 
 
 def test_without_a_bound_nothing_is_hardened_and_no_draw_is_lost() -> None:
-    protected, x = Protected(classifier(dtype=torch.float32)), torch.as_tensor(patterns(40)[0])
+    protected, x = ClassifierWrapper(classifier(dtype=torch.float32)), torch.as_tensor(patterns(40)[0])
     one, other = (train_denoiser(protected, x, width=2, n_steps=3, eps=eps, seed=3) for eps in (0.0, 0.1))
     again = train_denoiser(protected, x, width=2, n_steps=3, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), again.parameters(), strict=True))

@@ -150,7 +150,7 @@ def test_default_step_reaches_the_border():
     attack = Adversarial.bim(linear(torch.tensor([[1.0] * 4, [-1.0] * 4])), eps=0.2)
     x = torch.full((1, 1, 2, 2), 0.6)
     torch.testing.assert_close(attack.perturb(x), x - 0.2)
-    assert attack.recipe.make.__self__ is attack.recipe
+    assert attack.config.make.__self__ is attack.config
 
 
 # --- nothing depends on the batch, the order or what was drawn before ------------------------------------------------
@@ -540,10 +540,10 @@ def test_sweep():
 
 
 def test_explicit_step_keeps_its_ratio():
-    recipe = Adversarial.bim(network(), eps=0.4, eps_step=0.1).recipe.resized(0.2)
+    recipe = Adversarial.bim(network(), eps=0.4, eps_step=0.1).config.resized(0.2)
     assert recipe.settings["eps_step"] == pytest.approx(0.05)
     instance = attack_class("BasicIterativeMethod")(art_classifier(network()), eps=0.4, eps_step=0.1)
-    assert Adversarial(instance).recipe.resized(0.2).settings == {"eps": 0.2, "eps_step": pytest.approx(0.05)}
+    assert Adversarial(instance).config.resized(0.2).settings == {"eps": 0.2, "eps_step": pytest.approx(0.05)}
 
 
 def test_min_param_perturbation():

@@ -12,7 +12,7 @@ from ce_plugin.designs import Design, LeaveOneIn, OneAtATime, RandomMask
 from ce_plugin.interventions import Context, PixelMask
 from ce_plugin.networks.forward import is_opaque
 from ce_plugin.sites import InputSite
-from ce_plugin.trials.batches import BatchSize, Setting, batches, bytes_per_row, free_memory, rows_of_args
+from ce_plugin.trials.batches import BatchSize, TrialSpec, batches, bytes_per_row, free_memory, rows_of_args
 
 
 def run(size: BatchSize, seconds_per_row: dict[int, float], passes: int = 40) -> list[int]:
@@ -146,9 +146,9 @@ def test_opaque_modules() -> None:
     assert is_opaque(net)
 
 
-def setting(n: int, design: Design, fills: int, mask: Tensor | None) -> Setting:
+def spec(n: int, design: Design, fills: int, mask: Tensor | None) -> TrialSpec:
     x = torch.zeros(n, 1, 2, 2)
-    return Setting(
+    return TrialSpec(
         (x,), (), InputSite(mask).units_of((x,)), design, PixelMask(tuple(float(k) for k in range(fills))),
         Context(ids=tuple(range(n))),
     )  # fmt: skip
@@ -164,7 +164,7 @@ def test_batches_hold_every_trial_once_and_are_full(data: st.DataObject) -> None
     mask = None
     if data.draw(st.booleans()):
         mask = torch.randint(0, 3, (n, 1, 2, 2), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 9))))
-    run_ = setting(n, design, fills, mask)
+    run_ = spec(n, design, fills, mask)
     chosen = data.draw(st.lists(st.integers(0, n - 1), unique=True, min_size=1))
     wanted = []
     for i in chosen:
@@ -190,10 +190,10 @@ def test_batches_hold_every_trial_once_and_are_full(data: st.DataObject) -> None
 
 
 def test_antithetic_partners_set_the_same_alternative() -> None:
-    run_ = setting(1, RandomMask(0.5, 8, antithetic=True), 2, None)
+    run_ = spec(1, RandomMask(0.5, 8, antithetic=True), 2, None)
     assert run_.variants(0, 8).tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
     assert run_.variants(3, 6).tolist() == [1, 0, 0]
-    assert setting(1, RandomMask(0.5, 8), 3, None).variants(2, 8).tolist() == [2, 0, 1, 2, 0, 1]
+    assert spec(1, RandomMask(0.5, 8), 3, None).variants(2, 8).tolist() == [2, 0, 1, 2, 0, 1]
 
 
 def test_rows_of_arguments() -> None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ce_plugin.networks.graph import Point, Suffix
-from ce_plugin.trials.propagation import Local
+from ce_plugin.networks.graph import HookPoint, Suffix
+from ce_plugin.trials.incremental import IncrementalForward
 
 
 def brute(network: nn.Module, module: nn.Module | None, x: Tensor, do: Tensor, masks: Tensor) -> Any:
@@ -56,15 +56,15 @@ def largest(values: Any) -> float:
 
 def check(
     network: nn.Module, module: nn.Module | None, x: Tensor, masks: Tensor, do: Tensor | None = None, tol: float = 1e-9
-) -> Local:
+) -> IncrementalForward:
     """Against full passes, relative to the largest effect; what is passed in, and the network, stay as they are."""
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    suffix = Suffix(network, Point(module))
+    suffix = Suffix(network, HookPoint(module))
     captured = suffix.capture((x,))
     site = captured.site.clone()
     do = torch.randn(1, *site.shape[1:], generator=torch.Generator().manual_seed(1)).to(site) if do is None else do
     kept = do.clone()
-    local = Local(suffix, captured)
+    local = IncrementalForward(suffix, captured)
     example = len(x) - 1
     expected = brute(network, module, x[example : example + 1], do, masks)
     clean = network(x[example : example + 1])
@@ -288,8 +288,8 @@ def test_rows_that_do_not_differ_are_clean_exactly_and_are_not_run() -> None:
     network, x = randomised(network), x.double()
     with torch.no_grad():
         network.site[0].bias.copy_(torch.tensor([-50.0, 50.0, 0.0, -50.0]))
-    suffix = Suffix(network, Point(network.site))
-    local = Local(suffix, suffix.capture((x,)))
+    suffix = Suffix(network, HookPoint(network.site))
+    local = IncrementalForward(suffix, suffix.capture((x,)))
     seen: list[int] = []
     with network.middle[3].register_forward_hook(lambda m, args, out: seen.append(len(out))):
         out = local(0, torch.zeros(1, 4, 9, 8).double(), every_channel(4))
@@ -313,8 +313,8 @@ def test_every_form_of_output_and_a_by_pass() -> None:
 
     network, x = randomised(Heads()), torch.randn(2, 2, 5, 5).double()
     check(network, network.site, x, every_channel(4))
-    suffix = Suffix(network, Point(network.site))
-    out = Local(suffix, suffix.capture((x,)))(1, torch.zeros(1, 4, 5, 5), every_channel(4)[:2])
+    suffix = Suffix(network, HookPoint(network.site))
+    out = IncrementalForward(suffix, suffix.capture((x,)))(1, torch.zeros(1, 4, 5, 5), every_channel(4)[:2])
     assert isinstance(out["maps"], tuple)
     torch.testing.assert_close(out["maps"][1][1], network(x)["maps"][1][1][1:].expand(2, -1, -1, -1))
 
@@ -322,8 +322,8 @@ def test_every_form_of_output_and_a_by_pass() -> None:
 def test_examples_take_turns() -> None:
     network, x = randomised(torchvision.models.resnet18(num_classes=5)), torch.randn(3, 3, 32, 32).double()
     site: Any = network.layer2
-    suffix = Suffix(network, Point(site))
-    local = Local(suffix, suffix.capture((x,)))
+    suffix = Suffix(network, HookPoint(site))
+    local = IncrementalForward(suffix, suffix.capture((x,)))
     do, masks = torch.zeros(1, 128, 4, 4).double(), every_channel(128)[::50]
     for example in (0, 1, 2, 0, 1):
         expected = brute(network, site, x[example : example + 1], do, masks)
@@ -347,9 +347,9 @@ def test_cost_counts_what_a_row_takes() -> None:
     )
     network(x)
     network, x = randomised(network), x.double()
-    suffix = Suffix(network, Point(network.site))
+    suffix = Suffix(network, HookPoint(network.site))
     captured = suffix.capture((x,))
-    cost = Local(suffix, captured).cost(torch.randn(1, 4, 16, 16), every_channel(4))
+    cost = IncrementalForward(suffix, captured).cost(torch.randn(1, 4, 16, 16), every_channel(4))
     # Of the two convolutions (2 to 4 and 4 to 8 channels) a quarter of the second is left.
     assert cost == pytest.approx(8 / (8 + 32), rel=0.05)
     assert suffix.share(captured) == pytest.approx(32 / (8 + 32), rel=0.05)
@@ -379,7 +379,7 @@ class Peak(TorchDispatchMode):
 def test_bytes_per_row_are_what_memory_grows_by(form: str) -> None:
     network: Any = randomised(torchvision.models.resnet18(num_classes=7))
     site = network.layer1 if form == "channels" else None
-    suffix = Suffix(network, Point(site))
+    suffix = Suffix(network, HookPoint(site))
     with torch.no_grad():
         captured = suffix.capture((torch.randn(1, 3, 96, 96).double(),))
         do = torch.randn_like(captured.site)
@@ -387,7 +387,7 @@ def test_bytes_per_row_are_what_memory_grows_by(form: str) -> None:
         if form == "windows":
             masks = torch.zeros(64, 1, 96, 96, dtype=torch.bool)
             masks[torch.arange(64), :, 30:40, 30:40] = True
-        local, peaks = Local(suffix, captured), []
+        local, peaks = IncrementalForward(suffix, captured), []
         for rows in (4, 8, 16):
             with Peak() as peak:
                 local(0, do, masks[:rows])
@@ -408,7 +408,7 @@ def test_networks_of_torchvision(name: str, layer: str) -> None:
     network = randomised(torchvision.models.get_model(name, weights=None, num_classes=7))
     site = network.get_submodule(layer)
     x = torch.randn(1, 3, 32, 32).double()
-    captured = Suffix(network, Point(site)).capture((x,))
+    captured = Suffix(network, HookPoint(site)).capture((x,))
     channels = captured.site.shape[1]
     masks = every_channel(channels)[:: channels // 4]
     assert check(network, site, x, masks).route == "channel differences"
@@ -432,5 +432,5 @@ def test_larger_networks_of_torchvision(name: str) -> None:
     x = torch.randn(1, 3, *[224 if name != "inception_v3" else 128] * 2).double()
     for layer in layers[name]:
         site = network.get_submodule(layer)
-        captured = Suffix(network, Point(site)).capture((x,))
+        captured = Suffix(network, HookPoint(site)).capture((x,))
         check(network, site, x, every_channel(captured.site.shape[1], captured.site.dim())[:3])

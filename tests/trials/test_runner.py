@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from ce_plugin.designs import OneAtATime, RandomMask
 from ce_plugin.interventions import Context, PixelMask
 from ce_plugin.sites import InputSite
-from ce_plugin.trials import Forward, Runner, Setting
+from ce_plugin.trials import Forward, Runner, TrialSpec
 from ce_plugin.trials.runner import AggregateError, run_aggregated
 
 DOUBLE = torch.float64
 
 
-def setting(x: Tensor, design: Any = None, fill: Any = 0.0, mask: Tensor | None = None, args: tuple = ()) -> Setting:  # type: ignore[type-arg]
+def spec(x: Tensor, design: Any = None, fill: Any = 0.0, mask: Tensor | None = None, args: tuple = ()) -> TrialSpec:  # type: ignore[type-arg]
     units = InputSite(mask).units_of((x,))
-    return Setting((x,), args, units, design or OneAtATime(), PixelMask(fill), Context(ids=tuple(range(len(x)))))
+    return TrialSpec((x,), args, units, design or OneAtATime(), PixelMask(fill), Context(ids=tuple(range(len(x)))))
 
 
 def outcomes(heads: dict[str, Tensor], examples: Tensor) -> dict[str, Tensor]:
@@ -28,7 +28,7 @@ def outcomes(heads: dict[str, Tensor], examples: Tensor) -> dict[str, Tensor]:
 
 def test_outcomes_of_trials_by_hand() -> None:
     x = torch.tensor([[1.0, 2.0], [10.0, 20.0]], dtype=DOUBLE)
-    found = Runner(Forward(lambda v: v.sum(1))).run(setting(x, fill=(0.0, 3.0)), 0, 2, outcomes)[""]
+    found = Runner(Forward(lambda v: v.sum(1))).run(spec(x, fill=(0.0, 3.0)), 0, 2, outcomes)[""]
     wanted = torch.tensor([[(2 + 5) / 2, (1 + 4) / 2], [(20 + 23) / 2, (10 + 13) / 2]], dtype=DOUBLE)
     assert torch.equal(found[..., 0], wanted)
 
@@ -36,7 +36,7 @@ def test_outcomes_of_trials_by_hand() -> None:
 def test_trials_that_an_example_lacks_or_nobody_wants_are_nan() -> None:
     x = torch.rand(3, 4, dtype=DOUBLE)
     mask = torch.tensor([[0, 1, 2, 3], [0, 0, 1, 1], [0, 0, 0, 0]])
-    run = setting(x, mask=mask)
+    run = spec(x, mask=mask)
     runner = Runner(Forward(lambda v: v.sum(1)))
     assert runner.run(run, 0, 4, outcomes)[""].isnan()[..., 0].sum(1).tolist() == [0, 2, 3]
     assert runner.run(run, 1, 3, outcomes)[""].isnan()[..., 0].sum(1).tolist() == [0, 1, 2]
@@ -47,7 +47,7 @@ def test_trials_that_an_example_lacks_or_nobody_wants_are_nan() -> None:
 def test_parts_of_a_run_are_the_run() -> None:
     x = torch.rand(2, 5, dtype=DOUBLE)
     for design in (OneAtATime(), RandomMask(0.5, 20)):
-        run = setting(x, design, fill=("noise", 0.0))
+        run = spec(x, design, fill=("noise", 0.0))
         runner = Runner(Forward(lambda v: v.square().sum(1)))
         stop = run.n_trials(0)
         whole = runner.run(run, 0, stop, outcomes)[""]
@@ -60,7 +60,7 @@ def test_passes_are_counted_in_rows() -> None:
     runner = Runner(Forward(nn.Linear(4, 2)), rows=5)
     runner.reference((x,), (), 12)
     assert runner.passes == 3
-    runner.run(setting(x, fill=(0.0, 1.0)), 0, 4, outcomes)
+    runner.run(spec(x, fill=(0.0, 1.0)), 0, 4, outcomes)
     assert runner.passes == 3 + 24
 
 
@@ -91,12 +91,12 @@ def test_aggregates_are_noticed() -> None:
     runner = Runner(Forward(lambda v: v.sum()))
     assert runner.reference((x[:1],), (), 1)[""].shape == (1,)
     with pytest.raises(AggregateError):
-        runner.run(setting(x[:1]), 0, 3, outcomes)
+        runner.run(spec(x[:1]), 0, 3, outcomes)
 
 
 def test_aggregated_trials() -> None:
     x = torch.rand(3, 4, dtype=DOUBLE)
-    run = Setting((x,), (), InputSite().units_of((x,)), OneAtATime(), PixelMask((0.0, 1.0)), Context(ids=(0, 0, 0)))
+    run = TrialSpec((x,), (), InputSite().units_of((x,)), OneAtATime(), PixelMask((0.0, 1.0)), Context(ids=(0, 0, 0)))
     found = run_aggregated(Runner(Forward(lambda v: v.sum())), run, outcomes)[""]
     wanted = x.sum() - x.sum(0) + (0 + 3) / 2
     assert torch.allclose(found, wanted.reshape(1, 4, 1))
@@ -111,12 +111,12 @@ def test_values_are_asked_for_once_for_each_example_and_experiment() -> None:
 
     x = torch.arange(5.0)[:, None].expand(5, 3)
     runner = Runner(Forward(lambda v: v.sum(1)), rows=4)
-    run = setting(x, fill=infill)
+    run = spec(x, fill=infill)
     for _ in range(3):
         runner.run(run, 0, 3, outcomes, active=[0, 3])
     runner.run(run, 0, 3, outcomes)
     assert sorted(asked) == [0, 1, 2, 3, 4]
-    runner.run(setting(x, fill=infill), 0, 3, outcomes)
+    runner.run(spec(x, fill=infill), 0, 3, outcomes)
     assert len(asked) == 10
 
 
@@ -129,7 +129,7 @@ def test_values_of_many_examples_are_made_in_chunks(monkeypatch: pytest.MonkeyPa
         return images * 0
 
     x = torch.rand(5, 3)
-    found = Runner(Forward(lambda v: v.sum(1)), rows=100).run(setting(x, fill=infill), 0, 3, outcomes)[""]
+    found = Runner(Forward(lambda v: v.sum(1)), rows=100).run(spec(x, fill=infill), 0, 3, outcomes)[""]
     assert asked == [2, 2, 1]
     assert torch.allclose(found[..., 0], x.sum(1, keepdim=True) - x, atol=1e-6)
 
@@ -147,7 +147,7 @@ def test_rows_are_contiguous_where_no_layout_was_chosen(shape: tuple[int, ...]) 
         for rows in (None, 1, 7):
             runner = Runner(Forward(model), rows=rows)
             runner.reference((x,), (), 1000)
-            runner.run(setting(x, design, fill=("mean", 0.0)), 0, 6, outcomes)
+            runner.run(spec(x, design, fill=("mean", 0.0)), 0, 6, outcomes)
     assert all(layouts)
 
 
@@ -169,7 +169,7 @@ def test_convolutions_on_a_cpu_get_their_channels_side_by_side() -> None:
     assert net.seen == [False, True, True, True]
     assert runner.layout_passes((x,), (), 100) == 0
     net.seen.clear()
-    runner.run(setting(x, fill=("zero", "blur")), 0, 30, outcomes)
+    runner.run(spec(x, fill=("zero", "blur")), 0, 30, outcomes)
     assert net.seen
     assert all(net.seen)
     # Too few trials to be worth a try.

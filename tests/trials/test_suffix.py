@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ce_plugin.networks.graph import Point, Suffix, Untraceable
+from ce_plugin.networks.graph import HookPoint, Suffix, Untraceable
 
 Pair = collections.namedtuple("Pair", ["logits", "features"])
 
@@ -65,7 +65,7 @@ class Several(nn.Module):
         return out**power if power > 1 else out
 
 
-def brute(network: nn.Module, point: Point, values: Tensor, *args: Any) -> Any:
+def brute(network: nn.Module, point: HookPoint, values: Tensor, *args: Any) -> Any:
     """Set the value by a hook; a copy, because the network itself changes it in place."""
     values = values.clone()
     calls = [0]
@@ -106,7 +106,7 @@ def randomised(network: nn.Module) -> nn.Module:
     return network.double().eval()
 
 
-def check(network: nn.Module, point: Point, inputs: tuple[Tensor, ...], args: tuple[Any, ...] = ()) -> Suffix:
+def check(network: nn.Module, point: HookPoint, inputs: tuple[Tensor, ...], args: tuple[Any, ...] = ()) -> Suffix:
     """Random values, at random examples, against hooks."""
     suffix = Suffix(network, point, n_inputs=len(inputs), args=args)
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -135,18 +135,18 @@ POINTS = ["conv1", "norm", "conv2", "conv3", "head"]
 @pytest.mark.parametrize("name", POINTS)
 def test_in_place_operations_and_by_passes_are_as_with_hooks(name: str, at_input: bool) -> None:
     network = randomised(Residual())
-    suffix = check(network, Point(network.get_submodule(name), at_input), (torch.randn(2, 3, 6, 6).double(),))
+    suffix = check(network, HookPoint(network.get_submodule(name), at_input), (torch.randn(2, 3, 6, 6).double(),))
     assert suffix.is_cut == (name in ("conv1", "norm", "head") or (name, at_input) == ("conv1", True))
 
 
 @pytest.mark.parametrize("call", [0, 1])
 def test_a_module_that_is_called_several_times(call: int) -> None:
     network = randomised(Residual())
-    check(network, Point(network.relu, call=call), (torch.randn(2, 3, 6, 6).double(),))
+    check(network, HookPoint(network.relu, call=call), (torch.randn(2, 3, 6, 6).double(),))
     with pytest.raises(Untraceable, match="not reached"):
-        Suffix(network, Point(network.relu, call=3))
+        Suffix(network, HookPoint(network.relu, call=3))
     with pytest.raises(Untraceable, match="not used"):
-        Suffix(network, Point(network.relu, call=2))
+        Suffix(network, HookPoint(network.relu, call=2))
 
 
 @pytest.mark.parametrize("power", [1, 2])
@@ -157,12 +157,12 @@ def test_a_module_that_is_called_several_times(call: int) -> None:
 def test_several_inputs_arguments_and_shapes(name: str, options: dict[str, Any], power: int) -> None:
     network = randomised(Several())
     inputs = (torch.randn(3, 4).double(), torch.randn(3, 4).double())
-    check(network, Point(network.get_submodule(name), **options), inputs, (torch.rand(3).double(), power))
+    check(network, HookPoint(network.get_submodule(name), **options), inputs, (torch.rand(3).double(), power))
 
 
 def test_arguments_other_than_those_traced_are_refused() -> None:
     network, x, scale = randomised(Several()), torch.randn(2, 4).double(), torch.rand(2).double()
-    suffix = Suffix(network, Point(network.shared), n_inputs=2, args=(scale, 1))
+    suffix = Suffix(network, HookPoint(network.shared), n_inputs=2, args=(scale, 1))
     with pytest.raises(Untraceable, match="other additional arguments"):
         suffix.capture((x, x), (scale, 2))
     with pytest.raises(Untraceable, match="traced with 2 additional arguments, called with 1"):
@@ -172,12 +172,12 @@ def test_arguments_other_than_those_traced_are_refused() -> None:
 @pytest.mark.parametrize("form", [lambda a, b: {"a": a, "b": b}, lambda a, b: (a, b), lambda a, b: [a, {"b": b}], Pair])
 def test_every_form_of_output(form: Callable[[Tensor, Tensor], Any]) -> None:
     network = randomised(Heads(form))
-    check(network, Point(network.body), (torch.randn(2, 4).double(),))
+    check(network, HookPoint(network.body), (torch.randn(2, 4).double(),))
 
 
 def test_the_input_is_a_site() -> None:
     network, x = randomised(Residual()), torch.randn(2, 3, 6, 6).double()
-    suffix = Suffix(network, Point())
+    suffix = Suffix(network, HookPoint())
     captured = suffix.capture((x,))
     assert suffix.is_cut
     assert captured.site is x
@@ -187,7 +187,7 @@ def test_the_input_is_a_site() -> None:
 
 def test_where_the_site_is_a_cut_nothing_is_run() -> None:
     network, x = randomised(Residual()), torch.randn(2, 3, 6, 6).double()
-    suffix, site = Suffix(network, Point(network.norm)), network.norm(network.conv1(x))
+    suffix, site = Suffix(network, HookPoint(network.norm)), network.norm(network.conv1(x))
     with torch.no_grad():
         network.conv1.weight.fill_(torch.nan)
     captured = suffix.capture((x,), site=site)
@@ -197,7 +197,7 @@ def test_where_the_site_is_a_cut_nothing_is_run() -> None:
 def test_a_decoder_stands_between_the_code_and_the_network() -> None:
     network, x = randomised(Residual()), torch.randn(2, 3, 6, 6).double()
     decoder = nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU(inplace=True)).double().eval()
-    point = Point(network.conv2)
+    point = HookPoint(network.conv2)
     suffix = Suffix(network, point, decoder=decoder)
     code = torch.randn(2, 2, 6, 6).double()
     captured = suffix.capture((x,), site=code)
@@ -209,7 +209,7 @@ def test_a_decoder_stands_between_the_code_and_the_network() -> None:
 
 def test_gradients_reach_the_values_even_after_inference_mode() -> None:
     network, x = randomised(Residual()), torch.randn(2, 3, 6, 6).double()
-    suffix = Suffix(network, Point(network.conv2))
+    suffix = Suffix(network, HookPoint(network.conv2))
     with torch.inference_mode():
         captured = suffix.capture((x,))
     values = captured.site.clone().requires_grad_()
@@ -218,7 +218,7 @@ def test_gradients_reach_the_values_even_after_inference_mode() -> None:
 
 def test_hooks_of_leaves_fire_as_usual() -> None:
     network, x, seen = randomised(Residual()), torch.randn(2, 3, 6, 6).double(), []
-    suffix = Suffix(network, Point(network.conv1))
+    suffix = Suffix(network, HookPoint(network.conv1))
     captured = suffix.capture((x,))
     with network.relu.register_forward_hook(lambda *_: seen.append(1)):
         suffix.run(captured, captured.site, torch.arange(2))
@@ -255,16 +255,16 @@ class MixesExamples(nn.Module):
 def test_what_cannot_be_traced_says_why() -> None:
     inside = nn.Sequential(nn.Linear(4, 4), LooksAtValues())
     with pytest.raises(Untraceable, match="control flow"):
-        Suffix(LooksAtValues().eval(), Point())
+        Suffix(LooksAtValues().eval(), HookPoint())
     network = ChangesAView().eval()
     with pytest.raises(Untraceable, match="view"):
-        Suffix(network, Point(network.layer))
+        Suffix(network, HookPoint(network.layer))
     mixes = MixesExamples().eval()
-    suffix = Suffix(mixes, Point(mixes.layer))
+    suffix = Suffix(mixes, HookPoint(mixes.layer))
     with pytest.raises(Untraceable, match="no row per example"):
         suffix.capture((torch.randn(3, 4),))
     # A part that cannot be traced stays whole, as long as the site is not in it.
-    check(inside.double().eval(), Point(inside[0]), (torch.randn(2, 4).double(),))
+    check(inside.double().eval(), HookPoint(inside[0]), (torch.randn(2, 4).double(),))
 
 
 def test_a_layer_whose_output_is_not_used() -> None:
@@ -279,13 +279,13 @@ def test_a_layer_whose_output_is_not_used() -> None:
 
     network = Idle().eval()
     with pytest.raises(Untraceable, match="not used"):
-        Suffix(network, Point(network.layer))
+        Suffix(network, HookPoint(network.layer))
 
 
 def test_a_network_as_it_was() -> None:
     network = randomised(Residual()).train()
     before = copy.deepcopy(network.__dict__)
-    Suffix(network, Point(network.conv2))
+    Suffix(network, HookPoint(network.conv2))
     assert network.training
     assert network.__dict__.keys() == before.keys()
     assert [name for name, _ in network.named_modules()] == [name for name, _ in Residual().named_modules()]

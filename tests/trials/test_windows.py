@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ce_plugin.networks.graph import Point, Suffix
-from ce_plugin.trials.propagation import Local
+from ce_plugin.networks.graph import HookPoint, Suffix
+from ce_plugin.trials.incremental import IncrementalForward
 from ce_plugin.trials.states import Window, as_dense
 from ce_plugin.trials.windows import window_of
 
@@ -28,9 +28,11 @@ def windows(height: int, width: int, size: tuple[int, int], stride: int, rows: i
     return masks if rows is None else masks[:: max(1, len(masks) // rows)]
 
 
-def check(network: nn.Module, module: nn.Module | None, masks: Tensor, x: Tensor, tol: float = 1e-10) -> Local:
+def check(
+    network: nn.Module, module: nn.Module | None, masks: Tensor, x: Tensor, tol: float = 1e-10
+) -> IncrementalForward:
     """Against full passes, relative to the largest effect."""
-    suffix = Suffix(network, Point(module))
+    suffix = Suffix(network, HookPoint(module))
     captured = suffix.capture((x,))
     clean = captured.site.clone()
     do = torch.randn(1, *clean.shape[1:], generator=torch.Generator().manual_seed(1)).to(clean)
@@ -40,7 +42,7 @@ def check(network: nn.Module, module: nn.Module | None, masks: Tensor, x: Tensor
     else:
         with module.register_forward_hook(lambda m, args, out: torch.where(masks, do, out)):
             expected = network(rows)
-    local = Local(suffix, captured)
+    local = IncrementalForward(suffix, captured)
     effect = float((expected - network(x)).abs().max())
     assert effect > 1e-6 * float(expected.abs().max())  # or an engine that returns zeros would pass
     for _ in range(2):
@@ -148,10 +150,12 @@ def test_any_kernel_on_any_window(data: st.DataObject) -> None:
     masks[0, :, 0, 0] = True
     x = torch.randn(1, 3, 15, 14).double()
     network = nn.Sequential(nn.Identity(), middle, nn.Flatten()).double().eval()
-    suffix = Suffix(network, Point(network[0]))
+    suffix = Suffix(network, HookPoint(network[0]))
     do = torch.randn(1, 3, 15, 14).double()
     expected = network(torch.where(masks, do, x))
-    torch.testing.assert_close(Local(suffix, suffix.capture((x,)))(0, do, masks), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        IncrementalForward(suffix, suffix.capture((x,)))(0, do, masks), expected, rtol=1e-10, atol=1e-10
+    )
 
 
 def test_the_smallest_rectangle_is_found() -> None:
@@ -172,10 +176,10 @@ def test_the_smallest_rectangle_is_found() -> None:
 def test_only_windows_are_run() -> None:
     x = torch.randn(1, 3, 32, 32)
     network = body(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)), x)
-    suffix = Suffix(network, Point())
+    suffix = Suffix(network, HookPoint())
     captured = suffix.capture((x.double(),))
     masks = windows(32, 32, (4, 4), 7)
-    local = Local(suffix, captured)
+    local = IncrementalForward(suffix, captured)
     cost = local.cost(torch.zeros(1, 3, 32, 32), masks)
     # Per cell 9, 216 and 576 multiplications; windows of 4, 6 and 8 cells; the head sees all of 8 x 32 x 32, twice.
     cells = 32 * 32
@@ -214,6 +218,6 @@ def test_networks_of_torchvision(name: str, layer: str | None) -> None:
     network.eval()
     with torch.inference_mode():
         module = network.get_submodule(layer) if layer else None
-        shape = Suffix(network, Point(module)).capture((x,)).site.shape
+        shape = Suffix(network, HookPoint(module)).capture((x,)).site.shape
         masks = windows(shape[2], shape[3], (shape[2] // 8, shape[3] // 8), shape[2] // 8, rows=5)
         assert check(network, module, masks, x, tol=1e-9).route == "window differences"

@@ -15,7 +15,7 @@ from art.estimators.estimator import BaseEstimator, LossGradientsMixin
 from torch import Tensor
 from tqdm import tqdm
 
-from ce_plugin.detection.adaptive.objective import LOSSES, Ball, Victim
+from ce_plugin.detection.adaptive.objective import LOSSES, Ball, TargetModel
 from ce_plugin.detection.adaptive.results import AdaptiveReport, Best, Curves, distances
 from ce_plugin.detection.adaptive.search import Batch, Others, Plan, search
 from ce_plugin.detection.protocol import DifferentiableDetector
@@ -95,8 +95,8 @@ def check_images(name: str, images: object, clip: tuple[float, float], shape: tu
     low, high = float(array.min()), float(array.max())
     slack = 1e-6 * (clip[1] - clip[0])
     if not (clip[0] - slack <= low and high <= clip[1] + slack):
-        todo = "Bring them into image units."
-        raise InputError(expected(name, f"images inside the clip values {clip}", f"values in [{low}, {high}]", todo))
+        hint = "Bring them into image units."
+        raise InputError(expected(name, f"images inside the clip values {clip}", f"values in [{low}, {high}]", hint))
     return array
 
 
@@ -139,7 +139,7 @@ class Job:
     def __init__(
         self,
         attack: AdaptiveEvasion,
-        victim: Victim,
+        model: TargetModel,
         clip: tuple[float, float],
         images: Array,
         starts: Array | None,
@@ -147,7 +147,7 @@ class Job:
         ids: list[int],
     ) -> None:
         self.attack = attack
-        self.victim = victim
+        self.model = model
         self.clip = clip
         self.images = images
         self.starts = starts
@@ -163,13 +163,13 @@ class Job:
             threshold=attack.threshold,
         )
         self.curves = Curves(self.plan.losses, attack.restarts, attack.steps)
-        self.others = None if pool is None else Others(victim, self._tensor(pool), attack.batch_size)
+        self.others = None if pool is None else Others(model, self._tensor(pool), attack.batch_size)
 
     def run(self, y: Array | None) -> tuple[Array, AdaptiveReport]:
         """Attack all images, batch by batch."""
         size, n = max(1, self.attack.batch_size // self.plan.width), len(self.images)
         slices = [slice(begin, min(begin + size, n)) for begin in range(0, n, size)]
-        logits = torch.cat([self.victim.predict(self._tensor(self.images[rows])) for rows in slices])
+        logits = torch.cat([self.model.predict(self._tensor(self.images[rows])) for rows in slices])
         labels = whole_labels(y, logits.argmax(dim=1).cpu().numpy(), logits.shape[1])
         balls = [self._ball(rows) for rows in slices]
         ticks = len(slices) * self.plan.restarts * len(self.plan.losses)
@@ -191,24 +191,24 @@ class Job:
         ball = Ball(self._tensor(self.images[rows]), float(self.attack.eps), norm, self.clip, self.attack.levels)
         if ball.is_frozen or not ball.contains(ball.store(ball.clean)).all():
             step = (self.clip[1] - self.clip[0]) / ((self.attack.levels or 2) - 1)
-            todo = "Allow more, or pass `levels=None`."
-            raise AttackError(expected("eps", f"large enough for one level, {step:.4g}", self.attack.eps, todo))
+            hint = "Allow more, or pass `levels=None`."
+            raise AttackError(expected("eps", f"large enough for one level, {step:.4g}", self.attack.eps, hint))
         return ball
 
     def _attack(
         self, ball: Ball, labels: Tensor, logits: Tensor, rows: slice, bar: Any
     ) -> tuple[Array, dict[str, Array]]:
         stored = ball.store(ball.clean)
-        best = Best(stored, self.victim.judge(stored, labels), "clean")
+        best = Best(stored, self.model.judge(stored, labels), "clean")
         everything = torch.arange(len(stored), device=self.device)
         if self.starts is not None:
             stored = ball.store(ball.project(self._tensor(self.starts[rows])))
-            best.offer(stored, self.victim.judge(stored, labels), everything, ("start", -1))
+            best.offer(stored, self.model.judge(stored, labels), everything, ("start", -1))
         ids = self.ids[rows]
         none = ball.clean[:, None][:, :0]
         others = none if self.others is None else self.others.near(ball, labels, ids, self.plan, best)
-        search(self.victim, Batch(ball, labels, ids, logits, others), self.plan, best, self.curves, bar.update)
-        judged = self.victim.judge(best.images, labels)
+        search(self.model, Batch(ball, labels, ids, logits, others), self.plan, best, self.curves, bar.update)
+        judged = self.model.judge(best.images, labels)
         columns = {
             "success": best.success.cpu().numpy(),
             "score": judged.score.double().cpu().numpy(),
@@ -417,7 +417,7 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
         pool = None if self.candidates is None else check_images("candidates", self.candidates, clip, shape)
         names = check_ids(ids, len(images))
         with state_guard(network, self.detector, seed=derived_seed(self.seed, "adaptive")):
-            job = Job(self, Victim(network, self.detector, self.eot), clip, images, given, pool, names)
+            job = Job(self, TargetModel(network, self.detector, self.eot), clip, images, given, pool, names)
             found, self.report = job.run(y)
         return found
 

@@ -18,7 +18,7 @@ __all__ = [
     "Course",
     "Gradients",
     "Judgement",
-    "Victim",
+    "TargetModel",
     "flat_norm",
     "margin_of",
     "per_image",
@@ -79,7 +79,7 @@ class Gradients:
     detector: Tensor
 
 
-class Victim:
+class TargetModel:
     """Classifier and detector, as one thing to ask.
 
     Args:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ce_plugin.detection.adaptive.objective import Ball, Course, Judgement, Victim, flat_norm, margin_of, per_image
+from ce_plugin.detection.adaptive.objective import Ball, Course, Judgement, TargetModel, flat_norm, margin_of, per_image
 from ce_plugin.detection.adaptive.results import Best, Curves
 from ce_plugin.randomness import generator, numpy_generator
 
@@ -131,15 +131,15 @@ class Starts:
     """The points that runs start from, and the classes that they aim at.
 
     Args:
-        victim: classifier and detector.
+        model: classifier and detector.
         batch: the images.
         plan: how the search is run.
         best: what was found so far.
         pool: finds of different runs.
     """
 
-    def __init__(self, victim: Victim, batch: Batch, plan: Plan, best: Best, pool: Pool) -> None:
-        self.victim = victim
+    def __init__(self, model: TargetModel, batch: Batch, plan: Plan, best: Best, pool: Pool) -> None:
+        self.model = model
         self.batch = batch
         self.plan = plan
         self.best = best
@@ -183,7 +183,7 @@ class Starts:
         aims = self.classes[rows][:, (restart * self.plan.width + copy) % self.classes.shape[1]]
         if kind not in ("candidate", "best"):
             return aims
-        shown = self.victim.predict(points).argmax(dim=1)
+        shown = self.model.predict(points).argmax(dim=1)
         return torch.where(shown == self.batch.labels[rows], aims, shown)
 
 
@@ -197,15 +197,15 @@ _LAST = 0.005
 _SOFT = 0.1
 
 
-def search(victim: Victim, batch: Batch, plan: Plan, best: Best, curves: Curves, tick: Callable[[], None]) -> None:
+def search(model: TargetModel, batch: Batch, plan: Plan, best: Best, curves: Curves, tick: Callable[[], None]) -> None:
     """Better ``best`` by every loss from every start; a restart knows only of the restarts before it."""
     pool = Pool(batch.ball.clean)
-    starts = Starts(victim, batch, plan, best, pool)
+    starts = Starts(model, batch, plan, best, pool)
     for restart in range(plan.restarts):
         for loss in plan.losses:
             rows = best.open(plan.threshold)
             if len(rows):
-                run = _Run(victim, batch, plan, loss, restart, rows)
+                run = _Run(model, batch, plan, loss, restart, rows)
                 curves.add(loss, restart, run(*starts(loss, restart, rows), best, pool))
             tick()
 
@@ -213,8 +213,8 @@ def search(victim: Victim, batch: Batch, plan: Plan, best: Best, curves: Curves,
 class _Run:
     """One loss from one start, or from several at once, of each image."""
 
-    def __init__(self, victim: Victim, batch: Batch, plan: Plan, loss: str, restart: int, rows: Tensor) -> None:
-        self.victim = victim
+    def __init__(self, model: TargetModel, batch: Batch, plan: Plan, loss: str, restart: int, rows: Tensor) -> None:
+        self.model = model
         self.plan = plan
         self.loss = loss
         self.restart = restart
@@ -240,7 +240,7 @@ class _Run:
         for step in range(self.plan.steps + 1):
             self.course.move_to(step / self.plan.steps)
             stored = self.ball.store(x)
-            at = self.victim.differentiate(stored, self.labels, targets, self.course.selective)
+            at = self.model.differentiate(stored, self.labels, targets, self.course.selective)
             found.offer(stored, at.judged, points, (self.loss, self.restart))
             scores.append(found.score.reshape(-1, width).amin(dim=1))
             speed = _MOMENTUM * speed + (1 - _MOMENTUM) * self._moving(self.course.direction(at), step)
@@ -284,16 +284,16 @@ class Others:
     """The candidates, with what the classifier takes them for.
 
     Args:
-        victim: classifier and detector.
+        model: classifier and detector.
         images: (M, ...).
         batch_size: images judged together.
     """
 
-    def __init__(self, victim: Victim, images: Tensor, batch_size: int) -> None:
-        self.victim = victim
+    def __init__(self, model: TargetModel, images: Tensor, batch_size: int) -> None:
+        self.model = model
         self.images = images
         self.batch_size = batch_size
-        parts = [victim.predict(part).argmax(dim=1) for part in torch.split(images, batch_size)]
+        parts = [model.predict(part).argmax(dim=1) for part in torch.split(images, batch_size)]
         self.predicted = torch.cat(parts).cpu().numpy()
 
     def near(self, ball: Ball, labels: Tensor, ids: Sequence[int], plan: Plan, best: Best) -> Tensor:
@@ -322,7 +322,7 @@ class Others:
 
     def _judge(self, images: Tensor, labels: Tensor) -> Judgement:
         parts = zip(torch.split(images, self.batch_size), torch.split(labels, self.batch_size), strict=True)
-        judged = [self.victim.judge(some, own) for some, own in parts]
+        judged = [self.model.judge(some, own) for some, own in parts]
         return Judgement(
             *(torch.cat([getattr(j, f) for j in judged]) for f in ("margin", "wrong", "score", "predicted"))
         )

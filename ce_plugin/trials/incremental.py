@@ -9,27 +9,27 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_map
 
-from ce_plugin.networks.graph import Captured, Suffix, flops_of, nodes_of
-from ce_plugin.trials.batches import Rows, Setting, Values
+from ce_plugin.networks.graph import Suffix, SuffixConstants, flops_of, nodes_of
+from ce_plugin.trials.batches import TrialBatch, TrialSpec, Values
 from ce_plugin.trials.channels import follow_channels, mixes
-from ce_plugin.trials.downstream import Downstream
+from ce_plugin.trials.downstream import ForwardFromSite
 from ce_plugin.trials.operations import Cat, Conv, Operation, Pointwise, Pool, resolve
 from ce_plugin.trials.states import Channel, Clean, Dense, State, Window, as_dense, is_state, nbytes, select
 from ce_plugin.trials.windows import follow_windows, window_of
 
 __all__ = [
     "CleanValues",
-    "Flips",
-    "Local",
-    "Propagation",
+    "IncrementalForward",
+    "IncrementalPass",
+    "IncrementalTrials",
     "scratch",
 ]
 
 
-class Propagation:
+class IncrementalPass:
     """One batch on its way through the suffix."""
 
-    def __init__(self, local: Local, start: State, rows: int) -> None:
+    def __init__(self, local: IncrementalForward, start: State, rows: int) -> None:
         self.local, self.total = local, rows
         self.graph = local.suffix.graph
         self.alive = torch.arange(rows)
@@ -217,7 +217,7 @@ class CleanValues:
         last_uses: for each node those of its arguments that no later one uses.
     """
 
-    def __init__(self, suffix: Suffix, captured: Captured, last_uses: dict[fx.Node, list[fx.Node]]) -> None:
+    def __init__(self, suffix: Suffix, captured: SuffixConstants, last_uses: dict[fx.Node, list[fx.Node]]) -> None:
         self.suffix, self.captured, self._last_uses = suffix, captured, last_uses
         self.example = -1
         self._outputs = set(nodes_of(suffix.graph.output))
@@ -272,7 +272,7 @@ class CleanValues:
             self._passing = {}
 
 
-class Local:
+class IncrementalForward:
     """Runs trials of one example that each set one unit of a site, and computes only what differs.
 
     Flipping a channel changes one channel; operations that treat channels separately keep it so, and the first that
@@ -291,17 +291,17 @@ class Local:
         last_uses: by operation, the values that are not needed after it.
 
     Example:
-        >>> from ce_plugin.networks.graph import Point
+        >>> from ce_plugin.networks.graph import HookPoint
         >>> network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 1), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1)).eval()
         >>> x = torch.rand(1, 1, 3, 3)
-        >>> suffix = Suffix(network, Point(network[0]))
-        >>> local = Local(suffix, suffix.capture((x,)))
+        >>> suffix = Suffix(network, HookPoint(network[0]))
+        >>> local = IncrementalForward(suffix, suffix.capture((x,)))
         >>> channels = torch.eye(4, dtype=torch.bool).view(4, 4, 1, 1)
         >>> local(0, torch.zeros(1, 4, 3, 3), channels).shape
         torch.Size([4, 2, 3, 3])
     """
 
-    def __init__(self, suffix: Suffix, captured: Captured) -> None:
+    def __init__(self, suffix: Suffix, captured: SuffixConstants) -> None:
         self.suffix, self.captured = suffix, captured
         self.bytes_per_row = 0
         self.route = "dense"
@@ -335,7 +335,7 @@ class Local:
         site = self.captured.site[example : example + 1]
         start = initial(site, do.to(site), masks.to(site.device))
         self.route = {Channel: "channel differences", Window: "window differences"}.get(type(start), "dense")
-        return Propagation(self, start, len(masks)).output()
+        return IncrementalPass(self, start, len(masks)).output()
 
     def clean_output(self, example: int) -> Any:
         """The network's raw output for an example as it is: what rows in which nothing differs get."""
@@ -390,18 +390,18 @@ _COPIES = 6
 _MOST = 8192
 
 
-class Flips:
+class IncrementalTrials:
     """Runs trials that each set one unit of a site.
 
     Args:
         downstream: the network from the site on, cut out.
     """
 
-    def __init__(self, downstream: Downstream) -> None:
+    def __init__(self, downstream: ForwardFromSite) -> None:
         if downstream.suffix is None or downstream.captured is None:
             raise TypeError("differences are followed through a suffix")
         self.forward = downstream.forward
-        self.local = Local(downstream.suffix, downstream.captured)
+        self.local = IncrementalForward(downstream.suffix, downstream.captured)
         self.route = "suffix"
         self._output_bytes = 0
 
@@ -416,9 +416,9 @@ class Flips:
             self._output_bytes = sum(head.numel() * head.element_size() for head in heads.values())
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def __call__(self, setting: Setting, rows: Rows, values: Values) -> dict[str, Tensor]:
+    def __call__(self, spec: TrialSpec, rows: TrialBatch, values: Values) -> dict[str, Tensor]:
         """The heads' outputs of one batch of rows, (B, ...) each."""
-        (masks,) = setting.units.masks(rows.assignments, rows.examples)
+        (masks,) = spec.units.masks(rows.assignments, rows.examples)
         groups: dict[tuple[int, int], list[int]] = {}
         for row, key in enumerate(zip(rows.examples.tolist(), rows.variants.tolist(), strict=True)):
             groups.setdefault(key, []).append(row)
@@ -428,11 +428,11 @@ class Flips:
             with torch.inference_mode():
                 heads = self.forward.heads(self.local(example, values[example][variant][0], here))
             self.route = self.local.route
-            parts.append({name: head.to(setting.device).clone() for name, head in heads.items()})
+            parts.append({name: head.to(spec.device).clone() for name, head in heads.items()})
             order += members
         if len(parts) == 1:
             return parts[0]
-        back = torch.tensor(order).argsort().to(setting.device)
+        back = torch.tensor(order).argsort().to(spec.device)
         return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
 
     def rows(self, budget: int, device: torch.device) -> tuple[int, int]:
@@ -445,28 +445,28 @@ class Flips:
         limit = max(1, min((budget - self.local.fixed_bytes) // each, _MOST))
         return max(1, min(max(_BYTES.get(device.type, _BYTES["cuda"]) // each, 4), limit)), limit
 
-    def kind(self, setting: Setting) -> str:
+    def kind(self, spec: TrialSpec) -> str:
         """How flips of the site's units start: as a "channel", as a "window", or "" where neither."""
-        site, masks = self._sample(setting)
+        site, masks = self._sample(spec)
         start = initial(site, site + 1, masks)
         return "channel" if isinstance(start, Channel) else "window" if isinstance(start, Window) else ""
 
-    def area(self, setting: Setting) -> int:
+    def area(self, spec: TrialSpec) -> int:
         """How many elements three of the units have."""
-        return int(self._sample(setting)[1].sum())
+        return int(self._sample(spec)[1].sum())
 
-    def cost(self, setting: Setting) -> float:
+    def cost(self, spec: TrialSpec) -> float:
         """What a row costs, in forward passes of the whole network, counted on three rows of the first example."""
-        site, masks = self._sample(setting)
+        site, masks = self._sample(spec)
         found = self.local.cost(site + 1, masks)
         self.route = self.local.route
         return found
 
     @staticmethod
-    def _sample(setting: Setting) -> tuple[Tensor, Tensor]:
-        n_units = int(setting.units.n_units[0])
+    def _sample(spec: TrialSpec) -> tuple[Tensor, Tensor]:
+        n_units = int(spec.units.n_units[0])
         chosen = sorted({n_units // 4, n_units // 2, 3 * n_units // 4})
-        assignments = torch.nn.functional.one_hot(torch.tensor(chosen), setting.units.width).bool()
-        site = setting.inputs[0][:1]
-        (masks,) = setting.units.masks(assignments, torch.zeros(len(chosen), dtype=torch.int64))
+        assignments = torch.nn.functional.one_hot(torch.tensor(chosen), spec.units.width).bool()
+        site = spec.inputs[0][:1]
+        (masks,) = spec.units.masks(assignments, torch.zeros(len(chosen), dtype=torch.int64))
         return site, masks.to(site.device)

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from ce_plugin.errors import InputError, ModelError, expected
 from ce_plugin.networks.forward import Forward, is_opaque
-from ce_plugin.networks.graph import Point, Suffix, Untraceable
+from ce_plugin.networks.graph import HookPoint, Suffix, Untraceable
 from ce_plugin.sites import ConceptSite, LayerSite
-from ce_plugin.trials.batches import Setting
-from ce_plugin.trials.downstream import SITE, Downstream, Observed, Place
-from ce_plugin.trials.propagation import Flips
+from ce_plugin.trials.batches import TrialSpec
+from ce_plugin.trials.downstream import SITE, CapturingForward, ForwardFromSite, SiteHook
+from ce_plugin.trials.incremental import IncrementalTrials
 from ce_plugin.trials.runner import AggregateError, Runner
 
-__all__ = ["Located", "Locator", "place_of"]
+__all__ = ["CapturedSite", "Router", "hook_of"]
 
 logger = logging.getLogger("ce_plugin")
 # How far two ways of computing the same outputs may be apart, in multiples of the largest output.
@@ -29,7 +29,7 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 
 @dataclass(frozen=True)
-class Located:
+class CapturedSite:
     """A site under given evidence.
 
     Attributes:
@@ -48,9 +48,9 @@ class Located:
     args: tuple[object, ...]
     outputs: dict[str, Tensor] | None = None
     route: str = "full"
-    whole: Downstream | None = None
+    whole: ForwardFromSite | None = None
     seconds: float = 0.0
-    flips: Flips | None = None
+    flips: IncrementalTrials | None = None
 
     @property
     def taken(self) -> str:
@@ -60,11 +60,11 @@ class Located:
     @property
     def is_cut(self) -> bool:
         """Whether the site's value is known to decide the output: nothing by-passes it."""
-        suffix = self.forward.suffix if isinstance(self.forward, Downstream) else None
+        suffix = self.forward.suffix if isinstance(self.forward, ForwardFromSite) else None
         return suffix is not None and suffix.is_cut
 
 
-def place_of(site: LayerSite | ConceptSite, networks: list[nn.Module]) -> Place:
+def hook_of(site: LayerSite | ConceptSite, networks: list[nn.Module]) -> SiteHook:
     """The point of a network at which a site lies.
 
     Raises:
@@ -72,14 +72,14 @@ def place_of(site: LayerSite | ConceptSite, networks: list[nn.Module]) -> Place:
     """
     name, module = site.module(networks)
     layer = site.place if isinstance(site, ConceptSite) else site
-    point = Point(module, at_input=layer.at_input, element=layer.element, call=layer.call or 0)
+    point = HookPoint(module, at_input=layer.at_input, element=layer.element, call=layer.call or 0)
     if isinstance(site, ConceptSite):
-        return Place(name, point, site.autoencoder.encoder, site.autoencoder.decoder)
-    return Place(name, point)
+        return SiteHook(name, point, site.autoencoder.encoder, site.autoencoder.decoder)
+    return SiteHook(name, point)
 
 
 @dataclass
-class Locator:
+class Router:
     """Finds a site in a network; what it learned about the network's structure serves later experiments too.
 
     Args:
@@ -96,7 +96,7 @@ class Locator:
 
     def at(
         self, site: LayerSite | ConceptSite, inputs: tuple[Tensor, ...], args: tuple[object, ...], runner: Runner
-    ) -> Located:
+    ) -> CapturedSite:
         """The site's values for these inputs, and the network from there.
 
         Raises:
@@ -104,8 +104,8 @@ class Locator:
                 ``engine="suffix"`` for a network that cannot be cut.
             InputError: the layer's value is no tensor with a row for each example.
         """
-        place = place_of(site, self.forward.modules)
-        observed = Observed(runner.forward, place, once=self._named(site).call is None)
+        place = hook_of(site, self.forward.modules)
+        observed = CapturingForward(runner.forward, place, once=self._named(site).call is None)
         watcher, started = runner.of(observed), time.perf_counter()
         try:
             heads = watcher.reference(inputs, args, 1)
@@ -114,12 +114,12 @@ class Locator:
             raise InputError(expected("layer", f"a layer with {wanted}", f"another from {place.name!r}")) from error
         values = heads.pop(SITE)
         place = replace(place, point=replace(place.point, element=observed.element))
-        whole = Downstream(runner.forward, place, inputs, args)
+        whole = ForwardFromSite(runner.forward, place, inputs, args)
         seconds = (time.perf_counter() - started) / len(values)
-        located = Located(whole, (values,), (torch.arange(len(values)),), heads, seconds=seconds)
+        captured_site = CapturedSite(whole, (values,), (torch.arange(len(values)),), heads, seconds=seconds)
         # Evidence at a layer is set by hooks, which only whole passes meet.
         if self.engine == "full" or runner.forward is not self.forward:
-            return located
+            return captured_site
         suffix = self._suffix(place, len(inputs), args)
         if isinstance(suffix, Suffix):
             try:
@@ -128,14 +128,14 @@ class Locator:
             except Untraceable as error:
                 suffix = str(error)
             else:
-                cut = Downstream(self.forward, place, inputs, args, suffix, captured)
-                return replace(located, forward=cut, route="suffix", whole=whole)
+                cut = ForwardFromSite(self.forward, place, inputs, args, suffix, captured)
+                return replace(captured_site, forward=cut, route="suffix", whole=whole)
         self._fall_back(place.name, suffix)
-        return located
+        return captured_site
 
-    def at_input(self, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> Located | None:
+    def at_input(self, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> CapturedSite | None:
         """The input itself as a site whose differences can be followed; None where the network cannot be traced."""
-        place = Place("the input", Point())
+        place = SiteHook("the input", HookPoint())
         suffix = self._suffix(place, len(inputs), args)
         if isinstance(suffix, Suffix):
             try:
@@ -144,44 +144,46 @@ class Locator:
             except Untraceable as error:
                 suffix = str(error)
             else:
-                whole = Downstream(self.forward, place, inputs, args)
-                cut = Downstream(self.forward, place, inputs, args, suffix, captured)
-                return Located(cut, inputs, (torch.arange(len(inputs[0])),), route="suffix", whole=whole)
+                whole = ForwardFromSite(self.forward, place, inputs, args)
+                cut = ForwardFromSite(self.forward, place, inputs, args, suffix, captured)
+                return CapturedSite(cut, inputs, (torch.arange(len(inputs[0])),), route="suffix", whole=whole)
         self._fall_back(place.name, suffix)
         return None
 
-    def followed(self, located: Located, setting: Setting) -> Located:
+    def followed(self, captured_site: CapturedSite, spec: TrialSpec) -> CapturedSite:
         """With what follows the differences of single flips, where the site and the design allow it and it pays."""
-        if self.engine == "full" or not follows(setting):
-            return located
-        if not isinstance(located.forward, Downstream):
+        if self.engine == "full" or not follows(spec):
+            return captured_site
+        if not isinstance(captured_site.forward, ForwardFromSite):
             # The input: only where many trials may repay that the network is traced.
-            few = sum(map(setting.n_trials, range(setting.n))) < _MANY
-            wanted = located.forward is self.forward and setting.inputs[0].dim() == 4 and not few
-            found = self.at_input(located.values, located.args) if wanted else None
-            return located if found is None else self._paid(found, setting, located)
-        return located if located.forward.suffix is None else self._paid(located, setting, located)
+            few = sum(map(spec.n_trials, range(spec.n))) < _MANY
+            wanted = captured_site.forward is self.forward and spec.inputs[0].dim() == 4 and not few
+            found = self.at_input(captured_site.values, captured_site.args) if wanted else None
+            return captured_site if found is None else self._paid(found, spec, captured_site)
+        return captured_site if captured_site.forward.suffix is None else self._paid(captured_site, spec, captured_site)
 
-    def _paid(self, located: Located, setting: Setting, otherwise: Located) -> Located:
+    def _paid(self, captured_site: CapturedSite, spec: TrialSpec, otherwise: CapturedSite) -> CapturedSite:
         """A located site with its flips followed, or what there was before where that does not pay."""
-        cut = located.forward
-        if not isinstance(cut, Downstream) or cut.suffix is None or cut.captured is None:
+        cut = captured_site.forward
+        if not isinstance(cut, ForwardFromSite) or cut.suffix is None or cut.captured is None:
             return otherwise
-        flips = Flips(cut)
-        kind = flips.kind(setting)
+        flips = IncrementalTrials(cut)
+        kind = flips.kind(spec)
         at_input = cut.place.point.module is None
         if (kind == "window" or at_input) and self.engine == "auto":
             suffix, captured = cut.suffix, cut.captured
-            key = (id(suffix), *(tuple(x.shape[1:]) for x in setting.inputs), flips.area(setting))
+            key = (id(suffix), *(tuple(x.shape[1:]) for x in spec.inputs), flips.area(spec))
             if key not in self._paying:
                 whole = suffix.full_flops(captured)
                 share = 1.0 if at_input else suffix.share(captured)
-                self._paying[key] = whole >= _SMALL and flips.cost(setting) < _PAYS * share
+                self._paying[key] = whole >= _SMALL and flips.cost(spec) < _PAYS * share
             if not self._paying[key]:
                 return otherwise
-        return replace(located, flips=flips) if kind else otherwise
+        return replace(captured_site, flips=flips) if kind else otherwise
 
-    def start(self, located: Located, runner: Runner, trials: int) -> tuple[Located, Runner, dict[str, Tensor]]:
+    def start(
+        self, captured_site: CapturedSite, runner: Runner, trials: int
+    ) -> tuple[CapturedSite, Runner, dict[str, Tensor]]:
         """The reference's outputs, (N, ...) for each head, and what the trials are run with.
 
         The part of the network that is cut out must say what the network says, or the whole network is used.
@@ -189,35 +191,35 @@ class Locator:
         Raises:
             ModelError: the network is not deterministic.
         """
-        own = runner.of(located.forward)
-        own.flips = located.flips
-        heads = own.reference(located.values, located.args, trials)
-        whole = located.whole or located.forward
-        if not isinstance(whole, Downstream):
-            return located, own, heads
-        known = located.outputs if whole.place.decoder is None else None
-        some, first = len(located.values[0]) if known else 1, torch.tensor([0])
+        own = runner.of(captured_site.forward)
+        own.flips = captured_site.flips
+        heads = own.reference(captured_site.values, captured_site.args, trials)
+        whole = captured_site.whole or captured_site.forward
+        if not isinstance(whole, ForwardFromSite):
+            return captured_site, own, heads
+        known = captured_site.outputs if whole.place.decoder is None else None
+        some, first = len(captured_site.values[0]) if known else 1, torch.tensor([0])
         started = time.perf_counter()
         with torch.inference_mode():
-            wanted = known or whole.full(located.values[0][:1], first)
-        located = replace(located, seconds=located.seconds or time.perf_counter() - started)
+            wanted = known or whole.full(captured_site.values[0][:1], first)
+        captured_site = replace(captured_site, seconds=captured_site.seconds or time.perf_counter() - started)
         with torch.inference_mode():
             if close({name: head[:some] for name, head in heads.items()}, wanted):
-                return located, own, heads
-            again = whole.full(located.values[0][:1], first)
+                return captured_site, own, heads
+            again = whole.full(captured_site.values[0][:1], first)
         check_deterministic({name: head[:1] for name, head in wanted.items()}, again)
-        if located.whole is None:
-            todo = "Take another layer, or its input (`LayerSite(layer, at_input=True)`)."
+        if captured_site.whole is None:
+            hint = "Take another layer, or its input (`LayerSite(layer, at_input=True)`)."
             got = f"{whole.place.name!r}, whose own value put back changes the outputs"
-            raise ModelError(expected("layer", "one whose value can be set", got, todo))
+            raise ModelError(expected("layer", "one whose value can be set", got, hint))
         self._fall_back(whole.place.name, "its traced part gives other outputs on the clean input")
-        return self.start(replace(located, forward=whole, route="full", whole=None, flips=None), runner, trials)
+        return self.start(replace(captured_site, forward=whole, route="full", whole=None, flips=None), runner, trials)
 
     @staticmethod
     def _named(site: LayerSite | ConceptSite) -> LayerSite:
         return site.place if isinstance(site, ConceptSite) else site
 
-    def _suffix(self, place: Place, n_inputs: int, args: tuple[object, ...]) -> Suffix | str:
+    def _suffix(self, place: SiteHook, n_inputs: int, args: tuple[object, ...]) -> Suffix | str:
         """The part of the network that depends on the site, or why there is none."""
         network = self.forward.forward_func
         if not isinstance(network, nn.Module):
@@ -235,16 +237,16 @@ class Locator:
 
     def _fall_back(self, name: str, reason: str) -> None:
         if self.engine == "suffix":
-            todo = 'Write engine="auto" to pass every trial through the whole network.'
-            raise ModelError(expected("engine", "'auto' or 'full' for this network", f"'suffix': {reason}", todo))
+            hint = 'Write engine="auto" to pass every trial through the whole network.'
+            raise ModelError(expected("engine", "'auto' or 'full' for this network", f"'suffix': {reason}", hint))
         if reason not in self._logged:
             self._logged.add(reason)
             logger.info("%s: every trial passes through the whole network, because %s", name, reason)
 
 
-def follows(setting: Setting) -> bool:
+def follows(spec: TrialSpec) -> bool:
     """Whether trials each flip one unit of one tensor, to a value that does not depend on the trial."""
-    return setting.design.flips_one and not setting.intervention.per_trial and len(setting.inputs) == 1
+    return spec.design.flips_one and not spec.intervention.per_trial and len(spec.inputs) == 1
 
 
 def check_deterministic(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
@@ -256,9 +258,9 @@ def check_deterministic(first: dict[str, Tensor], second: dict[str, Tensor]) -> 
     if close(first, second):
         return
     gap = max(float((first[k].double() - second[k].double()).abs().max()) for k in first)
-    todo = "Seed or switch off what is random (dropout that ignores eval mode, random transforms)."
+    hint = "Seed or switch off what is random (dropout that ignores eval mode, random transforms)."
     got = f"outputs that differ by {gap:.2g} between two passes of the same input"
-    raise ModelError(expected("forward_func", "a deterministic model", got, todo))
+    raise ModelError(expected("forward_func", "a deterministic model", got, hint))
 
 
 def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
