@@ -4,6 +4,7 @@ Every function returns a :class:`matplotlib.figure.Figure` or plain values. Neit
 touched, so the functions work on a server, in a notebook and in a thread alike.
 """
 
+from ce_plugin._lazy import deprecated_names
 from ce_plugin.visualization.charts import plot_nodes, plot_roc, plot_scores
 from ce_plugin.visualization.pictures import (
     NEGATIVE,
@@ -31,3 +32,11 @@ __all__ = [
     "sheet",
     "spotlight",
 ]
+
+__getattr__ = deprecated_names(
+    __name__,
+    {
+        "plot_carriers": "ce_plugin.effects.plot_carriers",
+        "plot_estimate": "ce_plugin.effects.plot_estimate",
+    },
+)

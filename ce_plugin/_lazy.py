@@ -1,0 +1,59 @@
+"""Names that a package resolves on first use (PEP 562), and old names that still work for one version."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["deprecated_names", "lazy_names"]
+
+
+def lazy_names(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` of a package whose names are imported when they are asked for.
+
+    Args:
+        package: its ``__name__``.
+        names: public name -> the module that defines it.
+
+    Example:
+        >>> get, _ = lazy_names(__name__, {"OrderedDict": "collections"})
+        >>> get("OrderedDict")
+        <class 'collections.OrderedDict'>
+    """
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(names[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return get, lambda: sorted({*vars(sys.modules[package]), *names})
+
+
+def deprecated_names(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """``__getattr__`` of a package some of whose names have changed: the old ones work, and warn.
+
+    Args:
+        package: its ``__name__``.
+        names: old name -> what stands for it now, "module.name".
+
+    Warns:
+        FutureWarning: an old name is used.
+    """
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module, _, new = names[name].rpartition(".")
+        warnings.warn(
+            f"{package}.{name} is called {names[name]} now; the old name goes in the next version.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return getattr(importlib.import_module(module), new)
+
+    return get
