@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import graphlib
 import importlib
 import importlib.metadata
 import inspect
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import grimp
 import pytest
 
 import ce_plugin
@@ -339,3 +341,11 @@ def test_errors_can_be_caught_as_the_built_in_ones() -> None:
         warnings.simplefilter("always")
         warnings.warn("nothing changes", errors.NoChangeWarning, stacklevel=1)
     assert issubclass(caught[0].category, UserWarning)
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    """Imports inside functions and for type checkers count: data flows one way."""
+    graph = grimp.build_graph("ce_plugin")
+    imports = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
+    order = list(graphlib.TopologicalSorter(imports).static_order())  # raises CycleError, which names the circle
+    assert len(order) == len(graph.modules)
