@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-import ce_plugin.report.digits as demo
+import ce_plugin.report.evaluation as demo
 from ce_plugin.detection import Alarm, Calibration, UnusualEffect
 from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.detection.signature import digests
@@ -34,11 +34,10 @@ from ce_plugin.report import (
     save_evaluation,
     save_screening,
     screen,
-    trial_record,
     try_detector,
 )
-from ce_plugin.report.detector_attacks import rounded
-from ce_plugin.report.detector_cells import alarm
+from ce_plugin.report.alarms import alarm_shown
+from ce_plugin.report.evaluation import EvaluationSection, rounded
 
 NAMES = ("dark & <low>", "bright")
 ALARM = Alarm(
@@ -305,7 +304,7 @@ def test_the_page_of_a_trial(net: VisionModel, tmp_path: Path) -> None:
     assert "adds <0.2>" in words
     assert "BRIGHTER 0.2: 1.png “dark & <low>” before, now answers “bright”" in words
     assert "None of these attackers knows the detector" in words
-    record = trial_record(trial)
+    record = EvaluationSection(str).record(trial)
     assert record["attacks"][0]["auroc"] == auroc.value
     assert record["pictures"] == 60
 
@@ -314,8 +313,8 @@ def test_a_picture_that_is_not_flagged_has_no_reason() -> None:
     x, labels = many()
     attack = DetectorAttack("brighter 0.2", "", 0.2, brighter)
     trial = try_detector(Stub(), x, list(map(str, range(60))), [attack], labels=labels)  # type: ignore[arg-type]
-    shown = alarm(trial.tried[0].shown[1], NAMES.__getitem__)
-    assert not shown["flagged"]
+    shown = alarm_shown(trial.tried[0].shown[1], NAMES.__getitem__)
+    assert not shown["row"].flagged
     assert (shown["turned"], shown["effects"]) == ("", [])
     assert [cell["title"] for cell in shown["cells"]] == ["Before", "After the attack", "What changed"]
 

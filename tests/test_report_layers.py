@@ -13,7 +13,7 @@ from ce_plugin import CausalMediation
 from ce_plugin.designs import OneAtATime
 from ce_plugin.interventions import PixelMask
 from ce_plugin.models import Framing, VisionModel
-from ce_plugin.report import LayerCase, LayerStudy, Plan, Study, build_manifest, carried_by, record, render, study
+from ce_plugin.report import LayerCase, LayerStudy, Plan, Study, build_manifest, carried_by, render, study
 
 
 class Corners(nn.Module):
@@ -132,11 +132,11 @@ def test_a_layer_that_cannot_be_looked_at_leaves_the_rest_of_the_report(photogra
 
 def test_findings_are_numbers_that_json_knows(net: VisionModel, photograph: Tensor) -> None:
     found = study(net, photograph, "p", _plan())
-    numbers = json.loads(json.dumps(record([found]), allow_nan=False))["p"]
+    numbers = json.loads(json.dumps(found.record(), allow_nan=False))
     assert numbers["evidence"]["FGSM"]["answer_changed"] is (found.cases[1].success)
     carried = numbers["layer"]["evidence"]["FGSM"]["carried"]
     assert [one["channel"] for one in carried["channels"]] == ["2", "1", "0"]
-    constant = LayerCase(torch.zeros(8, 8), {"Grad-CAM": math.nan})
-    undefined = record([Study("q", found.cases[:1], LayerStudy("conv", (constant,)))])
-    shown = undefined["q"]["layer"]["evidence"]["Clean"]["rank_correlation_with_clean"]
+    constant = LayerCase(found.cases[0], torch.zeros(8, 8), {"Grad-CAM": math.nan})
+    undefined = Study("q", found.sections, {"evidence": found.cases[:1], "layer": LayerStudy("conv", (constant,))})
+    shown = undefined.record()["layer"]["evidence"]["Clean"]["rank_correlation_with_clean"]
     assert shown == {"Grad-CAM": None}

@@ -1,31 +1,41 @@
-"""A report that a person would rather look at than read: one HTML file, and the manifest that reproduces it."""
+"""A report that a person would rather look at than read: one HTML file, and the manifest that reproduces it.
 
-from ce_plugin.report.attacks import evidence_name, planned_attack
-from ce_plugin.report.carriers import carried_by
-from ce_plugin.report.concept_page import save_concepts
-from ce_plugin.report.concepts import Concept, ConceptStudy, Example, concept_study
-from ce_plugin.report.detection import screen, try_detector
-from ce_plugin.report.detection_page import save_evaluation, save_screening
-from ce_plugin.report.detector_attacks import DETECTOR_ATTACKS, DetectorAttack, attack_to_learn, detector_attack
-from ce_plugin.report.detector_findings import AlarmShown, AttackTried, DetectorTrial, Screened, Screening
-from ce_plugin.report.digits import digits_trial
-from ce_plugin.report.experiment import check_class, study
-from ce_plugin.report.findings import (
+:func:`study` runs the sections of a photograph, :func:`save_report` writes their page. A :class:`Section` of your own
+joins them; see "Write your own".
+"""
+
+from ce_plugin._lazy import deprecated_names
+from ce_plugin.report.alarms import AlarmShown, Screened, Screening, save_screening, screen
+from ce_plugin.report.concepts import Concept, ConceptStudy, Example, concept_study, save_concepts
+from ce_plugin.report.evaluation import (
+    DETECTOR_ATTACKS,
+    AttackResult,
+    DetectorAttack,
+    DetectorTrial,
+    attack_to_learn,
+    detector_attack,
+    digits_trial,
+    save_evaluation,
+    try_detector,
+)
+from ce_plugin.report.layer import Carried, LayerCase, LayerStudy, carried_by, carried_record
+from ce_plugin.report.manifest import build_manifest, file_sha256, state_sha256, tensor_sha256
+from ce_plugin.report.page import Study, render, save_report, study
+from ce_plugin.report.peers import last_conv_layer, named_layer
+from ce_plugin.report.photograph import (
     ATTACKS,
     OUTCOMES,
     Answer,
-    Carried,
     Case,
     ClassMaps,
-    LayerCase,
-    LayerStudy,
+    Context,
     Plan,
-    Study,
+    check_class,
+    grad_cam,
+    planned_attack,
+    saliency,
 )
-from ce_plugin.report.manifest import build_manifest, file_sha256, state_sha256, tensor_sha256
-from ce_plugin.report.page import check_out, render, save_report
-from ce_plugin.report.peers import grad_cam, last_conv_layer, named_layer, saliency
-from ce_plugin.report.record import carried_record, record, trial_record
+from ce_plugin.report.sections import Section, check_out
 
 __all__ = [
     "ATTACKS",
@@ -33,12 +43,13 @@ __all__ = [
     "OUTCOMES",
     "AlarmShown",
     "Answer",
-    "AttackTried",
+    "AttackResult",
     "Carried",
     "Case",
     "ClassMaps",
     "Concept",
     "ConceptStudy",
+    "Context",
     "DetectorAttack",
     "DetectorTrial",
     "Example",
@@ -47,6 +58,7 @@ __all__ = [
     "Plan",
     "Screened",
     "Screening",
+    "Section",
     "Study",
     "attack_to_learn",
     "build_manifest",
@@ -57,13 +69,11 @@ __all__ = [
     "concept_study",
     "detector_attack",
     "digits_trial",
-    "evidence_name",
     "file_sha256",
     "grad_cam",
     "last_conv_layer",
     "named_layer",
     "planned_attack",
-    "record",
     "render",
     "saliency",
     "save_concepts",
@@ -74,6 +84,7 @@ __all__ = [
     "state_sha256",
     "study",
     "tensor_sha256",
-    "trial_record",
     "try_detector",
 ]
+
+__getattr__ = deprecated_names(__name__, {"AttackTried": "ce_plugin.report.AttackResult"})

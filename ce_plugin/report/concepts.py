@@ -1,10 +1,11 @@
-"""The concepts of an autoencoder: what they look like, what they do, and how far the autoencoder can be trusted."""
+"""The page of concepts: what they look like and do, and how far their autoencoder can be trusted."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from ce_plugin.attribution import ConceptCausalEffect
 from ce_plugin.concepts import ConceptAutoencoder, ConceptReport, Fidelity, examine, measure_fidelity
 from ce_plugin.errors import ModelError, expected
 from ce_plugin.models import VisionModel
-
-__all__ = ["Concept", "ConceptStudy", "Example", "concept_study"]
+from ce_plugin.report.photograph import OUTCOMES
+from ce_plugin.report.sections import Section, cell, digits, save_page
+from ce_plugin.visualization import spotlight
 
 _BATCH = 8
 
@@ -202,3 +204,90 @@ def _strongest(net: VisionModel, contributions: Tensor, each: int = 3) -> tuple[
     order = contributions.argsort(descending=True, stable=True).tolist()
     chosen = order if len(order) <= 2 * each else [*order[:each], *order[-each:]]
     return tuple((net.class_name(c), float(contributions[c])) for c in chosen)
+
+
+class ConceptsSection(Section[ConceptStudy]):
+    """The concepts of a layer: contributions to classes, and the pictures that activate each most."""
+
+    name, template = "concepts", "concepts.html.j2"
+
+    def __init__(self, outcome: str) -> None:
+        self.outcome = OUTCOMES[outcome]
+
+    def record(self, found: ConceptStudy) -> dict[str, Any]:
+        """Fidelity, and what each concept does."""
+        return {
+            "layer": found.layer,
+            "fidelity_on_these_pictures": found.fidelity.to_dict(),
+            "fidelity_in_training": None if found.trained_fidelity is None else found.trained_fidelity.to_dict(),
+            "mean_absolute_insertion_effect": found.insertion,
+            "dead": [concept.number for concept in found.concepts if concept.dead],
+            "duplicates": [list(pair) for pair in found.report.duplicates],
+            "concepts": [
+                {
+                    "concept": concept.number,
+                    "share_active": concept.share_active,
+                    "mean_contributions": dict(concept.classes),
+                    "examples": [example.name for example in concept.examples],
+                }
+                for concept in found.concepts
+            ],
+        }
+
+    def render(self, found: ConceptStudy) -> dict[str, Any]:
+        """A card for each concept that is not dead."""
+        return {
+            "found": found,
+            "outcome": self.outcome,
+            "dead": [concept.number for concept in found.concepts if concept.dead],
+            "concepts": [
+                {
+                    "concept": concept,
+                    "greatest": max((abs(value) for _, value in concept.classes), default=0.0),
+                    "examples": [self._example(example, concept.number) for example in concept.examples],
+                }
+                for concept in found.concepts
+                if not concept.dead
+            ],
+        }
+
+    def _example(self, example: Example, number: int) -> dict[str, Any]:
+        return cell(
+            example.name,
+            f"{example.name}, where concept {number} is most active",
+            spotlight(example.picture, example.box),
+            caption=f"activity {example.peak:.2g}; the network says “{example.answer}”: the concept adds "
+            f"{digits(example.contribution)} {self.outcome}, the autoencoder itself {digits(example.insertion)}",
+        )
+
+
+def save_concepts(
+    study: ConceptStudy, out: str | Path, *, model: str, outcome: str, manifest: Mapping[str, Any]
+) -> Path:
+    """Write ``concepts.html``, ``concepts.csv`` and ``manifest.json``; each appears only when it is complete.
+
+    Args:
+        study: what was found.
+        out: the folder, which :func:`~ce_plugin.report.check_out` has allowed.
+        model: the network's name.
+        outcome: what was measured.
+        manifest: see :func:`~ce_plugin.report.build_manifest`; the findings are added to it.
+
+    Returns:
+        Path of the page.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from ce_plugin.concepts import ConceptReport, Fidelity
+        >>> from ce_plugin.report import build_manifest
+        >>> none, numbers = torch.zeros(0), torch.zeros(0, 1, dtype=torch.long)
+        >>> report = ConceptReport(none, none, none, none, (), numbers, none, none, none, n_images=4)
+        >>> study = ConceptStudy("features.9", (), report, Fidelity(1.0, 0.0, 0.0, 4), None, 0.0, none)
+        >>> manifest = build_manifest(arguments={}, command=[], seed=0, inputs={}, model=torch.nn.Linear(1, 1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_concepts(study, folder, model="net", outcome="logit", manifest=manifest).name
+        'concepts.html'
+    """
+    tables = {"concepts.csv": study.report.to_dataframe().to_csv(index=False)}
+    return save_page(ConceptsSection(outcome), study, out, manifest, tables, model=model)

@@ -1,56 +1,164 @@
-"""The report as one HTML file with its pictures inside, and the manifest beside it."""
+"""The report on photographs: sections run on each of them, on one page that stands alone."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ce_plugin.errors import FileError, expected
-from ce_plugin.report.cells import photograph
-from ce_plugin.report.detector_cells import evaluation_section
-from ce_plugin.report.detector_findings import DetectorTrial
-from ce_plugin.report.findings import OUTCOMES, Plan, Study, share
-from ce_plugin.report.record import record, trial_record
-from ce_plugin.visualization import NEGATIVE, POSITIVE
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from jinja2 import Template
-
-__all__ = ["check_out", "render", "save_report", "template"]
-
-PAGE, MANIFEST = "report.html", "manifest.json"
+from ce_plugin.errors import ArgumentError, InputError, expected
+from ce_plugin.models import VisionModel
+from ce_plugin.report.evaluation import DetectorTrial, TrialSection
+from ce_plugin.report.layer import LayerSection, LayerStudy
+from ce_plugin.report.peers import last_conv_layer, named_layer
+from ce_plugin.report.photograph import OUTCOMES, Case, Context, PhotographSection, Plan, check_class, share
+from ce_plugin.report.sections import Section, check_out, page_words, save_page
 
 
-def check_out(out: str | Path, *, force: bool = False) -> Path:
-    """Refuse a folder that must not, or cannot, be written to; meant to be called before any work.
+@dataclass(frozen=True)
+class Study:
+    """One photograph, and what the sections found on it.
+
+    Attributes:
+        name: of the photograph.
+        sections: in the order of the page.
+        found: name of each section -> what it found.
+    """
+
+    name: str
+    sections: tuple[Section[Any], ...]
+    found: Mapping[str, Any]
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        """The photograph clean and under each attack."""
+        cases: tuple[Case, ...] = self.found[PhotographSection.name]
+        return cases
+
+    @property
+    def layer(self) -> LayerStudy | None:
+        """The channels of the layer; None for a network without a late convolution."""
+        return self.found.get(LayerSection.name)
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest keeps: strings, numbers, lists and dictionaries by the names of the sections."""
+        return {section.name: section.record(self.found[section.name]) for section in self.sections}
+
+
+def study(
+    net: VisionModel,
+    inputs: Tensor,
+    name: str,
+    plan: Plan | None = None,
+    *,
+    target: int | None = None,
+    example_id: int = 0,
+    sections: Sequence[Section[Any]] = (),
+    progress: Callable[[str], None] | None = None,
+) -> Study:
+    """Explain one photograph, clean and under each attack.
 
     Args:
-        out: the folder of the report.
-        force: it may exist; then only the report's own two files in it are replaced.
+        net: the network.
+        inputs: the photograph as the network takes it, (1, C, H, W), see :meth:`VisionModel.inputs`.
+        name: what the report calls the photograph.
+        plan: what is run.
+        target: class to explain; None means the answer on the clean photograph.
+        example_id: names the photograph's random numbers, together with the plan's seed.
+        sections: of your own, run and shown after the others; see :class:`Section`.
+        progress: called with a few words before each step.
 
     Returns:
-        The folder, which is not made yet.
+        Everything that a report shows.
 
     Raises:
-        FileError: it exists and ``force`` is False; it is a file; or it cannot be made here.
+        InputError: not one photograph.
+        ModelError: the network does not return (N, C) with at least two classes.
+        TargetError: there is no such class.
+        UnknownNameError: there is no layer of the plan's name.
+        ArgumentError: two sections have one name.
 
     Example:
-        >>> check_out("a-new-folder").name
-        'a-new-folder'
+        >>> from torch import nn
+        >>> layers = [nn.Conv2d(3, 2, 4, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2)]
+        >>> found = study(VisionModel(nn.Sequential(*layers)), torch.rand(1, 3, 16, 16), "noise", Plan(attacks=()))
+        >>> [case.name for case in found.cases]
+        ['Clean']
     """
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise FileError(expected("out", "a folder", f"the file {str(folder)!r}", "Choose another name."))
-    if folder.exists() and not force:
-        hint = "Choose another name, or allow its report to be replaced with --force (force=True)."
-        raise FileError(expected("out", "a folder that does not exist yet", repr(str(folder)), hint))
-    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise FileError(expected("out", "a folder that can be written to", f"{str(folder)!r} in {str(nearest)!r}"))
-    return folder
+    plan = plan or Plan()
+    if inputs.dim() != 4 or len(inputs) != 1:
+        raise InputError(expected("inputs", "one photograph, (1, C, H, W)", tuple(inputs.shape)))
+    layer = named_layer(net.model, plan.layer) if plan.layer else last_conv_layer(net.model, inputs)
+    own: list[Section[Any]] = [PhotographSection(plan)]
+    if layer is not None:
+        own.append(LayerSection(plan, layer[0]))
+    all_sections = (*own, *sections)
+    names = [section.name for section in all_sections]
+    if len(set(names)) < len(names):
+        raise ArgumentError(expected("sections", "of different names", ", ".join(names)))
+    with torch.no_grad():
+        explained = check_class(net.model(inputs), target)
+    context = Context(net, inputs, name, plan, explained, layer, example_id, progress or (lambda step: None))
+    for section in all_sections:
+        context.found[section.name] = section.run(context)
+    return Study(name, all_sections, context.found)
+
+
+@dataclass
+class _Report(Section[Sequence[Study]]):
+    """The whole page; see :func:`save_report`."""
+
+    model: str
+    plan: Plan
+    experiment: str
+    incomplete: str
+    digits: DetectorTrial | None
+
+    template = "report.html.j2"
+
+    def record(self, found: Sequence[Study]) -> dict[str, Any]:
+        return {study.name: study.record() for study in found} | (
+            {} if self.digits is None else {TrialSection.name: TrialSection(str).record(self.digits)}
+        )
+
+    def render(self, found: Sequence[Study]) -> dict[str, Any]:
+        photographs = [
+            {
+                "name": study.name,
+                "explained": study.cases[0].explained.name,
+                "sections": [section.html(study.found[section.name]) for section in study.sections],
+            }
+            for study in found
+        ]
+        return {
+            "model": self.model,
+            "photographs": photographs,
+            "experiment": self.experiment,
+            "incomplete": self.incomplete,
+            "exact": all(case.exact for study in found for case in study.cases),
+            "fdr": f"{self.plan.fdr:.0%}",
+            "outcome": OUTCOMES[self.plan.outcome],
+            "scope_text": _scope_text(self.plan),
+            "digits": None if self.digits is None else TrialSection(str).html(self.digits),
+        }
+
+
+def _scope_text(plan: Plan) -> str:
+    if not plan.attacks:
+        return ""
+    sizes = []
+    if set(plan.attacks) - {"jsma"}:
+        sizes.append(f"by at most {share(plan.eps)} of the range from black to white in each value")
+    if "jsma" in plan.attacks:
+        sizes.append(f"JSMA in at most {2 * plan.jsma_pairs} values, each by as much as it likes")
+    text = f"Attacks change the photograph {'; '.join(sizes)}."
+    if plan.eps >= 0.1 and set(plan.attacks) - {"jsma"}:
+        text += " At this size a photograph is damaged for the eye as well, so that another answer is no surprise."
+    return text
 
 
 def save_report(
@@ -86,7 +194,6 @@ def save_report(
 
     Example:
         >>> import tempfile
-        >>> import torch
         >>> from ce_plugin.report import build_manifest
         >>> manifest = build_manifest(arguments={}, command=[], seed=0, inputs={}, model=torch.nn.Linear(1, 1))
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -94,18 +201,9 @@ def save_report(
         ...     page.name, page.stat().st_size > 0
         ('report.html', True)
     """
-    folder = check_out(out, force=force)
-    found = record(studies) | ({} if digits is None else {"detector on handwritten digits": trial_record(digits)})
-    manifest = {**manifest, "findings": found}
-    page = render(
-        studies, model=model, plan=plan, experiment=experiment, manifest=manifest, incomplete=incomplete, digits=digits
+    return save_page(
+        _Report(model, plan, experiment, incomplete, digits), studies, check_out(out, force=force), manifest
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in ((MANIFEST, json.dumps(manifest, indent=2) + "\n"), (PAGE, page)):
-        part = folder / f".{name}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / name)
-    return folder / PAGE
 
 
 def render(
@@ -121,65 +219,9 @@ def render(
     """The page as text; see :func:`save_report`.
 
     Example:
-        >>> import torch
         >>> from ce_plugin.report import build_manifest
         >>> manifest = build_manifest(arguments={}, command=[], seed=0, inputs={}, model=torch.nn.Linear(1, 1))
         >>> render([], model="net", plan=Plan(), experiment="", manifest=manifest).split()[:2]
         ['<!DOCTYPE', 'html>']
     """
-    exact = all(case.exact for study in studies for case in study.cases)
-    return template("report.html.j2").render(
-        model=model,
-        photographs=[photograph(study, plan) for study in studies],
-        manifest=manifest,
-        manifest_json=json.dumps(manifest, indent=2),
-        experiment=experiment,
-        outcome=OUTCOMES[plan.outcome],
-        scope_text=_scope_text(plan),
-        incomplete=incomplete,
-        trial=None if digits is None else evaluation_section(digits, str),
-        positive=POSITIVE,
-        negative=NEGATIVE,
-        **_outline_words(exact, plan),
-    )
-
-
-def template(name: str) -> Template:
-    """A template of the package; names that are not given are errors, and what is inserted is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("ce_plugin"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template(name)
-
-
-def _outline_words(exact: bool, plan: Plan) -> dict[str, str]:
-    if exact:
-        return {
-            "others": "",
-            "outline_text": "Outlined patches are not zero: their effect exceeds the noise of floating point.",
-            "outline_label": "not zero",
-            "outline_column": "Patches not zero",
-        }
-    return {
-        "others": ", averaged over what happens to the other patches",
-        "outline_text": "Outlined patches are statistically different from zero; of all outlined patches of a map "
-        f"about {plan.fdr:.0%} or fewer are expected to be false.",
-        "outline_label": f"significant (false discovery rate {plan.fdr:.0%})",
-        "outline_column": "Significant patches",
-    }
-
-
-def _scope_text(plan: Plan) -> str:
-    if not plan.attacks:
-        return ""
-    sizes = []
-    if set(plan.attacks) - {"jsma"}:
-        sizes.append(f"by at most {share(plan.eps)} of the range from black to white in each value")
-    if "jsma" in plan.attacks:
-        sizes.append(f"JSMA in at most {2 * plan.jsma_pairs} values, each by as much as it likes")
-    words = f"Attacks change the photograph {'; '.join(sizes)}."
-    if plan.eps >= 0.1 and set(plan.attacks) - {"jsma"}:
-        words += " At this size a photograph is damaged for the eye as well, so that another answer is no surprise."
-    return words
+    return str(_Report(model, plan, experiment, incomplete, digits).html(studies, **page_words(manifest)))
