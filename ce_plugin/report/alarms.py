@@ -176,13 +176,12 @@ def explained(
     return AlarmShown(row.name, ((image[0] - low) / (high - low)).cpu(), row, alarm, before, truth)
 
 
+@dataclass(frozen=True)
 class AlarmsSection(Section[Screening]):
     """The pictures that were flagged, and why the highest scores were."""
 
+    class_name: Callable[[int], str]
     name, template = "alarms", "alarms.html.j2"
-
-    def __init__(self, class_name: Callable[[int], str]) -> None:
-        self.class_name = class_name
 
     def record(self, found: Screening) -> dict[str, Any]:
         """What was flagged, and the explanations as text."""

@@ -413,13 +413,12 @@ def digits_trial(
     )
 
 
+@dataclass(frozen=True)
 class TrialSection(Section[DetectorTrial]):
     """A detector's figures, curves and examples."""
 
+    class_name: Callable[[int], str]
     name, template = "detector on handwritten digits", "detector.html.j2"
-
-    def __init__(self, class_name: Callable[[int], str]) -> None:
-        self.class_name = class_name
 
     def record(self, found: DetectorTrial) -> dict[str, Any]:
         """Rates and figures."""

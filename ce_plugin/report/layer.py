@@ -86,13 +86,13 @@ class LayerStudy:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
 class LayerSection(Section[LayerStudy]):
     """The channels of one layer: effect maps beside Grad-CAM, and what carries each attack."""
 
+    plan: Plan
+    layer: str
     name, template = "layer", "layer.html.j2"
-
-    def __init__(self, plan: Plan, layer: str) -> None:
-        self.plan, self.layer = plan, layer
 
     def run(self, context: Context) -> LayerStudy:
         """Maps and carriers; or the reason why there are none.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 import shlex
 import sys
@@ -14,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-__all__ = ["build_manifest", "file_sha256", "state_sha256", "tensor_sha256"]
 
 _DISTRIBUTIONS = (
     "torch",
@@ -38,14 +37,10 @@ def file_sha256(path: str | Path) -> str:
         ...     file_sha256(file.name)[:8]
         'e3b0c442'
     """
-    with Path(path).open("rb") as file:
-        return _digest(file)
-
-
-def _digest(file: Any) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -99,21 +94,23 @@ def build_manifest(
     """
     from ce_plugin._version import __version__
 
-    return {
+    manifest = {
         "ce_plugin": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(command),
         "seed": seed,
-        "arguments": {key: _plain(value) for key, value in arguments.items()},
-        "inputs": {key: _plain(value) for key, value in inputs.items()},
+        "arguments": dict(arguments),
+        "inputs": dict(inputs),
         "model": {
             "class": f"{type(model).__module__}.{type(model).__qualname__}",
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "parameters": sum(map(torch.numel, model.parameters())),
             "state_sha256": state_sha256(model),
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _DISTRIBUTIONS}},
         "machine": _machine(model),
     }
+    plain: dict[str, Any] = json.loads(json.dumps(manifest, default=_plain))
+    return plain
 
 
 def _version(distribution: str) -> str:
@@ -124,7 +121,7 @@ def _version(distribution: str) -> str:
 
 
 def _machine(model: nn.Module) -> dict[str, Any]:
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = next(model.parameters(), torch.empty(0, device="cpu")).device
     described: dict[str, Any] = {
         "platform": platform.platform(),
         "processor": platform.machine(),
@@ -140,11 +137,7 @@ def _machine(model: nn.Module) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Only what JSON knows; anything else as its repr."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
+    """What JSON does not know: sets as lists, paths and devices as text, anything else as its repr."""
+    if isinstance(value, (set, frozenset)):
+        return list(value)
     return str(value) if isinstance(value, (Path, torch.device)) else repr(value)

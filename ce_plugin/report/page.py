@@ -16,7 +16,7 @@ from ce_plugin.report.evaluation import DetectorTrial, TrialSection
 from ce_plugin.report.layer import LayerSection, LayerStudy
 from ce_plugin.report.peers import last_conv_layer, named_layer
 from ce_plugin.report.photograph import OUTCOMES, Case, Context, PhotographSection, Plan, check_class, share
-from ce_plugin.report.sections import Section, check_out, page_words, save_page
+from ce_plugin.report.sections import Section, check_out, rendered, write_page
 
 
 @dataclass(frozen=True)
@@ -108,59 +108,6 @@ def study(
     return Study(name, all_sections, context.found)
 
 
-@dataclass
-class _Report(Section[Sequence[Study]]):
-    """The whole page; see :func:`save_report`."""
-
-    model: str
-    plan: Plan
-    experiment: str
-    incomplete: str
-    digits: DetectorTrial | None
-
-    template = "report.html.j2"
-
-    def record(self, found: Sequence[Study]) -> dict[str, Any]:
-        return {study.name: study.record() for study in found} | (
-            {} if self.digits is None else {TrialSection.name: TrialSection(str).record(self.digits)}
-        )
-
-    def render(self, found: Sequence[Study]) -> dict[str, Any]:
-        photographs = [
-            {
-                "name": study.name,
-                "explained": study.cases[0].explained.name,
-                "sections": [section.html(study.found[section.name]) for section in study.sections],
-            }
-            for study in found
-        ]
-        return {
-            "model": self.model,
-            "photographs": photographs,
-            "experiment": self.experiment,
-            "incomplete": self.incomplete,
-            "exact": all(case.exact for study in found for case in study.cases),
-            "fdr": f"{self.plan.fdr:.0%}",
-            "outcome": OUTCOMES[self.plan.outcome],
-            "scope_text": _scope_text(self.plan),
-            "digits": None if self.digits is None else TrialSection(str).html(self.digits),
-        }
-
-
-def _scope_text(plan: Plan) -> str:
-    if not plan.attacks:
-        return ""
-    sizes = []
-    if set(plan.attacks) - {"jsma"}:
-        sizes.append(f"by at most {share(plan.eps)} of the range from black to white in each value")
-    if "jsma" in plan.attacks:
-        sizes.append(f"JSMA in at most {2 * plan.jsma_pairs} values, each by as much as it likes")
-    text = f"Attacks change the photograph {'; '.join(sizes)}."
-    if plan.eps >= 0.1 and set(plan.attacks) - {"jsma"}:
-        text += " At this size a photograph is damaged for the eye as well, so that another answer is no surprise."
-    return text
-
-
 def save_report(
     studies: Sequence[Study],
     out: str | Path,
@@ -201,9 +148,15 @@ def save_report(
         ...     page.name, page.stat().st_size > 0
         ('report.html', True)
     """
-    return save_page(
-        _Report(model, plan, experiment, incomplete, digits), studies, check_out(out, force=force), manifest
+    folder = check_out(out, force=force)
+    findings = {study.name: study.record() for study in studies}
+    if digits is not None:
+        findings[TrialSection.name] = TrialSection(str).record(digits)
+    full = {**manifest, "findings": findings}
+    html = render(
+        studies, model=model, plan=plan, experiment=experiment, manifest=full, incomplete=incomplete, digits=digits
     )
+    return write_page(folder, "report.html", html, full)
 
 
 def render(
@@ -224,4 +177,22 @@ def render(
         >>> render([], model="net", plan=Plan(), experiment="", manifest=manifest).split()[:2]
         ['<!DOCTYPE', 'html>']
     """
-    return str(_Report(model, plan, experiment, incomplete, digits).html(studies, **page_words(manifest)))
+    names = {
+        "model": model,
+        "photographs": [
+            {
+                "name": study.name,
+                "explained": study.cases[0].explained.name,
+                "sections": [section.html(study.found[section.name]) for section in study.sections],
+            }
+            for study in studies
+        ],
+        "experiment": experiment,
+        "incomplete": incomplete,
+        "exact": all(study.cases[0].exact for study in studies),
+        "outcome": OUTCOMES[plan.outcome],
+        "plan": plan,
+        "eps": share(plan.eps),
+        "digits": None if digits is None else TrialSection(str).html(digits),
+    }
+    return str(rendered("report.html.j2", names, manifest))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -194,13 +195,12 @@ class Case:
     seconds: Mapping[str, float]
 
 
+@dataclass(frozen=True)
 class PhotographSection(Section[tuple[Case, ...]]):
     """The answers and the effects of the patches, clean and under each attack."""
 
+    plan: Plan
     name, template = "evidence", "photograph.html.j2"
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
 
     def run(self, context: Context) -> tuple[Case, ...]:
         """Attack the photograph, and explain each version of it."""
@@ -222,7 +222,7 @@ class PhotographSection(Section[tuple[Case, ...]]):
         """A table of the answers, and the maps."""
         return {
             "explained": found[0].explained.name,
-            "exact": all(case.exact for case in found),
+            "exact": found[0].exact,
             "cases": [{"case": case, "cells": _cells(case, OUTCOMES[self.plan.outcome])} for case in found],
         }
 
@@ -242,7 +242,7 @@ def _case(context: Context, evidence: str) -> Case:
         clean_answer, output = int(net.model(context.inputs).argmax()), net.model(inputs).double()
     values = zip(output.softmax(1)[0].tolist(), resolve_outcome("log_odds")(output, output)[0].tolist(), strict=True)
     answers = [Answer(i, net.class_name(i), probability, odds) for i, (probability, odds) in enumerate(values)]
-    top = sorted(answers, key=lambda answer: -answer.probability)[:3]
+    top = sorted(answers, key=attrgetter("probability"), reverse=True)[:3]
     success = top[0].index != clean_answer if attacked else None
     maps, n_trials, exact = _maps(context, inputs, [answers[context.target], *([top[0]] if success else [])], meter)
     span = net.value_range[1] - net.value_range[0]

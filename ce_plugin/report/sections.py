@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 Found = TypeVar("Found")
-MANIFEST = "manifest.json"
 
 
 class Section(Generic[Found]):
@@ -79,22 +78,30 @@ class Section(Generic[Found]):
         """
         raise NotImplementedError
 
-    def html(self, found: Found, **page: Any) -> Markup:
+    def html(self, found: Found) -> Markup:
         """The section as HTML.
 
         Args:
             found: what :meth:`run` returned.
-            page: names that the template uses as well.
         """
-        from markupsafe import Markup
+        return rendered(self.template, self.render(found))
 
-        if isinstance(self.template, Path):
-            template = _environment().from_string(self.template.read_text(encoding="utf-8"))
-        elif self.template.endswith(".j2"):
-            template = _environment().get_template(self.template)
-        else:
-            template = _environment().from_string(self.template)
-        return Markup(template.render(**self.render(found), **page))
+
+def rendered(template: str | Path, names: Mapping[str, Any], manifest: Mapping[str, Any] | None = None) -> Markup:
+    """A template filled in; that of a whole page, one with a manifest, knows it and the colours as well."""
+    from markupsafe import Markup
+
+    page: dict[str, Any] = {}
+    if manifest is not None:
+        page = {"manifest": manifest, "manifest_json": json.dumps(manifest, indent=2)}
+        page |= {"positive": POSITIVE, "negative": NEGATIVE}
+    if isinstance(template, Path):
+        made = _environment().from_string(template.read_text(encoding="utf-8"))
+    elif template.endswith(".j2"):
+        made = _environment().get_template(template)
+    else:
+        made = _environment().from_string(template)
+    return Markup(made.render(**names, **page))
 
 
 @functools.cache
@@ -135,39 +142,45 @@ def percent(value: float) -> str:
     return text.replace("-", "−")
 
 
-def page_words(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What the template of every page uses: the manifest and the colours."""
-    text = json.dumps(manifest, indent=2)
-    return {"manifest": manifest, "manifest_json": text, "positive": POSITIVE, "negative": NEGATIVE}
-
-
 def save_page(
     section: Section[Found],
     found: Found,
     out: str | Path,
     manifest: Mapping[str, Any],
-    tables: Mapping[str, str] | None = None,
-    **page: Any,
+    tables: Mapping[str, str],
+    **names: Any,
 ) -> Path:
-    """Write a section that is a whole page, its tables and the manifest; each file appears only when it is complete.
+    """Write a section that is a whole page, its tables and the manifest.
 
     Args:
         section: its template extends ``base.html.j2``; the page is named after it.
         found: what it found; its record is added to the manifest.
+        out, manifest, tables: as for :func:`write_page`.
+        names: that the template uses as well.
+    """
+    full = {**manifest, "findings": section.record(found)}
+    html = rendered(section.template, {**section.render(found), **names}, full)
+    return write_page(out, str(section.template).removesuffix(".j2"), html, full, tables)
+
+
+def write_page(
+    out: str | Path, name: str, html: str, manifest: Mapping[str, Any], tables: Mapping[str, str] | None = None
+) -> Path:
+    """Write a page and what stands beside it; each file appears only when it is complete.
+
+    Args:
         out: the folder, which :func:`check_out` has allowed.
+        name: of the page.
+        html: its text.
         manifest: see :func:`~ce_plugin.report.build_manifest`.
-        tables: name -> text of the files beside.
-        page: names that the template uses as well.
+        tables: name -> text of other files.
 
     Returns:
         Path of the page.
     """
     folder = Path(out)
-    full = {**manifest, "findings": section.record(found)}
-    name = str(section.template).removesuffix(".j2")
-    html = section.html(found, **page_words(full), **page)
     folder.mkdir(parents=True, exist_ok=True)
-    for file, text in {**(tables or {}), MANIFEST: json.dumps(full, indent=2) + "\n", name: html}.items():
+    for file, text in {**(tables or {}), "manifest.json": json.dumps(manifest, indent=2) + "\n", name: html}.items():
         with written_whole(folder / file) as stream:
             stream.write(text.encode())
     return folder / name
@@ -196,7 +209,9 @@ def check_out(out: str | Path, *, force: bool = False) -> Path:
     if folder.exists() and not force:
         hint = "Choose another name, or allow its report to be replaced with --force (force=True)."
         raise FileError(expected("out", "a folder that does not exist yet", repr(str(folder)), hint))
-    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    nearest = folder
+    while not nearest.exists():
+        nearest = nearest.absolute().parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise FileError(expected("out", "a folder that can be written to", f"{str(folder)!r} in {str(nearest)!r}"))
     return folder
