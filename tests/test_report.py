@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jinja2 import UndefinedError
 from torch import Tensor, nn
 
 from ce_plugin.designs import OneAtATime, RandomMask
@@ -17,7 +18,9 @@ from ce_plugin.interventions import PixelMask
 from ce_plugin.interventions.base import Normalization
 from ce_plugin.models import Framing, VisionModel
 from ce_plugin.report import (
+    Context,
     Plan,
+    Section,
     Study,
     build_manifest,
     check_out,
@@ -320,6 +323,54 @@ def test_a_network_without_late_convolution_has_a_note_instead_of_grad_cam(photo
     page = render([study(flat, photograph, "p", plan)], model="m", plan=plan, experiment="e", manifest=_manifest(flat))
     assert "Grad-CAM needs a late convolution" in page
     assert "class 0" in page
+
+
+class Darker(Section[dict[str, float]]):
+    """A section as a user writes it: how sure the network is of the class at half the brightness."""
+
+    name = "darker"
+    template = "<p>{% for evidence, p in rows %}{{ evidence }} & half as bright: {{ p|probability }}; {% endfor %}</p>"
+
+    def run(self, context: Context) -> dict[str, float]:
+        context.progress(f"{context.name}: half as bright")
+        with torch.no_grad():
+            rows = {case.name: context.net.model(case.inputs / 2).softmax(1) for case in context.cases}
+        return {name: float(row[0, context.target]) for name, row in rows.items()}
+
+    def record(self, found: dict[str, float]) -> dict[str, object]:
+        return {"p_half_as_bright": found}
+
+    def render(self, found: dict[str, float]) -> dict[str, object]:
+        return {"rows": list(found.items())}
+
+
+def test_a_section_of_ones_own_is_run_recorded_and_shown(net: VisionModel, photograph: Tensor, tmp_path: Path) -> None:
+    told: list[str] = []
+    plan = _plan(attacks=("fgsm",), eps=0.3)
+    found = study(net, photograph, "p", plan, sections=[Darker()], progress=told.append)
+    assert told[-1] == "p: half as bright"
+    expected = float(torch.tensor([1.0, 1.8, 1.0, 1.0]).softmax(0)[1])
+    assert found.found["darker"]["Clean"] == pytest.approx(expected, abs=1e-5)
+    page = save_report([found], tmp_path / "r", model="m", plan=plan, experiment="e", manifest=_manifest(net))
+    written = json.loads((page.parent / "manifest.json").read_text())["findings"]["p"]
+    assert list(written) == ["evidence", "layer", "darker"]
+    assert written["darker"] == {"p_half_as_bright": found.found["darker"]}
+    assert f"Clean & half as bright: {expected:.3f}; FGSM" in page.read_text()
+
+
+def test_a_template_may_be_a_file_and_what_it_inserts_is_escaped(tmp_path: Path) -> None:
+    (tmp_path / "darker.html.j2").write_text("<b>{{ rows[0][0] }}</b> {{ rows[0][1]|signed }}")
+    section = Darker()
+    section.template = tmp_path / "darker.html.j2"
+    assert section.html({"<clean>": -0.5}) == "<b>&lt;clean&gt;</b> −0.50"
+    section.template = "{{ colums }}"
+    with pytest.raises(UndefinedError, match="'colums' is undefined"):
+        section.html({})
+
+
+def test_two_sections_of_one_name_are_refused(net: VisionModel, photograph: Tensor) -> None:
+    with pytest.raises(ArgumentError, match=r"`sections` to be of different names, but got .*darker, darker"):
+        study(net, photograph, "p", _plan(), sections=[Darker(), Darker()])
 
 
 def test_reports_are_written_whole_and_never_over_another(net: VisionModel, photograph: Tensor, tmp_path: Path) -> None:
