@@ -18,7 +18,6 @@ from ce_plugin.interventions import PixelMask
 from ce_plugin.interventions.base import Normalization
 from ce_plugin.models import Framing, VisionModel
 from ce_plugin.report import (
-    Context,
     Plan,
     Section,
     Study,
@@ -331,11 +330,11 @@ class Darker(Section[dict[str, float]]):
     name = "darker"
     template = "<p>{% for evidence, p in rows %}{{ evidence }} & half as bright: {{ p|probability }}; {% endfor %}</p>"
 
-    def run(self, context: Context) -> dict[str, float]:
-        context.progress(f"{context.name}: half as bright")
+    def run(self, study: Study) -> dict[str, float]:
+        study.progress(f"{study.name}: half as bright")
         with torch.no_grad():
-            rows = {case.name: context.net.model(case.inputs / 2).softmax(1) for case in context.cases}
-        return {name: float(row[0, context.target]) for name, row in rows.items()}
+            rows = {case.name: study.net.model(case.inputs / 2).softmax(1) for case in study.cases}
+        return {name: float(row[0, study.target]) for name, row in rows.items()}
 
     def record(self, found: dict[str, float]) -> dict[str, object]:
         return {"p_half_as_bright": found}

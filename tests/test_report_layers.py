@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,6 +138,6 @@ def test_findings_are_numbers_that_json_knows(net: VisionModel, photograph: Tens
     carried = numbers["layer"]["evidence"]["FGSM"]["carried"]
     assert [one["channel"] for one in carried["channels"]] == ["2", "1", "0"]
     constant = LayerCase(found.cases[0], torch.zeros(8, 8), {"Grad-CAM": math.nan})
-    undefined = Study("q", found.sections, {"evidence": found.cases[:1], "layer": LayerStudy("conv", (constant,))})
+    undefined = replace(found, found={"evidence": found.cases[:1], "layer": LayerStudy("conv", (constant,))})
     shown = undefined.record()["layer"]["evidence"]["Clean"]["rank_correlation_with_clean"]
     assert shown == {"Grad-CAM": None}

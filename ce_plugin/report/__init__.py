@@ -20,7 +20,7 @@ from ce_plugin.report.evaluation import (
 )
 from ce_plugin.report.layer import Carried, LayerCase, LayerStudy, carried_by, carried_record
 from ce_plugin.report.manifest import build_manifest, file_sha256, state_sha256, tensor_sha256
-from ce_plugin.report.page import Study, render, save_report, study
+from ce_plugin.report.page import render, save_report, study
 from ce_plugin.report.peers import last_conv_layer, named_layer
 from ce_plugin.report.photograph import (
     ATTACKS,
@@ -28,8 +28,8 @@ from ce_plugin.report.photograph import (
     Answer,
     Case,
     ClassMaps,
-    Context,
     Plan,
+    Study,
     check_class,
     grad_cam,
     planned_attack,
@@ -49,7 +49,6 @@ __all__ = [
     "ClassMaps",
     "Concept",
     "ConceptStudy",
-    "Context",
     "DetectorAttack",
     "DetectorTrial",
     "Example",

@@ -128,7 +128,7 @@ def screen(
     progress = progress or (lambda step: None)
     rows: list[Screened] = []
     for start in range(0, len(names), batch_size):
-        progress("judging")
+        progress("scoring")
         part = names[start : start + batch_size]
         rows += scored(detector, part, batches(start, start + len(part)), batch_size)
     order = sorted((i for i, row in enumerate(rows) if row.flagged), key=lambda i: -rows[i].score)

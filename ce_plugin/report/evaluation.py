@@ -451,10 +451,7 @@ class TrialSection(Section[DetectorTrial]):
             title = "Detected at each false-alarm rate"
             roc = plot_roc(found.clean[found.right], scores, fpr=found.fpr, title=title)
             histogram = plot_scores(found.calibration.scores, found.threshold, scores, title="Scores")
-            charts = [
-                (data_uri(roc), "ROC curves"),
-                (data_uri(histogram), "histogram of scores with the threshold"),
-            ]
+            charts = [(data_uri(roc), "ROC curves"), (data_uri(histogram), "histogram of scores with the threshold")]
         return {
             "trial": found,
             "n_right": int(sum(found.right)),

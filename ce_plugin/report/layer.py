@@ -15,7 +15,7 @@ from ce_plugin.effects import nested_sets, next_sizes, ranking
 from ce_plugin.errors import CEPluginError
 from ce_plugin.evaluation import rank_correlation
 from ce_plugin.interventions import Patch
-from ce_plugin.report.photograph import OUTCOMES, Case, Context, Meter, Plan
+from ce_plugin.report.photograph import OUTCOMES, Case, Meter, Plan, Study
 from ce_plugin.report.sections import Section, cell, percent, signed
 from ce_plugin.visualization import overlay
 
@@ -94,12 +94,12 @@ class LayerSection(Section[LayerStudy]):
     layer: str
     name, template = "layer", "layer.html.j2"
 
-    def run(self, context: Context) -> LayerStudy:
+    def run(self, study: Study) -> LayerStudy:
         """Maps and carriers; or the reason why there are none.
 
         The report is about the photograph, and a layer that cannot be looked at does not take the rest of it away.
         """
-        layer, model, clean = self.layer, context.net.model, context.inputs
+        layer, model, clean = self.layer, study.net.model, study.inputs
         meter, cases = Meter(model), list[LayerCase]()
         options: dict[str, Any] = {"outcome": self.plan.outcome, "seed": self.plan.seed}
 
@@ -112,18 +112,18 @@ class LayerSection(Section[LayerStudy]):
             # Of the logit, as Grad-CAM is: the odds against the answer under attack would drown what speaks for the
             # class.
             explainer = CausalEffectMap(model, layer, outcome="logit", seed=self.plan.seed)
-            for case in context.cases:
-                context.progress(f"{context.name}: {case.name}, channels")
+            for case in study.cases:
+                study.progress(f"{study.name}: {case.name}, channels")
                 with meter("effects of the channels"):
-                    found = enlarged(explainer.attribute(case.inputs, context.target))
+                    found = enlarged(explainer.attribute(case.inputs, study.target))
                 if not cases:
                     cases.append(LayerCase(case, found))
                     continue
                 with meter("what carries the attack"):
                     patched = CausalEffectMap(model, layer, Patch(case.inputs), **options)
-                    carried_map = enlarged(patched.attribute(clean, context.target))
+                    carried_map = enlarged(patched.attribute(clean, study.target))
                     mediation = CausalMediation(model, layer, case.inputs, **options)
-                    carried = carried_by(mediation, clean, context.target)
+                    carried = carried_by(mediation, clean, study.target)
                 cases.append(LayerCase(case, found, _correlation(cases[0], case, found), carried, carried_map))
         except CEPluginError as error:
             return LayerStudy(layer, note=str(error), passes=meter.passes, seconds=meter.seconds)

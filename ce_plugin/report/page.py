@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +12,10 @@ from torch import Tensor
 from ce_plugin.errors import ArgumentError, InputError, expected
 from ce_plugin.models import VisionModel
 from ce_plugin.report.evaluation import DetectorTrial, TrialSection
-from ce_plugin.report.layer import LayerSection, LayerStudy
+from ce_plugin.report.layer import LayerSection
 from ce_plugin.report.peers import last_conv_layer, named_layer
-from ce_plugin.report.photograph import OUTCOMES, Case, Context, PhotographSection, Plan, check_class, share
+from ce_plugin.report.photograph import OUTCOMES, PhotographSection, Plan, Study, check_class, share
 from ce_plugin.report.sections import Section, check_out, rendered, write_page
-
-
-@dataclass(frozen=True)
-class Study:
-    """One photograph, and what the sections found on it.
-
-    Attributes:
-        name: of the photograph.
-        sections: in the order of the page.
-        found: name of each section -> what it found.
-    """
-
-    name: str
-    sections: tuple[Section[Any], ...]
-    found: Mapping[str, Any]
-
-    @property
-    def cases(self) -> tuple[Case, ...]:
-        """The photograph clean and under each attack."""
-        cases: tuple[Case, ...] = self.found[PhotographSection.name]
-        return cases
-
-    @property
-    def layer(self) -> LayerStudy | None:
-        """The channels of the layer; None for a network without a late convolution."""
-        return self.found.get(LayerSection.name)
-
-    def record(self) -> dict[str, Any]:
-        """What the manifest keeps: strings, numbers, lists and dictionaries by the names of the sections."""
-        return {section.name: section.record(self.found[section.name]) for section in self.sections}
 
 
 def study(
@@ -96,16 +65,16 @@ def study(
     own: list[Section[Any]] = [PhotographSection(plan)]
     if layer is not None:
         own.append(LayerSection(plan, layer[0]))
-    all_sections = (*own, *sections)
-    names = [section.name for section in all_sections]
+    names = [section.name for section in (*own, *sections)]
     if len(set(names)) < len(names):
         raise ArgumentError(expected("sections", "of different names", ", ".join(names)))
     with torch.no_grad():
         explained = check_class(net.model(inputs), target)
-    context = Context(net, inputs, name, plan, explained, layer, example_id, progress or (lambda step: None))
-    for section in all_sections:
-        context.found[section.name] = section.run(context)
-    return Study(name, all_sections, context.found)
+    announce = progress or (lambda step: None)
+    found = Study(name, net, inputs, plan, explained, layer, example_id, announce, (*own, *sections))
+    for section in found.sections:
+        found.found[section.name] = section.run(found)
+    return found
 
 
 def save_report(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from captum.attr import LayerAttribution, LayerGradCam, Saliency
@@ -26,15 +26,13 @@ from ce_plugin.report.sections import Section, cell
 from ce_plugin.sites import InputSite, patch_grid
 from ce_plugin.visualization import magnify, overlay
 
+if TYPE_CHECKING:
+    from ce_plugin.report.layer import LayerStudy
+
 ATTACKS = ("fgsm", "bim", "pgd", "jsma")
 """Names of the attacks that a report can hold as evidence, in the order in which it shows them."""
 
-OUTCOMES = {
-    "log_odds": "log-odds",
-    "probability": "probability",
-    "logit": "logit",
-    "margin": "margin",
-}
+OUTCOMES = {"log_odds": "log-odds", "probability": "probability", "logit": "logit", "margin": "margin"}
 """Outcomes that a report can show, one number per class, and what it calls them."""
 
 
@@ -96,36 +94,48 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Context:
-    """What a section of a photograph is given.
+class Study:
+    """One photograph: what its sections are given, and what they found.
 
     Attributes:
+        name: of the photograph.
         net: the network.
         inputs: the photograph as the network takes it, (1, C, H, W).
-        name: what the report calls it.
         plan: what is run.
         target: class that is explained.
-        layer: name and module of the layer that is looked at; None where there is none.
+        grad_cam_layer: name and module of the layer at which Grad-CAM looks and whose channels are set; None for a
+            network without a late convolution.
         example_id: names the photograph's random numbers, together with the plan's seed.
         progress: to be called with a few words before each step.
-        found: what the sections before found, by their names.
+        sections: in the order in which they are run and shown.
+        found: name of each section that has been run -> what it found.
     """
 
-    net: VisionModel
-    inputs: Tensor
     name: str
+    net: VisionModel
+    inputs: Tensor = field(repr=False)
     plan: Plan
     target: int
-    layer: tuple[str, nn.Module] | None
+    grad_cam_layer: tuple[str, nn.Module] | None
     example_id: int
-    progress: Callable[[str], None]
-    found: dict[str, Any] = field(default_factory=dict)
+    progress: Callable[[str], None] = field(repr=False)
+    sections: tuple[Section[Any], ...]
+    found: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def cases(self) -> tuple[Case, ...]:
-        """The photograph clean and under each attack, for sections that look at these as well."""
+        """The photograph clean and under each attack; other sections may look at these."""
         cases: tuple[Case, ...] = self.found[PhotographSection.name]
         return cases
+
+    @property
+    def layer(self) -> LayerStudy | None:
+        """What was found of the layer; None for a network without a late convolution."""
+        return self.found.get("layer")
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest keeps: strings, numbers, lists and dictionaries by the names of the sections."""
+        return {section.name: section.record(self.found[section.name]) for section in self.sections}
 
 
 @dataclass(frozen=True)
@@ -202,9 +212,9 @@ class PhotographSection(Section[tuple[Case, ...]]):
     plan: Plan
     name, template = "evidence", "photograph.html.j2"
 
-    def run(self, context: Context) -> tuple[Case, ...]:
+    def run(self, study: Study) -> tuple[Case, ...]:
         """Attack the photograph, and explain each version of it."""
-        return tuple(_case(context, evidence) for evidence in ("clean", *self.plan.attacks))
+        return tuple(_case(study, evidence) for evidence in ("clean", *self.plan.attacks))
 
     def record(self, found: tuple[Case, ...]) -> dict[str, Any]:
         """Answers, and how many patches are outlined."""
@@ -227,32 +237,32 @@ class PhotographSection(Section[tuple[Case, ...]]):
         }
 
 
-def _case(context: Context, evidence: str) -> Case:
+def _case(study: Study, evidence: str) -> Case:
     """The photograph under one evidence: "clean" or the name of an attack."""
-    net, plan, inputs = context.net, context.plan, context.inputs
+    net, plan, inputs = study.net, study.plan, study.inputs
     attacked = evidence != "clean"
     name, settings, meter = evidence.upper() if attacked else "Clean", dict[str, Any](), Meter(net.model)
     if attacked:
-        context.progress(f"{context.name}: {name} attack")
+        study.progress(f"{study.name}: {name} attack")
         attack, settings = planned_attack(net, evidence, plan)
         with meter("attack"):
-            inputs = attack.perturb(inputs, ids=[context.example_id], seed=plan.seed)
-    context.progress(f"{context.name}: {name}, effects")
+            inputs = attack.perturb(inputs, ids=[study.example_id], seed=plan.seed)
+    study.progress(f"{study.name}: {name}, effects")
     with torch.no_grad():
-        clean_answer, output = int(net.model(context.inputs).argmax()), net.model(inputs).double()
+        clean_answer, output = int(net.model(study.inputs).argmax()), net.model(inputs).double()
     values = zip(output.softmax(1)[0].tolist(), resolve_outcome("log_odds")(output, output)[0].tolist(), strict=True)
     answers = [Answer(i, net.class_name(i), probability, odds) for i, (probability, odds) in enumerate(values)]
     top = sorted(answers, key=attrgetter("probability"), reverse=True)[:3]
     success = top[0].index != clean_answer if attacked else None
-    maps, n_trials, exact = _maps(context, inputs, [answers[context.target], *([top[0]] if success else [])], meter)
+    maps, n_trials, exact = _maps(study, inputs, [answers[study.target], *([top[0]] if success else [])], meter)
     span = net.value_range[1] - net.value_range[0]
-    change = net.normalization.to_image(inputs) - net.normalization.to_image(context.inputs)
+    change = net.normalization.to_image(inputs) - net.normalization.to_image(study.inputs)
     return Case(
         name=name,
         inputs=inputs,
         picture=net.pictures(inputs)[0],
         top=tuple(top),
-        explained=answers[context.target],
+        explained=answers[study.target],
         maps=maps,
         perturbation=(change[0] / span).cpu() if attacked else None,
         success=success,
@@ -264,23 +274,16 @@ def _case(context: Context, evidence: str) -> Case:
     )
 
 
-def _maps(
-    context: Context, inputs: Tensor, answers: list[Answer], meter: Meter
-) -> tuple[tuple[ClassMaps, ...], int, bool]:
+def _maps(study: Study, inputs: Tensor, answers: list[Answer], meter: Meter) -> tuple[tuple[ClassMaps, ...], int, bool]:
     """The maps of each answer, the number of trials, and whether the design is exact."""
-    net, plan = context.net, context.plan
+    net, plan = study.net, study.plan
     explainer = CausalEffect(
-        net.model,
-        plan.intervention,
-        plan.design,
-        outcome=plan.outcome,
-        normalization=net.normalization,
-        seed=plan.seed,
+        net.model, plan.intervention, plan.design, outcome=plan.outcome, normalization=net.normalization, seed=plan.seed
     )
     with meter("causal effects"):
         estimate = explainer.estimate(
             inputs,
-            ids=[context.example_id],
+            ids=[study.example_id],
             # Designs over a grid know the default one only.
             feature_mask=None if plan.cells == 14 else patch_grid(inputs.shape[2], inputs.shape[3], plan.cells),
             perturbations_per_eval=plan.perturbations_per_eval,
@@ -300,7 +303,11 @@ def _maps(
     for answer in dict.fromkeys(answers):
         with meter("Grad-CAM and saliency"):
             gradients = saliency(net.model, inputs, answer.index)[0]
-            cam = None if context.layer is None else grad_cam(net.model, context.layer[1], inputs, answer.index)[0]
+            cam = (
+                None
+                if study.grad_cam_layer is None
+                else grad_cam(net.model, study.grad_cam_layer[1], inputs, answer.index)[0]
+            )
         region = outlined[:, :, answer.index]
         maps.append(
             ClassMaps(

@@ -39,8 +39,8 @@ class Section(Generic[Found]):
         >>> class Size(Section[int]):
         ...     name, template = "size", "<p>{{ pixels }} pixels</p>"
         ...
-        ...     def run(self, context):
-        ...         return context.inputs[0, 0].numel()
+        ...     def run(self, study):
+        ...         return study.inputs[0, 0].numel()
         ...
         ...     def record(self, found):
         ...         return {"pixels": found}
@@ -54,11 +54,11 @@ class Section(Generic[Found]):
     name: str
     template: str | Path
 
-    def run(self, context: Any) -> Found:
+    def run(self, study: Any) -> Found:
         """What the section is about to find out.
 
         Args:
-            context: the photograph, see :class:`~ce_plugin.report.Context`.
+            study: the photograph, and what the sections before found; see :class:`~ce_plugin.report.Study`.
         """
         raise NotImplementedError
 
