@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from captum.attr import LayerAttribution, LayerGradCam, Saliency
@@ -25,9 +25,6 @@ from ce_plugin.networks.guard import state_guard
 from ce_plugin.report.sections import Section, cell
 from ce_plugin.sites import InputSite, patch_grid
 from ce_plugin.visualization import magnify, overlay
-
-if TYPE_CHECKING:
-    from ce_plugin.report.layer import LayerStudy
 
 ATTACKS = ("fgsm", "bim", "pgd", "jsma")
 """Names of the attacks that a report can hold as evidence, in the order in which it shows them."""
@@ -129,8 +126,8 @@ class Study:
         return cases
 
     @property
-    def layer(self) -> LayerStudy | None:
-        """What was found of the layer; None for a network without a late convolution."""
+    def layer(self) -> Any:
+        """The :class:`LayerStudy`; None for a network without a late convolution."""
         return self.found.get("layer")
 
     def record(self) -> dict[str, Any]:
