@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-import ce_plugin.cli.explain as command
-import ce_plugin.cli.session as session
+import ce_plugin.cli._explain as command
+import ce_plugin.cli._session as session
 from ce_plugin.cli import build_parser, main
 from ce_plugin.models import VisionModel
 

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from ce_plugin.cli.parser import build_parser
+from ce_plugin.cli._app import build_parser
 from ce_plugin.errors import CEPluginError
 
 __all__ = ["build_parser", "main"]

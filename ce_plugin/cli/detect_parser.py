@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ce_plugin.cli import options, values
+from ce_plugin.cli import _options as options
+from ce_plugin.cli import values
 
 __all__ = ["add_detect"]
 

@@ -12,9 +12,9 @@ import numpy as np
 from torch import Tensor
 
 from ce_plugin.attribution import CausalEffectMap
+from ce_plugin.cli._session import manifest, say
 from ce_plugin.cli.question import Question
 from ce_plugin.cli.results import json_text, write_files
-from ce_plugin.cli.session import manifest, say
 from ce_plugin.errors import ArgumentError, TargetError, expected
 from ce_plugin.evaluation import rank_correlation
 from ce_plugin.report import OUTCOMES, grad_cam, named_layer

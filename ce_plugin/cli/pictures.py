@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ce_plugin.cli.session import PICTURES
+from ce_plugin.cli._session import PICTURES
 from ce_plugin.datasets import read_image
 from ce_plugin.errors import ArgumentError, FileError, expected
 from ce_plugin.models import VisionModel, as_batch

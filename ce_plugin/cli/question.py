@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ce_plugin.cli.session import class_index, intervention, layer_name, network
+from ce_plugin.cli._session import class_index, intervention, layer_name, network
 from ce_plugin.datasets import read_image
 from ce_plugin.interventions import Intervention
 from ce_plugin.models import VisionModel

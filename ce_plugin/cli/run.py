@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ce_plugin.cli.session import keep_freed_memory
+from ce_plugin.cli._session import keep_freed_memory
 
 __all__ = ["run"]
 
@@ -22,11 +22,11 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     """
     keep_freed_memory()
     if arguments.command in ("demo", "explain"):
-        from ce_plugin.cli.explain import demo, explain
+        from ce_plugin.cli._explain import demo, explain
 
         return (demo if arguments.command == "demo" else explain)(arguments, words)
     if arguments.command == "nodes":
-        from ce_plugin.cli.nodes import nodes
+        from ce_plugin.cli._nodes import nodes
 
         return nodes(arguments, words)
     if arguments.command == "map":
@@ -34,10 +34,10 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 
         return draw_map(arguments, words)
     if arguments.command == "detect":
-        from ce_plugin.cli import detect
+        from ce_plugin.cli import _detect as detect
 
         actions = {"fit": detect.fit, "score": detect.score, "evaluate": detect.evaluate}
         return actions[arguments.action](arguments, words)
-    from ce_plugin.cli.concepts import show, train
+    from ce_plugin.cli._concepts import show, train
 
     return (train if arguments.action == "train" else show)(arguments, words)

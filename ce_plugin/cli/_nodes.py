@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from ce_plugin.attribution import CausalMediation, LayerCausalEffect
+from ce_plugin.cli._session import manifest, say
 from ce_plugin.cli.question import Question
 from ce_plugin.cli.results import csv_text, json_text, table, write_files
-from ce_plugin.cli.session import manifest, say
 from ce_plugin.report import OUTCOMES, Carried, carried_by, carried_record
 from ce_plugin.visualization import plot_nodes
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ce_plugin._version import __version__
-from ce_plugin.cli import options, values
+from ce_plugin.cli import _options as options
+from ce_plugin.cli import values
+from ce_plugin.cli._options import DEFAULT_MODEL
 from ce_plugin.cli.concept_parser import add_concepts
 from ce_plugin.cli.detect_parser import add_detect
-from ce_plugin.cli.options import DEFAULT_MODEL
 
 __all__ = ["DEFAULT_MODEL", "build_parser"]
 

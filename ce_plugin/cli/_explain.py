@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ce_plugin.cli.session import network, progress
+from ce_plugin.cli._session import network, progress
 from ce_plugin.datasets import read_image, sample_photographs
 from ce_plugin.designs import Design, LeaveOneIn, OneAtATime, RandomMask, RandomRegions
 from ce_plugin.errors import ArgumentError, expected

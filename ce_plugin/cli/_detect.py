@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ce_plugin.cli._session import manifest, network, progress, say
 from ce_plugin.cli.pictures import Pictures, check_channels, column_of
 from ce_plugin.cli.results import json_text, table
-from ce_plugin.cli.session import manifest, network, progress, say
 from ce_plugin.errors import ArgumentError, FileError, expected
 from ce_plugin.models import VisionModel
 from ce_plugin.report import (

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ce_plugin.cli._session import Folder, layer_name, manifest, network, say
 from ce_plugin.cli.results import json_text
-from ce_plugin.cli.session import Folder, layer_name, manifest, network, say
 from ce_plugin.concepts import ConceptAutoencoder, train_autoencoder
 from ce_plugin.errors import FileError, expected
 from ce_plugin.report import check_out, concept_study, save_concepts
