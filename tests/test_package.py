@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import graphlib
 import importlib
@@ -17,13 +16,15 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grimp
 import pytest
+import typer
 
 import ce_plugin
 from ce_plugin import errors
-from ce_plugin.cli import build_parser
+from ce_plugin.cli import app
 from ce_plugin.interventions import Intervention
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,15 +245,18 @@ def test_readme_names_targets_that_exist() -> None:
 
 
 def test_command_line_page_knows_every_option() -> None:
-    def below(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-        found = [c for action in parser._actions if isinstance(action.choices, dict) for c in action.choices.values()]
-        return [*found, *(deeper for command in found for deeper in below(command))]
+    def below(group: Any) -> list[Any]:
+        inner = getattr(group, "commands", {}).values()
+        return [*inner, *(deeper for command in inner for deeper in below(command))]
 
-    options = {name for command in below(build_parser()) for name in command._option_string_actions if name[:2] == "--"}
+    root = typer.main.get_command(app)
+    shown = [option for command in below(root) for option in command.params if not getattr(option, "hidden", False)]
+    options = {name for option in shown for name in option.opts if name.startswith("--")}
     page = (ROOT / "docs" / "command-line.md").read_text()
     assert {"--out", "--force"} <= options
     assert {option for option in options if f"`{option}" not in page and f" {option}`" not in page} == set()
-    assert set(re.findall(r"--[a-z][a-z-]+", page)) <= options
+    known = options | {name for option in root.params for name in option.opts}
+    assert set(re.findall(r"--[a-z][a-z-]+", page)) <= known
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:

@@ -1,245 +1,164 @@
-"""The commands and their words."""
+"""The commands: what each is called, which options it takes, where it is run."""
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-from typing import Any
+import ctypes
+import importlib
+import inspect
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from typing import Any, get_type_hints
+
+import typer
+from typer.core import TyperCommand
 
 from ce_plugin._version import __version__
-from ce_plugin.cli import _options as options
-from ce_plugin.cli import values
-from ce_plugin.cli._options import DEFAULT_MODEL
-from ce_plugin.cli.concept_parser import add_concepts
-from ce_plugin.cli.detect_parser import add_detect
-
-__all__ = ["DEFAULT_MODEL", "build_parser"]
-
-_DESCRIPTION = """\
-Which parts of a picture, and which parts of a network, cause its answer? ce-plugin covers patches of the photograph,
-sets channels of a layer, watches what the network answers, and writes maps, tables and a report: clean and under
-attack, beside Grad-CAM and saliency."""
-
-_EPILOG = """\
-examples:
-  ce-plugin demo
-      two photographs that are installed with scikit-learn, explained under four attacks, and a detector
-      tried on handwritten digits, in little more than a minute
-  ce-plugin explain cat.jpg
-      your own photograph, with the same network
-  ce-plugin explain cat.jpg dog.jpg --model torchvision:resnet50 --attack pgd --attack jsma
-      another network (torchvision downloads its weights once), and two attacks
-  ce-plugin nodes cat.jpg --given pgd
-      which channels of the last convolution cause the answer, and which carry an attack
-  ce-plugin map cat.jpg --contrast "tiger cat"
-      where the channels are that say "tabby" rather than "tiger cat"
-  ce-plugin concepts train photographs --concepts 64 --out concepts.pt
-      a few concepts in place of a layer's many channels; then: ce-plugin concepts show concepts.pt --images photographs
-  ce-plugin detect fit photographs --out detector.ce
-      learn what clean pictures are like; then: ce-plugin detect score inbox --detector detector.ce
-  ce-plugin explain --help
-      all options of a command
-
-exit codes: 0 done; 1 something to put right, the message says what; 2 words not understood; 130 interrupted"""
-
-_EXPLAIN_EPILOG = """\
-examples:
-  ce-plugin explain cat.jpg
-  ce-plugin explain cat.jpg --model torchvision:resnet50 --target "tabby" --out cat-report
-  ce-plugin explain leaf.png --model my_networks:leaves --weights leaves.pt --class-names leaves.txt \\
-      --size 128 --normalization 0.485,0.456,0.406/0.229,0.224,0.225
-  ce-plugin explain *.jpg --attack fgsm --attack pgd --eps 0.3 --out paper
-
-A factory is a function without arguments that returns a torch.nn.Module or a ce_plugin.models.VisionModel.
-The attacks' --eps is a share of the range from black to white. 8/255 changes a photograph hardly visibly; the 0.3 of
-Yang et al. (2019) was meant for small pictures and destroys a photograph for the eye as well."""
-
-_NODES_EPILOG = """\
-examples:
-  ce-plugin nodes cat.jpg
-  ce-plugin nodes cat.jpg --layer _blocks.10 --target tabby --top 40
-  ce-plugin nodes cat.jpg --model torchvision:vgg16 --layer features.29 --classes all
-  ce-plugin nodes cat.jpg --given pgd --eps 2/255
-  ce-plugin nodes cat.jpg --intervention mean --reference photographs
-
-In the folder: nodes.csv (a row for each channel and class), nodes.png, manifest.json; with --given also carriers.csv,
-the channels through which the attack's effect passes. Those are one image's effects: what holds over images,
-ce_plugin.CausalMediation.carriers chooses on some images and tests on others."""
-
-_MAP_EPILOG = """\
-examples:
-  ce-plugin map cat.jpg
-  ce-plugin map cat.jpg --contrast others
-  ce-plugin map cat.jpg --target tabby --contrast "tiger cat" --contrast lynx --given fgsm
-
-In the folder: map.png (the map beside Grad-CAM), maps.npz (both as numbers, at the layer's own resolution and enlarged;
-read it with numpy.load), manifest.json."""
+from ce_plugin.cli import _options
+from ce_plugin.errors import CEPluginError
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of ``ce-plugin``.
+class _SeveralValues(TyperCommand):
+    """A command whose --attacks and --eps take several values at once: ``--eps 2/255 8/255``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given, option = [], ""
+        for word in args:
+            if word.startswith("-"):
+                option = word if word in ("--attacks", "--eps") else ""
+                given.append(word)
+            elif option and given[-1] != option:
+                given += [option, word]
+            else:
+                given.append(word)
+        return super().parse_args(ctx, given)
+
+
+def _help_and_epilog(described: object) -> tuple[str, str]:
+    """From a docstring: its examples, and all that follows them, are shown below the options."""
+    text, examples, rest = (inspect.getdoc(described) or "").partition("\n\nexamples:\n")
+    paragraphs = [paragraph.replace("\n", " ") for paragraph in text.split("\n\n")]
+    return "\n\n".join(paragraphs), f"{examples}{rest}".strip()
+
+
+def _command(group: typer.Typer, name: str, options: type[Any], runner: str) -> None:
+    """Add a command: its options are the fields of a dataclass, it is run by ``runner``, which is imported then."""
+
+    def call(context: typer.Context, **values: Any) -> None:
+        _run(runner, options(**values), context.obj)
+
+    hints = get_type_hints(options, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter("context", keyword, annotation=typer.Context)]
+    for one in fields(options):
+        default = inspect.Parameter.empty if one.default is MISSING else one.default
+        parameters.append(inspect.Parameter(one.name, keyword, default=default, annotation=hints[one.name]))
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # typer reads it
+    text, epilog = _help_and_epilog(options)
+    group.command(name, cls=_SeveralValues, help=text, epilog=epilog)(call)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ce-plugin {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
+    ),
+) -> None:
+    """Which parts of a picture, and which parts of a network, cause its answer?
+
+    ce-plugin covers patches of a photograph, sets channels of a layer, watches what the network answers, and writes
+    maps, tables and a report: clean and under attack, beside Grad-CAM and saliency.
+
+    examples:
+      ce-plugin demo
+      ce-plugin explain cat.jpg
+      ce-plugin explain cat.jpg dog.jpg --model torchvision:resnet50 --attack pgd
+      ce-plugin nodes cat.jpg --given pgd
+      ce-plugin map cat.jpg --contrast "tiger cat"
+      ce-plugin concepts train photographs --concepts 64 --out concepts.pt
+      ce-plugin concepts show concepts.pt --images photographs
+      ce-plugin detect fit photographs --out detector.ce
+      ce-plugin detect score inbox --detector detector.ce
+      ce-plugin explain --help      all options of a command
+
+    exit codes:
+      0 done; 1 something to put right, the message says what;
+      2 the command line was not understood; 130 interrupted
+    """
+
+
+_text, _epilog = _help_and_epilog(_root)
+app = typer.Typer(callback=_root, help=_text, epilog=_epilog, pretty_exceptions_enable=False)
+_concepts = typer.Typer(help="A few concepts in place of a layer's many channels: train them, and look at them.")
+_detect = typer.Typer(help="Tell attacked pictures from clean ones, and say why.")
+
+_command(app, "demo", _options.DemoOptions, "_explain:demo")
+_command(app, "explain", _options.ExplainOptions, "_explain:explain")
+_command(app, "nodes", _options.NodesOptions, "_nodes:nodes")
+_command(app, "map", _options.MapOptions, "_nodes:draw_map")
+_command(_concepts, "train", _options.TrainOptions, "_concepts:train")
+_command(_concepts, "show", _options.ShowOptions, "_concepts:show")
+_command(_detect, "fit", _options.FitOptions, "_detect:fit")
+_command(_detect, "score", _options.ScoreOptions, "_detect:score")
+_command(_detect, "evaluate", _options.EvaluateOptions, "_detect:evaluate")
+app.add_typer(_concepts, name="concepts")
+app.add_typer(_detect, name="detect")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: what follows ``ce-plugin`` on the command line; None means that of the terminal.
+
+    Returns:
+        The exit code: 0 done, 1 something to put right, 2 the command line was not understood, 130 interrupted.
 
     Example:
-        >>> build_parser().parse_args(["explain", "cat.jpg", "--eps", "8/255"]).eps
-        0.03137254901960784
+        >>> main(["explain", "no-such-picture.jpg", "--quiet"])
+        1
     """
-    shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser("ce-plugin", description=_DESCRIPTION, epilog=_EPILOG, **shape)
-    parser.add_argument("--version", action="version", version=f"ce-plugin {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _demo(
-        commands.add_parser(
-            "demo",
-            help="explain two photographs under four attacks, and detect attacks on digits",
-            description="Explain scikit-learn's two photographs with EfficientNet-lite0, clean and under FGSM, BIM, "
-            "PGD and JSMA; and fit a detector that notices the same attacks on handwritten digits. Nothing is "
-            "downloaded.",
-        )
-    )
-    _explain(
-        commands.add_parser(
-            "explain",
-            help="explain your own photographs",
-            description="Explain photographs: which patches cause the network's answer?",
-            epilog=_EXPLAIN_EPILOG,
-            **shape,
-        )
-    )
-    _nodes(
-        commands.add_parser(
-            "nodes",
-            help="rank the channels of a layer, and those that carry an attack",
-            description="Effects of all channels of a layer on the answer, each set by itself and exactly.",
-            epilog=_NODES_EPILOG,
-            **shape,
-        )
-    )
-    _map(
-        commands.add_parser(
-            "map",
-            help="draw the causal effect map of a layer beside Grad-CAM",
-            description="The causal effect map of a layer: the channels' effects, laid where the channels are.",
-            epilog=_MAP_EPILOG,
-            **shape,
-        )
-    )
-    add_concepts(commands)
-    add_detect(commands)
-    return parser
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        typer.main.get_command(app)(given, prog_name="ce-plugin", obj=given)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
 
 
-def _demo(parser: argparse.ArgumentParser) -> None:
-    _report_options(parser, out="ce-plugin-demo", trials=200)
+def _run(runner: str, options: Any, argv: list[str]) -> None:
+    """Run "module:function"; an error that can be put right becomes one line and an exit code."""
+    module, _, function = runner.partition(":")
+    _keep_freed_memory()
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            getattr(importlib.import_module(f"ce_plugin.cli.{module}"), function)(options, argv)
+    except CEPluginError as error:
+        sys.stderr.write(f"ce-plugin: error: {error}\n")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("ce-plugin: interrupted\n")
+        raise typer.Exit(130) from None
 
 
-def _explain(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files (JPEG, PNG, WebP ...)")
-    options.network_options(parser)
-    group = parser.add_argument_group("the question")
-    options.target_option(group)
-    options.layer_option(group, "at which Grad-CAM looks and whose channels are set")
-    group.add_argument(
-        "--attack",
-        action="append",
-        choices=("none", "fgsm", "bim", "pgd", "jsma"),
-        help="explain the photograph under this attack as well; may be given several times (default: none)",
-    )
-    options.eps_option(group)
-    _trial_options(group)
-    options.outcome_option(group, default="log_odds", why="which also moves where a probability is next to 0 or 1")
-    _report_options(parser, out="ce-plugin-report", trials=400)
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """A warning as one line, without the line of code that gave it."""
+    sys.stderr.write(f"ce-plugin: warning: {message}\n")
 
 
-def _trial_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--design",
-        choices=("regions", "random-mask", "one-at-a-time", "leave-one-in"),
-        default="regions",
-        help="which patches are covered in a trial: random coherent regions (default; smooth maps from few trials), "
-        "random single patches, one patch, or all but one; the first two have standard errors",
-    )
-    group.add_argument(
-        "--mask-share",
-        type=values.open_share,
-        metavar="P",
-        help="share of the patches that a random trial covers; default 0.5 for regions, 0.1 for random-mask",
-    )
-    group.add_argument(
-        "--fill",
-        choices=("mixed", "blur", "zero", "mean", "noise"),
-        default="mixed",
-        help="what covers a patch: black, the mean colour and the blurred photograph in turn (mixed, the default), or "
-        "one of them, or noise",
-    )
-    group.add_argument(
-        "--grid",
-        type=values.count,
-        metavar="N",
-        help="cut the photograph into N x N patches; default 14, and 10 for random-mask, whose patches are estimated "
-        "one by one; regions know 14 only",
-    )
-
-
-def _report_options(parser: argparse.ArgumentParser, *, out: str, trials: int) -> None:
-    group = parser.add_argument_group("the run and the report")
-    group.add_argument(
-        "--trials",
-        type=values.count,
-        default=trials,
-        metavar="N",
-        help=f"trials per picture and attack; more make more patches significant, and take longer; default {trials}",
-    )
-    options.seed_option(group)
-    options.out_options(group, out=out, what="the report")
-
-
-def _nodes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture file (JPEG, PNG, WebP ...)")
-    options.network_options(parser)
-    group = parser.add_argument_group("the question")
-    options.layer_option(group, "whose channels are set")
-    which = group.add_mutually_exclusive_group()
-    options.target_option(which)
-    which.add_argument(
-        "--classes",
-        type=values.classes,
-        default=3,
-        metavar="N",
-        help="effects on the N most probable classes, or on all; default 3; the ranking is about the most probable",
-    )
-    options.attack_options(group)
-    options.intervention_options(group)
-    options.outcome_option(group, default="log_odds", why="which also moves where a probability is next to 0 or 1")
-    group = parser.add_argument_group("the run and the results")
-    group.add_argument(
-        "--top", type=values.count, default=20, metavar="N", help="channels in the table and the plot; default 20"
-    )
-    options.seed_option(group)
-    options.out_options(group, out="ce-plugin-nodes", what="the results")
-
-
-def _map(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture file (JPEG, PNG, WebP ...)")
-    options.network_options(parser)
-    group = parser.add_argument_group("the question")
-    options.layer_option(group, "that the map is made of")
-    options.target_option(group)
-    group.add_argument(
-        "--contrast",
-        action="append",
-        metavar="CLASS",
-        help="rather than this class (name or index): its contributions are subtracted; several are averaged; others "
-        "means all other classes",
-    )
-    group.add_argument(
-        "--weighting",
-        choices=("change", "activation"),
-        default="change",
-        help="where a channel's effect is laid: where setting it changes something (default), or where it is active",
-    )
-    options.attack_options(group)
-    options.intervention_options(group)
-    options.outcome_option(group, default="logit", why="because probabilities hide every class but the winner")
-    group = parser.add_argument_group("the run and the results")
-    options.seed_option(group)
-    options.out_options(group, out="ce-plugin-map", what="the results")
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory: convolutions on a CPU then run up to twice as fast (docs/performance.md)."""
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_max, 0)

@@ -1,19 +1,20 @@
-"""``ce-plugin detect``: fit a detector of attacked pictures, judge pictures with it, and try it against attacks."""
+"""``ce-plugin detect``: fit a detector of attacked pictures, score pictures with it, and try it against attacks."""
 
 from __future__ import annotations
 
-import argparse
+import csv
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ce_plugin.cli._session import manifest, network, progress, say
-from ce_plugin.cli.pictures import Pictures, check_channels, column_of
-from ce_plugin.cli.results import json_text, table
+from ce_plugin.cli._options import ATTACKS, EvaluateOptions, FitOptions, ScoreOptions
+from ce_plugin.cli._session import Pictures, check_file, json_text, manifest, network, progress, say, table, write_files
+from ce_plugin.detection import CausalEffectDetector, Signature
 from ce_plugin.errors import ArgumentError, FileError, expected
 from ce_plugin.models import VisionModel
 from ce_plugin.report import (
@@ -30,163 +31,54 @@ from ce_plugin.report import (
     try_detector,
 )
 
-if TYPE_CHECKING:
-    from ce_plugin.detection import CausalEffectDetector
-    from ce_plugin.report import DetectorAttack
-
-__all__ = ["evaluate", "fit", "score"]
-
 _SMALL = 64
 _LABELS = {"0": 0, "clean": 0, "1": 1, "adversarial": 1}
 
 
-def fit(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+def fit(options: FitOptions, argv: Sequence[str]) -> None:
     """Fit a detector and write it."""
-    from ce_plugin.detection import CausalEffectDetector, Signature
+    check_file(options.out, force=options.force)
+    net = network(options)
+    _check_channels(net, options.grayscale)
+    pictures = Pictures(options.images, net, gray=options.grayscale)
+    labels = None if options.labels is None else _labels(options.labels, pictures.names())
+    detector = _unfitted(options, net)
+    with progress(-(-len(pictures) // 32) + 1, quiet=options.quiet) as step:
+        images = pictures.all(step)
+        step("fitting")
+        detector.fit(images.numpy(), labels, batch_size=_batch_size(net), nb_epochs=options.epochs)
+    detector.save(options.out, force=options.force)
+    findings = _fit_record(detector, len(pictures))
+    record = manifest(options, argv, net, {"IMAGES": list(map(str, options.images)), "pictures": len(pictures)})
+    write_files(options.out.parent, {f"{options.out.name}.json": json_text({**record, "findings": findings})})
+    low, high = findings["false_alarms_due"]
+    say(
+        f"Flags {options.fpr:.1%} of clean pictures; by the {findings['calibration_images']} that set the threshold, "
+        f"between {low:.1%} and {high:.1%} with 95 % probability",
+        quiet=options.quiet,
+    )
+    sys.stdout.write(f"Detector: {options.out.absolute()}\n")
 
-    out: Path = arguments.out
-    _check_file(out, arguments.force)
-    net = network(arguments)
-    check_channels(net, arguments.grayscale)
-    pictures = Pictures(arguments.images, net, gray=arguments.grayscale)
-    labels = None if arguments.labels is None else _labels(arguments.labels, pictures.names())
+
+def _unfitted(options: FitOptions, net: VisionModel) -> CausalEffectDetector:
     detector = CausalEffectDetector(
         net.model,
         clip_values=net.value_range,
         normalization=net.normalization,
-        fpr=arguments.fpr,
-        holdout=arguments.held_out,
-        seed=arguments.seed,
+        fpr=options.fpr,
+        holdout=options.held_out,
+        seed=options.seed,
     )
-    size = _batch_size(net)
-    if arguments.hardened:
+    if options.hardened:
+        old, new = "--hardened", "--adversarial-training"
+        warnings.warn(f"{old} is called {new} now; the old name goes in the next version.", FutureWarning, stacklevel=1)
+    if options.adversarial_training or options.hardened:
         detector.set_params(signature=Signature.hardened(detector.protected.clip_values))
-    if arguments.attacks:
-        detector.set_params(attacks=_teachers(detector, arguments, net))
-    with progress(-(-len(pictures) // 32) + 1, quiet=arguments.quiet) as tell:
-        images = pictures.all(tell)
-        tell("fitting")
-        detector.fit(images.numpy(), labels, batch_size=size, nb_epochs=arguments.epochs)
-    detector.save(out, force=arguments.force)
-    found = _fit_record(detector, len(pictures))
-    record = manifest(arguments, words, net, {"IMAGES": list(map(str, arguments.images)), "pictures": len(pictures)})
-    Path(f"{out}.json").write_text(json_text({**record, "findings": found}), encoding="utf-8")
-    low, high = found["false_alarms_due"]
-    say(
-        f"Flags {arguments.fpr:.1%} of clean pictures; by the {found['calibration_images']} that set the threshold, "
-        f"between {low:.1%} and {high:.1%} with 95 % probability",
-        quiet=arguments.quiet,
-    )
-    sys.stdout.write(f"Detector: {out.absolute()}\n")
-    return 0
-
-
-def score(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    """Judge pictures and write a page."""
-    check_out(arguments.out, force=arguments.force)
-    net, detector, pictures = _loaded(arguments)
-    names, size = pictures.names(), _batch_size(net)
-    with progress(-(-len(pictures) // size) + arguments.explain, quiet=arguments.quiet) as tell:
-        found = screen(
-            detector, names, pictures.batch, batch_size=size, n_shown=arguments.explain, layer=arguments.layer,
-            progress=tell,
-        )  # fmt: skip
-    record = manifest(arguments, words, net, _inputs(arguments, pictures))
-    page = save_screening(found, arguments.out, net=net, detector=arguments.detector.name, manifest=record)
-    say(_flagged(found, net), quiet=arguments.quiet)
-    sys.stdout.write(f"Alarms: {page.absolute()}\n")
-    return 0
-
-
-def evaluate(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    """Attack clean pictures, judge them, and write a page."""
-    check_out(arguments.out, force=arguments.force)
-    net, detector, pictures = _loaded(arguments)
-    truth = None if arguments.truth is None else _truth(arguments.truth, pictures.names(), net)
-    attacks = _attacks(detector, arguments, net)
-    steps = -(-len(pictures) // 32) + 1 + len(attacks)
-    with progress(steps, quiet=arguments.quiet) as tell:
-        trial = try_detector(
-            detector, pictures.all(tell), pictures.names(), attacks, labels=truth, layer=arguments.layer,
-            batch_size=_batch_size(net), seed=arguments.seed, progress=tell,
-        )  # fmt: skip
-    record = manifest(arguments, words, net, _inputs(arguments, pictures))
-    page = save_evaluation(trial, arguments.out, net=net, detector=arguments.detector.name, manifest=record)
-    say(_tried(trial), quiet=arguments.quiet)
-    sys.stdout.write(f"Evaluation: {page.absolute()}\n")
-    return 0
-
-
-def _loaded(arguments: argparse.Namespace) -> tuple[VisionModel, CausalEffectDetector, Pictures]:
-    """Network, detector and pictures, all of them checked."""
-    from ce_plugin.detection import CausalEffectDetector
-
-    net = network(arguments)
-    detector = CausalEffectDetector.load(arguments.detector, net.model, normalization=net.normalization)
-    channels, size, _ = detector.learned().shape
-    if size != net.framing.size:
-        hint = f"Add --size {size}." if arguments.size is None else "Give the size that detect fit was given."
-        raise ArgumentError(expected("size", f"{size}, as the detector was fitted", net.framing.size, hint))
-    if detector.protected.clip_values != tuple(map(float, net.value_range)):
-        wanted = f"{detector.protected.clip_values}, as the detector was fitted"
-        raise ArgumentError(expected("value_range", wanted, net.value_range))
-    if arguments.layer is not None:
-        named_layer(net.model, arguments.layer)
-    if arguments.fpr is not None:
-        detector.learned().calibration.threshold(arguments.fpr)  # a rate that is too small is told before any work
-        detector.set_params(fpr=arguments.fpr)
-    limit = getattr(arguments, "limit", None)
-    return net, detector, Pictures(arguments.images, net, gray=channels == 1, limit=limit)
-
-
-def _check_file(out: Path, force: bool) -> None:
-    """Whether the detector may be written, before any work."""
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise FileError(expected("out", "a file in an existing folder", repr(str(out))))
-    if out.exists() and not force:
-        hint = "Choose another name, or allow it to be replaced with --force."
-        raise FileError(expected("out", "a file that does not exist yet", repr(str(out)), hint))
-
-
-def _labels(file: Path, names: list[str]) -> Tensor:
-    given = [text.strip().lower() for text in column_of(file, names, "label", "labels")]
-    odd = next((text for text in given if text not in _LABELS), None)
-    if odd is not None:
-        raise FileError(expected("labels", "labels 0 or clean, 1 or adversarial", repr(odd)))
-    return torch.tensor([_LABELS[text] for text in given])
-
-
-def _truth(file: Path, names: list[str], net: VisionModel) -> Tensor:
-    return torch.tensor([net.class_index(text) for text in column_of(file, names, "class", "truth")])
-
-
-def _attacks(detector: CausalEffectDetector, arguments: argparse.Namespace, net: VisionModel) -> list[DetectorAttack]:
-    size, seed = _batch_size(net), arguments.seed
-    return [detector_attack(detector, *one, batch_size=size, seed=seed) for one in _planned(arguments, net)]
-
-
-def _teachers(detector: CausalEffectDetector, arguments: argparse.Namespace, net: VisionModel) -> list[Any]:
-    """The attacks that a detector learns from."""
-    return [attack_to_learn(detector, *one, batch_size=_batch_size(net)) for one in _planned(arguments, net)]
-
-
-def _planned(arguments: argparse.Namespace, net: VisionModel) -> list[tuple[str, float]]:
-    """Every attack at every size; JSMA has none."""
-    sizes = arguments.eps or [0.1 if net.framing.size <= _SMALL else 8 / 255]
-    names = dict.fromkeys(arguments.attacks)
-    return [(name, eps) for name in names for eps in dict.fromkeys(sizes[:1] if name == "jsma" else sizes)]
-
-
-def _batch_size(net: VisionModel) -> int:
-    return 128 if net.framing.size <= _SMALL else 16
-
-
-def _inputs(arguments: argparse.Namespace, pictures: Pictures) -> dict[str, Any]:
-    file = arguments.detector
-    return {
-        "detector": {"file": str(file), "sha256": file_sha256(file)},
-        "pictures": pictures.names(),
-    }
+    if options.attacks:
+        planned = _planned(options.attacks, options.eps, net)
+        learned = [attack_to_learn(detector, name, eps, batch_size=_batch_size(net)) for name, eps in planned]
+        detector.set_params(attacks=learned)
+    return detector
 
 
 def _fit_record(detector: CausalEffectDetector, n: int) -> dict[str, Any]:
@@ -199,6 +91,81 @@ def _fit_record(detector: CausalEffectDetector, n: int) -> dict[str, Any]:
         "forward_passes": detector.passes,
         "signature": repr(state.signature),
     }
+
+
+def score(options: ScoreOptions, argv: Sequence[str]) -> None:
+    """Score pictures and write a page."""
+    check_out(options.out, force=options.force)
+    net, detector, pictures = _loaded(options)
+    names, size = pictures.names(), _batch_size(net)
+    with progress(-(-len(pictures) // size) + options.explain, quiet=options.quiet) as step:
+        found = screen(
+            detector, names, pictures.batch, batch_size=size, n_shown=options.explain, layer=options.layer,
+            progress=step,
+        )  # fmt: skip
+    record = manifest(options, argv, net, _inputs(options, pictures))
+    page = save_screening(found, options.out, net=net, detector=options.detector.name, manifest=record)
+    say(_flagged(found, net), quiet=options.quiet)
+    sys.stdout.write(f"Alarms: {page.absolute()}\n")
+
+
+def evaluate(options: EvaluateOptions, argv: Sequence[str]) -> None:
+    """Attack clean pictures, score them, and write a page."""
+    check_out(options.out, force=options.force)
+    net, detector, pictures = _loaded(options, options.limit)
+    names, size = pictures.names(), _batch_size(net)
+    truth = None
+    if options.truth is not None:
+        truth = torch.tensor([net.class_index(text) for text in column_of(options.truth, names, "class", "truth")])
+    planned = _planned(options.attacks or ATTACKS, options.eps, net)
+    attacks = [detector_attack(detector, name, eps, batch_size=size, seed=options.seed) for name, eps in planned]
+    with progress(-(-len(pictures) // 32) + 1 + len(attacks), quiet=options.quiet) as step:
+        trial = try_detector(
+            detector, pictures.all(step), names, attacks, labels=truth, layer=options.layer, batch_size=size,
+            seed=options.seed, progress=step,
+        )  # fmt: skip
+    record = manifest(options, argv, net, _inputs(options, pictures))
+    page = save_evaluation(trial, options.out, net=net, detector=options.detector.name, manifest=record)
+    say(_tried(trial), quiet=options.quiet)
+    sys.stdout.write(f"Evaluation: {page.absolute()}\n")
+
+
+def _loaded(
+    options: ScoreOptions | EvaluateOptions, limit: int | None = None
+) -> tuple[VisionModel, CausalEffectDetector, Pictures]:
+    """Network, detector and pictures, all of them checked."""
+    net = network(options)
+    detector = CausalEffectDetector.load(options.detector, net.model, normalization=net.normalization)
+    channels, size, _ = detector.learned().shape
+    if size != net.framing.size:
+        hint = f"Add --size {size}." if options.size is None else "Give the size that detect fit was given."
+        raise ArgumentError(expected("size", f"{size}, as the detector was fitted", net.framing.size, hint))
+    if detector.protected.clip_values != tuple(map(float, net.value_range)):
+        wanted = f"{detector.protected.clip_values}, as the detector was fitted"
+        raise ArgumentError(expected("value_range", wanted, net.value_range))
+    if options.layer is not None:
+        named_layer(net.model, options.layer)
+    if options.fpr is not None:
+        detector.learned().calibration.threshold(options.fpr)  # a rate that is too small is refused before any work
+        detector.set_params(fpr=options.fpr)
+    return net, detector, Pictures(options.images, net, gray=channels == 1, limit=limit)
+
+
+def _planned(attacks: Sequence[str], sizes: Sequence[float] | None, net: VisionModel) -> list[tuple[str, float]]:
+    """Every attack at every size; JSMA has none."""
+    sizes = sizes or [0.1 if net.framing.size <= _SMALL else 8 / 255]
+    return [
+        (name, eps) for name in dict.fromkeys(attacks) for eps in dict.fromkeys(sizes[:1] if name == "jsma" else sizes)
+    ]
+
+
+def _batch_size(net: VisionModel) -> int:
+    return 128 if net.framing.size <= _SMALL else 16
+
+
+def _inputs(options: ScoreOptions | EvaluateOptions, pictures: Pictures) -> dict[str, Any]:
+    file = options.detector
+    return {"detector": {"file": str(file), "sha256": file_sha256(file)}, "pictures": pictures.names()}
 
 
 def _flagged(found: Screening, net: VisionModel) -> str:
@@ -227,3 +194,65 @@ def _tried(trial: DetectorTrial) -> str:
     ]
     rows = [["clean", "", "", f"{trial.false_alarms.share:.1%}"], *rows]
     return table(["", "successful", "AUROC", f"flagged at {trial.fpr:.1%}"], rows)
+
+
+def _check_channels(net: VisionModel, gray: bool) -> None:
+    """Whether the network's first convolution takes as many channels as the pictures will have.
+
+    Raises:
+        ArgumentError: it does not.
+    """
+    first = next((one for one in net.model.modules() if isinstance(one, nn.Conv2d)), None)
+    if first is None or first.in_channels == (1 if gray else 3):
+        return
+    if first.in_channels == 1:
+        hint = "Add --grayscale."
+        raise ArgumentError(expected("grayscale", "given for a network that takes one channel", "no --grayscale", hint))
+    hint = "Leave it out." if gray else "Only gray and colour pictures can be read from files."
+    got = f"one that takes {first.in_channels}"
+    raise ArgumentError(expected("model", f"a network that takes {1 if gray else 3} channel(s)", got, hint))
+
+
+def _labels(file: Path, names: list[str]) -> Tensor:
+    given = [text.strip().lower() for text in column_of(file, names, "label", "labels")]
+    odd = next((text for text in given if text not in _LABELS), None)
+    if odd is not None:
+        raise FileError(expected("labels", "labels 0 or clean, 1 or adversarial", repr(odd)))
+    return torch.tensor([_LABELS[text] for text in given])
+
+
+def column_of(file: Path, names: Sequence[str], column: str, argument: str) -> list[str]:
+    """What a table says of each picture.
+
+    Args:
+        file: a CSV table with the columns ``file`` and ``column``; a picture is found by its name as the command
+            writes it, or by its file name, where only one has it.
+        names: of the pictures.
+        column: which one is wanted.
+        argument: name of the option, for errors.
+
+    Raises:
+        FileError: no such table, a column is missing, or a picture is.
+    """
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        wanted = f"a CSV table with the columns file and {column}"
+        raise FileError(expected(argument, wanted, f"{str(file)!r} ({error})")) from error
+    if not rows or not {"file", column} <= rows[0].keys():
+        got = f"{str(file)!r} with {', '.join(map(str, rows[0])) if rows else 'no rows'}"
+        raise FileError(expected(argument, f"a CSV table with the columns file and {column}", got))
+    known = {row["file"]: row[column] or "" for row in rows}
+    by_file_name: dict[str, list[str]] = {}
+    for name, value in known.items():
+        by_file_name.setdefault(Path(name).name, []).append(value)
+    values = []
+    for name in names:
+        same = by_file_name.get(Path(name).name, [])
+        value = known.get(name, same[0] if len(same) == 1 else "")
+        if not value:
+            hint = "Add it, or leave the picture out."
+            raise FileError(expected(argument, f"a {column} for every picture", f"none for {name!r}", hint))
+        values.append(value)
+    return values

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ce_plugin.cli._session import network, progress
+from ce_plugin.cli._options import DemoOptions, ExplainOptions
+from ce_plugin.cli._session import manifest, network, progress
 from ce_plugin.datasets import read_image, sample_photographs
 from ce_plugin.designs import Design, LeaveOneIn, OneAtATime, RandomMask, RandomRegions
 from ce_plugin.errors import ArgumentError, expected
@@ -21,7 +22,6 @@ from ce_plugin.report import (
     DetectorTrial,
     Plan,
     Study,
-    build_manifest,
     check_out,
     digits_trial,
     file_sha256,
@@ -31,156 +31,119 @@ from ce_plugin.report import (
     tensor_sha256,
 )
 
-__all__ = ["demo", "explain"]
-
 # Training, fitting, clean digits, and the attacks.
 _DIGITS_STEPS = 3 + len(ATTACKS)
 
+# What covers a patch: the fills of the intervention, and what the report says.
 _FILLS = {
-    "mixed": ("zero", "mean", "blur"),
-    "blur": ("blur",),
-    "zero": ("zero",),
-    "mean": ("mean",),
-    "noise": ("noise",),
-}
-_WORDS = {
-    "mixed": "set to black, set to the mean colour, or blurred",
-    "blur": "blurred",
-    "zero": "set to black",
-    "mean": "set to the mean colour",
-    "noise": "replaced by noise",
+    "mixed": (("zero", "mean", "blur"), "set to black, set to the mean colour, or blurred"),
+    "blur": (("blur",), "blurred"),
+    "zero": (("zero",), "set to black"),
+    "mean": (("mean",), "set to the mean colour"),
+    "noise": (("noise",), "replaced by noise"),
 }
 
 
-def demo(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+def demo(options: DemoOptions, argv: Sequence[str]) -> None:
     """Explain scikit-learn's two photographs, and try a detector on its handwritten digits."""
-    check_out(arguments.out, force=arguments.force)
+    check_out(options.out, force=options.force)
     net = efficientnet_lite0()
     photographs = sample_photographs()
-    settings = argparse.Namespace(
-        **vars(arguments),
-        design="regions",
-        mask_share=None,
-        fill="mixed",
-        grid=None,
-        outcome="log_odds",
-        eps=8 / 255,
-        layer=None,
-    )
-    plan = _plan(net, settings, ATTACKS)
-    prints = {name: {"sha256_of_pixels": tensor_sha256(image)} for name, image in photographs.items()}
-    readers = {name: (lambda image=image: image) for name, image in photographs.items()}
-    return _run(net, readers, plan, settings, words, prints, with_digits=True)
+    hashes = {name: {"sha256_of_pixels": tensor_sha256(image)} for name, image in photographs.items()}
+    inputs = {name: net.inputs([image]) for name, image in photographs.items()}
+    settings = ExplainOptions(images=[], attack=list(ATTACKS), **vars(options))
+    _report(net, inputs, settings, argv, hashes, with_digits=True)
 
 
-def explain(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+def explain(options: ExplainOptions, argv: Sequence[str]) -> None:
     """Explain the user's photographs."""
-    check_out(arguments.out, force=arguments.force)
-    names = _names(arguments.images)
-    for file in arguments.images:
-        read_image(file)  # whatever cannot be read is said before the first trial
-    net = network(arguments)
-    attacks = tuple(a for a in dict.fromkeys(arguments.attack or ()) if a != "none")
-    plan = _plan(net, arguments, tuple(a for a in ATTACKS if a in attacks))
-    prints = {
-        name: {"file": str(file), "sha256": file_sha256(file)}
-        for name, file in zip(names, arguments.images, strict=True)
-    }
-    readers = {name: (lambda file=file: read_image(file)) for name, file in zip(names, arguments.images, strict=True)}
-    return _run(net, readers, plan, arguments, words, prints)
+    check_out(options.out, force=options.force)
+    files = dict(zip(_names(options.images), options.images, strict=True))
+    for file in files.values():
+        read_image(file)  # whatever cannot be read is said before the network is loaded
+    net = network(options)
+    hashes = {name: {"file": str(file), "sha256": file_sha256(file)} for name, file in files.items()}
+    inputs = {name: net.inputs([read_image(file)]) for name, file in files.items()}
+    _report(net, inputs, options, argv, hashes)
 
 
-def _run(
+def _report(
     net: VisionModel,
-    readers: Mapping[str, Callable[[], Tensor]],
-    plan: Plan,
-    arguments: argparse.Namespace,
-    words: Sequence[str],
-    prints: Mapping[str, Any],
+    inputs: Mapping[str, Tensor],
+    options: ExplainOptions,
+    argv: Sequence[str],
+    hashes: Mapping[str, Any],
     *,
     with_digits: bool = False,
-) -> int:
-    target = getattr(arguments, "target", None)
-    index = None if target is None else net.class_index(target)
-    options = {key: value for key, value in vars(arguments).items() if key not in ("force", "quiet")}
-    manifest = build_manifest(
-        arguments={**options, "intervention": plan.intervention, "design": plan.design, "attacks": plan.attacks},
-        command=["ce-plugin", *words],
-        seed=plan.seed,
-        inputs=prints,
-        model=net.model,
-    )
+) -> None:
+    """Study each photograph and write the report; after an interrupt, of those that are finished."""
+    plan = _plan(net, options)
+    target = None if options.target is None else net.class_index(options.target)
+    resolved = {"intervention": plan.intervention, "design": plan.design, "attacks": plan.attacks}
     studies: list[Study] = []
     digits: DetectorTrial | None = None
-
-    def save(incomplete: str = "") -> Path:
-        return save_report(
-            studies,
-            arguments.out,
-            model=net.name,
-            plan=plan,
-            experiment=_experiment(plan, arguments.fill),
-            manifest=manifest,
-            force=arguments.force,
-            incomplete=incomplete,
-            digits=digits,
-        )
-
+    save = partial(
+        save_report,
+        studies,
+        options.out,
+        model=net.name,
+        plan=plan,
+        experiment=_experiment(plan, options.fill),
+        manifest=manifest(options, argv, net, hashes, **resolved),
+        force=options.force,
+    )
     try:
-        steps = len(readers) * (2 + 3 * len(plan.attacks)) + with_digits * _DIGITS_STEPS
-        with progress(steps, quiet=arguments.quiet) as tell:
-            for number, (name, read) in enumerate(readers.items()):
-                inputs = net.inputs([read()])
-                studies.append(study(net, inputs, name, plan, target=index, example_id=number, progress=tell))
+        steps = len(inputs) * (2 + 3 * len(plan.attacks)) + with_digits * _DIGITS_STEPS
+        with progress(steps, quiet=options.quiet) as step:
+            for number, (name, image) in enumerate(inputs.items()):
+                studies.append(study(net, image, name, plan, target=target, example_id=number, progress=step))
             if with_digits:
-                digits = digits_trial(seed=plan.seed, progress=tell)
+                digits = digits_trial(seed=plan.seed, progress=step)
     except BaseException:
         # Whatever happened, what is finished is not lost.
         if studies:
-            page = save(f"stopped early: {len(studies)} of {len(readers)} photographs" + ", no detector" * with_digits)
-            sys.stderr.write(f"What was finished is in {page.absolute()}\n")
+            missing = f"stopped early: {len(studies)} of {len(inputs)} photographs" + ", no detector" * with_digits
+            sys.stderr.write(f"What was finished is in {save(incomplete=missing).absolute()}\n")
         raise
-    page = save()
-    if not arguments.quiet:
+    page = save(digits=digits)
+    if not options.quiet:
         sys.stdout.write(_summary(studies) + ("" if digits is None else _detected(digits)))
     sys.stdout.write(f"Report: {page.absolute()}\n")
-    return 0
 
 
-def _plan(net: VisionModel, arguments: argparse.Namespace, attacks: tuple[str, ...]) -> Plan:
-    if arguments.layer is not None:
-        named_layer(net.model, arguments.layer)  # an unknown name is told before any photograph is explained
-    design = _design(arguments)
-    cells = arguments.grid or (10 if isinstance(design, RandomMask) else 14)
+def _plan(net: VisionModel, options: ExplainOptions) -> Plan:
+    if options.layer is not None:
+        named_layer(net.model, options.layer)  # an unknown name is said before any photograph is explained
+    design = _design(options)
+    cells = options.grid or (10 if isinstance(design, RandomMask) else 14)
     if isinstance(design, RandomRegions) and cells != 14:
         raise ArgumentError(expected("grid", "14 for the design of regions", cells, "Choose --design random-mask."))
     if cells > net.framing.size:
         raise ArgumentError(expected("grid", f"at most {net.framing.size}, the network's pixels", cells))
     return Plan(
-        attacks=attacks,
-        eps=arguments.eps,
-        intervention=PixelMask(_FILLS[arguments.fill], normalization=net.normalization),
+        attacks=tuple(attack for attack in ATTACKS if attack in (options.attack or ())),
+        eps=options.eps,
+        intervention=PixelMask(_FILLS[options.fill][0], normalization=net.normalization),
         design=design,
         cells=cells,
-        outcome=arguments.outcome,
-        seed=arguments.seed,
-        layer=arguments.layer,
+        outcome=options.outcome,
+        seed=options.seed,
+        layer=options.layer,
     )
 
 
-def _design(arguments: argparse.Namespace) -> Design:
-    trials, seed, share = arguments.trials, arguments.seed, arguments.mask_share
-    if arguments.design == "regions":
-        return RandomRegions(share or 0.5, n_trials=trials, seed=seed)
-    if arguments.design == "random-mask":
-        return RandomMask(share or 0.1, n_trials=trials, seed=seed)
-    return OneAtATime() if arguments.design == "one-at-a-time" else LeaveOneIn()
+def _design(options: ExplainOptions) -> Design:
+    if options.design == "regions":
+        return RandomRegions(options.mask_share or 0.5, n_trials=options.trials, seed=options.seed)
+    if options.design == "random-mask":
+        return RandomMask(options.mask_share or 0.1, n_trials=options.trials, seed=options.seed)
+    return OneAtATime() if options.design == "one-at-a-time" else LeaveOneIn()
 
 
 def _experiment(plan: Plan, fill: str) -> str:
     """What a trial is, for the reader of the report."""
     design, grid = plan.design, f"{plan.cells} × {plan.cells} patches of the photograph"
-    done = _WORDS[fill]
+    done = _FILLS[fill][1]
     if isinstance(design, RandomRegions):
         return f"in each of {design.n_trials} trials random regions, about {design.p:.0%} of the {grid}, were {done}"
     if isinstance(design, RandomMask):
@@ -217,6 +180,6 @@ def _summary(studies: Sequence[Study]) -> str:
     for one in studies:
         lines.append(f"{one.name}: {one.cases[0].top[0].name} ({one.cases[0].top[0].probability:.2f})\n")
         for case in one.cases[1:]:
-            says = f"{case.top[0].name} ({case.top[0].probability:.2f})" if case.success else "unchanged"
-            lines.append(f"  {case.name:5} {says}\n")
+            answer = f"{case.top[0].name} ({case.top[0].probability:.2f})" if case.success else "unchanged"
+            lines.append(f"  {case.name:5} {answer}\n")
     return "".join(lines)
