@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import inspect
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -27,19 +28,18 @@ class _SeveralValues(TyperCommand):
         for word in args:
             if word.startswith("-"):
                 option = word if word in ("--attacks", "--eps") else ""
-                given.append(word)
             elif option and given[-1] != option:
-                given += [option, word]
-            else:
-                given.append(word)
+                given.append(option)
+            given.append(word)
         return super().parse_args(ctx, given)
 
 
 def _help_and_epilog(described: object) -> tuple[str, str]:
     """From a docstring: its examples, and all that follows them, are shown below the options."""
-    text, examples, rest = (inspect.getdoc(described) or "").partition("\n\nexamples:\n")
-    paragraphs = [paragraph.replace("\n", " ") for paragraph in text.split("\n\n")]
-    return "\n\n".join(paragraphs), f"{examples}{rest}".strip()
+    # The terminal wraps prose; indented lines stay as they are.
+    text = re.sub(r"(?<=\S)\n(?=\S)", " ", inspect.getdoc(described) or "")
+    summary, examples, rest = text.partition("examples:\n")
+    return summary.strip(), f"{examples}{rest}"
 
 
 def _command(group: typer.Typer, name: str, options: type[Any], runner: str) -> None:

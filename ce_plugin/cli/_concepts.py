@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ce_plugin.cli._options import ShowOptions, TrainOptions
-from ce_plugin.cli._session import Pictures, check_file, json_text, layer_name, manifest, network, say, write_files
+from ce_plugin.cli._session import Pictures, check_file, layer_name, manifest, network, say, write_files
 from ce_plugin.concepts import ConceptAutoencoder, train_autoencoder
 from ce_plugin.errors import FileError, expected
 from ce_plugin.report import check_out, concept_study, save_concepts
@@ -50,7 +50,7 @@ def train(options: TrainOptions, argv: Sequence[str]) -> None:
     autoencoder.save(out, force=options.force)
     fidelity = None if autoencoder.fidelity is None else autoencoder.fidelity.to_dict()
     findings = {"layer": layer, "fidelity": fidelity, "history": autoencoder.history}
-    write_files(out.parent, {f"{out.name}.json": json_text({**record, "findings": findings})})
+    write_files(out.parent, {f"{out.name}.json": {**record, "findings": findings}})
     checkpoint.unlink(missing_ok=True)
     say(f"Fidelity on the held-out pictures, which chose the epoch: {autoencoder.fidelity}", quiet=options.quiet)
     sys.stdout.write(f"Autoencoder: {out.absolute()}\n")

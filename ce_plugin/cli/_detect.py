@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ce_plugin.cli._options import ATTACKS, EvaluateOptions, FitOptions, ScoreOptions
-from ce_plugin.cli._session import Pictures, check_file, json_text, manifest, network, progress, say, table, write_files
+from ce_plugin.cli._session import Pictures, check_file, manifest, network, progress, say, table, write_files
 from ce_plugin.detection import CausalEffectDetector, Signature
 from ce_plugin.errors import ArgumentError, FileError, expected
 from ce_plugin.models import VisionModel
@@ -50,7 +50,7 @@ def fit(options: FitOptions, argv: Sequence[str]) -> None:
     detector.save(options.out, force=options.force)
     findings = _fit_record(detector, len(pictures))
     record = manifest(options, argv, net, {"IMAGES": list(map(str, options.images)), "pictures": len(pictures)})
-    write_files(options.out.parent, {f"{options.out.name}.json": json_text({**record, "findings": findings})})
+    write_files(options.out.parent, {f"{options.out.name}.json": {**record, "findings": findings}})
     low, high = findings["false_alarms_due"]
     say(
         f"Flags {options.fpr:.1%} of clean pictures; by the {findings['calibration_images']} that set the threshold, "

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ce_plugin.attribution import CausalEffectMap, CausalMediation, LayerCausalEffect
 from ce_plugin.cli._options import LayerOptions, MapOptions, NodesOptions
-from ce_plugin.cli._session import Pictures, json_text, layer_name, manifest, network, say, table, write_files
+from ce_plugin.cli._session import Pictures, layer_name, manifest, network, say, table, write_files
 from ce_plugin.datasets import read_image
 from ce_plugin.errors import ArgumentError, TargetError, expected
 from ce_plugin.evaluation import rank_correlation
@@ -139,8 +139,7 @@ def _write(
     record = manifest(options, argv, resolved.net, resolved.hashes)
     explained = {"index": resolved.target, "name": resolved.target_name}
     found = {"attack": resolved.attack, "explained": explained, **findings}
-    content = json_text({**record, "layer": resolved.layer, "findings": found})
-    write_files(options.out, {**files, "manifest.json": content})
+    write_files(options.out, {**files, "manifest.json": {**record, "layer": resolved.layer, "findings": found}})
 
 
 # --- nodes

@@ -49,24 +49,13 @@ def open_share(text: object) -> float:
     return value
 
 
-def weight(text: object) -> float:
-    """A number that is zero or more."""
-    try:
-        value = float(str(text))
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise typer.BadParameter(f"{text} is not a number that is zero or more")
-    return value
-
-
 def positive(text: object) -> float:
     """A number above zero."""
     try:
-        value = weight(text)
-    except typer.BadParameter:
+        value = float(str(text))
+    except ValueError:
         value = 0.0
-    if value == 0:
+    if not 0 < value < float("inf"):
         raise typer.BadParameter(f"{text} is not a number above zero")
     return value
 
@@ -126,8 +115,8 @@ def one_of(*names: str) -> dict[str, Any]:
 def _panel(title: str) -> Callable[..., Any]:
     """Makes the options of one panel of the help: what stands for the value, what the option means, how it is read."""
 
-    def option(metavar: str, text: str, *flags: str, **details: Any) -> Any:
-        return typer.Option(*flags, metavar=metavar, help=text, rich_help_panel=title, **details)
+    def option(metavar: str, text: str, *flags: str, shown: bool | str = True, **details: Any) -> Any:
+        return typer.Option(*flags, metavar=metavar, help=text, show_default=shown, rich_help_panel=title, **details)
 
     return option
 
@@ -136,30 +125,25 @@ _network, _experiment, _run = _panel("The network"), _panel("The experiment"), _
 _detector, _autoencoder, _training = _panel("The detector"), _panel("The autoencoder"), _panel("The training")
 
 ATTACKS = ("fgsm", "bim", "pgd", "jsma")
-EPS = 8 / 255
 
 Images = Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Picture files, or folders and all below them.")]
 Target = Annotated[
-    str | None,
-    _experiment("CLASS", "Name or index of the class to explain.", show_default="the network's answer"),
+    str | None, _experiment("CLASS", "Name or index of the class to explain.", shown="the network's answer")
 ]
-Layer = Annotated[str | None, _experiment("NAME", "Dotted name of the layer.", show_default="the last convolution")]
+Layer = Annotated[str | None, _experiment("NAME", "Dotted name of the layer.", shown="the last convolution")]
 Eps = Annotated[
     float,
     _experiment(
-        "SHARE",
-        "Size of FGSM, BIM and PGD: largest change of a value, as a share of the range from black to white.",
-        parser=share,
-        show_default="8/255",
+        "SHARE", "Largest change of a value by FGSM, BIM and PGD, as a share of the range.", parser=share, shown="8/255"
     ),
 ]
 EpsOfMany = Annotated[
     list[float] | None,
     _experiment(
         "SHARE...",
-        "Sizes of the attacks, each the largest change of a value as a share of the range. JSMA has none.",
+        "Largest change of a value, as a share of the range; not for JSMA.",
         parser=share,
-        show_default="8/255; 0.1 up to 64 pixels",
+        shown="8/255; 0.1 up to 64 pixels",
     ),
 ]
 Outcome = Annotated[
@@ -172,18 +156,13 @@ Outcome = Annotated[
 ]
 Limit = Annotated[int | None, _experiment("N", "Take the first N pictures only.", parser=count)]
 AlarmLayer = Annotated[
-    str | None,
-    _experiment("NAME", "Dotted name of a layer: the page then names the channels that raise an alarm."),
+    str | None, _experiment("NAME", "Dotted name of a layer: the page then names the channels that raise an alarm.")
 ]
 DetectorFile = Annotated[Path, _detector("FILE", "File that detect fit wrote.")]
 Flagged = Annotated[
-    float | None,
-    _detector("SHARE", "Share of clean pictures that is flagged.", parser=open_share, show_default="as fitted"),
+    float | None, _detector("SHARE", "Share of clean pictures that is flagged.", parser=open_share, shown="as fitted")
 ]
-Trials = Annotated[
-    int,
-    _run("N", "Trials per picture and attack. More find more significant patches, and take longer.", parser=count),
-]
+Trials = Annotated[int, _run("N", "Trials per picture and attack; more trials, smaller errors.", parser=count)]
 Seed = Annotated[int, _run("N", "Seed of everything random.")]
 Out = Annotated[Path, _run("DIR", "Folder of the results.")]
 OutFile = Annotated[Path, _run("FILE", "File of the result.")]
@@ -199,12 +178,7 @@ class NetworkOptions:
     """Which network, and how it wants to be fed."""
 
     model: Annotated[
-        str,
-        _network(
-            "NAME",
-            "torchvision:NAME, for example torchvision:resnet50, or MODULE:FACTORY for your own.",
-            show_default="EfficientNet-lite0, nothing to download",
-        ),
+        str, _network("NAME", "torchvision:NAME, or MODULE:FACTORY for your own.", shown="EfficientNet-lite0")
     ] = "ce_plugin.models:efficientnet_lite0"
     weights: Annotated[
         str,
@@ -215,27 +189,21 @@ class NetworkOptions:
     ] = "DEFAULT"
     class_names: Annotated[Path | None, _network("FILE", "Text file with one class name per line, in order.")] = None
     size: Annotated[
-        int | None,
-        _network("PIXELS", "Side of the square that your network sees.", parser=count, show_default="224"),
+        int | None, _network("PIXELS", "Side of the square that your network sees.", parser=count, shown="224")
     ] = None
     normalization: Annotated[
         MeanStd | None,
         _network(
             "MEAN/STD",
-            "What your network expects, (value - MEAN) / STD; numbers per channel are separated by commas: "
+            "Your network expects (value - MEAN) / STD; one number, or one per channel: "
             "0.485,0.456,0.406/0.229,0.224,0.225",
             parser=mean_and_std,
-            show_default="none",
+            shown="none",
         ),
     ] = None
     value_range: Annotated[
         ValueRange | None,
-        _network(
-            "LOW,HIGH",
-            "What black and white are for your network, before --normalization.",
-            parser=low_and_high,
-            show_default="0,1",
-        ),
+        _network("LOW,HIGH", "What black and white are before --normalization.", parser=low_and_high, shown="0,1"),
     ] = None
     device: Annotated[str, _network("DEVICE", "cpu, cuda, cuda:1, mps ...")] = "cpu"
 
@@ -268,6 +236,7 @@ class ExplainOptions(NetworkOptions):
 
     A factory such as my_networks:leaves is a function without arguments that
     returns a torch.nn.Module or a ce_plugin.models.VisionModel.
+
     An --eps of 8/255 is hardly visible in a photograph; the 0.3 of Yang et al.
     (2019) was meant for small pictures and spoils a photograph for the eye too.
     """
@@ -279,12 +248,12 @@ class ExplainOptions(NetworkOptions):
         list[str] | None,
         _experiment(
             "ATTACK",
-            "Explain the photograph under this attack as well: fgsm, bim, pgd, jsma. May be repeated.",
+            "Explain it under fgsm, bim, pgd or jsma as well; repeatable.",
             **one_of("none", *ATTACKS),
-            show_default="none",
+            shown="none",
         ),
     ] = None
-    eps: Eps = EPS
+    eps: Eps = 8 / 255
     design: Annotated[
         Literal["regions", "random-mask", "one-at-a-time", "leave-one-in"],
         _experiment(
@@ -296,10 +265,7 @@ class ExplainOptions(NetworkOptions):
     mask_share: Annotated[
         float | None,
         _experiment(
-            "P",
-            "Share of the patches that a random trial covers.",
-            parser=open_share,
-            show_default="0.5; random-mask 0.1",
+            "P", "Share of patches that a random trial covers.", parser=open_share, shown="0.5; random-mask 0.1"
         ),
     ] = None
     fill: Annotated[
@@ -313,10 +279,7 @@ class ExplainOptions(NetworkOptions):
     grid: Annotated[
         int | None,
         _experiment(
-            "N",
-            "Cut the photograph into N x N patches. Regions know 14 only.",
-            parser=count,
-            show_default="14; random-mask 10",
+            "N", "Cut the photograph into N x N patches; regions: 14 only.", parser=count, shown="14; random-mask 10"
         ),
     ] = None
     outcome: Outcome = "log_odds"
@@ -336,9 +299,9 @@ class LayerOptions(NetworkOptions):
     target: Target = None
     given: Annotated[
         Literal["fgsm", "bim", "pgd", "jsma"] | None,
-        _experiment("ATTACK", "Put the results under this attack beside the clean ones: fgsm, bim, pgd, jsma."),
+        _experiment("ATTACK", "Show results under this attack beside the clean ones: fgsm, bim, pgd, jsma."),
     ] = None
-    eps: Eps = EPS
+    eps: Eps = 8 / 255
     intervention: Annotated[
         Literal["zero", "mean", "resample"],
         _experiment(
@@ -372,18 +335,15 @@ class NodesOptions(LayerOptions):
 
     In the folder: nodes.csv (a row for each channel and class), nodes.png,
     manifest.json; with --given also carriers.csv, the channels through which the
-    attack's effect passes. Those are effects on one image. What holds over images,
-    ce_plugin.CausalMediation.carriers chooses on some and tests on others.
+    attack's effect passes. Those are effects on one image; to find what holds over
+    images, ce_plugin.CausalMediation.carriers chooses on some, tests on others.
     """
 
     outcome: Outcome = "log_odds"
     classes: Annotated[
         str | None,
         _experiment(
-            "N",
-            "Write effects on the N most probable classes, or on all of them (all). Not with --target.",
-            parser=class_count,
-            show_default="3",
+            "N", "Effects on the N most probable classes, or all; not with --target.", parser=class_count, shown="3"
         ),
     ] = None
     top: Annotated[int, _experiment("N", "Channels in the table and in the plot.", parser=count)] = 20
@@ -420,9 +380,7 @@ class MapOptions(LayerOptions):
     ] = None
     weighting: Annotated[
         Literal["change", "activation"],
-        _experiment(
-            "KIND", "Where a channel's effect is laid: where setting it has consequences, or where it is active."
-        ),
+        _experiment("KIND", "Lay effects where setting a channel has consequences, or where it is active."),
     ] = "change"
     out: Out = Path("ce-plugin-map")
 
@@ -432,9 +390,9 @@ class TrainOptions(NetworkOptions):
     r"""Train the autoencoder of a layer; the network itself is not changed.
 
     examples:
-      ce-plugin concepts train photographs --concepts 64 --out concepts.pt
-      ce-plugin concepts train photographs --concepts 64 --out concepts.pt --resume
-      ce-plugin concepts train photographs --model torchvision:vgg16 \
+      ce-plugin concepts train photos --concepts 64 --out concepts.pt
+      ce-plugin concepts train photos --concepts 64 --out concepts.pt --resume
+      ce-plugin concepts train photos --model torchvision:vgg16 \
           --layer features.29 --concepts 32 --out vgg.pt
 
     After every epoch the state is written to FILE.checkpoint. An interrupted
@@ -443,35 +401,26 @@ class TrainOptions(NetworkOptions):
     """
 
     images: Annotated[Path, typer.Argument(metavar="IMAGES_DIR", help="Folder of pictures, and all below it.")]
-    layer: Annotated[
-        str | None, _autoencoder("NAME", "Dotted name of the layer.", show_default="the last convolution")
-    ] = None
+    layer: Annotated[str | None, _autoencoder("NAME", "Dotted name of the layer.", shown="the last convolution")] = None
     concepts: Annotated[int, _autoencoder("K", "Channels of the code, fewer than the layer has.", parser=count)]
     hidden: Annotated[
-        int | None,
-        _autoencoder("N", "Channels in between.", parser=count, show_default="geometric mean of layer and code"),
+        int | None, _autoencoder("N", "Channels in between.", parser=count, shown="geometric mean of layer and code")
     ] = None
     kernel_size: Annotated[int, _autoencoder("N", "Of its convolutions; odd.", parser=count)] = 3
     epochs: Annotated[int, _training("N", "At most this many epochs.", parser=count)] = 50
-    patience: Annotated[
-        int, _training("N", "Stop after this many epochs without improvement on the held-out pictures.", parser=count)
-    ] = 8
+    patience: Annotated[int, _training("N", "Stop after so many epochs without improvement.", parser=count)] = 8
     batch_size: Annotated[int, _training("N", "Pictures per step.", parser=count)] = 32
     learning_rate: Annotated[float, _training("RATE", "At the start.", parser=positive)] = 1e-3
     held_out: Annotated[
         float,
-        _training(
-            "SHARE", "Share of the pictures that choose the best epoch and measure the fidelity.", parser=open_share
-        ),
+        _training("SHARE", "Share of pictures that choose the best epoch and measure fidelity.", parser=open_share),
     ] = 0.2
-    lambda_shallow: Annotated[
-        float, _training("WEIGHT", "Weight of the reconstruction of the activations in the loss.", parser=weight)
-    ] = 1.0
-    lambda_deep: Annotated[
-        float, _training("WEIGHT", "Weight of the network's answers in the loss.", parser=weight)
-    ] = 1.0
+    lambda_shallow: Annotated[float, _training("WEIGHT", "Of the activations' reconstruction in the loss.", min=0)] = (
+        1.0
+    )
+    lambda_deep: Annotated[float, _training("WEIGHT", "Of the network's answers in the loss.", min=0)] = 1.0
     lambda_interpretability: Annotated[
-        float, _training("WEIGHT", "Weight of a sparse and smooth code in the loss.", parser=weight)
+        float, _training("WEIGHT", "Of a sparse and smooth code in the loss.", min=0)
     ] = 0.01
     resume: Annotated[bool, _run("", "Go on with a training that was interrupted.", "--resume")] = False
     seed: Seed = 0
@@ -504,9 +453,7 @@ class ShowOptions(NetworkOptions):
     min_fidelity: Annotated[
         float,
         _experiment(
-            "SHARE",
-            "Refuse an autoencoder that keeps the answer on a smaller share of the held-out pictures; 0 takes any.",
-            parser=weight,
+            "SHARE", "Refuse an autoencoder that keeps the answer on a smaller share of held-out pictures.", min=0
         ),
     ] = 0.9
     outcome: Outcome = "log_odds"
@@ -522,8 +469,8 @@ class FitOptions(NetworkOptions):
     Some of the pictures are held out to set its threshold. The network itself is not changed.
 
     examples:
-      ce-plugin detect fit photographs --out detector.ce
-      ce-plugin detect fit photographs --attacks fgsm --eps 2/255 --out detector.ce
+      ce-plugin detect fit photos --out detector.ce
+      ce-plugin detect fit photos --attacks fgsm --eps 2/255 --out detector.ce
       ce-plugin detect fit pictures --labels labels.csv --out detector.ce
       ce-plugin detect fit digits --model my_networks:digits --size 28 \
           --grayscale --adversarial-training --out digits.ce
@@ -538,18 +485,13 @@ class FitOptions(NetworkOptions):
     grayscale: Annotated[bool, _detector("", "The network takes one channel, not three.", "--grayscale")] = False
     fpr: Annotated[float, _detector("SHARE", "Share of clean pictures that may be flagged.", parser=open_share)] = 0.05
     held_out: Annotated[
-        float,
-        _detector(
-            "SHARE", "Share of the clean pictures that set the threshold and are not trained on.", parser=open_share
-        ),
+        float, _detector("SHARE", "Share of clean pictures kept to set the threshold.", parser=open_share)
     ] = 0.3
     epochs: Annotated[int, _detector("N", "Epochs of the denoiser's training.", parser=count)] = 20
     adversarial_training: Annotated[
         bool,
         _detector(
-            "",
-            "For small pictures: train the denoiser against attackers who know it. Takes several times as long.",
-            "--adversarial-training",
+            "", "For small pictures: withstand attackers who know it; several times slower.", "--adversarial-training"
         ),
     ] = False
     hardened: Annotated[bool, _detector("", "Old name of --adversarial-training.", "--hardened", hidden=True)] = False
@@ -557,9 +499,9 @@ class FitOptions(NetworkOptions):
         list[str] | None,
         _experiment(
             "ATTACK...",
-            "Attack the pictures and train on that as well: fgsm, bim, pgd, jsma.",
+            "Train on attacks as well: fgsm, bim, pgd, jsma.",
             **one_of(*ATTACKS),
-            show_default="clean pictures only",
+            shown="clean pictures only",
         ),
     ] = None
     eps: EpsOfMany = None
@@ -632,9 +574,9 @@ class EvaluateOptions(NetworkOptions):
         list[str] | None,
         _experiment(
             "ATTACK...",
-            "fgsm, bim, pgd, jsma, adaptive. The adaptive one knows the detector.",
+            "fgsm, bim, pgd, jsma; adaptive knows the detector.",
             **one_of(*ATTACKS, "adaptive"),
-            show_default="the first four",
+            shown="the first four",
         ),
     ] = None
     eps: EpsOfMany = None

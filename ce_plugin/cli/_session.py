@@ -175,18 +175,14 @@ def check_file(out: Path, *, force: bool) -> None:
         raise FileError(expected("out", "a file that does not exist yet", repr(str(out)), hint))
 
 
-def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
-    """Write files into a folder, which is made; each appears when it is complete, nothing else there is touched."""
+def write_files(folder: Path, files: Mapping[str, str | bytes | Mapping[str, Any]]) -> None:
+    """Write files into a folder, which is made: text, bytes, or a dictionary as JSON. Nothing else there is touched."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        part = folder / f".{name}.part"
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        text = json.dumps(content, indent=2) + "\n" if isinstance(content, Mapping) else content
+        part = folder / f".{name}.part"  # a file appears when it is complete
+        part.write_bytes(text.encode() if isinstance(text, str) else text)
         part.replace(folder / name)
-
-
-def json_text(content: Mapping[str, Any]) -> str:
-    """JSON as a person would write it."""
-    return json.dumps(content, indent=2) + "\n"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
