@@ -24,7 +24,8 @@ class _SeveralValues(TyperCommand):
     """A command whose --attacks and --eps take several values at once: ``--eps 2/255 8/255``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given, option = [], ""
+        given: list[str] = []
+        option = ""
         for word in args:
             if word.startswith("-"):
                 option = word if word in ("--attacks", "--eps") else ""

@@ -141,7 +141,7 @@ EpsOfMany = Annotated[
     list[float] | None,
     _experiment(
         "SHARE...",
-        "Largest change of a value, as a share of the range; not for JSMA.",
+        "Largest change of a value, as a share of the range.",
         parser=share,
         shown="8/255; 0.1 up to 64 pixels",
     ),
@@ -247,10 +247,7 @@ class ExplainOptions(NetworkOptions):
     attack: Annotated[
         list[str] | None,
         _experiment(
-            "ATTACK",
-            "Explain it under fgsm, bim, pgd or jsma as well; repeatable.",
-            **one_of("none", *ATTACKS),
-            shown="none",
+            "ATTACK", "Also under fgsm, bim, pgd or jsma; repeatable.", **one_of("none", *ATTACKS), shown="none"
         ),
     ] = None
     eps: Eps = 8 / 255
@@ -264,9 +261,7 @@ class ExplainOptions(NetworkOptions):
     ] = "regions"
     mask_share: Annotated[
         float | None,
-        _experiment(
-            "P", "Share of patches that a random trial covers.", parser=open_share, shown="0.5; random-mask 0.1"
-        ),
+        _experiment("P", "Share of patches that a trial covers.", parser=open_share, shown="0.5; random-mask 0.1"),
     ] = None
     fill: Annotated[
         Literal["mixed", "blur", "zero", "mean", "noise"],
@@ -310,9 +305,7 @@ class LayerOptions(NetworkOptions):
             "in some of them (resample).",
         ),
     ] = "zero"
-    reference: Annotated[Path | None, _experiment("DIR", "Folder of pictures for --intervention mean or resample.")] = (
-        None
-    )
+    reference: Annotated[Path | None, _experiment("DIR", "Pictures for --intervention mean or resample.")] = None
     outcome: Outcome
     seed: Seed = 0
     out: Out
@@ -411,17 +404,12 @@ class TrainOptions(NetworkOptions):
     patience: Annotated[int, _training("N", "Stop after so many epochs without improvement.", parser=count)] = 8
     batch_size: Annotated[int, _training("N", "Pictures per step.", parser=count)] = 32
     learning_rate: Annotated[float, _training("RATE", "At the start.", parser=positive)] = 1e-3
-    held_out: Annotated[
-        float,
-        _training("SHARE", "Share of pictures that choose the best epoch and measure fidelity.", parser=open_share),
-    ] = 0.2
-    lambda_shallow: Annotated[float, _training("WEIGHT", "Of the activations' reconstruction in the loss.", min=0)] = (
-        1.0
-    )
+    held_out: Annotated[float, _training("SHARE", "Share of pictures that choose the epoch.", parser=open_share)] = 0.2
+    lambda_shallow: Annotated[float, _training("WEIGHT", "Of the reconstruction in the loss.", min=0)] = 1.0
     lambda_deep: Annotated[float, _training("WEIGHT", "Of the network's answers in the loss.", min=0)] = 1.0
-    lambda_interpretability: Annotated[
-        float, _training("WEIGHT", "Of a sparse and smooth code in the loss.", min=0)
-    ] = 0.01
+    lambda_interpretability: Annotated[float, _training("WEIGHT", "Of a sparse, smooth code in the loss.", min=0)] = (
+        0.01
+    )
     resume: Annotated[bool, _run("", "Go on with a training that was interrupted.", "--resume")] = False
     seed: Seed = 0
     out: OutFile
@@ -450,12 +438,7 @@ class ShowOptions(NetworkOptions):
     images: Annotated[Path, _experiment("DIR", "Folder of pictures, and all below it.")]
     limit: Limit = None
     top: Annotated[int, _experiment("N", "Examples of each concept.", parser=count)] = 5
-    min_fidelity: Annotated[
-        float,
-        _experiment(
-            "SHARE", "Refuse an autoencoder that keeps the answer on a smaller share of held-out pictures.", min=0
-        ),
-    ] = 0.9
+    min_fidelity: Annotated[float, _experiment("SHARE", "Least share of held-out answers that it keeps.", min=0)] = 0.9
     outcome: Outcome = "log_odds"
     out: Out = Path("ce-plugin-concepts")
     force: Force = False
@@ -498,10 +481,7 @@ class FitOptions(NetworkOptions):
     attacks: Annotated[
         list[str] | None,
         _experiment(
-            "ATTACK...",
-            "Train on attacks as well: fgsm, bim, pgd, jsma.",
-            **one_of(*ATTACKS),
-            shown="clean pictures only",
+            "ATTACK...", "Also train on fgsm, bim, pgd or jsma.", **one_of(*ATTACKS), shown="clean pictures only"
         ),
     ] = None
     eps: EpsOfMany = None
