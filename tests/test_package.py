@@ -116,6 +116,18 @@ print([name for name in {HEAVY!r} if name in loaded], took)
     assert float(took) < 1.0
 
 
+def test_names_are_imported_on_use() -> None:
+    code = """
+import pickle, sys
+import ce_plugin
+print("torch" in sys.modules, set(ce_plugin.__all__) <= set(dir(ce_plugin)))
+from ce_plugin import *
+print(pickle.loads(pickle.dumps(CausalEffect)) is ce_plugin.CausalEffect, ce_plugin.interventions.PixelMask.__name__)
+print("torchvision" in sys.modules, hasattr(ce_plugin, "nothing"))
+"""
+    assert python(code).stdout.split() == ["False", "True", "True", "PixelMask", "False", "False"]
+
+
 def test_import_writes_nothing_at_home(tmp_path: Path) -> None:
     """ART writes ~/.art when it is imported; importing the plugin must not."""
     result = python("import ce_plugin", HOME=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / "cache"))

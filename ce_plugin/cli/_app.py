@@ -95,7 +95,13 @@ def _root(
 
 
 _text, _epilog = _help_and_epilog(_root)
-app = typer.Typer(callback=_root, help=_text, epilog=_epilog, pretty_exceptions_enable=False)
+app = typer.Typer(
+    callback=_root,
+    help=_text,
+    epilog=_epilog,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
 _concepts = typer.Typer(help="A few concepts in place of a layer's many channels: train them, and look at them.")
 _detect = typer.Typer(help="Tell attacked pictures from clean ones, and say why.")
 

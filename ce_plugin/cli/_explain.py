@@ -31,9 +31,6 @@ from ce_plugin.report import (
     tensor_sha256,
 )
 
-# Training, fitting, clean digits, and the attacks.
-_DIGITS_STEPS = 3 + len(ATTACKS)
-
 # What covers a patch: the fills of the intervention, and what the report says.
 _FILLS = {
     "mixed": (("zero", "mean", "blur"), "set to black, set to the mean colour, or blurred"),
@@ -93,7 +90,8 @@ def _report(
         force=options.force,
     )
     try:
-        steps = len(inputs) * (2 + 3 * len(plan.attacks)) + with_digits * _DIGITS_STEPS
+        # Of the digits: training, fitting, clean ones, and the attacks.
+        steps = len(inputs) * (2 + 3 * len(plan.attacks)) + with_digits * (3 + len(ATTACKS))
         with progress(steps, quiet=options.quiet) as step:
             for number, (name, image) in enumerate(inputs.items()):
                 studies.append(study(net, image, name, plan, target=target, example_id=number, progress=step))

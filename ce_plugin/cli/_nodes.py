@@ -72,6 +72,11 @@ class Resolved:
         """Name of the explained class."""
         return self.net.class_name(self.target)
 
+    @property
+    def explained(self) -> dict[str, Any]:
+        """The explained class, for the manifest."""
+        return {"index": self.target, "name": self.target_name}
+
     def answers(self) -> list[str]:
         """What the network answers to each picture, a line each."""
         lines = []
@@ -137,9 +142,7 @@ def _write(
 ) -> None:
     """Write the files and the manifest with the findings, and say where."""
     record = manifest(options, argv, resolved.net, resolved.hashes)
-    explained = {"index": resolved.target, "name": resolved.target_name}
-    found = {"attack": resolved.attack, "explained": explained, **findings}
-    write_files(options.out, {**files, "manifest.json": {**record, "layer": resolved.layer, "findings": found}})
+    write_files(options.out, {**files, "manifest.json": {**record, "layer": resolved.layer, "findings": findings}})
 
 
 # --- nodes
@@ -170,7 +173,8 @@ def nodes(options: NodesOptions, argv: Sequence[str]) -> None:
         "nodes.csv": _nodes_csv(options, resolved, found),
         "nodes.png": _plot(options, resolved, found),
     }
-    findings: dict[str, Any] = {"cost": str(cost), "channels": _top_channels(resolved, found)}
+    findings: dict[str, Any] = {"cost": str(cost), "attack": resolved.attack, "explained": resolved.explained}
+    findings["channels"] = _top_channels(resolved, found)
     if found.carried is not None:
         files["carriers.csv"] = _carriers_csv(found.carried)
         findings["carried"] = carried_record(found.carried, top=options.top)
@@ -297,7 +301,8 @@ def draw_map(options: MapOptions, argv: Sequence[str]) -> None:
     resolved = _resolve(options)
     contrast = _contrast(resolved, options.contrast)
     arrays, cost = _maps(options, resolved, contrast)
-    findings: dict[str, Any] = {"cost": str(cost), "layer": resolved.layer}
+    findings: dict[str, Any] = {"cost": str(cost), "attack": resolved.attack, "layer": resolved.layer}
+    findings["explained"] = resolved.explained
     if options.given is not None:
         findings["rank_correlation_with_clean"] = _correlations(arrays, options.given)
     explained = _explained(resolved, contrast)
