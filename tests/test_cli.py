@@ -82,6 +82,13 @@ def test_the_same_command_gives_the_same_report(folder: Path) -> None:
     assert pages[0] == pages[1]
 
 
+def test_pictures_may_follow_options(folder: Path) -> None:
+    assert main(["explain", *FULL, "one.png", "--eps", "0.2", "two.jpg", "--attack", "none"]) == 0
+    manifest = json.loads((folder / "ce-plugin-report" / "manifest.json").read_text())
+    assert set(manifest["inputs"]) == {"one.png", "two.jpg"}
+    assert (manifest["arguments"]["eps"], manifest["arguments"]["attacks"]) == (0.2, [])
+
+
 @pytest.mark.parametrize("design", ["regions", "random-mask", "one-at-a-time", "leave-one-in"])
 @pytest.mark.parametrize("outcome", ["log_odds", "probability", "logit", "margin"])
 def test_every_design_and_outcome(folder: Path, design: str, outcome: str) -> None:

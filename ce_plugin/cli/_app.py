@@ -21,14 +21,15 @@ from ce_plugin.errors import CEPluginError
 
 
 class _SeveralValues(TyperCommand):
-    """A command whose --attacks and --eps take several values at once: ``--eps 2/255 8/255``."""
+    """A command with options that take several values at once, ``--eps 2/255 8/255``: those with "..." in the help."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        several = {one.opts[0] for one in self.params if str(one.metavar).endswith("...")}
         given: list[str] = []
         option = ""
         for word in args:
             if word.startswith("-"):
-                option = word if word in ("--attacks", "--eps") else ""
+                option = word if word in several else ""
             elif option and given[-1] != option:
                 given.append(option)
             given.append(word)
