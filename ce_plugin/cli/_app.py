@@ -68,9 +68,7 @@ def _version(wanted: bool) -> None:
 
 
 def _root(
-    version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
-    ),
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
 ) -> None:
     """Which parts of a picture, and which parts of a network, cause its answer?
 
@@ -96,12 +94,9 @@ def _root(
 
 
 _text, _epilog = _help_and_epilog(_root)
+_settings = {"help_option_names": ["--help", "-h"]}
 app = typer.Typer(
-    callback=_root,
-    help=_text,
-    epilog=_epilog,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["--help", "-h"]},
+    callback=_root, help=_text, epilog=_epilog, context_settings=_settings, pretty_exceptions_enable=False
 )
 _concepts = typer.Typer(help="A few concepts in place of a layer's many channels: train them, and look at them.")
 _detect = typer.Typer(help="Tell attacked pictures from clean ones, and say why.")
