@@ -21,15 +21,14 @@ from ce_plugin.errors import CEPluginError
 
 
 class _SeveralValues(TyperCommand):
-    """A command with options that take several values at once, ``--eps 2/255 8/255``: those with "..." in the help."""
+    """A command of ``detect``, whose --attacks and --eps take several values at once: ``--eps 2/255 8/255``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        several = {one.opts[0] for one in self.params if str(one.metavar).endswith("...")}
         given: list[str] = []
         option = ""
         for word in args:
             if word.startswith("-"):
-                option = word if word in several else ""
+                option = word if word in ("--attacks", "--eps") else ""
             elif option and given[-1] != option:
                 given.append(option)
             given.append(word)
@@ -58,7 +57,7 @@ def _command(group: typer.Typer, name: str, options: type[Any], runner: str) -> 
         parameters.append(inspect.Parameter(one.name, keyword, default=default, annotation=hints[one.name]))
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # typer reads it
     text, epilog = _help_and_epilog(options)
-    group.command(name, cls=_SeveralValues, help=text, epilog=epilog)(call)
+    group.command(name, cls=_SeveralValues if group is _detect else None, help=text, epilog=epilog)(call)
 
 
 def _version(wanted: bool) -> None:
