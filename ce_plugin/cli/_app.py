@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import inspect
 import re
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
+from inspect import Parameter, Signature, getdoc
 from typing import Any, get_type_hints
 
 import typer
@@ -38,7 +38,7 @@ class _SeveralValues(TyperCommand):
 def _help_and_epilog(described: object) -> tuple[str, str]:
     """From a docstring: its examples, and all that follows them, are shown below the options."""
     # The terminal wraps prose; indented lines stay as they are.
-    text = re.sub(r"(?<=\S)\n(?=\S)", " ", inspect.getdoc(described) or "")
+    text = re.sub(r"(?<=\S)\n(?=\S)", " ", getdoc(described) or "")
     summary, examples, rest = text.partition("examples:\n")
     return summary.strip(), f"{examples}{rest}"
 
@@ -50,12 +50,11 @@ def _command(group: typer.Typer, name: str, options: type[Any], runner: str) -> 
         _run(runner, options(**values), context.obj)
 
     hints = get_type_hints(options, include_extras=True)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [inspect.Parameter("context", keyword, annotation=typer.Context)]
+    parameters = [Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     for one in fields(options):
-        default = inspect.Parameter.empty if one.default is MISSING else one.default
-        parameters.append(inspect.Parameter(one.name, keyword, default=default, annotation=hints[one.name]))
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # typer reads it
+        default = Parameter.empty if one.default is MISSING else one.default
+        parameters.append(Parameter(one.name, Parameter.KEYWORD_ONLY, default=default, annotation=hints[one.name]))
+    call.__signature__ = Signature(parameters)  # type: ignore[attr-defined] # typer reads it
     text, epilog = _help_and_epilog(options)
     group.command(name, cls=_SeveralValues if group is _detect else None, help=text, epilog=epilog)(call)
 
