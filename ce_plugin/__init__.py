@@ -5,10 +5,10 @@ each trial, the *engine* runs the trials on the network, an *estimator* turns th
 errors, and thin faces hand these to Captum.
 """
 
+from typing import TYPE_CHECKING
+
+from ce_plugin._lazy import lazy_names
 from ce_plugin._version import __version__
-from ce_plugin.attribution import CausalEffect, CausalEffectMap, CausalMediation, ConceptCausalEffect, LayerCausalEffect
-from ce_plugin.effects import Estimate
-from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite
 
 __all__ = [
     "CausalEffect",
@@ -23,3 +23,32 @@ __all__ = [
     "LayerSite",
     "__version__",
 ]
+
+if TYPE_CHECKING:
+    from ce_plugin.attribution import (
+        CausalEffect,
+        CausalEffectMap,
+        CausalMediation,
+        ConceptCausalEffect,
+        LayerCausalEffect,
+    )
+    from ce_plugin.effects import Estimate
+    from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite
+else:
+    # Imported on use: the help of the command line must not wait for torch.
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "CausalEffect": "ce_plugin.attribution",
+            "CausalEffectMap": "ce_plugin.attribution",
+            "CausalMediation": "ce_plugin.attribution",
+            "ConceptCausalEffect": "ce_plugin.attribution",
+            "ConceptSite": "ce_plugin.sites",
+            "Estimate": "ce_plugin.effects",
+            "Evidence": "ce_plugin.sites",
+            "InputSite": "ce_plugin.sites",
+            "LayerCausalEffect": "ce_plugin.attribution",
+            "LayerSite": "ce_plugin.sites",
+        },
+        submodules=("attribution", "concepts", "designs", "effects", "errors", "interventions", "sites", "trials"),
+    )

@@ -5,18 +5,19 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-__all__ = ["deprecated_names", "lazy_names"]
 
-
-def lazy_names(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def lazy_names(
+    package: str, names: Mapping[str, str], submodules: Collection[str] = ()
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """``__getattr__`` and ``__dir__`` of a package whose names are imported when they are asked for.
 
     Args:
         package: its ``__name__``.
         names: public name -> the module that defines it.
+        submodules: those that ``package.submodule`` finds without an import of their own.
 
     Example:
         >>> get, _ = lazy_names(__name__, {"OrderedDict": "collections"})
@@ -25,13 +26,15 @@ def lazy_names(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], 
     """
 
     def get(name: str) -> Any:
+        if name in submodules:
+            return importlib.import_module(f"{package}.{name}")
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(names[name]), name)
         setattr(sys.modules[package], name, value)
         return value
 
-    return get, lambda: sorted({*vars(sys.modules[package]), *names})
+    return get, lambda: sorted({*vars(sys.modules[package]), *names, *submodules})
 
 
 def deprecated_names(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:

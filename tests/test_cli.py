@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from torch import nn
 
-import ce_plugin.cli.explain as command
-import ce_plugin.cli.session as session
-from ce_plugin.cli import build_parser, main
+import ce_plugin.cli._explain as command
+import ce_plugin.cli._session as session
+from ce_plugin.cli import app, main
 from ce_plugin.models import VisionModel
 
 FACTORY = """
@@ -47,6 +49,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def unboxed(shown: str) -> str:
+    """What stands in the panels of the terminal, on one line."""
+    return " ".join(shown.replace("│", " ").split())
+
+
 FULL = ("--model", "tiny_networks:full", "--trials", "30", "--quiet")
 
 
@@ -73,6 +80,13 @@ def test_the_same_command_gives_the_same_report(folder: Path) -> None:
         pages.append([line for line in page.splitlines() if "<img" in line])
     assert len(pages[0]) >= 7  # two rows of pictures, or one and the perturbation
     assert pages[0] == pages[1]
+
+
+def test_pictures_may_follow_options(folder: Path) -> None:
+    assert main(["explain", *FULL, "one.png", "--eps", "0.2", "two.jpg", "--attack", "none"]) == 0
+    manifest = json.loads((folder / "ce-plugin-report" / "manifest.json").read_text())
+    assert set(manifest["inputs"]) == {"one.png", "two.jpg"}
+    assert (manifest["arguments"]["eps"], manifest["arguments"]["attacks"]) == (0.2, [])
 
 
 @pytest.mark.parametrize("design", ["regions", "random-mask", "one-at-a-time", "leave-one-in"])
@@ -137,9 +151,9 @@ def test_mistakes_get_one_line_and_no_traceback(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "COMMAND"),
+        ([], "Missing command"),
         (["explain"], "IMAGE"),
-        (["explain", "one.png", "--attack", "pdg"], "invalid choice: 'pdg'"),
+        (["explain", "one.png", "--attack", "pdg"], "'pdg' is not one of 'none', 'fgsm'"),
         (["explain", "one.png", "--eps", "8"], "8 is not a share in (0, 1]: write 8/255"),
         (["explain", "one.png", "--eps", "8/0"], "8/0 is not a share"),
         (["explain", "one.png", "--trials", "-3"], "-3 is not a positive whole number"),
@@ -150,10 +164,8 @@ def test_mistakes_get_one_line_and_no_traceback(
     ],
 )
 def test_words_that_are_not_understood(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(words)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    assert main(words) == 2
+    assert message in unboxed(capsys.readouterr().err)
 
 
 def test_an_existing_out_is_refused_before_any_work(
@@ -240,9 +252,7 @@ def test_the_whole_demo_in_its_time(tmp_path: Path) -> None:
 
 
 def test_help_names_what_a_newcomer_needs(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["--help"])
-    assert stopped.value.code == 0
+    assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     for words in (
         "demo",
@@ -258,34 +268,56 @@ def test_help_names_what_a_newcomer_needs(capsys: pytest.CaptureFixture[str]) ->
         assert words in shown
 
 
-def _parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-    """A parser and those of its commands, to the bottom."""
-    below = [
-        command for action in parser._actions if isinstance(action.choices, dict) for command in action.choices.values()
-    ]
-    return [parser, *(found for command in below for found in _parsers(command))]
+def commands(group: Any, prefix: str = "ce-plugin") -> dict[str, Any]:
+    """The commands of a group and of those in it, by what is written to call them."""
+    found = {prefix: group}
+    for name, inner in getattr(group, "commands", {}).items():
+        found |= commands(inner, f"{prefix} {name}")
+    return found
 
 
-def test_every_option_has_its_words() -> None:
-    parsers = _parsers(build_parser())
-    assert {parser.prog for parser in parsers} >= {
-        "ce-plugin nodes",
-        "ce-plugin map",
-        "ce-plugin concepts train",
-        "ce-plugin detect fit",
-    }
-    missing = [
-        action.dest for parser in parsers for action in parser._actions if action.dest != "action" and not action.help
-    ]
-    assert [name for name in missing if name != "command"] == []
+def test_every_option_has_its_help() -> None:
+    found = commands(typer.main.get_command(app))
+    assert found.keys() >= {"ce-plugin nodes", "ce-plugin map", "ce-plugin concepts train", "ce-plugin detect fit"}
+    assert [name for name, command in found.items() if not command.help] == []
+    options = [(name, option.name, option.help) for name, command in found.items() for option in command.params]
+    assert [one for one in options if not one[2]] == []
+    assert len(options) > 100
 
 
-def test_every_help_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["nodes"], ["map"], ["concepts", "train"], ["concepts", "show"]):
-        with pytest.raises(SystemExit) as stopped:
-            main([*words, "--help"])
-        assert stopped.value.code == 0
-        assert "examples:" in capsys.readouterr().out
+def test_every_help_can_be_shown_in_eighty_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, shown_by in commands(typer.main.get_command(app)).items():
+        assert main([*name.split()[1:], "--help"]) == 0
+        shown = capsys.readouterr().out
+        epilog = (shown_by.epilog or "").splitlines()
+        assert ("examples:" in shown) == bool(epilog)
+        assert [line for line in epilog if line.startswith("  ") and line not in shown] == []  # none is wrapped
+        assert "…" not in shown  # nor cut off
+
+
+def test_help_does_not_wait_for_networks() -> None:
+    code = "import sys; from ce_plugin.cli import main; main(['explain', '--help']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_of_the_shell(shell: str) -> None:
+    """Commands, options, and the values of options, as the script of --show-completion asks for them."""
+
+    def completed(words: str) -> str:
+        asked = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1), "_TYPER_COMPLETE_ARGS": words}
+        asked |= {"_CE_PLUGIN_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+        call = [sys.executable, "-c", "import sys; from ce_plugin.cli import main; sys.exit(main([]))"]
+        environment = {**os.environ, **asked}
+        return subprocess.run(call, env=environment, check=False, capture_output=True, text=True, timeout=120).stdout
+
+    assert "explain" in completed("ce-plugin ex")
+    assert "--mask-share" in completed("ce-plugin explain --mas")
+    assert "one-at-a-time" in completed("ce-plugin explain --design one")
+    assert "adaptive" in completed("ce-plugin detect evaluate --attacks ad")
 
 
 def test_version_and_module_form() -> None:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from test_cli_layers import FACTORY
 
-import ce_plugin.cli.concepts as command
+import ce_plugin.cli._concepts as command
 from ce_plugin.cli import main
 from ce_plugin.concepts import ConceptAutoencoder, Fidelity
 

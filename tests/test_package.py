@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import graphlib
 import importlib
@@ -17,13 +16,15 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grimp
 import pytest
+import typer
 
 import ce_plugin
 from ce_plugin import errors
-from ce_plugin.cli import build_parser
+from ce_plugin.cli import app
 from ce_plugin.interventions import Intervention
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,6 +114,18 @@ print([name for name in {HEAVY!r} if name in loaded], took)
     heavy, took = result.stdout.rsplit(" ", 1)
     assert heavy == "[]"
     assert float(took) < 1.0
+
+
+def test_names_are_imported_on_use() -> None:
+    code = """
+import pickle, sys
+import ce_plugin
+print("torch" in sys.modules, set(ce_plugin.__all__) <= set(dir(ce_plugin)))
+from ce_plugin import *
+print(pickle.loads(pickle.dumps(CausalEffect)) is ce_plugin.CausalEffect, ce_plugin.interventions.PixelMask.__name__)
+print("torchvision" in sys.modules, hasattr(ce_plugin, "nothing"))
+"""
+    assert python(code).stdout.split() == ["False", "True", "True", "PixelMask", "False", "False"]
 
 
 def test_import_writes_nothing_at_home(tmp_path: Path) -> None:
@@ -244,15 +257,18 @@ def test_readme_names_targets_that_exist() -> None:
 
 
 def test_command_line_page_knows_every_option() -> None:
-    def below(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-        found = [c for action in parser._actions if isinstance(action.choices, dict) for c in action.choices.values()]
-        return [*found, *(deeper for command in found for deeper in below(command))]
+    def below(group: Any) -> list[Any]:
+        inner = getattr(group, "commands", {}).values()
+        return [*inner, *(deeper for command in inner for deeper in below(command))]
 
-    options = {name for command in below(build_parser()) for name in command._option_string_actions if name[:2] == "--"}
+    root = typer.main.get_command(app)
+    shown = [option for command in below(root) for option in command.params if not getattr(option, "hidden", False)]
+    options = {name for option in shown for name in option.opts if name.startswith("--")}
     page = (ROOT / "docs" / "command-line.md").read_text()
     assert {"--out", "--force"} <= options
     assert {option for option in options if f"`{option}" not in page and f" {option}`" not in page} == set()
-    assert set(re.findall(r"--[a-z][a-z-]+", page)) <= options
+    known = options | {"--help"} | {name for option in root.params for name in option.opts}
+    assert set(re.findall(r"--[a-z][a-z-]+", page)) <= known
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:

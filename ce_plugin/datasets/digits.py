@@ -8,8 +8,6 @@ from torch import Tensor
 
 from ce_plugin.errors import ArgumentError, expected
 
-__all__ = ["digits"]
-
 _SIDE = 8
 
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ce_plugin.errors import FileError, expected, unknown_name
 
-__all__ = ["FASHION_CLASSES", "fashion_mnist"]
-
 FASHION_CLASSES = (
     "T-shirt/top",
     "Trouser",

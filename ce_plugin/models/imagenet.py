@@ -11,8 +11,6 @@ from ce_plugin.errors import ModelError, expected
 from ce_plugin.interventions.base import Normalization
 from ce_plugin.models.vision import Framing, VisionModel
 
-__all__ = ["efficientnet_lite0", "imagenet_classes"]
-
 
 def imagenet_classes() -> tuple[str, ...]:
     """The names of ImageNet's 1000 classes, in the usual order, as torchvision carries them.

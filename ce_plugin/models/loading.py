@@ -17,8 +17,6 @@ from ce_plugin.errors import ArgumentError, FileError, ModelError, UnknownNameEr
 from ce_plugin.interventions.base import Normalization
 from ce_plugin.models.vision import Framing, VisionModel
 
-__all__ = ["load_model", "load_weights"]
-
 Weights = Union[str, "PathLike[str]", None]
 
 

@@ -11,13 +11,6 @@ from torch import Tensor, nn
 from ce_plugin.errors import ArgumentError, InputError, TargetError, expected, unknown_name
 from ce_plugin.interventions.base import Normalization
 
-__all__ = [
-    "Framing",
-    "VisionModel",
-    "as_batch",
-]
-
-
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.flop_counter import flop_registry
 
 from ce_plugin.networks.forward import is_opaque
 
@@ -427,12 +426,14 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up floating-point operations. PyTorch's own counter follows modules too, and fails on some of them."""
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # imports triton, where there is one
+
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
+        self.total, self.registry = 0, flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
+        count = self.registry.get(func._overloadpacket)
         if count is not None:
             self.total += int(count(*args, **(kwargs or {}), out_val=out))
         return out

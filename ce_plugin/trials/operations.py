@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torchvision.ops import stochastic_depth
 
 from ce_plugin.networks.graph import out_of_place
 
@@ -269,7 +268,8 @@ _BUILDERS: dict[str, Callable[..., Operation | None]] = {
     **dict.fromkeys(_VIEW_NAMES.split(), _view),
 }
 _FUNCTIONS = {f: build for name, build in _BUILDERS.items() for f in _all_of(name, torch, F)}
-_FUNCTIONS[stochastic_depth] = _inactive
+# By name, because importing torchvision takes as long as importing torch.
+_STOCHASTIC_DEPTH = ("torchvision.ops.stochastic_depth", "stochastic_depth")
 _POINTWISE = set(_all_of(_POINTWISE_NAMES, torch, F, operator))
 _MODULES: dict[type[nn.Module], Callable[[Any, Any], Operation | None]] = {
     nn.Conv2d: lambda m, x: (
@@ -328,7 +328,8 @@ def resolve(node: fx.Node, module: nn.Module | None, args: tuple[Any, ...], kwar
         if node.op == "call_function":
             if node.target in _POINTWISE:
                 return _elementwise(node.target, args, kwargs)
-            build = _FUNCTIONS.get(node.target)
+            name = getattr(node.target, "__module__", None), getattr(node.target, "__name__", None)
+            build = _inactive if name == _STOCHASTIC_DEPTH else _FUNCTIONS.get(node.target)
             return build(*args, **kwargs) if build else None
         return _method(str(node.target), args, kwargs)
     except TypeError:  # called in a way that the functions above do not foresee

@@ -1,0 +1,70 @@
+"""How long does importing take? The plugin's class against Captum's, and the help of the command line.
+
+    python benchmarks/import_time.py              ten pairs, alternating
+    python benchmarks/import_time.py --pairs 30
+
+Each import runs in a process of its own, on one thread, once before the clock starts so that the files are in memory.
+A pair is Captum's import and, directly after it, the plugin's; the ratio is taken within pairs, and its median is
+reported, because other work on the machine slows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from _record import write
+
+ROOT = Path(__file__).resolve().parent.parent
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+CAPTUM = ("-c", "from captum.attr import FeatureAblation")
+PLUGIN = ("-c", "from ce_plugin import CausalEffect")
+HELP = {"ce-plugin --help": ("--help",), "ce-plugin explain --help": ("explain", "--help")}
+
+
+def seconds(*words: str) -> float:
+    """How long a new interpreter takes for these words, from its start to its end."""
+    environment = {**os.environ, **dict.fromkeys(THREADS, "1"), "PYTHONPATH": str(ROOT)}
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *words], env=environment, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure, and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=10, help="of imports; default 10")
+    pairs = parser.parse_args().pairs
+    for words in (CAPTUM, PLUGIN):
+        seconds(*words)
+    measured = [(seconds(*CAPTUM), seconds(*PLUGIN)) for _ in range(pairs)]
+    ratios = sorted(plugin / captum for captum, plugin in measured)
+    captum, plugin = (statistics.median(one) for one in zip(*measured, strict=True))
+    shown = {name: [seconds("-m", "ce_plugin", *words) for _ in range(5)] for name, words in HELP.items()}
+    lines = [
+        "# Time of importing",
+        "",
+        f"Medians of {pairs} pairs, alternating, each import in a process of its own on one thread.",
+        "",
+        "| what | seconds |",
+        "|---|---|",
+        f"| `from captum.attr import FeatureAblation` | {captum:.2f} |",
+        f"| `from ce_plugin import CausalEffect` | {plugin:.2f} |",
+        *(f"| `{name}` (median of 5) | {statistics.median(times):.2f} |" for name, times in shown.items()),
+        "",
+        f"Within a pair the plugin takes {statistics.median(ratios):.2f} times as long as Captum "
+        f"(from {ratios[0]:.2f} to {ratios[-1]:.2f}).",
+    ]
+    data: dict[str, Any] = {"pairs": measured, "median_ratio": statistics.median(ratios), "help": shown}
+    write("import_time", "\n".join(lines), data)
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

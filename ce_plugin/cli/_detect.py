@@ -1,0 +1,258 @@
+"""``ce-plugin detect``: fit a detector of attacked pictures, score pictures with it, and try it against attacks."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ce_plugin.cli._options import ATTACKS, EvaluateOptions, FitOptions, ScoreOptions
+from ce_plugin.cli._session import Pictures, check_file, manifest, network, progress, say, table, write_files
+from ce_plugin.detection import CausalEffectDetector, Signature
+from ce_plugin.errors import ArgumentError, FileError, expected
+from ce_plugin.models import VisionModel
+from ce_plugin.report import (
+    DetectorTrial,
+    Screening,
+    attack_to_learn,
+    check_out,
+    detector_attack,
+    file_sha256,
+    named_layer,
+    save_evaluation,
+    save_screening,
+    screen,
+    try_detector,
+)
+
+_SMALL = 64
+_LABELS = {"0": 0, "clean": 0, "1": 1, "adversarial": 1}
+
+
+def fit(options: FitOptions, argv: Sequence[str]) -> None:
+    """Fit a detector and write it."""
+    check_file(options.out, force=options.force)
+    net = network(options)
+    _check_channels(net, options.grayscale)
+    pictures = Pictures(options.images, net, gray=options.grayscale)
+    labels = None if options.labels is None else _labels(options.labels, pictures.names())
+    detector = _unfitted(options, net)
+    with progress(-(-len(pictures) // 32) + 1, quiet=options.quiet) as step:
+        images = pictures.all(step)
+        step("fitting")
+        detector.fit(images.numpy(), labels, batch_size=_batch_size(net), nb_epochs=options.epochs)
+    detector.save(options.out, force=options.force)
+    findings = _fit_record(detector, len(pictures))
+    record = manifest(options, argv, net, {"IMAGES": list(map(str, options.images)), "pictures": len(pictures)})
+    write_files(options.out.parent, {f"{options.out.name}.json": {**record, "findings": findings}})
+    low, high = findings["false_alarms_due"]
+    say(
+        f"Flags {options.fpr:.1%} of clean pictures; by the {findings['calibration_images']} that set the threshold, "
+        f"between {low:.1%} and {high:.1%} with 95 % probability",
+        quiet=options.quiet,
+    )
+    sys.stdout.write(f"Detector: {options.out.absolute()}\n")
+
+
+def _unfitted(options: FitOptions, net: VisionModel) -> CausalEffectDetector:
+    detector = CausalEffectDetector(
+        net.model,
+        clip_values=net.value_range,
+        normalization=net.normalization,
+        fpr=options.fpr,
+        holdout=options.held_out,
+        seed=options.seed,
+    )
+    if options.hardened:
+        old, new = "--hardened", "--adversarial-training"
+        warnings.warn(f"{old} is called {new} now; the old name goes in the next version.", FutureWarning, stacklevel=1)
+    if options.adversarial_training or options.hardened:
+        detector.set_params(signature=Signature.hardened(detector.protected.clip_values))
+    if options.attacks:
+        planned = _planned(options.attacks, options.eps, net)
+        learned = [attack_to_learn(detector, name, eps, batch_size=_batch_size(net)) for name, eps in planned]
+        detector.set_params(attacks=learned)
+    return detector
+
+
+def _fit_record(detector: CausalEffectDetector, n: int) -> dict[str, Any]:
+    state = detector.learned()
+    return {
+        "pictures": n,
+        "calibration_images": state.calibration.n,
+        "threshold": detector.threshold,
+        "false_alarms_due": list(state.calibration.realised_interval(detector.fpr)),
+        "forward_passes": detector.passes,
+        "signature": repr(state.signature),
+    }
+
+
+def score(options: ScoreOptions, argv: Sequence[str]) -> None:
+    """Score pictures and write a page."""
+    check_out(options.out, force=options.force)
+    net, detector, pictures = _loaded(options)
+    names, size = pictures.names(), _batch_size(net)
+    with progress(-(-len(pictures) // size) + options.explain, quiet=options.quiet) as step:
+        found = screen(
+            detector, names, pictures.batch, batch_size=size, n_shown=options.explain, layer=options.layer,
+            progress=step,
+        )  # fmt: skip
+    record = manifest(options, argv, net, _inputs(options, pictures))
+    page = save_screening(found, options.out, net=net, detector=options.detector.name, manifest=record)
+    say(_flagged(found, net), quiet=options.quiet)
+    sys.stdout.write(f"Alarms: {page.absolute()}\n")
+
+
+def evaluate(options: EvaluateOptions, argv: Sequence[str]) -> None:
+    """Attack clean pictures, score them, and write a page."""
+    check_out(options.out, force=options.force)
+    net, detector, pictures = _loaded(options, options.limit)
+    names, size = pictures.names(), _batch_size(net)
+    truth = None
+    if options.truth is not None:
+        truth = torch.tensor([net.class_index(text) for text in column_of(options.truth, names, "class", "truth")])
+    planned = _planned(options.attacks or ATTACKS, options.eps, net)
+    attacks = [detector_attack(detector, name, eps, batch_size=size, seed=options.seed) for name, eps in planned]
+    with progress(-(-len(pictures) // 32) + 1 + len(attacks), quiet=options.quiet) as step:
+        trial = try_detector(
+            detector, pictures.all(step), names, attacks, labels=truth, layer=options.layer, batch_size=size,
+            seed=options.seed, progress=step,
+        )  # fmt: skip
+    record = manifest(options, argv, net, _inputs(options, pictures))
+    page = save_evaluation(trial, options.out, net=net, detector=options.detector.name, manifest=record)
+    say(_tried(trial), quiet=options.quiet)
+    sys.stdout.write(f"Evaluation: {page.absolute()}\n")
+
+
+def _loaded(
+    options: ScoreOptions | EvaluateOptions, limit: int | None = None
+) -> tuple[VisionModel, CausalEffectDetector, Pictures]:
+    """Network, detector and pictures, all of them checked."""
+    net = network(options)
+    detector = CausalEffectDetector.load(options.detector, net.model, normalization=net.normalization)
+    channels, size, _ = detector.learned().shape
+    if size != net.framing.size:
+        hint = f"Add --size {size}." if options.size is None else "Give the size that detect fit was given."
+        raise ArgumentError(expected("size", f"{size}, as the detector was fitted", net.framing.size, hint))
+    if detector.protected.clip_values != tuple(map(float, net.value_range)):
+        wanted = f"{detector.protected.clip_values}, as the detector was fitted"
+        raise ArgumentError(expected("value_range", wanted, net.value_range))
+    if options.layer is not None:
+        named_layer(net.model, options.layer)
+    if options.fpr is not None:
+        detector.learned().calibration.threshold(options.fpr)  # a rate that is too small is refused before any work
+        detector.set_params(fpr=options.fpr)
+    return net, detector, Pictures(options.images, net, gray=channels == 1, limit=limit)
+
+
+def _planned(attacks: Sequence[str], sizes: Sequence[float] | None, net: VisionModel) -> list[tuple[str, float]]:
+    """Every attack at every size; JSMA has none."""
+    sizes = sizes or [0.1 if net.framing.size <= _SMALL else 8 / 255]
+    return [
+        (name, eps) for name in dict.fromkeys(attacks) for eps in dict.fromkeys(sizes[:1] if name == "jsma" else sizes)
+    ]
+
+
+def _batch_size(net: VisionModel) -> int:
+    return 128 if net.framing.size <= _SMALL else 16
+
+
+def _inputs(options: ScoreOptions | EvaluateOptions, pictures: Pictures) -> dict[str, Any]:
+    file = options.detector
+    return {"detector": {"file": str(file), "sha256": file_sha256(file)}, "pictures": pictures.names()}
+
+
+def _flagged(found: Screening, net: VisionModel) -> str:
+    flagged = sorted((row for row in found.rows if row.flagged), key=lambda row: -row.score)
+    lines = [
+        f"{len(flagged)} of {len(found.rows)} pictures flagged; of clean ones about {found.fpr * len(found.rows):.3g} "
+        "would be"
+    ]
+    rows = [[row.name, net.class_name(row.predicted), f"{row.score:.3g}", f"{row.p_value:.3g}"] for row in flagged[:20]]
+    if rows:
+        lines += ["", table(["flagged", "answer", "score", "p"], rows)]
+    if len(flagged) > len(rows):
+        lines.append(f"... and {len(flagged) - len(rows)} more, in scores.csv")
+    return "\n".join(lines)
+
+
+def _tried(trial: DetectorTrial) -> str:
+    rows = [
+        [
+            one.attack,
+            f"{len(one.scores)} of {one.n_tried}",
+            "not evaluated" if one.figures.auroc is None else f"{one.figures.auroc.value:.3f}",
+            "" if one.flagged is None else f"{one.flagged.share:.1%}",
+        ]
+        for one in trial.tried
+    ]
+    rows = [["clean", "", "", f"{trial.false_alarms.share:.1%}"], *rows]
+    return table(["", "successful", "AUROC", f"flagged at {trial.fpr:.1%}"], rows)
+
+
+def _check_channels(net: VisionModel, gray: bool) -> None:
+    """Whether the network's first convolution takes as many channels as the pictures will have.
+
+    Raises:
+        ArgumentError: it does not.
+    """
+    first = next((one for one in net.model.modules() if isinstance(one, nn.Conv2d)), None)
+    if first is None or first.in_channels == (1 if gray else 3):
+        return
+    if first.in_channels == 1:
+        hint = "Add --grayscale."
+        raise ArgumentError(expected("grayscale", "given for a network that takes one channel", "no --grayscale", hint))
+    hint = "Leave it out." if gray else "Only gray and colour pictures can be read from files."
+    got = f"one that takes {first.in_channels}"
+    raise ArgumentError(expected("model", f"a network that takes {1 if gray else 3} channel(s)", got, hint))
+
+
+def _labels(file: Path, names: list[str]) -> Tensor:
+    given = [text.strip().lower() for text in column_of(file, names, "label", "labels")]
+    odd = next((text for text in given if text not in _LABELS), None)
+    if odd is not None:
+        raise FileError(expected("labels", "labels 0 or clean, 1 or adversarial", repr(odd)))
+    return torch.tensor([_LABELS[text] for text in given])
+
+
+def column_of(file: Path, names: Sequence[str], column: str, argument: str) -> list[str]:
+    """What a table says of each picture.
+
+    Args:
+        file: a CSV table with the columns ``file`` and ``column``; a picture is found by its name as the command
+            writes it, or by its file name, where only one has it.
+        names: of the pictures.
+        column: which one is wanted.
+        argument: name of the option, for errors.
+
+    Raises:
+        FileError: no such table, a column is missing, or a picture is.
+    """
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        wanted = f"a CSV table with the columns file and {column}"
+        raise FileError(expected(argument, wanted, f"{str(file)!r} ({error})")) from error
+    if not rows or not {"file", column} <= rows[0].keys():
+        got = f"{str(file)!r} with {', '.join(map(str, rows[0])) if rows else 'no rows'}"
+        raise FileError(expected(argument, f"a CSV table with the columns file and {column}", got))
+    known = {row["file"]: row[column] or "" for row in rows}
+    by_file_name: dict[str, list[str]] = {}
+    for name, value in known.items():
+        by_file_name.setdefault(Path(name).name, []).append(value)
+    values = []
+    for name in names:
+        same = by_file_name.get(Path(name).name, [])
+        value = known.get(name, same[0] if len(same) == 1 else "")
+        if not value:
+            hint = "Add it, or leave the picture out."
+            raise FileError(expected(argument, f"a {column} for every picture", f"none for {name!r}", hint))
+        values.append(value)
+    return values

@@ -1,0 +1,576 @@
+"""The options of every command, typed. Nothing here imports torch, so that help appears at once.
+
+A command's options are the fields of a dataclass. A field's annotation holds type, converter and help; the docstring is
+the help of the command, with its examples below the options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import typer
+
+# --- converters: from the text after an option to its value. typer hands the default to them as well.
+
+
+def count(text: object) -> int:
+    """A positive whole number."""
+    value = int(str(text)) if str(text).isdecimal() else 0
+    if value < 1:
+        raise typer.BadParameter(f"{text} is not a positive whole number")
+    return value
+
+
+def class_count(text: str) -> str:
+    """How many classes: a positive whole number, or ``all``."""
+    return text if text == "all" else str(count(text))
+
+
+def share(text: object) -> float:
+    """A number in (0, 1], or a fraction such as 8/255."""
+    top, slash, bottom = str(text).partition("/")
+    try:
+        value = float(top) / (float(bottom) if slash else 1.0)
+    except (ValueError, ZeroDivisionError):
+        value = float("nan")
+    if not 0 < value <= 1:
+        raise typer.BadParameter(f"{text} is not a share in (0, 1]: write 8/255 or 0.3, for example")
+    return value
+
+
+def open_share(text: object) -> float:
+    """A share below 1."""
+    value = share(text)
+    if value == 1:
+        raise typer.BadParameter("1 is all of it: write a share below 1, 0.1 for example")
+    return value
+
+
+def positive(text: object) -> float:
+    """A number above zero."""
+    try:
+        value = float(str(text))
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise typer.BadParameter(f"{text} is not a number above zero")
+    return value
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers separated by commas."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text} is not a number, or numbers separated by commas") from None
+
+
+class MeanStd(NamedTuple):
+    """What a network expects, (value - mean) / std: a number, or one per channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class ValueRange(NamedTuple):
+    """What black and white are."""
+
+    low: float
+    high: float
+
+
+def mean_and_std(text: str) -> MeanStd:
+    """MEAN/STD, each a number or one per channel."""
+    mean, slash, std = text.partition("/")
+    if not slash:
+        raise typer.BadParameter(f"{text} is not MEAN/STD: write 127/128, or three numbers each with commas")
+    return MeanStd(numbers(mean), numbers(std))
+
+
+def low_and_high(text: str) -> ValueRange:
+    """LOW,HIGH with LOW below HIGH."""
+    values = numbers(text)
+    if len(values) != 2 or not values[0] < values[1]:
+        raise typer.BadParameter(f"{text} is not LOW,HIGH: write 0,255, for example")
+    return ValueRange(*values)
+
+
+def one_of(*names: str) -> dict[str, Any]:
+    """Converter and completion of an option that may be repeated, for which typer knows no ``Literal``."""
+
+    def choice(text: str) -> str:
+        if text not in names:
+            raise typer.BadParameter(f"{text!r} is not one of {', '.join(map(repr, names))}.")
+        return text
+
+    return {"parser": choice, "autocompletion": lambda incomplete: [one for one in names if one.startswith(incomplete)]}
+
+
+# --- options that several commands share, so that one name means one thing in all of them
+
+
+def _panel(title: str) -> Callable[..., Any]:
+    """Makes the options of one panel of the help: what stands for the value, what the option means, how it is read."""
+
+    def option(metavar: str, text: str, *flags: str, shown: bool | str = True, **details: Any) -> Any:
+        return typer.Option(*flags, metavar=metavar, help=text, show_default=shown, rich_help_panel=title, **details)
+
+    return option
+
+
+_network, _experiment, _run = _panel("The network"), _panel("The experiment"), _panel("The run")
+_detector, _autoencoder, _training = _panel("The detector"), _panel("The autoencoder"), _panel("The training")
+
+ATTACKS = ("fgsm", "bim", "pgd", "jsma")
+
+Images = Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Picture files, or folders and all below them.")]
+Target = Annotated[
+    str | None, _experiment("CLASS", "Name or index of the class to explain.", shown="the network's answer")
+]
+Layer = Annotated[str | None, _experiment("NAME", "Dotted name of the layer.", shown="the last convolution")]
+Eps = Annotated[
+    float,
+    _experiment(
+        "SHARE", "Largest change of a value by FGSM, BIM and PGD, as a share of the range.", parser=share, shown="8/255"
+    ),
+]
+EpsOfMany = Annotated[
+    list[float] | None,
+    _experiment(
+        "SHARE...",
+        "Largest change of a value, as a share of the range.",
+        parser=share,
+        shown="8/255; 0.1 up to 64 pixels",
+    ),
+]
+Outcome = Annotated[
+    Literal["log_odds", "probability", "logit", "margin"],
+    _experiment(
+        "OUTCOME",
+        "What is measured: log_odds, probability, logit or margin. A probability hardly moves near 0 and 1, and hides "
+        "every class but the most probable one.",
+    ),
+]
+Limit = Annotated[int | None, _experiment("N", "Take the first N pictures only.", parser=count)]
+AlarmLayer = Annotated[
+    str | None, _experiment("NAME", "Dotted name of a layer: the page then names the channels that raise an alarm.")
+]
+DetectorFile = Annotated[Path, _detector("FILE", "File that detect fit wrote.")]
+Flagged = Annotated[
+    float | None, _detector("SHARE", "Share of clean pictures that is flagged.", parser=open_share, shown="as fitted")
+]
+Trials = Annotated[int, _run("N", "Trials per picture and attack; more trials, smaller errors.", parser=count)]
+Seed = Annotated[int, _run("N", "Seed of everything random.")]
+Out = Annotated[Path, _run("DIR", "Folder of the results.")]
+OutFile = Annotated[Path, _run("FILE", "File of the result.")]
+Force = Annotated[bool, _run("", "Replace results that exist.", "--force")]
+Quiet = Annotated[bool, _run("", "No progress and no summary, only where the results are.", "--quiet")]
+
+
+# --- commands
+
+
+@dataclass(kw_only=True)
+class NetworkOptions:
+    """Which network, and how it wants to be fed."""
+
+    model: Annotated[
+        str, _network("NAME", "torchvision:NAME, or MODULE:FACTORY for your own.", shown="EfficientNet-lite0")
+    ] = "ce_plugin.models:efficientnet_lite0"
+    weights: Annotated[
+        str,
+        _network(
+            "FILE",
+            "A file of torch.save(model.state_dict(), FILE). DEFAULT: torchvision's own, or what the factory sets.",
+        ),
+    ] = "DEFAULT"
+    class_names: Annotated[Path | None, _network("FILE", "Text file with one class name per line, in order.")] = None
+    size: Annotated[
+        int | None, _network("PIXELS", "Side of the square that your network sees.", parser=count, shown="224")
+    ] = None
+    normalization: Annotated[
+        MeanStd | None,
+        _network(
+            "MEAN/STD",
+            "Your network expects (value - MEAN) / STD; one number, or one per channel: "
+            "0.485,0.456,0.406/0.229,0.224,0.225",
+            parser=mean_and_std,
+            shown="none",
+        ),
+    ] = None
+    value_range: Annotated[
+        ValueRange | None,
+        _network("LOW,HIGH", "What black and white are before --normalization.", parser=low_and_high, shown="0,1"),
+    ] = None
+    device: Annotated[str, _network("DEVICE", "cpu, cuda, cuda:1, mps ...")] = "cpu"
+
+
+@dataclass(kw_only=True)
+class DemoOptions:
+    """Explain two photographs under four attacks, and detect attacks on digits.
+
+    scikit-learn's two photographs are explained with EfficientNet-lite0, clean and under FGSM, BIM, PGD and JSMA, and a
+    detector is fitted that notices the same attacks on handwritten digits. Nothing is downloaded.
+    """
+
+    trials: Trials = 200
+    seed: Seed = 0
+    out: Out = Path("ce-plugin-demo")
+    force: Force = False
+    quiet: Quiet = False
+
+
+@dataclass(kw_only=True)
+class ExplainOptions(NetworkOptions):
+    r"""Explain your own photographs: which patches cause the network's answer?
+
+    examples:
+      ce-plugin explain cat.jpg
+      ce-plugin explain cat.jpg --model torchvision:resnet50 --target tabby
+      ce-plugin explain leaf.png --model my_networks:leaves --weights leaves.pt \
+          --class-names leaves.txt --size 128 --normalization 0.5/0.25
+      ce-plugin explain *.jpg --attack fgsm --attack pgd --eps 0.3 --out paper
+
+    A factory such as my_networks:leaves is a function without arguments that
+    returns a torch.nn.Module or a ce_plugin.models.VisionModel.
+
+    An --eps of 8/255 is hardly visible in a photograph; the 0.3 of Yang et al.
+    (2019) was meant for small pictures and spoils a photograph for the eye too.
+    """
+
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Picture files (JPEG, PNG, WebP ...).")]
+    target: Target = None
+    layer: Layer = None
+    attack: Annotated[
+        list[str] | None,
+        _experiment(
+            "ATTACK", "Also under fgsm, bim, pgd or jsma; repeatable.", **one_of("none", *ATTACKS), shown="none"
+        ),
+    ] = None
+    eps: Eps = 8 / 255
+    design: Annotated[
+        Literal["regions", "random-mask", "one-at-a-time", "leave-one-in"],
+        _experiment(
+            "DESIGN",
+            "Which patches are covered in a trial: random coherent regions (smooth maps from few trials), random-mask "
+            "(random single patches), one-at-a-time, leave-one-in (all but one). The first two have standard errors.",
+        ),
+    ] = "regions"
+    mask_share: Annotated[
+        float | None,
+        _experiment("P", "Share of patches that a trial covers.", parser=open_share, shown="0.5; random-mask 0.1"),
+    ] = None
+    fill: Annotated[
+        Literal["mixed", "blur", "zero", "mean", "noise"],
+        _experiment(
+            "FILL",
+            "What covers a patch: zero (black), mean (the mean colour), blur (the blurred photograph), these three in "
+            "turn (mixed), or noise.",
+        ),
+    ] = "mixed"
+    grid: Annotated[
+        int | None,
+        _experiment(
+            "N", "Cut the photograph into N x N patches; regions: 14 only.", parser=count, shown="14; random-mask 10"
+        ),
+    ] = None
+    outcome: Outcome = "log_odds"
+    trials: Trials = 400
+    seed: Seed = 0
+    out: Out = Path("ce-plugin-report")
+    force: Force = False
+    quiet: Quiet = False
+
+
+@dataclass(kw_only=True)
+class LayerOptions(NetworkOptions):
+    """One picture, and the channels of one layer."""
+
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture file (JPEG, PNG, WebP ...).")]
+    layer: Layer = None
+    target: Target = None
+    given: Annotated[
+        Literal["fgsm", "bim", "pgd", "jsma"] | None,
+        _experiment("ATTACK", "Show results under this attack beside the clean ones: fgsm, bim, pgd, jsma."),
+    ] = None
+    eps: Eps = 8 / 255
+    intervention: Annotated[
+        Literal["zero", "mean", "resample"],
+        _experiment(
+            "KIND",
+            "What a channel is set to: zero (the paper's Z0), its mean over the pictures of --reference, or its value "
+            "in some of them (resample).",
+        ),
+    ] = "zero"
+    reference: Annotated[Path | None, _experiment("DIR", "Pictures for --intervention mean or resample.")] = None
+    outcome: Outcome
+    seed: Seed = 0
+    out: Out
+    force: Force = False
+    quiet: Quiet = False
+
+
+@dataclass(kw_only=True)
+class NodesOptions(LayerOptions):
+    """Rank the channels of a layer, and those that carry an attack.
+
+    The effect of every channel on the answer, each set by itself and exactly.
+
+    examples:
+      ce-plugin nodes cat.jpg
+      ce-plugin nodes cat.jpg --layer _blocks.10 --target tabby --top 40
+      ce-plugin nodes cat.jpg --model torchvision:vgg16 --layer features.29
+      ce-plugin nodes cat.jpg --given pgd --eps 2/255
+      ce-plugin nodes cat.jpg --intervention mean --reference photographs
+
+    In the folder: nodes.csv (a row for each channel and class), nodes.png,
+    manifest.json; with --given also carriers.csv, the channels through which the
+    attack's effect passes. Those are effects on one image; to find what holds over
+    images, ce_plugin.CausalMediation.carriers chooses on some, tests on others.
+    """
+
+    outcome: Outcome = "log_odds"
+    classes: Annotated[
+        str | None,
+        _experiment(
+            "N", "Effects on the N most probable classes, or all; not with --target.", parser=class_count, shown="3"
+        ),
+    ] = None
+    top: Annotated[int, _experiment("N", "Channels in the table and in the plot.", parser=count)] = 20
+    out: Out = Path("ce-plugin-nodes")
+
+    def __post_init__(self) -> None:
+        if self.target is not None and self.classes is not None:
+            raise typer.BadParameter("--classes is not allowed with --target")
+
+
+@dataclass(kw_only=True)
+class MapOptions(LayerOptions):
+    """Draw the causal effect map of a layer beside Grad-CAM.
+
+    The effects of the channels on the answer, laid where the channels are.
+
+    examples:
+      ce-plugin map cat.jpg
+      ce-plugin map cat.jpg --contrast others
+      ce-plugin map cat.jpg --target tabby --contrast lynx --given fgsm
+
+    In the folder: map.png (the map beside Grad-CAM), maps.npz (both as numbers, at
+    the layer's own resolution and enlarged; see numpy.load), manifest.json.
+    """
+
+    outcome: Outcome = "logit"
+    contrast: Annotated[
+        list[str] | None,
+        _experiment(
+            "CLASS",
+            "Explain the target rather than this class (name or index, or others for all of them): its contributions "
+            "are subtracted. May be repeated; several classes are averaged.",
+        ),
+    ] = None
+    weighting: Annotated[
+        Literal["change", "activation"],
+        _experiment("KIND", "Lay effects where setting a channel has consequences, or where it is active."),
+    ] = "change"
+    out: Out = Path("ce-plugin-map")
+
+
+@dataclass(kw_only=True)
+class TrainOptions(NetworkOptions):
+    r"""Train the autoencoder of a layer; the network itself is not changed.
+
+    examples:
+      ce-plugin concepts train photos --concepts 64 --out concepts.pt
+      ce-plugin concepts train photos --concepts 64 --out concepts.pt --resume
+      ce-plugin concepts train photos --model torchvision:vgg16 \
+          --layer features.29 --concepts 32 --out vgg.pt
+
+    After every epoch the state is written to FILE.checkpoint. An interrupted
+    training goes on from there with the same options and --resume, and ends as if
+    it had not been interrupted. What it was trained with is in FILE.json.
+    """
+
+    images: Annotated[Path, typer.Argument(metavar="IMAGES_DIR", help="Folder of pictures, and all below it.")]
+    layer: Annotated[str | None, _autoencoder("NAME", "Dotted name of the layer.", shown="the last convolution")] = None
+    concepts: Annotated[int, _autoencoder("K", "Channels of the code, fewer than the layer has.", parser=count)]
+    hidden: Annotated[
+        int | None, _autoencoder("N", "Channels in between.", parser=count, shown="geometric mean of layer and code")
+    ] = None
+    kernel_size: Annotated[int, _autoencoder("N", "Of its convolutions; odd.", parser=count)] = 3
+    epochs: Annotated[int, _training("N", "At most this many epochs.", parser=count)] = 50
+    patience: Annotated[int, _training("N", "Stop after so many epochs without improvement.", parser=count)] = 8
+    batch_size: Annotated[int, _training("N", "Pictures per step.", parser=count)] = 32
+    learning_rate: Annotated[float, _training("RATE", "At the start.", parser=positive)] = 1e-3
+    held_out: Annotated[float, _training("SHARE", "Share of pictures that choose the epoch.", parser=open_share)] = 0.2
+    lambda_shallow: Annotated[float, _training("WEIGHT", "Of the reconstruction in the loss.", min=0)] = 1.0
+    lambda_deep: Annotated[float, _training("WEIGHT", "Of the network's answers in the loss.", min=0)] = 1.0
+    lambda_interpretability: Annotated[float, _training("WEIGHT", "Of a sparse, smooth code in the loss.", min=0)] = (
+        0.01
+    )
+    resume: Annotated[bool, _run("", "Go on with a training that was interrupted.", "--resume")] = False
+    seed: Seed = 0
+    out: OutFile
+    force: Force = False
+    quiet: Quiet = False
+
+
+@dataclass(kw_only=True)
+class ShowOptions(NetworkOptions):
+    r"""Show each concept: pictures, regions, and effects on the classes.
+
+    Fidelity of the autoencoder, dead and duplicated concepts, and for each concept the pictures and regions that
+    activate it most and its effects on the classes.
+
+    examples:
+      ce-plugin concepts show concepts.pt --images photographs
+      ce-plugin concepts show vgg.pt --model torchvision:vgg16 \
+          --images photographs --top 8 --out vgg-concepts
+
+    In the folder: concepts.html (a page with its pictures inside), concepts.csv,
+    manifest.json. Show pictures that were not trained on: on those that were,
+    fidelity is flattered.
+    """
+
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="File that concepts train wrote.")]
+    images: Annotated[Path, _experiment("DIR", "Folder of pictures, and all below it.")]
+    limit: Limit = None
+    top: Annotated[int, _experiment("N", "Examples of each concept.", parser=count)] = 5
+    min_fidelity: Annotated[float, _experiment("SHARE", "Least share of held-out answers that it keeps.", min=0)] = 0.9
+    outcome: Outcome = "log_odds"
+    out: Out = Path("ce-plugin-concepts")
+    force: Force = False
+    quiet: Quiet = False
+
+
+@dataclass(kw_only=True)
+class FitOptions(NetworkOptions):
+    r"""Fit a detector to clean pictures.
+
+    Some of the pictures are held out to set its threshold. The network itself is not changed.
+
+    examples:
+      ce-plugin detect fit photos --out detector.ce
+      ce-plugin detect fit photos --attacks fgsm --eps 2/255 --out detector.ce
+      ce-plugin detect fit pictures --labels labels.csv --out detector.ce
+      ce-plugin detect fit digits --model my_networks:digits --size 28 \
+          --grayscale --adversarial-training --out digits.ce
+
+    Clean pictures are enough: of the kind that the network will see, of several
+    classes, at least 75 and better a thousand. About 500 held out for the threshold
+    hold a false-alarm rate of 5 % to within two points. What the detector was
+    fitted with is in FILE.json.
+    """
+
+    images: Images
+    grayscale: Annotated[bool, _detector("", "The network takes one channel, not three.", "--grayscale")] = False
+    fpr: Annotated[float, _detector("SHARE", "Share of clean pictures that may be flagged.", parser=open_share)] = 0.05
+    held_out: Annotated[
+        float, _detector("SHARE", "Share of clean pictures kept to set the threshold.", parser=open_share)
+    ] = 0.3
+    epochs: Annotated[int, _detector("N", "Epochs of the denoiser's training.", parser=count)] = 20
+    adversarial_training: Annotated[
+        bool,
+        _detector(
+            "", "For small pictures: withstand attackers who know it; several times slower.", "--adversarial-training"
+        ),
+    ] = False
+    hardened: Annotated[bool, _detector("", "Old name of --adversarial-training.", "--hardened", hidden=True)] = False
+    attacks: Annotated[
+        list[str] | None,
+        _experiment(
+            "ATTACK...", "Also train on fgsm, bim, pgd or jsma.", **one_of(*ATTACKS), shown="clean pictures only"
+        ),
+    ] = None
+    eps: EpsOfMany = None
+    labels: Annotated[
+        Path | None,
+        _experiment(
+            "CSV",
+            "Table with the columns file and label (0 or clean, 1 or adversarial), where some of the pictures are "
+            "attacked ones to train on.",
+        ),
+    ] = None
+    seed: Seed = 0
+    out: OutFile
+    force: Force = False
+    quiet: Quiet = False
+
+
+@dataclass(kw_only=True)
+class ScoreOptions(NetworkOptions):
+    r"""Score pictures: a table, and a page that explains each alarm.
+
+    A picture is flagged when its score is one that at most the share --fpr of clean pictures reach.
+
+    examples:
+      ce-plugin detect score inbox --detector detector.ce
+      ce-plugin detect score one.png two.png --detector detector.ce --fpr 0.01
+      ce-plugin detect score inbox --detector resnet.ce \
+          --model torchvision:resnet50 --layer layer4
+
+    In the folder: alarms.html (the flagged pictures, and why), scores.csv (a row for
+    each picture: file, score, p_value, flagged, predicted, class_name, and the
+    scores of the detector's parts), manifest.json.
+    """
+
+    images: Images
+    detector: DetectorFile
+    fpr: Flagged = None
+    explain: Annotated[int, _experiment("N", "Alarms that the page explains.", parser=count)] = 12
+    layer: AlarmLayer = None
+    out: Out = Path("ce-plugin-alarms")
+    force: Force = False
+    quiet: Quiet = False
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions(NetworkOptions):
+    r"""Attack clean pictures, and see how many attacks the detector notices.
+
+    Take pictures that it was not fitted on. The page counts the successful attacks that are flagged, and the clean
+    pictures.
+
+    examples:
+      ce-plugin detect evaluate unseen --detector detector.ce
+      ce-plugin detect evaluate unseen --detector detector.ce \
+          --attacks pgd jsma --eps 2/255 8/255 --truth classes.csv
+      ce-plugin detect evaluate unseen --detector detector.ce \
+          --attacks adaptive --eps 4/255 --limit 50
+
+    In the folder: evaluation.html (tables, curves, examples), evaluation.csv (a row
+    for each attack), manifest.json. Pictures that the detector was trained on are
+    refused; those that set its threshold flatter the false alarms. The adaptive
+    attack knows the detector and looks for pictures that fool it as well; it takes
+    up to four thousand steps through network and detector for each picture.
+    """
+
+    images: Images
+    detector: DetectorFile
+    fpr: Flagged = None
+    attacks: Annotated[
+        list[str] | None,
+        _experiment(
+            "ATTACK...",
+            "fgsm, bim, pgd, jsma; adaptive knows the detector.",
+            **one_of(*ATTACKS, "adaptive"),
+            shown="the first four",
+        ),
+    ] = None
+    eps: EpsOfMany = None
+    truth: Annotated[
+        Path | None,
+        _experiment(
+            "CSV",
+            "Table with the columns file and class (name or index): only pictures that the network classifies "
+            "correctly are attacked. Without it, its answers count as correct.",
+        ),
+    ] = None
+    limit: Limit = None
+    layer: AlarmLayer = None
+    seed: Seed = 0
+    out: Out = Path("ce-plugin-evaluation")
+    force: Force = False
+    quiet: Quiet = False
