@@ -23,7 +23,7 @@ def adaptive(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         pytest.skip("needs the benchmarks, which come with the source only")
     for folder in (FOLDER, FOLDER / "detection"):
         monkeypatch.syspath_prepend(folder)
-    return importlib.import_module("benchmarks.detection._adaptive")
+    return importlib.import_module("benchmarks.detection._adaptive_attack")
 
 
 class Brightness:
@@ -202,10 +202,10 @@ def test_the_static_report_takes_the_pooled_figures(
 ) -> None:
     means, knowing = (
         importlib.import_module("benchmarks.detection._adaptive_means"),
-        importlib.import_module("benchmarks.detection._knowing"),
+        importlib.import_module("benchmarks.detection._adaptive_comparison"),
     )
     found = means.means(rows_of_two_classifiers(adaptive, tmp_path, "mahalanobis", (9.0, -9.0)))
-    outcome = importlib.import_module("benchmarks.detection._outcome").Outcome()
+    outcome = importlib.import_module("benchmarks.detection._results").Outcome()
     assert not knowing.knowing(outcome, tmp_path).rows
     (tmp_path / knowing.FILE).write_text(json.dumps({"means": [one.to_dict() for one in found]}))
     (line,) = knowing.knowing(outcome, tmp_path).rows

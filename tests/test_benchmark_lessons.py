@@ -25,7 +25,7 @@ def lessons(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         pytest.skip("needs the benchmarks, which come with the source only")
     for folder in (FOLDER, FOLDER / "detection"):
         monkeypatch.syspath_prepend(folder)
-    return importlib.import_module("benchmarks.detection._lessons")
+    return importlib.import_module("benchmarks.detection._fitted")
 
 
 def network() -> nn.Module:

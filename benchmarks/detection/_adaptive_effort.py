@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.detection._adaptive import Chunk, Effort, Victims
-from benchmarks.detection._table import Table, number
+from benchmarks.detection._adaptive_attack import Chunk, Effort, Victims
+from benchmarks.detection._text_table import Table, number
 from ce_plugin.evaluation import Interval, auroc
 
 _WORDS = (

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.detection._adaptive import CHUNK, Chunk, Effort, Victims
+from benchmarks.detection._adaptive_attack import CHUNK, Chunk, Effort, Victims
 from benchmarks.detection._adaptive_effort import Comparison
 
 # A detector that was fitted again on another processor has other roundings behind it, of up to 0.7 % of a score here.

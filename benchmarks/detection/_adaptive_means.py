@@ -11,8 +11,8 @@ import numpy as np
 
 from benchmarks.detection._adaptive_row import Row
 from benchmarks.detection._detectors import LAST_LAYER, label
-from benchmarks.detection._outcome import TITLES
-from benchmarks.detection._table import Table, interval, met, number, percent
+from benchmarks.detection._results import TITLES
+from benchmarks.detection._text_table import Table, interval, met, number, percent
 from ce_plugin.evaluation import Interval
 
 BARS = {0.1: 0.65, 0.3: 0.05}

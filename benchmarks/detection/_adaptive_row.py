@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.detection._adaptive import CLEAN, Chunk, Effort, Victims
+from benchmarks.detection._adaptive_attack import CLEAN, Chunk, Effort, Victims
 from benchmarks.detection._adaptive_effort import Comparison
 from benchmarks.detection._detectors import label, version
-from benchmarks.detection._outcome import TITLES
-from benchmarks.detection._table import interval, number, percent
+from benchmarks.detection._results import TITLES
+from benchmarks.detection._text_table import interval, number, percent
 from ce_plugin.evaluation import Figures, auroc, figures
 
 SHARES = (0.0, 1 / 3, 1 / 2, 2 / 3, math.inf)

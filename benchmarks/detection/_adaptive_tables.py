@@ -14,8 +14,8 @@ from benchmarks.detection._adaptive_effort import more_effort
 from benchmarks.detection._adaptive_means import asked, means, over_classifiers
 from benchmarks.detection._adaptive_row import FEW, Row
 from benchmarks.detection._detectors import least_taught
-from benchmarks.detection._outcome import TITLES
-from benchmarks.detection._table import Table, number
+from benchmarks.detection._results import TITLES
+from benchmarks.detection._text_table import Table, number
 
 WANTED = 200
 

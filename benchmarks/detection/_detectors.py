@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from benchmarks.detection._classifiers import cache_folder, checksum
-from benchmarks.detection._data import Problem
-from benchmarks.detection._lessons import KeptLearner, RememberingMLLOO
+from benchmarks.detection._fitted import KeptLearner, RememberingMLLOO
+from benchmarks.detection._problems import Problem
 from benchmarks.detection._selfsupervised import PRETRAINING, simsiam
 from benchmarks.detectors import PEERS, Beyond, Mahalanobis, Peer
 from benchmarks.detectors.layers import default_layers

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from attacks import attack_file, specs
 
 from benchmarks.detection._classifiers import checksum
-from benchmarks.detection._data import Problem, cache_folder, predictions
 from benchmarks.detection._detectors import LIMITS, OWN, UNTAUGHT, build, needs_labels, version
+from benchmarks.detection._problems import Problem, cache_folder, predictions
+from benchmarks.detection.attacks import attack_file, specs
 from benchmarks.harness import (
     Attacked,
     Evaluation,

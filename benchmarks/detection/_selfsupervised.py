@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.detection._classifiers import Array, Labels, cache_folder, kept
-from benchmarks.detection._data import train_split
+from benchmarks.detection._problems import train_split
 from ce_plugin.randomness import derived_seed, generator
 
 WIDTH = 128

@@ -1,9 +1,9 @@
 """Attack detectors by one who knows them; what has been found before is read from the cache, a stopped run goes on.
 
-    python benchmarks/detection/adaptive.py                                  all problems, seed 0, 200 images
-    python benchmarks/detection/adaptive.py mnist --detectors causal-effects mahalanobis --eps 0.1 0.3 --images 40
-    python benchmarks/detection/adaptive.py mnist fashion --seed 0 1 2       all that is to be reported
-    python benchmarks/detection/adaptive.py mnist --no-attacks               the table of what is in the cache
+    python -m benchmarks.detection.adaptive                                  all problems, seed 0, 200 images
+    python -m benchmarks.detection.adaptive mnist --detectors causal-effects mahalanobis --eps 0.1 0.3 --images 40
+    python -m benchmarks.detection.adaptive mnist fashion --seed 0 1 2       all that is to be reported
+    python -m benchmarks.detection.adaptive mnist --no-attacks               the table of what is in the cache
 
 The same losses, steps, restarts and width find the same chunks again; what was found with others is kept beside them,
 and the table shows what the most images were attacked with. Where the cache holds less than the results of an earlier
@@ -15,25 +15,22 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).parent.parent))
-
-from benchmarks._record import RESULTS, write
-from benchmarks.detection._adaptive import CHUNK, Effort, Victims, chunks
+from benchmarks.common.results import RESULTS, write
+from benchmarks.detection._adaptive_attack import CHUNK, Effort, Victims, chunks
+from benchmarks.detection._adaptive_comparison import FILE
 from benchmarks.detection._adaptive_effort import compared
 from benchmarks.detection._adaptive_kept import kept
 from benchmarks.detection._adaptive_means import means
 from benchmarks.detection._adaptive_row import Row
 from benchmarks.detection._adaptive_tables import WANTED, tables
-from benchmarks.detection._data import PROBLEMS, SEEDS, check_problems, load
 from benchmarks.detection._detectors import OURS, names
-from benchmarks.detection._knowing import FILE
+from benchmarks.detection._problems import PROBLEMS, SEEDS, check_problems, load
 from ce_plugin.detection.adaptive import LOSSES
 
 EPS = (0.05, 0.1, 0.2, 0.3, math.inf)

@@ -1,12 +1,12 @@
 """Try all detectors on all attacks that have been made; what has been scored before is read from the cache.
 
-    python benchmarks/detection/evaluate.py                             everything, by P3 and P2
-    python benchmarks/detection/evaluate.py fashion --detectors margin mahalanobis --protocols P3
-    python benchmarks/detection/evaluate.py --no-scoring                tables of what is in the cache
-    python benchmarks/detection/evaluate.py --detectors causal-effects causal-effects-hardened ml-loo \\
+    python -m benchmarks.detection.evaluate                             everything, by P3 and P2
+    python -m benchmarks.detection.evaluate fashion --detectors margin mahalanobis --protocols P3
+    python -m benchmarks.detection.evaluate --no-scoring                tables of what is in the cache
+    python -m benchmarks.detection.evaluate --detectors causal-effects causal-effects-hardened ml-loo \\
         --record detection_additions                                    what was added later, beside ours
 
-Attacks are made by `attacks.py`; those that are missing are "not evaluated" until they have been made. Writes
+Attacks are made by `attacks`; those that are missing are "not evaluated" until they have been made. Writes
 `benchmarks/results/detection.md` and `.json` (or another `--record`), and one HTML page with curves and pictures to the
 folder `--out`.
 """
@@ -15,20 +15,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
 from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).parent.parent))
-
-from benchmarks._record import write
-from benchmarks.detection._data import PROBLEMS, SEEDS, check_problems, load
-from benchmarks.detection._detection_tables import tables
+from benchmarks.common.results import write
 from benchmarks.detection._detectors import available, names
-from benchmarks.detection._html import examples, write_html
-from benchmarks.detection._outcome import Group, Outcome
+from benchmarks.detection._page import examples, write_html
+from benchmarks.detection._problems import PROBLEMS, SEEDS, check_problems, load
+from benchmarks.detection._results import Group, Outcome
 from benchmarks.detection._scores import order, result, setting
+from benchmarks.detection._tables import tables
 from benchmarks.harness import PROTOCOLS, ImageDraws
 
 

@@ -2,8 +2,8 @@
 
 from benchmarks.harness.attacks import Attacked, AttackSpec, attack_images, cached_attack
 from benchmarks.harness.protocols import PROTOCOLS, ImageSet, Material, Task, fit_detector, fold_of, plan
-from benchmarks.harness.records import Scored, Sheet, score_task, sets_of
 from benchmarks.harness.resampling import CleanScores, ImageDraws
+from benchmarks.harness.scores import Scored, Sheet, score_task, sets_of
 from benchmarks.harness.suites import fit_suite, suite
 from benchmarks.harness.tables import Evaluation, Tried, evaluate, pooled
 

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.harness.protocols import Task
-from benchmarks.harness.records import Scored, Sheet
 from benchmarks.harness.resampling import CleanScores, ImageDraws
+from benchmarks.harness.scores import Scored, Sheet
 from ce_plugin.errors import InputError, expected
 from ce_plugin.evaluation.detection_metrics import (
     RATES,

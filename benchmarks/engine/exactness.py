@@ -21,8 +21,8 @@ import torch
 from captum.attr import Occlusion
 from torch import Tensor, nn
 
-from benchmarks import _record
-from benchmarks._networks import HOW, NETWORKS, network
+from benchmarks.common.networks import HOW, NETWORKS, network
+from benchmarks.common.results import write
 from ce_plugin import CausalEffect, LayerCausalEffect
 from ce_plugin.designs import OneAtATime
 from ce_plugin.sites import LayerSite
@@ -243,7 +243,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         *map(line, rows),
     ]
     data = {"cases": rows, "worst": worst, "failed": len(failed), "zeros_pass": fooled}
-    _record.write("engine_exactness", "\n".join(text), data)
+    write("engine_exactness", "\n".join(text), data)
 
 
 def main() -> None:

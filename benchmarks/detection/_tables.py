@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks._record import RESULTS
+from benchmarks.common.results import RESULTS
+from benchmarks.detection._adaptive_comparison import knowing
 from benchmarks.detection._detectors import LEFT_OUT, OWN, label
-from benchmarks.detection._knowing import knowing
-from benchmarks.detection._outcome import TITLES, Group, Outcome
+from benchmarks.detection._findings import bars, better
+from benchmarks.detection._results import TITLES, Group, Outcome
 from benchmarks.detection._scores import CLEAN, NEEDED
-from benchmarks.detection._table import Table, interval, number, percent
-from benchmarks.detection._verdicts import bars, better
+from benchmarks.detection._text_table import Table, interval, number, percent
 from benchmarks.harness import PROTOCOLS
 
 KINDS = ("clean", "correct", "misclassified", "gauss", "sign", "shift", "contrast", "jpeg")

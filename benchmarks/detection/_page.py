@@ -13,9 +13,9 @@ import numpy as np
 
 from benchmarks.detection._curves import curves
 from benchmarks.detection._detectors import OURS, label
-from benchmarks.detection._outcome import TITLES, Outcome
+from benchmarks.detection._results import TITLES, Outcome
 from benchmarks.detection._scores import Result, TrialSpec, predictions
-from benchmarks.detection._table import Table, marked
+from benchmarks.detection._text_table import Table, marked
 from ce_plugin.datasets import FASHION_CLASSES
 
 EXAMPLES = 4
@@ -27,7 +27,7 @@ def write_html(folder: Path, tables: Sequence[Table], outcome: Outcome) -> Path:
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     environment.filters["marked"] = marked
-    page = environment.get_template("report.html.j2").render(
+    page = environment.get_template("_page.html.j2").render(
         tables=tables, figures=_figures(outcome), pictures=_pictures(outcome), date=datetime.date.today().isoformat()
     )
     folder.mkdir(parents=True, exist_ok=True)

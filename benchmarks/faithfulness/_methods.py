@@ -11,7 +11,7 @@ from captum.attr import IntegratedGradients, LayerGradCam, NoiseTunnel, Occlusio
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from benchmarks._engine import Engine
+from benchmarks.faithfulness._forward import Engine
 from ce_plugin import CausalEffect
 from ce_plugin.designs import RandomMask
 from ce_plugin.interventions import PixelMask

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import _record
-from benchmarks._networks import HOW
+from benchmarks.common.networks import HOW
+from benchmarks.common.results import write
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def report(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> Non
             f"| >= {case.ratio} | {ratio['suffix loop']} |"
         )
     lines += ["", *details(found)]
-    _record.write("engine_speed", "\n".join(lines), {"cases": found}, "grad-cam")
+    write("engine_speed", "\n".join(lines), {"cases": found}, "grad-cam")
 
 
 def title(case: Case) -> str:

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from benchmarks import _record
+from benchmarks.common.results import write
 from ce_plugin import CausalEffect
 from ce_plugin.designs import RandomMask
 from ce_plugin.interventions import PixelMask
@@ -100,7 +100,7 @@ def main() -> None:
         "|---|---|---|---|---|---|",
         *rows,
     ]
-    _record.write("throughput", "\n".join(text), data)
+    write("throughput", "\n".join(text), data)
 
 
 if __name__ == "__main__":

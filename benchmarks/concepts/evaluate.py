@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from benchmarks import _record
+from benchmarks.common.results import write
 from ce_plugin.concepts import ConceptAutoencoder, examine, inserted, measure_fidelity, train_autoencoder
 from ce_plugin.datasets import fashion_mnist, read_image
 from ce_plugin.models import FashionCNN, efficientnet_lite0
@@ -354,7 +354,7 @@ def main() -> None:
     recovery = [planted(seed) for seed in PLANTED_SEEDS]
     cases = [fashion(options.cache), imagenet(options.cache)]
     found = {case.name: study(case, options.cache) for case in cases}
-    _record.write("autoencoder", text(found, recovery), {"cases": found, "planted": recovery})
+    write("autoencoder", text(found, recovery), {"cases": found, "planted": recovery})
 
 
 if __name__ == "__main__":

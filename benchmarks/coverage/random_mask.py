@@ -17,6 +17,7 @@ and the smaller arm limit the degrees of freedom, and the null has 3000 runs in 
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import _record
+from benchmarks.common.results import write
 from ce_plugin.designs import RandomMask
 from ce_plugin.effects import (
     Effects,
@@ -296,6 +297,7 @@ networks (where no penalty at all would be best), and the worst of the others.
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     started, worked = time.perf_counter(), time.process_time()
     covered = [row for name in NETWORKS for p in PROBABILITIES for row in coverage_rows(name, p)]
@@ -306,7 +308,7 @@ def main() -> None:
     penalties = list(penalty_rows())
     text = report(covered, found, penalties)
     seconds, processor = time.perf_counter() - started, time.process_time() - worked
-    _record.write(
+    write(
         "coverage",
         text + f"\n{processor:.0f} s of one core, {seconds:.0f} s by the clock.\n",
         {

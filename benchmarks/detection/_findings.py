@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from benchmarks.detection._detectors import OURS, OWN, label
-from benchmarks.detection._outcome import TITLES, Outcome
-from benchmarks.detection._table import Table, interval, met, number, percent
+from benchmarks.detection._results import TITLES, Outcome
+from benchmarks.detection._text_table import Table, interval, met, number, percent
 from benchmarks.harness import PROTOCOLS, Evaluation
 
 BARS = {

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 
-from benchmarks import _record
+from benchmarks.common.results import write
 
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "20000000000"}
 TIMED = """
@@ -65,7 +65,7 @@ processes; in brackets the smallest and the largest ratio.
 | --- | --- | --- | --- |
 {chr(10).join(rows)}
 """
-    _record.write("allocator", text, {"images_per_second": data})
+    write("allocator", text, {"images_per_second": data})
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ import torch
 from captum.attr import LayerFeatureAblation, Occlusion
 from torch import Tensor, nn
 
-from benchmarks._floor import floor_of, matrix_rate
-from benchmarks._networks import network
-from benchmarks._speed_tables import CASES, STRIDE, WINDOW, Case, report
+from benchmarks.common.networks import network
+from benchmarks.engine._lower_bound import floor_of, matrix_rate
+from benchmarks.engine._speed_tables import CASES, STRIDE, WINDOW, Case, report
 from ce_plugin import CausalEffect, LayerCausalEffect
 from ce_plugin.designs import OneAtATime
 

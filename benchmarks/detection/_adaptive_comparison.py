@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.detection._adaptive_means import attacked
 from benchmarks.detection._detectors import label, least_taught
-from benchmarks.detection._outcome import TITLES, Outcome
-from benchmarks.detection._table import Table, number, percent
+from benchmarks.detection._results import TITLES, Outcome
+from benchmarks.detection._text_table import Table, number, percent
 
 FILE = "detection_adaptive.json"
 _WORDS = (

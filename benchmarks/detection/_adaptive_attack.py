@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from attacks import attack_file, specs
 
-from benchmarks.detection._data import Problem, cache_folder
 from benchmarks.detection._detectors import LIMITS, build, least_taught, needs_labels
+from benchmarks.detection._problems import Problem, cache_folder
 from benchmarks.detection._scores import setting
+from benchmarks.detection.attacks import attack_file, specs
 from benchmarks.harness import Attacked, CleanScores, ImageDraws, fit_detector, plan
 from benchmarks.harness.attacks import attack_key
 from ce_plugin.detection.adaptive import AdaptiveEvasion

@@ -8,12 +8,13 @@ trials), which for additive networks is the planted effect itself.
 
 from __future__ import annotations
 
+import argparse
 import time
 
 import torch
 from torch import Tensor
 
-from benchmarks import _record
+from benchmarks.common.results import write
 from ce_plugin.designs import Design, RandomRegions, RandomWindows
 from ce_plugin.effects import benjamini_hochberg, half_width, p_values
 from ce_plugin.effects.smooth import smooth
@@ -88,6 +89,7 @@ def run(design: Design, truth: Tensor) -> dict[str, Tensor]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     rows, data = [], {}
     for design in (RandomRegions(0.5, TRIALS), RandomWindows(0.5, TRIALS)):
@@ -123,7 +125,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|",
         *rows,
     ]
-    _record.write("coverage_smooth", "\n".join(text), data)
+    write("coverage_smooth", "\n".join(text), data)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import _record
-from benchmarks._maps import METHODS, ablation_cam, occlusion, passes
-from benchmarks._networks import image_files
-from benchmarks._pointing_tables import CONFIDENT, scaled, summary, text, written
+from benchmarks.common.networks import image_files
+from benchmarks.common.results import RESULTS, write
+from benchmarks.pointing._methods import METHODS, ablation_cam, occlusion, passes
+from benchmarks.pointing._tables import CONFIDENT, scaled, summary, text, written
 from ce_plugin.datasets import read_image
 from ce_plugin.evaluation import Mosaics, confidently_classified, grid_pointing_game, mosaics
 from ce_plugin.models import efficientnet_lite0
@@ -158,12 +158,12 @@ def choose(options: argparse.Namespace) -> None:
         cells = [f"{t[f]:.3f}" + (" chosen" if chosen[t["method"]][f] == t["settings"] else "") for f in FORMS]
         lines.append(f"| {t['method']} | {written(t['settings'])} | {t['mosaics']} | {' | '.join(cells)} |")
     data = {"engine": options.engine, "chosen": chosen, "tried": tried}
-    _record.write(CHOSEN, "\n".join(lines), data, "openvino")
+    write(CHOSEN, "\n".join(lines), data, "openvino")
 
 
 def plan() -> list[tuple[str, str, dict[str, Any], str]]:
     """(label, method, settings, form): each method's chosen settings in each form, and CEM's two weightings."""
-    file = _record.RESULTS / f"{CHOSEN}.json"
+    file = RESULTS / f"{CHOSEN}.json"
     if not file.exists():
         raise SystemExit("Run `choose` first.")
     chosen = json.loads(file.read_text())["chosen"]
@@ -194,7 +194,7 @@ def report(options: argparse.Namespace) -> None:
         "confident": len(labels), "engine": options.engine, "plan": plan(), "results": found,
         "check": json.loads(check_file.read_text()) if check_file.exists() else {},
     }  # fmt: skip
-    _record.write("pointing", text(data), data, "openvino", "grad-cam")
+    write("pointing", text(data), data, "openvino", "grad-cam")
 
 
 def check(options: argparse.Namespace) -> None:

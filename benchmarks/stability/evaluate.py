@@ -20,9 +20,9 @@ from captum.attr import LayerGradCam
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import _record
-from benchmarks._networks import image_files
-from benchmarks._tables import bounds, interval
+from benchmarks.common.networks import image_files
+from benchmarks.common.results import write
+from benchmarks.faithfulness._tables import bounds, interval
 from ce_plugin import CausalEffectMap
 from ce_plugin.datasets import read_image
 from ce_plugin.evaluation import rank_correlation
@@ -159,7 +159,7 @@ def report(found: dict[str, dict[str, Any]]) -> None:
         "without its ReLU, number for number, and so is its correlation. An attack changes what channels do: a map",
         "that follows the network follows that too. A low figure is no proof of a bad map, nor a high one of a good.",
     ]
-    _record.write("stability", "\n".join(lines), {**data, "by_image": found}, "adversarial-robustness-toolbox")
+    write("stability", "\n".join(lines), {**data, "by_image": found}, "adversarial-robustness-toolbox")
 
 
 def values(rows: dict[str, dict[str, Any]], key: str) -> np.ndarray[Any, Any]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
 
 
 def machine(*packages: str) -> str:
@@ -29,9 +30,9 @@ def machine(*packages: str) -> str:
 
 def write(name: str, text: str, data: dict[str, Any], *packages: str) -> None:
     """``results/NAME.md`` for people and ``results/NAME.json`` for programs, with machine, date and command."""
-    here, script = Path(__file__).resolve().parent, Path(sys.argv[0]).resolve()
-    name_of_script = script.relative_to(here).as_posix() if script.is_relative_to(here) else script.name
-    command = " ".join(["python", f"benchmarks/{name_of_script}", *sys.argv[1:]])
+    script = Path(sys.argv[0]).resolve()
+    parts = script.relative_to(ROOT.parent).with_suffix("").parts if script.is_relative_to(ROOT) else (script.stem,)
+    command = " ".join(["python -m", ".".join(parts), *sys.argv[1:]])
     record = {"machine": machine(*packages), "date": datetime.date.today().isoformat(), "command": command, **data}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -27,10 +27,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks import _record
-from benchmarks._engine import ENGINES, Engine
-from benchmarks._peers import METHODS, NORMALIZATION, Scene, finest_stride, passes_of
-from benchmarks._tables import chosen_text, report_data, report_text
+from benchmarks.common.results import RESULTS, write
+from benchmarks.faithfulness._forward import ENGINES, Engine
+from benchmarks.faithfulness._methods import METHODS, NORMALIZATION, Scene, finest_stride, passes_of
+from benchmarks.faithfulness._tables import chosen_text, report_data, report_text
 from ce_plugin.datasets import read_image
 from ce_plugin.evaluation import insertion_deletion, reference_images
 from ce_plugin.interventions import Normalization
@@ -153,7 +153,7 @@ def choose(options: argparse.Namespace) -> None:
         for (name, settings), score in zip(some, found, strict=True)
     ]
     data = {"engine": options.engine, "steps": CHOOSE_STEPS, "chosen": {k: s for k, (_, s) in best.items()}}
-    _record.write(CHOSEN, chosen_text(tried, data["chosen"]), {**data, "tried": tried}, "openvino")
+    write(CHOSEN, chosen_text(tried, data["chosen"]), {**data, "tried": tried}, "openvino")
 
 
 def means(scores: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
@@ -164,7 +164,7 @@ def means(scores: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
 
 def chosen_plan() -> tuple[Plan, dict[str, Any]]:
     """Every method with the settings that `choose` found."""
-    file = _record.RESULTS / f"{CHOSEN}.json"
+    file = RESULTS / f"{CHOSEN}.json"
     if not file.exists():
         raise SystemExit("Run `choose` first.")
     record = json.loads(file.read_text())
@@ -188,7 +188,7 @@ def report(options: argparse.Namespace) -> None:
     if options.engine != "torch":
         data["agreement"] = agreement(list(scores), plan, options)
     data |= {"engine": options.engine, "steps": REPORT_STEPS, "of": len(files), "tried": record["tried"]}
-    _record.write("faithfulness", report_text(data), data, "openvino")
+    write("faithfulness", report_text(data), data, "openvino")
 
 
 def agreement(names: list[str], plan: Plan, options: argparse.Namespace) -> dict[str, Any]:

@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks import _mediation_tables as tables
-from benchmarks import _record
-from benchmarks._networks import image_files
+from benchmarks.common.networks import image_files
+from benchmarks.common.results import write
+from benchmarks.mediation._tables import SHARE_KEYS, text
 from ce_plugin import CausalMediation, LayerCausalEffect
 from ce_plugin.datasets import read_image
 from ce_plugin.designs import Joint
@@ -334,7 +334,7 @@ def study(layer: Layer, label: str) -> dict[str, Any]:
     return {
         "label": label, "layer": layer.name, "channels": units, "cut": first.cut,
         "logit": curve_of(found), "log_odds": curve_of(log_odds),
-        "whole": {key: float(getattr(shares, key)[0]) for key in tables.SHARE_KEYS},
+        "whole": {key: float(getattr(shares, key)[0]) for key in SHARE_KEYS},
         "random": random_orders(layer, testing, found, totals[0]),
         "own": own_orders(layer, choosing, first), "top": top_channels(first), "seconds": layer.seconds,
     }  # fmt: skip
@@ -458,7 +458,7 @@ def main() -> None:
     data["medians"] = {
         key: float(np.median([row[key] for row in data["interactions"]])) for key in ("trials", "gradients", "seconds")
     }
-    _record.write("mediation", tables.text(data), data, "adversarial-robustness-toolbox")
+    write("mediation", text(data), data, "adversarial-robustness-toolbox")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.detectors import MLLOO
 from ce_plugin.detection import CausalEffectDetector
-from ce_plugin.detection.classifier import Protected
+from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.detection.fitting import Learner, Lesson, Recipe, State
 from ce_plugin.errors import CEPluginError
 
@@ -42,13 +42,13 @@ class KeptLearner(Learner):
         super().__init__()
         self.network, self.folder, self.code = network, folder, code
 
-    def file(self, protected: Protected, recipe: Recipe, lesson: Lesson) -> Path:
+    def file(self, protected: ClassifierWrapper, recipe: Recipe, lesson: Lesson) -> Path:
         """Where it is kept what this lesson teaches."""
         clean = (lesson.holdout, sorted(lesson.names), protected.fingerprint(), self.code)
         words = repr((repr(replace(recipe, batch_size=1)), clean))
         return self.folder / f"{hashlib.blake2b(words.encode(), digest_size=8).hexdigest()}.ce"
 
-    def learn(self, protected: Protected, recipe: Recipe, lesson: Lesson) -> State:
+    def learn(self, protected: ClassifierWrapper, recipe: Recipe, lesson: Lesson) -> State:
         """What the lesson's clean images teach."""
         file = self.file(protected, recipe, lesson)
         if file.is_file():

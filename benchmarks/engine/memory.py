@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import _record
+from benchmarks.common.results import write
 
 MIB = 2**20
 # Name -> (network, layer, height and width of the layer).
@@ -47,7 +47,7 @@ def child(network_name: str, layer: str, budget: int, warm: bool, engine: str, t
 
     import torch
 
-    from benchmarks._networks import network
+    from benchmarks.common.networks import network
     from ce_plugin import LayerCausalEffect
 
     torch.set_num_threads(threads)
@@ -79,7 +79,7 @@ def child(network_name: str, layer: str, budget: int, warm: bool, engine: str, t
 def measured(case: str, budget: int, warm: bool, options: argparse.Namespace) -> dict[str, Any]:
     """A case in a fresh process; glibc gives large blocks back by itself there."""
     network, layer, _ = CASES[case]
-    command = [sys.executable, __file__, "--child", network, layer, str(budget), str(int(warm))]
+    command = [sys.executable, "-m", "benchmarks.engine.memory", "--child", network, layer, str(budget), str(int(warm))]
     command += ["--engine", options.engine, "--threads", str(options.threads)]
     skipped = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
     environment = {key: value for key, value in os.environ.items() if key not in skipped}
@@ -134,7 +134,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|",
         *rows,
     ]
-    _record.write("engine_memory", "\n".join(text), {"cases": data})
+    write("engine_memory", "\n".join(text), {"cases": data})
 
 
 if __name__ == "__main__":
