@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -15,7 +19,7 @@ __all__ = [
     "TV_SOFTENING",
     "box_mean",
     "gaussian",
-    "in_chunks",
+    "jpeg",
     "median",
     "quantised",
     "soft_threshold",
@@ -53,6 +57,34 @@ def quantised(images: Tensor, bits: int, low: float, high: float) -> Tensor:
     with torch.no_grad():
         rounded = torch.round((images - low) / span * steps) / steps * span + low
     return straight_through(rounded, images)
+
+
+def jpeg(images: Tensor, quality: int, low: float, high: float) -> Tensor:
+    """Stored as JPEG without subsampling (4:4:4) and read again, by Pillow; the gradient goes straight through.
+
+    Three channels are red, green and blue; channels of any other number are coded as so many grey pictures. The codec
+    of version 0.3, in torch, gave 93 % of the values of photographs exactly and differed by 0.1 grey levels on average
+    (at most 24; at quality 40 JPEG itself changes 4 on average); on handwritten digits 98 % and by 0.03.
+    """
+    with torch.no_grad():
+        pixels = ((images - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+        read = torch.from_numpy(np.stack([_stored(image, quality) for image in pixels])).to(images)
+    return straight_through(read / 255 * (high - low) + low, images)
+
+
+def _stored(pixels: npt.NDArray[np.uint8], quality: int) -> npt.NDArray[np.uint8]:
+    """One picture (C, H, W) as it is read again."""
+    if len(pixels) != 3:
+        return np.stack([_read_again(channel, quality) for channel in pixels])
+    return _read_again(pixels.transpose(1, 2, 0), quality).transpose(2, 0, 1)
+
+
+def _read_again(pixels: npt.NDArray[np.uint8], quality: int) -> npt.NDArray[np.uint8]:
+    """(H, W) or (H, W, 3)."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=0)
+    read: npt.NDArray[np.uint8] = np.asarray(Image.open(buffer, formats=("JPEG",)))
+    return read
 
 
 def soft_threshold(images: Tensor, threshold: float, low: float) -> Tensor:

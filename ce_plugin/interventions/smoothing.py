@@ -12,7 +12,6 @@ from torch import Tensor
 from ce_plugin.errors import ArgumentError, InputError, expected, unknown_name
 from ce_plugin.interventions import filters
 from ce_plugin.interventions.base import Context, Intervention, Normalization, NormalizationLike
-from ce_plugin.interventions.jpeg import jpeg
 
 __all__ = [
     "POINTWISE",
@@ -188,7 +187,7 @@ class Smooth(Intervention):
 
     @classmethod
     def jpeg(cls, quality: int, *, normalization: NormalizationLike = None, value_range: Range = (0.0, 1.0)) -> Smooth:
-        """Stored as baseline JPEG (standard tables, no subsampling) and read again; the gradient goes straight through.
+        """Stored as baseline JPEG (no subsampling) and read again, by Pillow; the gradient goes straight through.
 
         Three channels are coded as a colour picture, any other number as so many grey ones. What lies outside the range
         of values is clipped.
@@ -299,7 +298,7 @@ class Smooth(Intervention):
             "median": lambda: filters.median(image, int(a)),
             "mean": lambda: filters.box_mean(image, int(a)),
             "gauss": lambda: filters.gaussian(image, a),
-            "jpeg": lambda: jpeg(image, int(a), low, high),
+            "jpeg": lambda: filters.jpeg(image, int(a), low, high),
             "soft_threshold": lambda: filters.soft_threshold(image, a, low),
             "clip": lambda: image.clamp(a, b),
             "stretch": lambda: ((image - a) * ((high - low) / (b - a)) + low).clamp(low, high),
