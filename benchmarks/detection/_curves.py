@@ -9,8 +9,7 @@ import numpy as np
 
 from benchmarks.detection._detectors import OURS, label
 from benchmarks.detection._scores import Result
-from benchmarks.harness.tables import WORST_CASE
-from ce_plugin.evaluation import worst_case_scores
+from benchmarks.harness.tables import WORST_CASE, worst_case_scores
 
 OUR_COLOUR, COLOURS = "#c2410c", ("#1d4ed8", "#0f766e", "#7c3aed", "#64748b", "#a16207")
 _POINTS = 120

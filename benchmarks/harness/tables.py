@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,22 +13,71 @@ from benchmarks.harness.protocols import Task
 from benchmarks.harness.resampling import CleanScores, ImageDraws
 from benchmarks.harness.scores import Scored, Sheet
 from ce_plugin.errors import InputError, expected
-from ce_plugin.evaluation.detection_metrics import (
+from ce_plugin.evaluation.detectors import (
     RATES,
     Figures,
     Interval,
     Resampled,
     auroc,
-    enough,
-    mean_and_worst,
     tpr_at_fpr,
-    worst_case_scores,
 )
 
-__all__ = ["Evaluation", "Tried", "evaluate", "pooled"]
+__all__ = ["Evaluation", "Tried", "WorstCase", "evaluate", "pooled", "worst_case_scores"]
 
 Floats = npt.NDArray[np.float64]
 WORST_CASE = "worst case per image"
+
+
+class WorstCase(NamedTuple):
+    """The attacked version of each image that is detected least.
+
+    Attributes:
+        ids: of the images that some attack was successful on, rising, (M,).
+        scores: (M,).
+        attacks: name of the attack that is detected least, for each image.
+    """
+
+    ids: npt.NDArray[Any]
+    scores: Floats
+    attacks: tuple[str, ...]
+
+
+def worst_case_scores(scores_by_attack: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]) -> WorstCase:
+    """Per image the least score over the attacks that were successful on it: a detector has to detect all of them.
+
+    Args:
+        scores_by_attack: name of the attack: ids of the images that it was successful on, and their scores, (m,) each,
+            all by one and the same fitted detector. An attack without success is left empty.
+
+    Raises:
+        InputError: no attacks, ids and scores of unequal length, NaN, or an image twice in one attack.
+
+    Example:
+        >>> worst_case_scores({"fgsm": ([1, 2], [5.0, 6.0]), "pgd": ([2, 3], [4.0, 9.0])})
+        WorstCase(ids=array([1, 2, 3]), scores=array([5., 4., 9.]), attacks=('fgsm', 'pgd', 'pgd'))
+
+    Source: MEAD, Granese et al., ECML-PKDD 2022 (arXiv 2206.15415), section 3.
+    """
+    if not scores_by_attack:
+        raise InputError(expected("scores_by_attack", "scores of at least one attack", "none"))
+    names = list(scores_by_attack)
+    all_ids, all_scores = [], []
+    for name, (given_ids, given_scores) in scores_by_attack.items():
+        ids, scores = np.asarray(given_ids), np.asarray(given_scores, dtype=np.float64)
+        if ids.ndim != 1 or ids.shape != scores.shape or np.isnan(scores).any():
+            got = "NaN" if ids.shape == scores.shape and ids.ndim == 1 else f"shapes {ids.shape} and {scores.shape}"
+            raise InputError(expected("scores_by_attack", f"one id and one number for each image of {name!r}", got))
+        if len(np.unique(ids)) < len(ids):
+            raise InputError(expected("scores_by_attack", f"each image once in {name!r}", "an image twice"))
+        all_ids.append(ids)
+        all_scores.append(scores)
+    filled = [ids for ids in all_ids if len(ids)]
+    ids, scores = np.concatenate(filled or all_ids), np.concatenate(all_scores)
+    which = np.repeat(np.arange(len(names)), [len(one) for one in all_ids])
+    # By id, and within one by score; of equal scores the attack that was named first.
+    order = np.lexsort((which, scores, ids))
+    first = order[np.flatnonzero(np.r_[True, ids[order][1:] != ids[order][:-1]])] if len(order) else order
+    return WorstCase(ids[first], scores[first], tuple(names[i] for i in which[first]))
 
 
 @dataclass(frozen=True)
@@ -210,7 +259,7 @@ def _tried(
     detector: str, attack: str, clean: CleanScores, attacked: Scored, needed: int, level: float, apart: bool
 ) -> Tried:
     n, m = len(clean.scores), len(attacked.ids)
-    if not (enough(n, needed) and enough(m, needed)):
+    if min(n, m) < needed:
         return Tried(Figures(detector, attack, n, m), apart=apart)
     samples = clean.against(attacked.scores, attacked.ids)
     values = (auroc(clean.scores, attacked.scores), *(tpr_at_fpr(clean.scores, attacked.scores, f) for f in RATES))
@@ -249,7 +298,6 @@ def _summed(tried: Mapping[str, Tried], least: Tried | None, level: float, n_see
     values = {name: one.figures.auroc.value for name, one in counted.items() if one.figures.auroc is not None}
     if not values:
         return Evaluation(tried, least, n_seeds=n_seeds)
-    attack = mean_and_worst(values).worst_attack
+    attack = min(values, key=lambda name: values[name])
     (mean, tpr_1, tpr_5), samples = _average(list(counted.values()), level)
-    worst = None if attack is None else tried[attack].figures.auroc
-    return Evaluation(tried, least, mean, worst, attack, tpr_1, tpr_5, samples.auroc, n_seeds)
+    return Evaluation(tried, least, mean, tried[attack].figures.auroc, attack, tpr_1, tpr_5, samples.auroc, n_seeds)

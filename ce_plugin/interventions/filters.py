@@ -74,17 +74,13 @@ def jpeg(images: Tensor, quality: int, low: float, high: float) -> Tensor:
 
 def _stored(pixels: npt.NDArray[np.uint8], quality: int) -> npt.NDArray[np.uint8]:
     """One picture (C, H, W) as it is read again."""
-    if len(pixels) != 3:
-        return np.stack([_read_again(channel, quality) for channel in pixels])
-    return _read_again(pixels.transpose(1, 2, 0), quality).transpose(2, 0, 1)
-
-
-def _read_again(pixels: npt.NDArray[np.uint8], quality: int) -> npt.NDArray[np.uint8]:
-    """(H, W) or (H, W, 3)."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=0)
-    read: npt.NDArray[np.uint8] = np.asarray(Image.open(buffer, formats=("JPEG",)))
-    return read
+    colour = len(pixels) == 3
+    read = []
+    for picture in [pixels.transpose(1, 2, 0)] if colour else pixels:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "JPEG", quality=quality, subsampling=0)
+        read.append(np.asarray(Image.open(buffer, formats=("JPEG",))))
+    return np.moveaxis(read[0], -1, 0) if colour else np.stack(read)
 
 
 def soft_threshold(images: Tensor, threshold: float, low: float) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,24 +13,8 @@ from ce_plugin.detection.calibration import Calibration, Rate, rate
 from ce_plugin.errors import ArgumentError, InputError, expected
 from ce_plugin.randomness import numpy_generator
 
-__all__ = [
-    "Alarms",
-    "Figures",
-    "Interval",
-    "Resampled",
-    "Summary",
-    "WorstCase",
-    "allowed",
-    "auroc",
-    "bootstrapped",
-    "checked_scores",
-    "enough",
-    "false_alarms",
-    "figures",
-    "mean_and_worst",
-    "tpr_at_fpr",
-    "worst_case_scores",
-]
+# The false-alarm rates that are reported.
+RATES = (0.01, 0.05)
 
 
 Floats = npt.NDArray[np.float64]
@@ -91,6 +74,8 @@ def bootstrapped(
 
     Source: Efron, Tibshirani 1993, ch. 13 (percentile interval).
     """
+    # scipy.stats.bootstrap draws each set by itself or both in pairs of equal number. Here an image is drawn with all
+    # that was made of it, in any number, and the threshold is found anew in each sample, for all figures at once.
     below, above = checked_scores("clean", clean), checked_scores("attacked", attacked)
     if n_resamples < 1:
         raise ArgumentError(expected("n_resamples", "a number of samples, 1 or more", n_resamples))
@@ -201,9 +186,12 @@ def auroc(clean: npt.ArrayLike, attacked: npt.ArrayLike) -> float:
 
     Source: Hanley, McNeil, Radiology 143(1), 1982.
     """
-    below, attacked = np.sort(checked_scores("clean", clean)), checked_scores("attacked", attacked)
-    twice = np.searchsorted(below, attacked, "left") + np.searchsorted(below, attacked, "right")
-    return float(twice.mean()) / (2 * len(below))
+    from sklearn.metrics import roc_auc_score
+
+    below, above = checked_scores("clean", clean), checked_scores("attacked", attacked)
+    # Places in the order of scores instead of scores: scikit-learn refuses infinity.
+    places = np.unique(np.concatenate([below, above]), return_inverse=True)[1]
+    return float(roc_auc_score(np.repeat([0, 1], [len(below), len(above)]), places))
 
 
 def tpr_at_fpr(clean: npt.ArrayLike, attacked: npt.ArrayLike, fpr: float) -> float:
@@ -322,9 +310,11 @@ def figures(
     n, m = np.size(clean), np.size(attacked)
     if not 0 < level < 1:
         raise ArgumentError(expected("level", "a probability in (0, 1)", level, "Write 0.95 for 95 %."))
-    if not (enough(n, needed) and enough(m, needed)):
+    if needed < 1:
+        raise ArgumentError(expected("needed", "a number of images, 1 or more", needed))
+    if min(n, m) < needed:
         return Figures(detector, attack, n, m)
-    sample = bootstrapped(clean, attacked, (0.01, 0.05), ids=ids, n_resamples=n_resamples, seed=seed)
+    sample = bootstrapped(clean, attacked, RATES, ids=ids, n_resamples=n_resamples, seed=seed)
     return Figures(
         detector,
         attack,
@@ -334,115 +324,6 @@ def figures(
         tpr_1=Interval(tpr_at_fpr(clean, attacked, 0.01), *sample.interval(sample.tpr[0], level)),
         tpr_5=Interval(tpr_at_fpr(clean, attacked, 0.05), *sample.interval(sample.tpr[1], level)),
     )
-
-
-def enough(n: int, needed: int) -> bool:
-    """Whether n images will do; what has fewer is called "not evaluated", and stays in the table.
-
-    Example:
-        >>> enough(199, 200)
-        False
-    """
-    if needed < 1:
-        raise ArgumentError(expected("needed", "a number of images, 1 or more", needed))
-    return n >= needed
-
-
-class WorstCase(NamedTuple):
-    """The attacked version of each image that is detected least.
-
-    Attributes:
-        ids: of the images that some attack was successful on, rising, (M,).
-        scores: (M,).
-        attacks: name of the attack that is detected least, for each image.
-    """
-
-    ids: npt.NDArray[Any]
-    scores: Floats
-    attacks: tuple[str, ...]
-
-
-def worst_case_scores(scores_by_attack: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]) -> WorstCase:
-    """Per image the least score over the attacks that were successful on it: a detector has to detect all of them.
-
-    Args:
-        scores_by_attack: name of the attack: ids of the images that it was successful on, and their scores, (m,) each,
-            all by one and the same fitted detector. An attack without success is left empty.
-
-    Raises:
-        InputError: no attacks, ids and scores of unequal length, NaN, or an image twice in one attack.
-
-    Example:
-        >>> worst_case_scores({"fgsm": ([1, 2], [5.0, 6.0]), "pgd": ([2, 3], [4.0, 9.0])})
-        WorstCase(ids=array([1, 2, 3]), scores=array([5., 4., 9.]), attacks=('fgsm', 'pgd', 'pgd'))
-
-    Source: MEAD, Granese et al., ECML-PKDD 2022 (arXiv 2206.15415), section 3.
-    """
-    if not scores_by_attack:
-        raise InputError(expected("scores_by_attack", "scores of at least one attack", "none"))
-    names = list(scores_by_attack)
-    all_ids, all_scores = [], []
-    for name, (given_ids, given_scores) in scores_by_attack.items():
-        ids, scores = np.asarray(given_ids), np.asarray(given_scores, dtype=np.float64)
-        if ids.ndim != 1 or ids.shape != scores.shape or np.isnan(scores).any():
-            got = "NaN" if ids.shape == scores.shape and ids.ndim == 1 else f"shapes {ids.shape} and {scores.shape}"
-            raise InputError(expected("scores_by_attack", f"one id and one number for each image of {name!r}", got))
-        if len(np.unique(ids)) < len(ids):
-            raise InputError(expected("scores_by_attack", f"each image once in {name!r}", "an image twice"))
-        all_ids.append(ids)
-        all_scores.append(scores)
-    filled = [ids for ids in all_ids if len(ids)]
-    ids, scores = np.concatenate(filled or all_ids), np.concatenate(all_scores)
-    which = np.repeat(np.arange(len(names)), [len(one) for one in all_ids])
-    # By id, and within one by score; of equal scores the attack that was named first.
-    order = np.lexsort((which, scores, ids))
-    first = order[np.flatnonzero(np.r_[True, ids[order][1:] != ids[order][:-1]])] if len(order) else order
-    return WorstCase(ids[first], scores[first], tuple(names[i] for i in which[first]))
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Mean and worst over attacks.
-
-    Attributes:
-        mean: over the attacks that were evaluated; None where none was.
-        worst: the least of them.
-        worst_attack: which one; the first of equals.
-        n_evaluated: number of attacks.
-        not_evaluated: names of those that were not.
-    """
-
-    mean: float | None
-    worst: float | None
-    worst_attack: str | None
-    n_evaluated: int
-    not_evaluated: tuple[str, ...] = ()
-
-
-def mean_and_worst(values: Mapping[str, float | None]) -> Summary:
-    """Mean and least figure over attacks; those that were not evaluated are named and not counted.
-
-    Args:
-        values: name of the attack: its figure; None or NaN where it was not evaluated.
-
-    Raises:
-        InputError: no attacks.
-
-    Example:
-        >>> mean_and_worst({"fgsm": 1.0, "pgd": 0.75, "jsma": None})
-        Summary(mean=0.875, worst=0.75, worst_attack='pgd', n_evaluated=2, not_evaluated=('jsma',))
-    """
-    if not values:
-        raise InputError(expected("values", "figures of at least one attack", "none"))
-    known = {name: float(value) for name, value in values.items() if value is not None and not math.isnan(value)}
-    missing = tuple(name for name in values if name not in known)
-    if not known:
-        return Summary(None, None, None, 0, missing)
-    worst = min(known, key=lambda name: known[name])
-    return Summary(sum(known.values()) / len(known), known[worst], worst, len(known), missing)
-
-
-RATES = (0.01, 0.05)
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,15 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import roc_auc_score, roc_curve
 
+from benchmarks.harness.tables import worst_case_scores
 from ce_plugin.errors import ArgumentError, InputError
-from ce_plugin.evaluation.detection_metrics import (
+from ce_plugin.evaluation.detectors import (
     Figures,
     Interval,
     auroc,
     bootstrapped,
-    enough,
     figures,
-    mean_and_worst,
     tpr_at_fpr,
-    worst_case_scores,
 )
 
 # Few different values, so that equal scores are common.
@@ -91,7 +89,7 @@ def slow_figures(clean: np.ndarray, attacked: np.ndarray, fprs: tuple[float, ...
 @pytest.mark.parametrize("paired", [False, True])
 def test_every_sample_has_the_figures_of_its_images(ties: bool, paired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sample, written out and evaluated one by one, and also when few are held at a time."""
-    from ce_plugin.evaluation import detection_metrics as bootstrap
+    from ce_plugin.evaluation import detectors as bootstrap
 
     generator = np.random.default_rng(0)
     clean, attacked = generator.normal(size=23), generator.normal(1.0, size=9)
@@ -206,7 +204,7 @@ def test_too_few_images_are_not_evaluated_and_stay_in_the_table() -> None:
         assert found.to_dict()["tpr_1_high"] is None
         assert f"not evaluated ({len(attacked)} successful attacks)" in str(found)
     assert not figures(np.arange(9.0), [], detector="d", attack="a").evaluated
-    assert [enough(n, 200) for n in (0, 199, 200)] == [False, False, True]
+    assert figures(np.arange(200.0), np.arange(200.0), detector="d", attack="a", needed=200).evaluated
 
 
 def test_worst_case_is_the_least_score_of_each_image() -> None:
@@ -240,15 +238,6 @@ def test_worst_case_of_names_and_of_nothing() -> None:
     assert len(nothing.ids) == len(nothing.scores) == len(nothing.attacks) == 0
 
 
-def test_mean_and_worst() -> None:
-    found = mean_and_worst({"a": 0.9, "b": 0.7, "c": float("nan"), "d": None, "e": 0.7})
-    assert found.mean == pytest.approx((0.9 + 0.7 + 0.7) / 3)
-    assert (found.worst, found.worst_attack, found.n_evaluated) == (0.7, "b", 3)
-    assert found.not_evaluated == ("c", "d")
-    nothing = mean_and_worst({"a": None})
-    assert (nothing.mean, nothing.worst, nothing.worst_attack, nothing.n_evaluated) == (None, None, None, 0)
-
-
 def test_what_is_refused() -> None:
     good = [1.0, 2.0]
     for bad in ([], [[1.0]], [1.0, np.nan]):
@@ -268,7 +257,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ArgumentError, match="`level` to be a probability"):
         figures(good, good, detector="d", attack="a", level=95)
     with pytest.raises(ArgumentError, match="`needed` to be a number of images"):
-        enough(3, 0)
+        figures(good, good, detector="d", attack="a", needed=0)
     with pytest.raises(InputError, match="scores of at least one attack, but got none"):
         worst_case_scores({})
     with pytest.raises(InputError, match="each image once in 'a', but got an image twice"):
@@ -277,8 +266,6 @@ def test_what_is_refused() -> None:
         worst_case_scores({"a": ([1], good)})
     with pytest.raises(InputError, match="for each image of 'a', but got NaN"):
         worst_case_scores({"a": ([1], [np.nan])})
-    with pytest.raises(InputError, match="figures of at least one attack"):
-        mean_and_worst({})
 
 
 def test_samples_without_an_attacked_image_are_left_out_of_intervals() -> None:
