@@ -84,7 +84,7 @@ def test_chunks_of_another_effort_are_kept_beside_and_the_row_shows_the_greatest
 
 
 def test_greater_efforts_are_compared_on_the_images_that_both_attacked(adaptive: ModuleType, tmp_path: Path) -> None:
-    effort = importlib.import_module("benchmarks.detection._adaptive_effort")
+    effort = importlib.import_module("benchmarks.detection._adaptive_attack")
     known = victims(adaptive, tmp_path)
     low = adaptive.Effort(losses=("selective",), steps=4, restarts=1, width=1)
     high = dataclasses.replace(low, steps=60)
@@ -114,7 +114,7 @@ def test_what_was_found_against_another_detector_is_not_used(adaptive: ModuleTyp
 def test_a_row_counts_images_that_were_not_turned_over_with_their_clean_score(
     adaptive: ModuleType, tmp_path: Path
 ) -> None:
-    row_of = importlib.import_module("benchmarks.detection._adaptive_row").Row.of
+    row_of = importlib.import_module("benchmarks.detection._adaptive_tables").Row.of
     known = dataclasses.replace(victims(adaptive, tmp_path), name="margin")
     found = known.chunk(0, 0.1, adaptive.Effort(("selective",), 2, 1, 1), None, make=True)
     success = np.arange(adaptive.CHUNK) < 4
@@ -137,9 +137,9 @@ def test_results_of_a_run_whose_cache_is_lost_are_kept_while_the_detector_is_the
 ) -> None:
     script, row_of = (
         importlib.import_module("benchmarks.detection.adaptive"),
-        importlib.import_module("benchmarks.detection._adaptive_row").Row.of,
+        importlib.import_module("benchmarks.detection._adaptive_tables").Row.of,
     )
-    comparison = importlib.import_module("benchmarks.detection._adaptive_effort")
+    comparison = importlib.import_module("benchmarks.detection._adaptive_attack")
     known = dataclasses.replace(victims(adaptive, tmp_path / "cache"), name="margin")
     low = adaptive.Effort(("selective",), 4, 1, 1)
     made = [known.chunk(number, 0.1, low, None, make=True) for number in range(2)]
@@ -168,7 +168,7 @@ def test_results_of_a_run_whose_cache_is_lost_are_kept_while_the_detector_is_the
 
 
 def rows_of_two_classifiers(adaptive: ModuleType, folder: Path, name: str, scores: tuple[float, float]) -> list[Any]:
-    row_of = importlib.import_module("benchmarks.detection._adaptive_row").Row.of
+    row_of = importlib.import_module("benchmarks.detection._adaptive_tables").Row.of
     first = dataclasses.replace(victims(adaptive, folder), name=name)
     first.problem.name = "mnist"
     second = dataclasses.replace(first, problem=SimpleNamespace(**{**vars(first.problem), "seed": 1}))
@@ -183,7 +183,7 @@ def rows_of_two_classifiers(adaptive: ModuleType, folder: Path, name: str, score
 def test_figures_are_pooled_over_classifiers_and_the_bar_is_held_against_the_pooled_ones(
     adaptive: ModuleType, tmp_path: Path
 ) -> None:
-    means = importlib.import_module("benchmarks.detection._adaptive_means")
+    means = importlib.import_module("benchmarks.detection._adaptive_tables")
     # Above every clean image on one classifier and below on the other: in whatever sample of images, one half.
     rows = rows_of_two_classifiers(adaptive, tmp_path, "mahalanobis", (9.0, -9.0))
     at_tenth, at_three = means.means(rows)
@@ -201,8 +201,8 @@ def test_the_static_report_takes_the_pooled_figures(
     adaptive: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     means, knowing = (
-        importlib.import_module("benchmarks.detection._adaptive_means"),
-        importlib.import_module("benchmarks.detection._adaptive_comparison"),
+        importlib.import_module("benchmarks.detection._adaptive_tables"),
+        importlib.import_module("benchmarks.detection._adaptive_tables"),
     )
     found = means.means(rows_of_two_classifiers(adaptive, tmp_path, "mahalanobis", (9.0, -9.0)))
     outcome = importlib.import_module("benchmarks.detection._results").Outcome()

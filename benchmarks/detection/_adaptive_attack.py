@@ -1,9 +1,10 @@
-"""The adaptive attack on one detector of one classifier, chunk by chunk, kept in the cache."""
+"""The adaptive attack on one detector of one classifier: attacked in chunks, kept in the cache, compared by effort."""
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -18,12 +19,14 @@ import torch
 from benchmarks.detection._detectors import LIMITS, build, least_taught, needs_labels
 from benchmarks.detection._problems import Problem, cache_folder
 from benchmarks.detection._scores import setting
+from benchmarks.detection._text_table import Table, number
 from benchmarks.detection.attacks import attack_file, specs
 from benchmarks.harness import Attacked, CleanScores, ImageDraws, fit_detector, plan
 from benchmarks.harness.attacks import attack_key
 from ce_plugin.detection.adaptive import AdaptiveEvasion
 from ce_plugin.detection.protocol import DifferentiableDetector
 from ce_plugin.errors import FileError
+from ce_plugin.evaluation import Interval, auroc
 from ce_plugin.networks.art import build_classifier
 
 CHUNK = 10
@@ -239,3 +242,129 @@ def chunks(victims: Victims, eps: float, numbers: Sequence[int]) -> tuple[Effort
         known.append((effort, [(number, chunk) for number, chunk in found if chunk is not None]))
     known = [one for one in known if one[1]]
     return max(known, key=lambda one: (len(one[1]), one[0].evaluations), default=None)
+
+
+_MORE_WORDS = (
+    "Some images were attacked once more with greater effort. AUROC of those that end misclassified with the effort of "
+    "the tables above and with the greater one, and the difference with its paired interval. What it still falls by is "
+    "what the figures above may be too high by, at the least."
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One and the same images attacked with less and with more effort.
+
+    Args:
+        less, more: efforts.
+        n: images.
+        auroc: of those that end misclassified, with less and with more.
+        gain: second minus first.
+    """
+
+    less: Effort
+    more: Effort
+    n: int
+    auroc: tuple[float, float]
+    gain: Interval
+
+    @classmethod
+    def of(cls, stored: dict[str, Any]) -> Comparison:
+        """What :meth:`to_dict` gave."""
+        less, more = Effort.of(stored["less"]), Effort.of(stored["more"])
+        first, second = stored["auroc"]
+        return cls(less, more, stored["n"], (first, second), Interval(*stored["gain"]))
+
+    def cells(self) -> list[str]:
+        """Behind the names of what was attacked."""
+        less, more = map(number, self.auroc)
+        gain = f"{self.gain.value:+.3f} [{self.gain.low:+.3f}, {self.gain.high:+.3f}]"
+        return [str(self.n), f"{less} ({self.less})", f"{more} ({self.more})", gain]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the JSON file holds."""
+        figures = {"auroc": [round(one, 5) for one in self.auroc], "gain": [round(one, 5) for one in self.gain]}
+        return {"less": asdict(self.less), "more": asdict(self.more), "n": self.n, **figures}
+
+
+def compared(victims: Victims, eps: float, less: Effort, found: Sequence[tuple[int, Chunk]]) -> list[Comparison]:
+    """Whatever the cache holds of greater efforts on chunks that were found with one effort."""
+    comparisons = []
+    for more in victims.efforts(eps):
+        if more.evaluations <= less.evaluations:
+            continue
+        again = {number: victims.chunk(number, eps, more, None, make=False) for number, _ in found}
+        pairs = [(number, one, other) for number, one in found if (other := again[number]) is not None]
+        if all(any(pair[which].success.any() for pair in pairs) for which in (1, 2)):
+            comparisons.append(_comparison(victims, less, more, pairs))
+    return comparisons
+
+
+def _comparison(victims: Victims, less: Effort, more: Effort, pairs: Sequence[tuple[int, Chunk, Chunk]]) -> Comparison:
+    rows = np.concatenate([victims.rows(number) for number, *_ in pairs])
+    values, samples = [], []
+    for which in (1, 2):
+        chunks = [pair[which] for pair in pairs]
+        success = np.concatenate([chunk.success for chunk in chunks])
+        score = np.concatenate([chunk.score for chunk in chunks])[success]
+        values.append(auroc(victims.clean, score))
+        samples.append(victims.resampled(score, rows[success]))
+    low, high = np.nanquantile(samples[1] - samples[0], [0.025, 0.975])
+    gain = Interval(values[1] - values[0], float(low), float(high))
+    return Comparison(less, more, len(rows), (values[0], values[1]), gain)
+
+
+def more_effort(named: Sequence[tuple[list[str], Comparison]]) -> Table:
+    """All comparisons, each behind its problem, detector, seed and eps."""
+    header = ["problem", "detector", "seed", "eps", "images", "less (losses x restarts x starts x steps)", "more"]
+    rows = [[*names, *one.cells()] for names, one in named]
+    return Table("More effort", [_MORE_WORDS if rows else "Not tried."], [*header, "difference"], rows)
+
+
+# A detector that was fitted again on another processor has other roundings behind it, of up to 0.7 % of a score here.
+_NEAR = 1e-2
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What was found earlier for some images at one eps.
+
+    Args:
+        effort: with which.
+        found: (number, chunk), without the images themselves.
+        more: what greater efforts found.
+    """
+
+    effort: Effort
+    found: list[tuple[int, Chunk]] = field(repr=False)
+    more: list[Comparison] = field(repr=False)
+
+
+def kept(victims: Victims, eps: float, results: Path, numbers: Sequence[int]) -> Kept | None:
+    """From `detection_adaptive.json`, where the images' clean selves score today what they scored then; else None."""
+    row = _row(victims, eps, results)
+    if row is None:
+        return None
+    success, score = np.array(row["images"]["success"], dtype=bool), np.array(row["images"]["score"], dtype=float)
+    low, high = np.quantile(victims.clean, [0.05, 0.95])
+    late = math.nan if row["late"] is None else float(row["late"]) * float(high - low)
+    found = []
+    for place in numbers:
+        part = slice(place * CHUNK, (place + 1) * CHUNK)
+        then = np.array(row["images"]["clean"][part], dtype=float)
+        if not len(then):
+            break
+        if not np.allclose(victims.own(place)[: len(then)], then, rtol=_NEAR, atol=_NEAR):
+            return None
+        found.append((place, Chunk(np.empty(0), success[part], score[part], late, float(row["seconds"]))))
+    return Kept(Effort.of(row["effort"]), found, [Comparison.of(one) for one in row["more"]]) if found else None
+
+
+def _row(victims: Victims, eps: float, results: Path) -> dict[str, Any] | None:
+    if not results.is_file():
+        return None
+    which = (victims.problem.name, victims.problem.seed, victims.name, f"{eps:g}")
+    rows: list[dict[str, Any]] = json.loads(results.read_text())["rows"]
+    return next(
+        (row for row in rows if tuple(row[key] for key in ("problem", "seed", "detector", "eps")) == which), None
+    )

@@ -22,13 +22,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.results import RESULTS, write
-from benchmarks.detection._adaptive_attack import CHUNK, Effort, Victims, chunks
-from benchmarks.detection._adaptive_comparison import FILE
-from benchmarks.detection._adaptive_effort import compared
-from benchmarks.detection._adaptive_kept import kept
-from benchmarks.detection._adaptive_means import means
-from benchmarks.detection._adaptive_row import Row
-from benchmarks.detection._adaptive_tables import WANTED, tables
+from benchmarks.detection._adaptive_attack import CHUNK, Effort, Victims, chunks, compared, kept
+from benchmarks.detection._adaptive_tables import FILE, WANTED, Row, means, tables
 from benchmarks.detection._detectors import OURS, names
 from benchmarks.detection._problems import PROBLEMS, SEEDS, check_problems, load
 from ce_plugin.detection.adaptive import LOSSES
