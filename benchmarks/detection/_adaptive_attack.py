@@ -91,7 +91,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Victims:
+class TargetModel:
     """One classifier with one fitted detector, and the images to attack.
 
     Args:
@@ -115,7 +115,7 @@ class Victims:
     nearest: dict[int, float] = field(repr=False)
 
     @classmethod
-    def ready(cls, problem: Problem, name: str, cache: str | None) -> Victims:
+    def ready(cls, problem: Problem, name: str, cache: str | None) -> TargetModel:
         """Fit the detector, or take it from the cache, and score the clean images."""
         detector = _fitted(problem, name, cache)
         index = np.flatnonzero(problem.correct("test"))
@@ -226,19 +226,19 @@ def _fitted(problem: Problem, name: str, cache: str | None) -> DifferentiableDet
     """The detector, fitted on the fitting part, on clean images if these are enough for it."""
     detector: Any = build(name, problem, cache)
     if needs_labels(name):
-        material = setting(problem, cache).material
-        (task,) = plan(least_taught(name), material)
-        fit_detector(detector, task, material)
+        data = setting(problem, cache).data
+        (task,) = plan(least_taught(name), data)
+        fit_detector(detector, task, data)
     else:
         detector.fit(problem.images["fit"][: LIMITS.get(name)])
     return detector  # type: ignore[no-any-return]
 
 
-def chunks(victims: Victims, eps: float, numbers: Sequence[int]) -> tuple[Effort, list[tuple[int, Chunk]]] | None:
+def chunks(target: TargetModel, eps: float, numbers: Sequence[int]) -> tuple[Effort, list[tuple[int, Chunk]]] | None:
     """What the cache holds, (number, chunk): with the effort that attacked most images, of such with the greatest."""
     known = []
-    for effort in victims.efforts(eps):
-        found = [(number, victims.chunk(number, eps, effort, None, make=False)) for number in numbers]
+    for effort in target.efforts(eps):
+        found = [(number, target.chunk(number, eps, effort, None, make=False)) for number in numbers]
         known.append((effort, [(number, chunk) for number, chunk in found if chunk is not None]))
     known = [one for one in known if one[1]]
     return max(known, key=lambda one: (len(one[1]), one[0].evaluations), default=None)
@@ -287,28 +287,30 @@ class Comparison:
         return {"less": asdict(self.less), "more": asdict(self.more), "n": self.n, **figures}
 
 
-def compared(victims: Victims, eps: float, less: Effort, found: Sequence[tuple[int, Chunk]]) -> list[Comparison]:
+def compared(target: TargetModel, eps: float, less: Effort, found: Sequence[tuple[int, Chunk]]) -> list[Comparison]:
     """Whatever the cache holds of greater efforts on chunks that were found with one effort."""
     comparisons = []
-    for more in victims.efforts(eps):
+    for more in target.efforts(eps):
         if more.evaluations <= less.evaluations:
             continue
-        again = {number: victims.chunk(number, eps, more, None, make=False) for number, _ in found}
+        again = {number: target.chunk(number, eps, more, None, make=False) for number, _ in found}
         pairs = [(number, one, other) for number, one in found if (other := again[number]) is not None]
         if all(any(pair[which].success.any() for pair in pairs) for which in (1, 2)):
-            comparisons.append(_comparison(victims, less, more, pairs))
+            comparisons.append(_comparison(target, less, more, pairs))
     return comparisons
 
 
-def _comparison(victims: Victims, less: Effort, more: Effort, pairs: Sequence[tuple[int, Chunk, Chunk]]) -> Comparison:
-    rows = np.concatenate([victims.rows(number) for number, *_ in pairs])
+def _comparison(
+    target: TargetModel, less: Effort, more: Effort, pairs: Sequence[tuple[int, Chunk, Chunk]]
+) -> Comparison:
+    rows = np.concatenate([target.rows(number) for number, *_ in pairs])
     values, samples = [], []
     for which in (1, 2):
         chunks = [pair[which] for pair in pairs]
         success = np.concatenate([chunk.success for chunk in chunks])
         score = np.concatenate([chunk.score for chunk in chunks])[success]
-        values.append(auroc(victims.clean, score))
-        samples.append(victims.resampled(score, rows[success]))
+        values.append(auroc(target.clean, score))
+        samples.append(target.resampled(score, rows[success]))
     low, high = np.nanquantile(samples[1] - samples[0], [0.025, 0.975])
     gain = Interval(values[1] - values[0], float(low), float(high))
     return Comparison(less, more, len(rows), (values[0], values[1]), gain)
@@ -340,13 +342,13 @@ class Kept:
     more: list[Comparison] = field(repr=False)
 
 
-def kept(victims: Victims, eps: float, results: Path, numbers: Sequence[int]) -> Kept | None:
+def kept(target: TargetModel, eps: float, results: Path, numbers: Sequence[int]) -> Kept | None:
     """From `detection_adaptive.json`, where the images' clean selves score today what they scored then; else None."""
-    row = _row(victims, eps, results)
+    row = _row(target, eps, results)
     if row is None:
         return None
     success, score = np.array(row["images"]["success"], dtype=bool), np.array(row["images"]["score"], dtype=float)
-    low, high = np.quantile(victims.clean, [0.05, 0.95])
+    low, high = np.quantile(target.clean, [0.05, 0.95])
     late = math.nan if row["late"] is None else float(row["late"]) * float(high - low)
     found = []
     for place in numbers:
@@ -354,16 +356,16 @@ def kept(victims: Victims, eps: float, results: Path, numbers: Sequence[int]) ->
         then = np.array(row["images"]["clean"][part], dtype=float)
         if not len(then):
             break
-        if not np.allclose(victims.own(place)[: len(then)], then, rtol=_NEAR, atol=_NEAR):
+        if not np.allclose(target.own(place)[: len(then)], then, rtol=_NEAR, atol=_NEAR):
             return None
         found.append((place, Chunk(np.empty(0), success[part], score[part], late, float(row["seconds"]))))
     return Kept(Effort.of(row["effort"]), found, [Comparison.of(one) for one in row["more"]]) if found else None
 
 
-def _row(victims: Victims, eps: float, results: Path) -> dict[str, Any] | None:
+def _row(target: TargetModel, eps: float, results: Path) -> dict[str, Any] | None:
     if not results.is_file():
         return None
-    which = (victims.problem.name, victims.problem.seed, victims.name, f"{eps:g}")
+    which = (target.problem.name, target.problem.seed, target.name, f"{eps:g}")
     rows: list[dict[str, Any]] = json.loads(results.read_text())["rows"]
     return next(
         (row for row in rows if tuple(row[key] for key in ("problem", "seed", "detector", "eps")) == which), None

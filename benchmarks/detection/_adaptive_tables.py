@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.detection._adaptive_attack import CLEAN, Chunk, Comparison, Effort, Victims, more_effort
+from benchmarks.detection._adaptive_attack import CLEAN, Chunk, Comparison, Effort, TargetModel, more_effort
 from benchmarks.detection._detectors import LAST_LAYER, label, least_taught, version
-from benchmarks.detection._results import TITLES, Outcome
+from benchmarks.detection._results import TITLES, Findings
 from benchmarks.detection._text_table import Table, interval, met, number, percent
 from ce_plugin.evaluation import Figures, Interval, auroc, figures
 
@@ -66,7 +66,7 @@ class Row:
     @classmethod
     def of(
         cls,
-        victims: Victims,
+        target: TargetModel,
         eps: float,
         effort: Effort,
         found: Sequence[tuple[int, Chunk]],
@@ -75,20 +75,20 @@ class Row:
         """The figures of some chunks, and what greater efforts found on them."""
         success = np.concatenate([chunk.success for _, chunk in found])
         score = np.concatenate([chunk.score for _, chunk in found])
-        own = np.concatenate([victims.own(number)[: len(chunk.score)] for number, chunk in found])
-        rows = np.concatenate([victims.rows(number)[: len(chunk.score)] for number, chunk in found])
-        nearest = np.array([victims.nearest.get(row, np.nan) for row in rows.tolist()])
+        own = np.concatenate([target.own(number)[: len(chunk.score)] for number, chunk in found])
+        rows = np.concatenate([target.rows(number)[: len(chunk.score)] for number, chunk in found])
+        nearest = np.array([target.nearest.get(row, np.nan) for row in rows.tolist()])
         counted = np.where(success, score, own)
-        problem, clean = victims.problem, victims.clean
-        ids = victims.index[:CLEAN], rows[success]
-        what = figures(clean, score[success], detector=victims.name, attack=f"adaptive-{eps:g}", ids=ids)
+        problem, clean = target.problem, target.clean
+        ids = target.index[:CLEAN], rows[success]
+        what = figures(clean, score[success], detector=target.name, attack=f"adaptive-{eps:g}", ids=ids)
         detected = 1.0 if what.tpr_5 is None else what.tpr_5.value
         low, high = np.quantile(clean, [0.05, 0.95])
         late = [chunk.late for _, chunk in found if np.isfinite(chunk.late)]
         return cls(
             problem.name,
             problem.seed,
-            victims.name,
+            target.name,
             eps,
             effort,
             len(success),
@@ -98,7 +98,7 @@ class Row:
             float(success.mean()) * (1 - detected),
             float(np.mean(late) / (high - low)) if late else float("nan"),
             float(np.mean([chunk.seconds for _, chunk in found])),
-            version(victims.detector),
+            version(target.detector),
             {
                 "score": score.tolist(),
                 "clean": own.tolist(),
@@ -106,7 +106,7 @@ class Row:
                 "nearest": nearest.tolist(),
             },
             _by_room(clean, score[success], nearest[success] / eps),
-            victims.resampled(score[success], rows[success]) if success.any() else None,
+            target.resampled(score[success], rows[success]) if success.any() else None,
             list(more),
         )
 
@@ -334,7 +334,7 @@ _COMPARISON_WORDS = (
 )
 
 
-def knowing(outcome: Outcome, results: Path) -> Table:
+def knowing(findings: Findings, results: Path) -> Table:
     """The figures of the adaptive attack, from what `adaptive.py` wrote; words alone where it has not been run."""
     title, file = "Against an attacker who knows the detector", results / FILE
     found: list[dict[str, Any]] = json.loads(file.read_text())["means"] if file.is_file() else []
@@ -346,7 +346,7 @@ def knowing(outcome: Outcome, results: Path) -> Table:
         mine = {one["eps"]: one for one in found if (one["problem"], one["detector"]) == (problem, detector)}
         cells = [_comparison_cell(mine[eps]) if eps in mine else "-" for eps in bounds]
         images = attacked(one["n"] for one in mine.values())
-        rows.append([TITLES[problem], label(detector), images, _worst(outcome, problem, detector), *cells])
+        rows.append([TITLES[problem], label(detector), images, _worst(findings, problem, detector), *cells])
     header = ["problem", "detector", "images of each classifier", "static worst", *(f"eps {eps}" for eps in bounds)]
     return Table(title, [_COMPARISON_WORDS], header, rows)
 
@@ -355,6 +355,6 @@ def _comparison_cell(one: dict[str, Any]) -> str:
     return f"{number(one['auroc'][0] if one['auroc'] else None)} / {percent(one['evades'])}"
 
 
-def _worst(outcome: Outcome, problem: str, detector: str) -> str:
-    evaluation = outcome.pooled(problem, least_taught(detector)).get(detector)
+def _worst(findings: Findings, problem: str, detector: str) -> str:
+    evaluation = findings.pooled(problem, least_taught(detector)).get(detector)
     return number(None if evaluation is None or evaluation.worst is None else evaluation.worst.value)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.detection._detectors import OURS, label
-from benchmarks.detection._results import TITLES, Outcome
+from benchmarks.detection._results import TITLES, Findings
 from benchmarks.detection._scores import Result, TrialSpec, predictions
 from benchmarks.detection._text_table import Table, marked
 from benchmarks.harness.tables import WORST_CASE, worst_case_scores
@@ -72,11 +72,11 @@ def _evaluated(one: Result) -> list[str]:
 
 def _scores(one: Result, panel: str) -> tuple[np.ndarray, np.ndarray]:
     """Clean and attacked scores of a panel."""
-    sets = one.sheets["all"].sets
+    sets = one.score_tables["all"].sets
     if panel != WORST_CASE:
         return sets["clean"].scores, sets[f"attack {panel}"].scores
     tried = {} if one.evaluation is None else one.evaluation.attacks
-    scored = {name: sets[f"attack {name}"] for name, each in tried.items() if not each.apart}
+    scored = {name: sets[f"attack {name}"] for name, each in tried.items() if not each.excluded}
     rows = {name: np.isin(each.ids, one.among) for name, each in scored.items()}
     found = worst_case_scores({name: (each.ids[rows[name]], each.scores[rows[name]]) for name, each in scored.items()})
     return sets["clean"].scores, found.scores
@@ -85,14 +85,14 @@ def _scores(one: Result, panel: str) -> tuple[np.ndarray, np.ndarray]:
 EXAMPLES = 4
 
 
-def write_html(folder: Path, tables: Sequence[Table], outcome: Outcome) -> Path:
+def write_html(folder: Path, tables: Sequence[Table], findings: Findings) -> Path:
     """Write `detection.html`, which needs no other file, and say where."""
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     environment.filters["marked"] = marked
     page = environment.get_template("_page.html.j2").render(
-        tables=tables, figures=_figures(outcome), pictures=_pictures(outcome), date=datetime.date.today().isoformat()
+        tables=tables, figures=_figures(findings), pictures=_pictures(findings), date=datetime.date.today().isoformat()
     )
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "detection.html"
@@ -100,21 +100,21 @@ def write_html(folder: Path, tables: Sequence[Table], outcome: Outcome) -> Path:
     return file
 
 
-def _figures(outcome: Outcome) -> list[dict[str, str]]:
+def _figures(findings: Findings) -> list[dict[str, str]]:
     """ROC curves of ours and the best peers, on the first classifier of each problem."""
     found = []
     for protocol in ("P3", "P2"):
-        for problem in outcome.problems():
-            shown = outcome.shown(problem, protocol)
-            results = [outcome.results(problem, protocol)[name][0] for name in shown]
+        for problem in findings.problems():
+            shown = findings.shown(problem, protocol)
+            results = [findings.results(problem, protocol)[name][0] for name in shown]
             if results:
                 title = f"{TITLES[problem]}, {protocol}, classifier {results[0].seed}"
                 found.append({"title": title, "svg": curves(results)})
     return found
 
 
-def _pictures(outcome: Outcome) -> list[dict[str, Any]]:
-    groups = [group for group in outcome.groups if group.examples]
+def _pictures(findings: Findings) -> list[dict[str, Any]]:
+    groups = [group for group in findings.groups if group.examples]
     return [{"title": f"{TITLES[one.problem]}, classifier {one.seed}", "attacks": one.examples} for one in groups]
 
 
@@ -124,18 +124,18 @@ def examples(setting: TrialSpec, results: Sequence[Result]) -> list[dict[str, An
     judges.sort(key=lambda one: (one.detector != OURS, -(one.evaluation.mean.value if _has_mean(one) else 0.0)))
     if not judges:
         return []
-    sheet = judges[0].sheets["all"]
-    threshold = sheet.calibration.threshold(0.05)
+    table = judges[0].score_tables["all"]
+    threshold = table.calibration.threshold(0.05)
     found = []
-    for name, attacked in setting.material.attacks.items():
+    for name, attacked in setting.data.attacks.items():
         some = attacked.select(np.argsort(attacked.ids)[:EXAMPLES])
-        scored = sheet.sets[f"attack {name}"]
+        scored = table.sets[f"attack {name}"]
         scores = [float(scored.scores[scored.ids == one][0]) for one in some.ids]
         now = predictions(setting.problem.network, some.units())
         images = []
         for row, score in enumerate(scores):
             clean = setting.problem.images["test"][some.ids[row]]
-            p = float(sheet.calibration.p_values(np.array([score]))[0])
+            p = float(table.calibration.p_values(np.array([score]))[0])
             was = _class_name(setting, int(setting.problem.labels["test"][some.ids[row]]))
             change = 0.5 + 0.5 * (some.units()[row] - clean) / max(float(np.abs(some.units()[row] - clean).max()), 1e-9)
             three = [_png(picture) for picture in (clean, some.units()[row], change)]

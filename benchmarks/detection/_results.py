@@ -41,13 +41,13 @@ class Group:
     @classmethod
     def of(cls, setting: TrialSpec) -> Group:
         """Without results yet."""
-        problem, clean = setting.problem, len(setting.material.clean)
+        problem, clean = setting.problem, len(setting.data.clean)
         tried = {name: len(ids) for name, ids in setting.tried.items()}
         return cls(problem.name, problem.seed, setting.accuracy, clean, setting.missing, tried, dict(setting.keep))
 
 
 @dataclass
-class Outcome:
+class Findings:
     """All classifiers.
 
     Args:

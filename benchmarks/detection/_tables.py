@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.common.results import RESULTS
 from benchmarks.detection._adaptive_tables import knowing
 from benchmarks.detection._detectors import LEFT_OUT, OURS, OWN, label
-from benchmarks.detection._results import TITLES, Group, Outcome
+from benchmarks.detection._results import TITLES, Findings, Group
 from benchmarks.detection._scores import CLEAN, NEEDED
 from benchmarks.detection._text_table import Table, interval, met, number, percent
 from benchmarks.harness import PROTOCOLS, Evaluation
@@ -25,27 +25,27 @@ MOST_PASSES = 12
 NOISE = ("gauss", "sign")
 
 
-def bars(outcome: Outcome) -> Table:
+def bars(findings: Findings) -> Table:
     """The bars of the issue, and whether ours clears them."""
     rows = []
     for (problem, protocol), (mean, worst) in BARS.items():
-        one = outcome.pooled(problem, protocol).get(OURS)
+        one = findings.pooled(problem, protocol).get(OURS)
         if one is None or one.mean is None or one.worst is None:
             continue
         where = f"{TITLES[problem]}, {protocol}"
         for what, least, figure in (("mean AUROC", mean, one.mean), ("worst AUROC", worst, one.worst)):
             rows.append([where, f"{what} at least {number(least)}", interval(figure), met(figure.value >= least)])
-    rows += [row for problem in outcome.problems() for row in _promised(outcome, problem)]
+    rows += [row for problem in findings.problems() for row in _promised(findings, problem)]
     words = [] if rows else ["Ours has not been scored yet."]
-    wanting = [f"{TITLES[group.problem]} ({group.seed})" for group in outcome.groups if group.missing]
+    wanting = [f"{TITLES[group.problem]} ({group.seed})" for group in findings.groups if group.missing]
     if rows and wanting:
         words.append(f"Preliminary: attacks have not been made for {', '.join(wanting)}.")
     return Table("What was asked for in advance", words, ["where", "asked", "found", ""], rows)
 
 
-def _promised(outcome: Outcome, problem: str) -> Iterator[list[str]]:
+def _promised(findings: Findings, problem: str) -> Iterator[list[str]]:
     """False alarms and passes of ours, fitted on clean images."""
-    ours = outcome.results(problem, "P3").get(OURS, [])
+    ours = findings.results(problem, "P3").get(OURS, [])
     alarms = [one.alarms for one in ours if one.alarms is not None]
     for place, nominal in enumerate((0.01, 0.05)):
         if not alarms:
@@ -67,12 +67,12 @@ def _promised(outcome: Outcome, problem: str) -> Iterator[list[str]]:
     ]
 
 
-def better(outcome: Outcome) -> Table:
+def better(findings: Findings) -> Table:
     """Wherever a peer's figure is greater than ours."""
     words = []
     for protocol in PROTOCOLS:
-        for problem in outcome.problems():
-            known = outcome.pooled(problem, protocol)
+        for problem in findings.problems():
+            known = findings.pooled(problem, protocol)
             if OURS in known and not set(known) <= set(OWN):
                 words.append(_compared(f"**{TITLES[problem]}, {protocol}.** ", known))
     note = "Differences are in AUROC, with the paired 95 % interval of the mean's difference."
@@ -119,20 +119,20 @@ def _differences(ours: Evaluation, peer: Evaluation) -> Iterator[str]:
 KINDS = ("clean", "correct", "misclassified", "gauss", "sign", "shift", "contrast", "jpeg")
 
 
-def tables(outcome: Outcome) -> list[Table]:
+def tables(findings: Findings) -> list[Table]:
     """All sections, in order."""
-    found = [_introduction(outcome), Table("Summary", [_SUMMARY])]
-    for problem, protocol in _pairs(outcome):
-        found.append(_summary(outcome, problem, protocol))
-    found += [knowing(outcome, RESULTS), bars(outcome), better(outcome)]
+    found = [_introduction(findings), Table("Summary", [_SUMMARY])]
+    for problem, protocol in _pairs(findings):
+        found.append(_summary(findings, problem, protocol))
+    found += [knowing(findings, RESULTS), bars(findings), better(findings)]
     found.append(Table("Attack by attack", [_BY_ATTACK]))
-    for problem, protocol in _pairs(outcome):
-        found.append(_by_attack(outcome, problem, protocol))
+    for problem, protocol in _pairs(findings):
+        found.append(_by_attack(findings, problem, protocol))
     found.append(Table("False alarms", [_ALARMS]))
-    for problem, protocol in _pairs(outcome):
+    for problem, protocol in _pairs(findings):
         if protocol in ("P3", "P2"):
-            found.append(_alarms(outcome, problem, protocol))
-    return [*found, _cost(outcome), _failed(outcome)]
+            found.append(_alarms(findings, problem, protocol))
+    return [*found, _cost(findings), _failed(findings)]
 
 
 _SUMMARY = (
@@ -143,7 +143,7 @@ _SUMMARY = (
     "drawn with everything that was made of them, the same for all classifiers, attacks and detectors. Best mean first."
 )
 _BY_ATTACK = (
-    "AUROC, mean over classifiers. Attacks that bound no norm (apart) count in no mean. Fewer successes than are "
+    "AUROC, mean over classifiers. Attacks that bound no norm (excluded) count in no mean. Fewer successes than are "
     "needed on each classifier: not evaluated."
 )
 _ALARMS = (
@@ -154,11 +154,11 @@ _ALARMS = (
 )
 
 
-def _pairs(outcome: Outcome) -> list[tuple[str, str]]:
-    return [(a, b) for b in PROTOCOLS for a in outcome.problems() if outcome.results(a, b)]
+def _pairs(findings: Findings) -> list[tuple[str, str]]:
+    return [(a, b) for b in PROTOCOLS for a in findings.problems() if findings.results(a, b)]
 
 
-def _introduction(outcome: Outcome) -> Table:
+def _introduction(findings: Findings) -> Table:
     protocols = "; ".join(f"**{name}** {what}" for name, what in PROTOCOLS.items())
     words = [
         "Attacks run through ART, those of Carlini and Wagner as attacks of ours in its form; rounded to eight bits; "
@@ -170,7 +170,7 @@ def _introduction(outcome: Outcome) -> Table:
         f"Negatives are the first {CLEAN} correctly classified test images, in an order without regard to classes, or "
         "all where there are fewer. P2 mixes the sizes of FGSM, on images of the fitting part.",
     ]
-    rows = [_about(group) for group in outcome.groups]
+    rows = [_about(group) for group in findings.groups]
     header = ["problem", "classifier", "accuracy", "clean images", "attacks made", "not made yet", "needed"]
     return Table("What was tried", words, header, rows)
 
@@ -181,7 +181,7 @@ def _about(group: Group) -> list[str]:
     return [TITLES[group.problem], str(group.seed), percent(group.accuracy), *counts]
 
 
-def _summary(outcome: Outcome, problem: str, protocol: str) -> Table:
+def _summary(findings: Findings, problem: str, protocol: str) -> Table:
     header = [
         "detector",
         "mean",
@@ -192,8 +192,8 @@ def _summary(outcome: Outcome, problem: str, protocol: str) -> Table:
         "worst case per image",
         "mean by classifier",
     ]
-    single, rows = outcome.results(problem, protocol), []
-    for name, one in outcome.pooled(problem, protocol).items():
+    single, rows = findings.results(problem, protocol), []
+    for name, one in findings.pooled(problem, protocol).items():
         least = "-" if one.worst_case is None else interval(one.worst_case.figures.auroc)
         means = [each.evaluation.mean for each in single[name] if each.evaluation is not None]
         seeds = " ".join(number(mean.value) for mean in means if mean is not None)
@@ -202,18 +202,18 @@ def _summary(outcome: Outcome, problem: str, protocol: str) -> Table:
     return Table(f"{TITLES[problem]}, {protocol}: {PROTOCOLS[protocol]}", [], header, rows, level=3)
 
 
-def _by_attack(outcome: Outcome, problem: str, protocol: str) -> Table:
-    known, shown = outcome.pooled(problem, protocol), outcome.shown(problem, protocol)
+def _by_attack(findings: Findings, problem: str, protocol: str) -> Table:
+    known, shown = findings.pooled(problem, protocol), findings.shown(problem, protocol)
     attacks = list(dict.fromkeys(name for one in shown for name in known[one].attacks))
     rows, dropped = [], []
-    for attack in sorted(attacks, key=lambda name: known[shown[0]].attacks[name].apart):
+    for attack in sorted(attacks, key=lambda name: known[shown[0]].attacks[name].excluded):
         tried = known[shown[0]].attacks[attack]
         count = str(tried.figures.n_attacked)
         if not tried.figures.evaluated:
             dropped.append(f"{attack} ({count} successes)")
             continue
         cells = [interval(known[name].attacks[attack].figures.auroc) for name in shown]
-        rows.append([attack + (" (apart)" if tried.apart else ""), count, *_with_best(cells)])
+        rows.append([attack + (" (excluded)" if tried.excluded else ""), count, *_with_best(cells)])
     words = [f"Not evaluated: {', '.join(dropped)}."] if dropped else []
     title = f"{TITLES[problem]}, {protocol}"
     return Table(title, words, ["attack", "attacked", *map(label, shown)], rows, level=3)
@@ -226,9 +226,9 @@ def _with_best(cells: Sequence[str]) -> list[str]:
     return [f"**{c}**" if h != "-" and float(h) == most else c for c, h in zip(cells, heads, strict=True)]
 
 
-def _alarms(outcome: Outcome, problem: str, protocol: str) -> Table:
-    results, rows = outcome.results(problem, protocol), []
-    for name in outcome.pooled(problem, protocol):
+def _alarms(findings: Findings, problem: str, protocol: str) -> Table:
+    results, rows = findings.results(problem, protocol), []
+    for name in findings.pooled(problem, protocol):
         alarms = [one.alarms for one in results[name] if one.alarms is not None]
         cells = []
         for kind in KINDS:
@@ -237,20 +237,20 @@ def _alarms(outcome: Outcome, problem: str, protocol: str) -> Table:
         held = [one.held() for one in alarms]
         within = " / ".join(f"{sum(bool(each[i]) for each in held)} of {len(held)}" for i in (0, 1))
         rows.append([label(name), str(alarms[0].n_calibration), f"{cells[0]} [{within}]", *cells[1:]])
-    keep = [group.keep for group in outcome.groups if group.problem == problem]
+    keep = [group.keep for group in findings.groups if group.problem == problem]
     kept = ", ".join(f"{kind} {percent(float(np.mean([one[kind] for one in keep])))}" for kind in keep[0])
     words = [f"Per cent at 1 % / at 5 %. Altered images that keep their class: {kept}."]
     header = ["detector", "calibrated on", *KINDS]
     return Table(f"{TITLES[problem]}, {protocol}", words, header, rows, level=3)
 
 
-def _cost(outcome: Outcome) -> Table:
-    problems, rows = outcome.problems(), []
-    names = dict.fromkeys(one.detector for group in outcome.groups for one in group.results)
+def _cost(findings: Findings) -> Table:
+    problems, rows = findings.problems(), []
+    names = dict.fromkeys(one.detector for group in findings.groups for one in group.results)
     for name in sorted(names, key=lambda one: one not in OWN):
         cells = []
         for problem in problems:
-            ones = [one for group in outcome.groups for one in group.results if one.detector == name]
+            ones = [one for group in findings.groups for one in group.results if one.detector == name]
             mine = [one for one in ones if one.problem == problem and one.seconds is not None]
             if not mine:
                 cells += ["-", "-"]
@@ -266,11 +266,11 @@ def _cost(outcome: Outcome) -> Table:
     return Table("Cost", words, header, rows)
 
 
-def _failed(outcome: Outcome) -> Table:
-    problems = outcome.problems()
+def _failed(findings: Findings) -> Table:
+    problems = findings.problems()
     broken = [
         f"- {label(one.detector)} on {TITLES[one.problem]} ({one.seed}), {one.protocol}: {one.error}"
-        for group in outcome.groups
+        for group in findings.groups
         for one in group.results
         if one.error
     ]

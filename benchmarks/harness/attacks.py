@@ -97,7 +97,6 @@ _ARRAYS = ("images", "index", "labels", "predicted", "stretch", "l2", "linf", "c
 
 
 Array = npt.NDArray[Any]
-FilePath = Union[str, "PathLike[str]"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ class AttackSpec:
         aims: the attack is told the runner-up class, at which it aims.
         stretch: factors on the perturbation, ascending; of each image the least that survives rounding is kept. An
             attack that stops at the boundary would otherwise be undone by the rounding to eight bits.
-        apart: the attack bounds no norm and is reported apart.
+        excluded: the attack bounds no norm: reported, but in no mean.
 
     Raises:
         ArgumentError: a count below 1, or stretch factors that are not ascending from 1.
@@ -136,7 +135,7 @@ class AttackSpec:
     chunk: int = 100
     aims: bool = False
     stretch: tuple[float, ...] = (1.0,)
-    apart: bool = False
+    excluded: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tries", "enough", "chunk"):
@@ -149,6 +148,8 @@ class AttackSpec:
         """Everything that decides what the attack does, as JSON can hold it."""
         words = {**asdict(self), "settings": dict(self.settings), "stretch": list(self.stretch)}
         known: dict[str, Any] = json.loads(json.dumps(words))
+        # Its name of old, so that what has been made keeps its key.
+        known["apart"] = known.pop("excluded")
         return known
 
 

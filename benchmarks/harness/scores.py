@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.harness.archives import Arrays, read_archive, write_archive
-from benchmarks.harness.protocols import ImageSet, Material, Task, fit_detector
+from benchmarks.harness.protocols import ImageSet, ProtocolData, Task, fit_detector
 from ce_plugin.detection.calibration import Calibration
 from ce_plugin.detection.protocol import Detector
 from ce_plugin.errors import FileError, expected
 
-__all__ = ["Scored", "Sheet", "score_task", "sets_of"]
+__all__ = ["ScoreTable", "Scored", "score_task", "sets_of"]
 
 FilePath = Union[str, "PathLike[str]"]
 _TIMED = 200  # images
@@ -40,7 +40,7 @@ class Scored(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sheet:
+class ScoreTable:
     """What one fit of a detector gave.
 
     Args:
@@ -50,11 +50,11 @@ class Sheet:
         seconds: time for one image, measured on the first 200 clean test images.
 
     Example:
-        >>> sheet = Sheet(Calibration(np.arange(99.0)), {"clean": Scored(np.arange(3), np.ones(3))}, 1.0, 0.001)
+        >>> table = ScoreTable(Calibration(np.arange(99.0)), {"clean": Scored(np.arange(3), np.ones(3))}, 1.0, 0.001)
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     sheet.save(f"{folder}/sheet.npz", key="margin 1")
-        ...     Sheet.load(f"{folder}/sheet.npz", key="margin 1").sets["clean"].scores.tolist()
+        ...     table.save(f"{folder}/table.npz", key="margin 1")
+        ...     ScoreTable.load(f"{folder}/table.npz", key="margin 1").sets["clean"].scores.tolist()
         [1.0, 1.0, 1.0]
     """
 
@@ -79,7 +79,7 @@ class Sheet:
         write_archive(file, about, {**arrays, "calibration": self.calibration.scores})
 
     @classmethod
-    def load(cls, file: FilePath, key: str | None = None) -> Sheet:
+    def load(cls, file: FilePath, key: str | None = None) -> ScoreTable:
         """Read a file that :meth:`save` wrote.
 
         Raises:
@@ -98,39 +98,39 @@ class Sheet:
         return cls(calibration, sets, about["passes"], about["seconds"])
 
 
-def sets_of(task: Task, material: Material) -> dict[str, ImageSet]:
-    """All sets of images that a task scores, under the names that a :class:`Sheet` has for them.
+def sets_of(task: Task, data: ProtocolData) -> dict[str, ImageSet]:
+    """All sets of images that a task scores, under the names that a :class:`ScoreTable` has for them.
 
     Example:
         >>> from benchmarks.harness.protocols import plan
         >>> one = np.zeros((4, 1, 2, 2), np.uint8)
         >>> clean, fgsm = (ImageSet(name, one, np.arange(4)) for name in ("clean", "fgsm"))
-        >>> material = Material(one, {}, clean, {"fgsm": fgsm}, {"noise": clean})
-        >>> list(sets_of(plan("P3", material)[0], material))
+        >>> data = ProtocolData(one, {}, clean, {"fgsm": fgsm}, {"noise": clean})
+        >>> list(sets_of(plan("P3", data)[0], data))
         ['clean', 'attack fgsm', 'other noise']
     """
-    sets = {"clean": material.clean.of_fold(task.fold)}
-    sets |= {f"attack {name}": material.attacks[name].of_fold(task.fold) for name in task.tries}
+    sets = {"clean": data.clean.of_fold(task.fold)}
+    sets |= {f"attack {name}": data.attacks[name].of_fold(task.fold) for name in task.tries}
     if task.alarms:
-        sets |= {f"other {name}": one for name, one in material.others.items()}
+        sets |= {f"other {name}": one for name, one in data.others.items()}
     return sets
 
 
 def score_task(
     detector: Detector,
     task: Task,
-    material: Material,
+    data: ProtocolData,
     *,
-    known: Sheet | None = None,
+    known: ScoreTable | None = None,
     limit: int | None = None,
     batch_size: int = 128,
-) -> Sheet:
+) -> ScoreTable:
     """Fit a detector for a task and score all its sets of images, but for those that have been scored.
 
     Args:
         detector: is fitted, unless nothing is left to score.
         task: see :func:`~benchmarks.harness.plan`.
-        material: the images.
+        data: the images.
         known: scores of an equal detector, fitted on the same images: sets that have not changed are taken from it.
         limit: see :func:`~benchmarks.harness.fit_detector`.
         batch_size: images at a time.
@@ -143,18 +143,18 @@ def score_task(
         >>> from benchmarks.detectors import Margin
         >>> import torch
         >>> images = np.random.default_rng(0).random((40, 1, 2, 2)).astype(np.float32)
-        >>> material = Material(images, {}, ImageSet("clean", images, np.arange(40)), {})
-        >>> sheet = score_task(Margin(torch.nn.Flatten()), plan("P3", material)[0], material)
-        >>> sheet.calibration.n, sheet.sets["clean"].scores.shape, sheet.passes
+        >>> data = ProtocolData(images, {}, ImageSet("clean", images, np.arange(40)), {})
+        >>> table = score_task(Margin(torch.nn.Flatten()), plan("P3", data)[0], data)
+        >>> table.calibration.n, table.sets["clean"].scores.shape, table.passes
         (12, (40,), 1.0)
     """
-    wanted = sets_of(task, material)
+    wanted = sets_of(task, data)
     checksums = {name: one.checksum() for name, one in wanted.items()}
     old = {} if known is None else known.sets
     kept = {name: old[name] for name, checksum in checksums.items() if name in old and old[name].checksum == checksum}
     if known is not None and len(kept) == len(wanted):
-        return Sheet(known.calibration, kept, known.passes, known.seconds)
-    calibration = fit_detector(detector, task, material, limit=limit, batch_size=batch_size)
+        return ScoreTable(known.calibration, kept, known.passes, known.seconds)
+    calibration = fit_detector(detector, task, data, limit=limit, batch_size=batch_size)
     sets = {}
     for name, one in wanted.items():
         if name in kept:
@@ -162,9 +162,9 @@ def score_task(
             continue
         scores = detector.score(one.units(), batch_size=batch_size) if len(one) else np.zeros(0)
         sets[name] = Scored(one.ids, np.asarray(scores, np.float64), checksums[name])
-    seconds = _seconds(detector, material.clean, batch_size) if known is None else known.seconds
+    seconds = _seconds(detector, data.clean, batch_size) if known is None else known.seconds
     passes = getattr(detector, "passes", None)
-    return Sheet(calibration, sets, None if passes is None else float(passes), seconds)
+    return ScoreTable(calibration, sets, None if passes is None else float(passes), seconds)
 
 
 def _seconds(detector: Detector, clean: ImageSet, batch_size: int) -> float | None:
