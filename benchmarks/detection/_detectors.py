@@ -51,7 +51,7 @@ _WATCHED = (
     "ce_plugin.detection",
     "benchmarks.detectors",
     "ce_plugin.interventions.smoothing",
-    "ce_plugin.interventions.filters",
+    "ce_plugin.interventions._filters",
 )
 _IRRELEVANT = tuple(f"ce_plugin.detection.{name}" for name in ("adaptive", "explanation", "stored"))
 

@@ -15,23 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = [
-    "TV_SOFTENING",
-    "box_mean",
-    "gaussian",
-    "jpeg",
-    "median",
-    "quantised",
-    "soft_threshold",
-    "straight_through",
-    "total_variation",
-    "translated",
-]
-
 # About so many values are worked on at once: what fits a processor's cache goes through twice as fast.
 _CHUNK = 1 << 17
 # Gradients below this share of the value range count as flat in total variation, which has a corner there.
-TV_SOFTENING = 0.01
+_SOFTENING = 0.01
 
 
 def in_chunks(work: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -270,7 +257,7 @@ def total_variation(images: Tensor, weight: float, iterations: int, span: float)
 
     Source: Rudin, Osher, Fatemi 1992; Chan, Osher, Shen, IEEE Trans. Image Processing 10(2), 2001, Eq. 9.
     """
-    softening = (TV_SOFTENING * span) ** 2
+    softening = (_SOFTENING * span) ** 2
 
     def work(part: Tensor) -> Tensor:
         u = part
