@@ -6,25 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.intervals import bounds, interval, ratio_interval
+
 REFERENCES = ("blur", "mean", "zero")
 OURS = "CausalEffect (default)"
-RESAMPLES = 10_000
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
-
-
-def interval(values: Array) -> list[float]:
-    """95 % percentile bootstrap interval of a mean over images."""
-    picks = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
-    return [float(low), float(high)]
-
-
-def ratio_interval(ours: Array, other: Array) -> list[float]:
-    """The same for the ratio of two means, images drawn together."""
-    picks = np.random.default_rng(0).integers(len(ours), size=(RESAMPLES, len(ours)))
-    low, high = np.percentile(ours[picks].mean(1) / other[picks].mean(1), [2.5, 97.5])
-    return [float(low), float(high)]
 
 
 def report_data(plan: list[tuple[str, dict[str, Any]]], scores: dict[str, Any]) -> dict[str, Any]:
@@ -70,11 +55,6 @@ def report_data(plan: list[tuple[str, dict[str, Any]]], scores: dict[str, Any]) 
 def written(settings: dict[str, Any]) -> str:
     """Settings in a few words."""
     return ", ".join(f"{key} {value}" for key, value in settings.items()) or "-"
-
-
-def bounds(low_high: list[float]) -> str:
-    """An interval."""
-    return f"{low_high[0]:+.3f} to {low_high[1]:+.3f}"
 
 
 def chosen_text(tried: list[dict[str, Any]], chosen: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.faithfulness._tables import interval
+from benchmarks.common.intervals import interval
 
 CONFIDENT = 0.8
 

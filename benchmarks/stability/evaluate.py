@@ -20,9 +20,9 @@ from captum.attr import LayerGradCam
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.common.intervals import bounds, interval
 from benchmarks.common.networks import image_files
 from benchmarks.common.results import write
-from benchmarks.faithfulness._tables import bounds, interval
 from ce_plugin import CausalEffectMap
 from ce_plugin.datasets import read_image
 from ce_plugin.evaluation import rank_correlation

@@ -215,14 +215,14 @@ class AttackConfig:
             settings = {**quiet, **settings}
         return attack_with_estimator(self.maker, estimator, settings)
 
-    def check(self, clip_values: tuple[float, float], size: float | None = None) -> None:
+    def check(self, clip_values: tuple[float, float]) -> None:
         """Refuse sizes that cannot be meant, before any work.
 
         Raises:
             AttackError: eps is negative, not finite or larger than the clip range; a step or number of iterations
                 is not positive.
         """
-        size, name = self.size if size is None else size, self.size_name or "eps"
+        size, name = self.size, self.size_name or "eps"
         span = clip_values[1] - clip_values[0]
         if size is not None:
             if not (math.isfinite(size) and (size >= 0 or name == "theta")):
@@ -253,11 +253,10 @@ def resolve_clip_values(given: tuple[float, float] | None, estimator: Any) -> tu
     """
     own = clip_values_of(estimator)
     hint = "Without them nothing is clipped; write clip_values=(0.0, 1.0), in image units."
-    if given is None and own is None:
-        raise AttackError(expected("clip_values", "a pair (low, high)", "None", hint))
-    if given is not None and not (isinstance(given, (tuple, list)) and len(given) == 2):
+    pair = own if given is None else given
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
         raise AttackError(expected("clip_values", "a pair (low, high)", repr(given), hint))
-    low, high = (float(value) for value in (given if given is not None else own or ()))
+    low, high = (float(value) for value in pair)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise AttackError(expected("clip_values", "a pair (low, high) with low < high", (low, high)))
     if own is not None and own != (low, high):
