@@ -20,8 +20,8 @@ def images(n: int = 32) -> torch.Tensor:
 
 
 def trained(seed: int = 0) -> nn.Module:
-    recipe = ssl.Pretraining(ssl.Augmentation(flip=True), epochs=1, batch=16)
-    network: nn.Module = ssl.train(recipe, seed, images().numpy(), np.arange(32) % 10)
+    config = ssl.Pretraining(ssl.Augmentation(flip=True), epochs=1, batch=16)
+    network: nn.Module = ssl.train(config, seed, images().numpy(), np.arange(32) % 10)
     return network
 
 
@@ -80,8 +80,8 @@ def test_beyond_takes_it_and_scores_images_one_by_one() -> None:
 
 
 def test_a_network_that_is_in_the_cache_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = ssl.Pretraining(ssl.Augmentation(flip=False), epochs=1, batch=16)
-    monkeypatch.setitem(ssl.PRETRAINING, "mnist", recipe)
+    config = ssl.Pretraining(ssl.Augmentation(flip=False), epochs=1, batch=16)
+    monkeypatch.setitem(ssl.PRETRAINING, "mnist", config)
     monkeypatch.setattr(ssl, "train_split", lambda name: (images().numpy(), np.arange(32) % 10))
     before = torch.get_rng_state()
     first = ssl.simsiam("mnist", 3, tmp_path).state_dict()

@@ -34,7 +34,7 @@ STATISTICS = 32
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Architecture:
     """How a network is made, and its early, middle and last layer: name -> dimension of the output that holds units."""
 
     build: Callable[[], nn.Module]
@@ -43,32 +43,34 @@ class Recipe:
     size: int = 224
 
 
-NETWORKS: dict[str, Recipe] = {
-    "VGG-16": Recipe(
+NETWORKS: dict[str, Architecture] = {
+    "VGG-16": Architecture(
         lambda: models.vgg16(init_weights=False), {"features.4": 1, "features.16": 1, "features.29": 1}, "classifier.6"
     ),
-    "ResNet-18": Recipe(models.resnet18, {"layer1": 1, "layer3": 1, "layer4": 1}, "fc"),
-    "ResNet-50": Recipe(models.resnet50, {"layer1": 1, "layer3": 1, "layer4": 1}, "fc"),
-    "DenseNet-121": Recipe(
+    "ResNet-18": Architecture(models.resnet18, {"layer1": 1, "layer3": 1, "layer4": 1}, "fc"),
+    "ResNet-50": Architecture(models.resnet50, {"layer1": 1, "layer3": 1, "layer4": 1}, "fc"),
+    "DenseNet-121": Architecture(
         models.densenet121, {"features.pool0": 1, "features.transition2": 1, "features.norm5": 1}, "classifier"
     ),
-    "MobileNetV3-small": Recipe(
+    "MobileNetV3-small": Architecture(
         models.mobilenet_v3_small, {"features.0": 1, "features.6": 1, "features.12": 1}, "classifier.3"
     ),
-    "EfficientNet-lite0": Recipe(lambda: efficientnet_lite0().model, {"_blocks.1": 1, "_blocks.8": 1, "_bn1": 1}),
-    "Inception v3": Recipe(
+    "EfficientNet-lite0": Architecture(lambda: efficientnet_lite0().model, {"_blocks.1": 1, "_blocks.8": 1, "_bn1": 1}),
+    "Inception v3": Architecture(
         lambda: models.inception_v3(aux_logits=False, transform_input=False, init_weights=False),
         {"Conv2d_2b_3x3": 1, "Mixed_6b": 1, "Mixed_7c": 1},
         "fc",
         299,
     ),
-    "ConvNeXt-tiny": Recipe(models.convnext_tiny, {"features.1": 1, "features.5": 1, "features.7": 1}, "classifier.2"),
-    "ViT-B/16": Recipe(
+    "ConvNeXt-tiny": Architecture(
+        models.convnext_tiny, {"features.1": 1, "features.5": 1, "features.7": 1}, "classifier.2"
+    ),
+    "ViT-B/16": Architecture(
         models.vit_b_16,
         {f"encoder.layers.encoder_layer_{i}": 2 for i in (1, 6, 10)},
         "heads.head",
     ),
-    "Swin-T": Recipe(models.swin_t, {"features.1": 3, "features.5": 3, "features.7": 3}, "head"),
+    "Swin-T": Architecture(models.swin_t, {"features.1": 3, "features.5": 3, "features.7": 3}, "head"),
 }
 
 
@@ -88,15 +90,15 @@ def image_files() -> list[Path]:
 
 def network(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
     """A network in eval mode and one photograph, (1, 3, size, size), in its own units."""
-    recipe = NETWORKS[name]
-    images = photographs(STATISTICS + 1, recipe.size)
-    if not recipe.head:
-        return recipe.build().eval().to(dtype), LITE.to_model(images[-1:] * 255).to(dtype)
+    config = NETWORKS[name]
+    images = photographs(STATISTICS + 1, config.size)
+    if not config.head:
+        return config.build().eval().to(dtype), LITE.to_model(images[-1:] * 255).to(dtype)
     images = IMAGENET.to_model(images)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = recipe.build().eval()
-        _draw(model, recipe.head)
+        model = config.build().eval()
+        _draw(model, config.head)
     _estimate_statistics(model, images[:-1])
     return model.to(dtype), images[-1:].to(dtype)
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.detection._detectors import LIMITS, build, least_taught, needs_labels
+from benchmarks.detection._detectors import LIMITS, build, least_protocol, needs_labels
 from benchmarks.detection._problems import Problem, cache_folder
 from benchmarks.detection._scores import setting
 from benchmarks.detection._text_table import Table, number
@@ -227,7 +227,7 @@ def _fitted(problem: Problem, name: str, cache: str | None) -> DifferentiableDet
     detector: Any = build(name, problem, cache)
     if needs_labels(name):
         data = setting(problem, cache).data
-        (task,) = plan(least_taught(name), data)
+        (task,) = plan(least_protocol(name), data)
         fit_detector(detector, task, data)
     else:
         detector.fit(problem.images["fit"][: LIMITS.get(name)])

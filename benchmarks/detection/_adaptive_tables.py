@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.detection._adaptive_attack import CLEAN, Chunk, Comparison, Effort, TargetModel, more_effort
-from benchmarks.detection._detectors import LAST_LAYER, label, least_taught, version
+from benchmarks.detection._detectors import LAST_LAYER, label, least_protocol, version
 from benchmarks.detection._results import TITLES, Findings
 from benchmarks.detection._text_table import Table, interval, met, number, percent
 from ce_plugin.evaluation import Figures, Interval, auroc, figures
@@ -308,7 +308,7 @@ def tables(rows: Sequence[Row], results: Path) -> list[Table]:
 
 def _static(results: Path, row: Row) -> str:
     """The worst AUROC over static attacks of the same classifier, where the other benchmark has been run."""
-    protocol = least_taught(row.detector)
+    protocol = least_protocol(row.detector)
     for classifier in _static_figures(results):
         if (classifier["problem"], classifier["seed"]) == (row.problem, row.seed):
             for one in classifier["results"]:
@@ -356,5 +356,5 @@ def _comparison_cell(one: dict[str, Any]) -> str:
 
 
 def _worst(findings: Findings, problem: str, detector: str) -> str:
-    evaluation = findings.pooled(problem, least_taught(detector)).get(detector)
+    evaluation = findings.pooled(problem, least_protocol(detector)).get(detector)
     return number(None if evaluation is None or evaluation.worst is None else evaluation.worst.value)

@@ -119,12 +119,12 @@ def _pictures(findings: Findings) -> list[dict[str, Any]]:
 
 
 def examples(setting: TrialSpec, results: Sequence[Result]) -> list[dict[str, Any]]:
-    """The first attacked images of each attack, chosen by number alone, with the verdict of one clean-only detector."""
-    judges = [one for one in results if one.protocol == "P3" and one.evaluation is not None]
-    judges.sort(key=lambda one: (one.detector != OURS, -(one.evaluation.mean.value if _has_mean(one) else 0.0)))
-    if not judges:
+    """The first attacked images of each attack, chosen by number alone, with the answer of one clean-only detector."""
+    fitted = [one for one in results if one.protocol == "P3" and one.evaluation is not None]
+    fitted.sort(key=lambda one: (one.detector != OURS, -(one.evaluation.mean.value if _has_mean(one) else 0.0)))
+    if not fitted:
         return []
-    table = judges[0].score_tables["all"]
+    table = fitted[0].score_tables["all"]
     threshold = table.calibration.threshold(0.05)
     found = []
     for name, attacked in setting.data.attacks.items():
@@ -139,9 +139,9 @@ def examples(setting: TrialSpec, results: Sequence[Result]) -> list[dict[str, An
             was = _class_name(setting, int(setting.problem.labels["test"][some.ids[row]]))
             change = 0.5 + 0.5 * (some.units()[row] - clean) / max(float(np.abs(some.units()[row] - clean).max()), 1e-9)
             three = [_png(picture) for picture in (clean, some.units()[row], change)]
-            verdict = {"p": f"{p:.2g}", "flagged": score > threshold}
-            images.append({"three": three, "was": was, "now": _class_name(setting, int(now[row])), **verdict})
-        found.append({"name": name, "images": images, "judge": label(judges[0].detector).strip("*")})
+            answer = {"p": f"{p:.2g}", "flagged": score > threshold}
+            images.append({"three": three, "was": was, "now": _class_name(setting, int(now[row])), **answer})
+        found.append({"name": name, "images": images, "detector": label(fitted[0].detector).strip("*")})
     return found
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.detection._classifiers import checksum
-from benchmarks.detection._detectors import LIMITS, OWN, UNTAUGHT, build, needs_labels, version
+from benchmarks.detection._detectors import CLEAN_ONLY, LIMITS, OWN, build, needs_labels, version
 from benchmarks.detection._problems import Problem, cache_folder, predictions
 from benchmarks.detection.attacks import attack_file, specs
 from benchmarks.harness import (
@@ -31,7 +31,7 @@ from benchmarks.harness import (
     sets_of,
 )
 from benchmarks.harness.attacks import attack_key
-from benchmarks.harness.benign import BENIGN, benign
+from benchmarks.harness.distortions import DISTORTIONS, distorted
 from ce_plugin.errors import FileError
 from ce_plugin.evaluation import Alarms, false_alarms
 
@@ -103,16 +103,16 @@ def setting(problem: Problem, cache: str | None) -> TrialSpec:
     chosen = np.flatnonzero(right)[:CLEAN]
     wrong = np.flatnonzero(~right[: chosen[-1] + 1])
     attacks, missing, tried = _attacks(problem, "test", cache)
-    taught, _, _ = _attacks(problem, "fit", cache)
+    training_attacks, _, _ = _attacks(problem, "fit", cache)
     others = {"misclassified": ImageSet("misclassified", _bytes(images[wrong]), wrong)}
     keep = {}
-    for kind in BENIGN:
+    for kind in DISTORTIONS:
         some = chosen[:ALTERED]
-        altered = benign(images[some], kind, problem.seed, size=NOISE[problem.name])
+        altered = distorted(images[some], kind, problem.seed, size=NOISE[problem.name])
         keep[kind] = float((predictions(problem.network, altered) == labels[some]).mean())
         others[kind] = ImageSet(kind, _bytes(altered), some)
     clean = ImageSet("clean", _bytes(images[chosen]), chosen)
-    data = ProtocolData(problem.images["fit"], taught, clean, attacks, others)
+    data = ProtocolData(problem.images["fit"], training_attacks, clean, attacks, others)
     return TrialSpec(problem, data, missing, tried, float(right.mean()), keep)
 
 
@@ -174,7 +174,7 @@ def _score_table(
     setting: TrialSpec, protocol: str, name: str, task: Task, cache: str | None, make: bool
 ) -> ScoreTable | None:
     problem, data = setting.problem, setting.data
-    folder = "P3" if protocol == "P2" and name in UNTAUGHT else protocol
+    folder = "P3" if protocol == "P2" and name in CLEAN_ONLY else protocol
     file = cache_folder(cache) / "scores" / f"{problem.name}-{problem.seed}" / folder / name / f"{task.key}.npz"
     if not make and not file.is_file():
         return None  # before anything is built: building may mean training
@@ -208,8 +208,8 @@ def _batch(problem: Problem) -> int:
 
 def _fitted_on(data: ProtocolData, task: Task, problem: Problem, name: str) -> str:
     """A checksum of everything that a fit depends on, but for the detector's code."""
-    learnt = data.taught if task.taught_on == "pool" else data.attacks
-    words = [(one, learnt[one].checksum()) for one in task.learns if name not in UNTAUGHT]
+    learnt = data.training_attacks if task.trained_on == "pool" else data.attacks
+    words = [(one, learnt[one].checksum()) for one in task.learns if name not in CLEAN_ONLY]
     start = zlib.crc32(json.dumps([words, task.fold, data.seed, LIMITS.get(name)]).encode())
     return f"{zlib.crc32(np.ascontiguousarray(data.pool).tobytes(), checksum(problem.network, start)):08x}"
 

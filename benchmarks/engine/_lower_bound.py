@@ -30,7 +30,7 @@ def operations(function: Callable[[], Any]) -> float:
     return float(counter.get_total_flops())
 
 
-def floor_of(network: str, layer: str, timed: Any, window: int, stride: int) -> float:
+def operations_needed(network: str, layer: str, timed: Any, window: int, stride: int) -> float:
     """Operations of a case of the speed benchmark.
 
     A clean pass; behind a layer the first linear mixing once for all channels together, since the channels' changes

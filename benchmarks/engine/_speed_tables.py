@@ -49,7 +49,7 @@ def shown(values: list[float], digits: int = 2) -> str:
 
 
 def report(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
-    """The table, the floor, the profile."""
+    """The table, the lower bound, the profile."""
     lines = [
         "### Effects of all units: time",
         "",
@@ -85,23 +85,23 @@ def title(case: Case) -> str:
 
 
 def details(found: dict[str, dict[str, Any]]) -> list[str]:
-    """Seconds of everything, the floor, and where the time goes."""
+    """Seconds of everything, the lower bound, and where the time goes."""
     lines = [
-        "Seconds of a whole map (best batch size), our first call in a process, and the floor: floating-point",
+        "Seconds of a whole map (best batch size), our first call in a process, and the lower bound: floating-point",
         "operations that an exact answer cannot avoid (the clean pass; the first linear mixing once for all units",
         "together; what follows it for every unit, or for windows what their reach touches) over the rate of a large",
         "matrix product.",
         "",
-        "| case | clean | ours | first call | Captum | grad-cam | suffix loop | floor, GFLOP | floor, s | times it |",
+        "| case | clean | ours | first call | Captum | grad-cam | suffix loop | bound, GFLOP | bound, s | times it |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, one in found.items():
         middle = {name: statistics.median(r[name] for r in one["rounds"]) for name in one["rounds"][0]}
         peers = " | ".join(f"{middle[p]:.1f} ({one['best'][p]})" if p in middle else "-" for p in PEERS)
-        floor = one["floor"] / one["matrix_rate"]
+        least = one["lower_bound"] / one["matrix_rate"]
         lines.append(
             f"| {title(CASES[key])} | {middle['clean']:.3f} | {middle['ours']:.2f} | {one['first_call']:.2f} | {peers} "
-            f"| {one['floor'] / 1e9:.1f} | {floor:.2f} | {middle['ours'] / floor:.1f} |"
+            f"| {one['lower_bound'] / 1e9:.1f} | {least:.2f} | {middle['ours'] / least:.1f} |"
         )
     rates = [one["matrix_rate"] / 1e9 for one in found.values()]
     lines += ["", f"Rate of a matrix product of 2048 x 2048: {min(rates):.0f} to {max(rates):.0f} GFLOP/s."]

@@ -24,7 +24,7 @@ from captum.attr import LayerFeatureAblation, Occlusion
 from torch import Tensor, nn
 
 from benchmarks.common.networks import network
-from benchmarks.engine._lower_bound import floor_of, matrix_rate
+from benchmarks.engine._lower_bound import matrix_rate, operations_needed
 from benchmarks.engine._speed_tables import CASES, STRIDE, WINDOW, Case, report
 from ce_plugin import CausalEffect, LayerCausalEffect
 from ce_plugin.designs import OneAtATime
@@ -175,7 +175,7 @@ def trials_of(name: str, batch: int, timed: Timed, options: argparse.Namespace) 
 
 
 def measure(key: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One case: the search for batch sizes, the rounds, the floor, the profile."""
+    """One case: the search for batch sizes, the rounds, the lower bound, the profile."""
     case = CASES[key]
     timed = Timed(case)
     timed.clean()
@@ -196,7 +196,7 @@ def measure(key: str, options: argparse.Namespace) -> dict[str, Any]:
     rate = matrix_rate()
     found = {
         "units": timed.units, "first_call": first, "searched": searched, "best": best, "rounds": rounds,
-        "floor": floor_of(case.network, case.layer, timed, WINDOW, STRIDE), "matrix_rate": rate,
+        "lower_bound": operations_needed(case.network, case.layer, timed, WINDOW, STRIDE), "matrix_rate": rate,
         "profile": profile(timed), "whole": {}, "cost": str(cost(timed)),
     }  # fmt: skip
     if options.whole:

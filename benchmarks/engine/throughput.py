@@ -74,16 +74,16 @@ def main() -> None:
         layout, batch = max(speeds, key=lambda key: speeds[key])
         plain = max((speed, key[1]) for key, speed in speeds.items() if key[0] == "contiguous")
         pairs = [(ours(explainer, x, trials), bare(model, x, batch, trials, layout)) for _ in range(options.pairs)]
-        ratios = [mine / floor for mine, floor in pairs]
+        ratios = [mine / loop for mine, loop in pairs]
         low, high = interval(ratios)
-        mine, floor = (statistics.median(column) for column in zip(*pairs, strict=True))
+        mine, loop = (statistics.median(column) for column in zip(*pairs, strict=True))
         ratio = statistics.median(ratios)
         data[name] = {
             "layout": layout, "batch": batch, "trials": trials, "pairs": pairs, "ratio": ratio,
             "interval": [low, high], "search": {f"{key[0]} {key[1]}": speed for key, speed in speeds.items()},
         }  # fmt: skip
         rows.append(
-            f"| {name} | {trials} | {mine:.1f} | {floor:.1f} ({layout}, batch {batch}) "
+            f"| {name} | {trials} | {mine:.1f} | {loop:.1f} ({layout}, batch {batch}) "
             f"| {ratio:.3f} ({low:.3f} to {high:.3f}) | {plain[0]:.1f} (batch {plain[1]}) |"
         )
         print(rows[-1], flush=True)

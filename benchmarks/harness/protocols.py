@@ -90,7 +90,7 @@ class ProtocolData:
 
     Args:
         pool: clean images to fit and calibrate on, (N, C, H, W).
-        taught: attacks on images of the pool; their ids are rows of ``pool``.
+        training_attacks: attacks on images of the pool; their ids are rows of ``pool``.
         clean: correctly classified test images.
         attacks: successful attacks on test images; ids as in ``clean``.
         others: further sets that are scored for false alarms: misclassified test images, altered ones.
@@ -98,7 +98,7 @@ class ProtocolData:
     """
 
     pool: Array = field(repr=False)
-    taught: Mapping[str, ImageSet]
+    training_attacks: Mapping[str, ImageSet]
     clean: ImageSet
     attacks: Mapping[str, ImageSet]
     others: Mapping[str, ImageSet] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class Task:
     Args:
         key: names it among the tasks of a protocol.
         learns: attacks that are learnt from; none means clean images only.
-        taught_on: whether these are attacks on the pool or on test images.
+        trained_on: whether these are attacks on the pool or on test images.
         tries: attacks that are scored.
         fold: of the test images that are scored; attacked test images that are learnt from are of the other fold.
         alarms: whether false alarms are counted with this fit.
@@ -120,7 +120,7 @@ class Task:
 
     key: str
     learns: tuple[str, ...]
-    taught_on: Literal["pool", "test"]
+    trained_on: Literal["pool", "test"]
     tries: tuple[str, ...]
     fold: int | None = None
     alarms: bool = False
@@ -166,9 +166,9 @@ def plan(protocol: str, data: ProtocolData) -> tuple[Task, ...]:
     if protocol == "P3":
         return (Task("all", (), "pool", names, alarms=True),)
     if protocol == "P2":
-        if not any(len(one) for one in data.taught.values()):
-            raise InputError(expected("taught", "attacks on images of the pool, for P2", "none"))
-        return (Task("all", tuple(data.taught), "pool", names, alarms=True),)
+        if not any(len(one) for one in data.training_attacks.values()):
+            raise InputError(expected("training_attacks", "attacks on images of the pool, for P2", "none"))
+        return (Task("all", tuple(data.training_attacks), "pool", names, alarms=True),)
     if protocol == "P1":
         return tuple(Task(f"{name}-{fold}", (name,), "test", (name,), fold) for name in names for fold in (0, 1))
     return _left_out(data.attacks)
@@ -222,13 +222,13 @@ def fit_detector(
     order = numpy_generator(data.seed, "held out").permutation(len(data.pool))[:limit]
     n_held = 0 if own else round(HELD_OUT * len(order))
     held, rows = np.sort(order[:n_held]), np.sort(order[n_held:])
-    taught = _taught(task, data, rows)
+    training_attacks = _training_attacks(task, data, rows)
     clean = _units(data.pool[rows])
     if task.learns:
-        if not len(taught):
-            raise InputError(expected("taught", f"successful attacks among {', '.join(task.learns)}", "none"))
-        labels = np.concatenate([np.zeros(len(clean), np.int64), np.ones(len(taught), np.int64)])
-        detector.fit(np.concatenate([clean, taught]), labels)
+        if not len(training_attacks):
+            raise InputError(expected("training_attacks", f"successful attacks among {', '.join(task.learns)}", "none"))
+        labels = np.concatenate([np.zeros(len(clean), np.int64), np.ones(len(training_attacks), np.int64)])
+        detector.fit(np.concatenate([clean, training_attacks]), labels)
     else:
         detector.fit(clean)
     calibration = getattr(detector, "calibration", None)
@@ -237,10 +237,10 @@ def fit_detector(
     return Calibration(detector.score(_units(data.pool[held]), batch_size=batch_size))
 
 
-def _taught(task: Task, data: ProtocolData, rows: Ids) -> npt.NDArray[np.float32]:
+def _training_attacks(task: Task, data: ProtocolData, rows: Ids) -> npt.NDArray[np.float32]:
     """Attacked images that a task may learn from: none whose clean image is held out, or is scored."""
-    if task.taught_on == "pool":
-        sets = [data.taught[name] for name in task.learns]
+    if task.trained_on == "pool":
+        sets = [data.training_attacks[name] for name in task.learns]
         chosen = [one.select(np.isin(one.ids, rows)) for one in sets]
     else:
         other = None if task.fold is None else 1 - task.fold

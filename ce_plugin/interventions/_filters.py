@@ -215,28 +215,28 @@ def _selected(values: list[Tensor]) -> Tensor:
     and so on. Minima and maxima of whole tensors are many times as fast as sorting each window.
     """
     kept = len(values) // 2 + 2
-    pool, rest = values[:kept], values[kept:]
+    candidates, rest = values[:kept], values[kept:]
     if len(values) % 2 == 0:
         # The upper median of an even number is the median if one more value stood above all.
-        pool = _least_first(pool[:-1])[1:] + [pool[-1]]
-    while len(pool) > 1:
-        pool = _least_first(pool)[1:]
-        pool = _greatest_last(pool)[:-1]
+        candidates = _least_first(candidates[:-1])[1:] + [candidates[-1]]
+    while len(candidates) > 1:
+        candidates = _least_first(candidates)[1:]
+        candidates = _greatest_last(candidates)[:-1]
         if rest:
-            pool.append(rest.pop(0))
-    return pool[0]
+            candidates.append(rest.pop(0))
+    return candidates[0]
 
 
-def _least_first(pool: list[Tensor]) -> list[Tensor]:
-    for i in range(len(pool) - 1, 0, -1):
-        pool[i - 1], pool[i] = _sorted_pair(pool[i - 1], pool[i])
-    return pool
+def _least_first(candidates: list[Tensor]) -> list[Tensor]:
+    for i in range(len(candidates) - 1, 0, -1):
+        candidates[i - 1], candidates[i] = _sorted_pair(candidates[i - 1], candidates[i])
+    return candidates
 
 
-def _greatest_last(pool: list[Tensor]) -> list[Tensor]:
-    for i in range(len(pool) - 1):
-        pool[i], pool[i + 1] = _sorted_pair(pool[i], pool[i + 1])
-    return pool
+def _greatest_last(candidates: list[Tensor]) -> list[Tensor]:
+    for i in range(len(candidates) - 1):
+        candidates[i], candidates[i + 1] = _sorted_pair(candidates[i], candidates[i + 1])
+    return candidates
 
 
 def translated(images: Tensor, dx: int, dy: int) -> Tensor:

@@ -87,9 +87,9 @@ def data() -> ProtocolData:
             ("patch", 6000, slice(None), "patch", True),
         )
     }
-    taught = {"fgsm": ImageSet("fgsm", numbered(1000, 100)[::2], np.arange(100)[::2], "sign")}
+    training_attacks = {"fgsm": ImageSet("fgsm", numbered(1000, 100)[::2], np.arange(100)[::2], "sign")}
     others = {"noise": ImageSet("noise", numbered(7000, 10), np.arange(10))}
-    return ProtocolData(numbered(0, 100), taught, ImageSet("clean", numbered(2000, 40), ids), attacks, others)
+    return ProtocolData(numbered(0, 100), training_attacks, ImageSet("clean", numbered(2000, 40), ids), attacks, others)
 
 
 def test_clean_only_fits_on_clean_images_of_the_pool_and_calibrates_on_the_rest(data: ProtocolData) -> None:
@@ -109,10 +109,10 @@ def test_p2_learns_from_fgsm_on_images_that_are_fitted_on(data: ProtocolData) ->
     fit_detector(detector, task, data)
     ((x, y),) = detector.fits
     assert y is not None
-    clean, taught = numbers(x[y == 0]), numbers(x[y == 1])
+    clean, training_attacks = numbers(x[y == 0]), numbers(x[y == 1])
     assert len(clean) == 70
-    assert taught  # some of the 50 lie in the 70 that are fitted on, and none elsewhere
-    assert set(taught) == {1000 + n for n in clean if n % 2 == 0}
+    assert training_attacks  # some of the 50 lie in the 70 that are fitted on, and none elsewhere
+    assert set(training_attacks) == {1000 + n for n in clean if n % 2 == 0}
 
 
 @pytest.mark.parametrize("protocol", ["P1", "P4"])
@@ -123,11 +123,11 @@ def test_an_image_and_its_twin_never_stand_on_both_sides(data: ProtocolData, pro
         ((x, y),) = detector.fits
         assert y is not None
         assert (np.asarray(numbers(x[y == 0])) < 100).all()
-        taught = {n % 1000 for n in numbers(x[y == 1])}
+        training_attacks = {n % 1000 for n in numbers(x[y == 1])}
         scored = {int(i) for one in sets_of(task, data).values() for i in one.ids}
-        assert taught
+        assert training_attacks
         assert scored
-        assert not taught & scored
+        assert not training_attacks & scored
 
 
 @pytest.mark.parametrize("protocol", ["P1", "P4"])
@@ -166,7 +166,7 @@ def test_limit_takes_fewer_images_of_the_pool(data: ProtocolData) -> None:
 
 def test_protocol_without_anything_to_learn_from(data: ProtocolData) -> None:
     bare = ProtocolData(data.pool, {}, data.clean, data.attacks)
-    with pytest.raises(InputError, match="Expected argument `taught` to be attacks on images of the pool"):
+    with pytest.raises(InputError, match="Expected argument `training_attacks` to be attacks on images of the pool"):
         plan("P2", bare)
     with pytest.raises(UnknownNameError, match="protocol"):
         plan("P5", data)
@@ -196,7 +196,7 @@ def test_nothing_is_scored_twice(data: ProtocolData, tmp_path: Path) -> None:
     for name, one in table.sets.items():
         np.testing.assert_array_equal(one.scores, same.sets[name].scores)
     changed = dict(data.attacks) | {"pgd": ImageSet("pgd", numbered(8000, 7), np.arange(7), "sign")}
-    new = ProtocolData(data.pool, data.taught, data.clean, changed, data.others)
+    new = ProtocolData(data.pool, data.training_attacks, data.clean, changed, data.others)
     third = Recorder()
     after = score_task(third, plan("P3", new)[0], new, known=known)
     assert third.scored == [30, 7]  # calibration, and the attack that changed; its time is known
@@ -218,7 +218,7 @@ def test_scores_under_another_key_or_damaged_are_refused(data: ProtocolData, tmp
 
 def test_an_attack_without_success_is_scored_as_nothing(data: ProtocolData) -> None:
     none = ImageSet("jsma", numbered(0, 0), np.arange(0), "sparse")
-    new = ProtocolData(data.pool, data.taught, data.clean, {"jsma": none})
+    new = ProtocolData(data.pool, data.training_attacks, data.clean, {"jsma": none})
     table = score_task(Recorder(), plan("P3", new)[0], new)
     assert table.sets["attack jsma"].scores.shape == (0,)
     found = evaluate(plan("P3", new), {"all": table}, ImageDraws(40, 10), detector="r", needed=1)

@@ -12,12 +12,12 @@ import numpy.typing as npt
 from ce_plugin.errors import ArgumentError, InputError, expected, unknown_name
 from ce_plugin.randomness import numpy_generator
 
-__all__ = ["BENIGN", "benign"]
+__all__ = ["DISTORTIONS", "distorted"]
 
 Array = npt.NDArray[Any]
 
 
-def benign(images: Array, kind: str, seed: int = 0, *, size: float = 0.1) -> npt.NDArray[np.float32]:
+def distorted(images: Array, kind: str, seed: int = 0, *, size: float = 0.1) -> npt.NDArray[np.float32]:
     """Images as they come out of a poor camera or a careless program, rounded to eight bits.
 
     Each image draws its own numbers, of (seed, kind, position).
@@ -41,11 +41,11 @@ def benign(images: Array, kind: str, seed: int = 0, *, size: float = 0.1) -> npt
 
     Example:
         >>> x = np.full((1, 1, 4, 4), 0.6, np.float32)
-        >>> round(float(abs(benign(x, "sign") - x).max()), 3)
+        >>> round(float(abs(distorted(x, "sign") - x).max()), 3)
         0.102
     """
-    if kind not in BENIGN:
-        raise unknown_name("kind", kind, BENIGN)
+    if kind not in DISTORTIONS:
+        raise unknown_name("kind", kind, DISTORTIONS)
     if not 0 < size <= 1:
         raise ArgumentError(expected("size", "a float in (0, 1]", size))
     if images.ndim != 4 or not np.issubdtype(images.dtype, np.floating):
@@ -55,7 +55,7 @@ def benign(images: Array, kind: str, seed: int = 0, *, size: float = 0.1) -> npt
         raise InputError(expected("images", "values in [0, 1]", f"[{images.min():g}, {images.max():g}]"))
     made = np.empty(images.shape, dtype=np.float32)
     for row, image in enumerate(images):
-        made[row] = BENIGN[kind](image.astype(np.float64), numpy_generator(seed, kind, row), size)
+        made[row] = DISTORTIONS[kind](image.astype(np.float64), numpy_generator(seed, kind, row), size)
     rounded: npt.NDArray[np.float32] = np.rint(made.clip(0, 1) * np.float32(255)) / np.float32(255)
     return rounded
 
@@ -93,7 +93,7 @@ def _jpeg(image: Array, draw: np.random.Generator, size: float) -> Array:
     return read[None] if len(image) == 1 else read.transpose(2, 0, 1)
 
 
-BENIGN: dict[str, Callable[[Array, np.random.Generator, float], Array]] = {
+DISTORTIONS: dict[str, Callable[[Array, np.random.Generator, float], Array]] = {
     "gauss": _gauss,
     "sign": _sign,
     "shift": _shift,
