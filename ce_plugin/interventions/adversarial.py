@@ -117,13 +117,7 @@ class Adversarial(Intervention):
 
     @classmethod
     def bim(
-        cls,
-        model: Any,
-        *,
-        eps: float = 0.3,
-        eps_step: float | None = None,
-        max_iter: int = 10,
-        **options: Any,
+        cls, model: Any, *, eps: float = 0.3, eps_step: float | None = None, max_iter: int = 10, **options: Any
     ) -> Adversarial:
         """Basic iterative method: ``max_iter`` gradient-sign steps of ``eps_step``, kept within eps of x.
 
@@ -163,13 +157,7 @@ class Adversarial(Intervention):
 
     @classmethod
     def jsma(
-        cls,
-        model: Any,
-        *,
-        eps: float = 0.3,
-        max_iter: int = 25,
-        gamma: float | None = None,
-        **options: Any,
+        cls, model: Any, *, eps: float = 0.3, max_iter: int = 25, gamma: float | None = None, **options: Any
     ) -> Adversarial:
         """Jacobian saliency map attack: pairs of values are raised one after the other, until the runner-up wins.
 
