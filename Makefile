@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT := ce-plugin-demo
 ARGS :=
 METADATA := setup.cfg pyproject.toml
+SCRIPTS = $(shell grep -l '^if __name__ == "__main__":' benchmarks/*.py benchmarks/*/*.py)
 
 # glibc returns large blocks to the system after every operation, which slows convolutional networks down on a CPU
 # (docs/performance.md); other C libraries take no notice of these.
@@ -61,9 +62,9 @@ benchmark: $(VENV)/.installed-demo $(VENV)/.installed-benchmark  ## list the ben
 ifdef RUN
 	$(BIN)/python -m benchmarks.$(subst /,.,$(RUN:.py=)) $(ARGS)
 else
-	@echo "Run one by name, for example: make benchmark RUN=$(firstword $(basename $(notdir $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))))"
-	@for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do \
-	  printf '  %-24s %s\n' "$$(basename $$script .py)" "$$(sed -n '1s/^"""//;1s/"""$$//;1p' $$script)"; done
+	@echo "Run one by name, for example: make benchmark RUN=coverage.smooth"
+	@for script in $(SCRIPTS); do name=$${script#benchmarks/}; \
+	  printf '  %-24s %s\n' "$$(echo $${name%.py} | tr / .)" "$$(sed -n '1s/^"""//;1s/"""$$//;1p' $$script)"; done
 endif
 
 clean:  ## remove what was built (not .venv, not a report)

@@ -92,20 +92,20 @@ def kept(file: Path, make: Callable[[], nn.Module]) -> dict[str, Tensor]:
     return weights
 
 
-def train(recipe: Training, seed: int, images: Array, labels: Labels) -> FashionCNN:
-    """A `FashionCNN` trained by this recipe, the same for the same seed."""
+def train(config: Training, seed: int, images: Array, labels: Labels) -> FashionCNN:
+    """A `FashionCNN` trained by this config, the same for the same seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = FashionCNN()
     x, y = torch.from_numpy(images), torch.from_numpy(labels)
     draw = generator(seed, "training")
-    optimizer = torch.optim.Adam(network.parameters(), lr=recipe.rate, weight_decay=1e-5)
-    steps, step = recipe.epochs * math.ceil(len(x) / recipe.batch), 0
-    for epoch in range(recipe.epochs):
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.rate, weight_decay=1e-5)
+    steps, step = config.epochs * math.ceil(len(x) / config.batch), 0
+    for epoch in range(config.epochs):
         start, total = time.time(), 0.0
-        for chosen in torch.randperm(len(x), generator=draw).split(recipe.batch):
-            optimizer.param_groups[0]["lr"] = recipe.rate * (1 + math.cos(math.pi * step / steps)) / 2
-            batch = _moved(x[chosen], recipe, draw) if recipe.shift or recipe.degrees else x[chosen]
+        for chosen in torch.randperm(len(x), generator=draw).split(config.batch):
+            optimizer.param_groups[0]["lr"] = config.rate * (1 + math.cos(math.pi * step / steps)) / 2
+            batch = _moved(x[chosen], config, draw) if config.shift or config.degrees else x[chosen]
             loss = F.cross_entropy(network(batch), y[chosen])
             optimizer.zero_grad()
             loss.backward()
@@ -116,12 +116,12 @@ def train(recipe: Training, seed: int, images: Array, labels: Labels) -> Fashion
     return network
 
 
-def _moved(x: Tensor, recipe: Training, draw: torch.Generator) -> Tensor:
+def _moved(x: Tensor, config: Training, draw: torch.Generator) -> Tensor:
     """Each image turned and shifted by its own amount; what comes in from outside is black."""
     size = x.shape[-1]
     amount = torch.rand(len(x), 3, generator=draw) * 2 - 1
-    angle = amount[:, 0] * math.radians(recipe.degrees)
-    shift = amount[:, 1:].mul(recipe.shift).round() * 2 / size
+    angle = amount[:, 0] * math.radians(config.degrees)
+    shift = amount[:, 1:].mul(config.shift).round() * 2 / size
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).reshape(-1, 2, 2)
     grid = F.affine_grid(torch.cat([turn, shift[:, :, None]], 2), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)

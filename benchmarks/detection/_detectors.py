@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from benchmarks.detection._classifiers import cache_folder, checksum
-from benchmarks.detection._data import Problem
-from benchmarks.detection._lessons import KeptLearner, RememberingMLLOO
+from benchmarks.detection._fitted import KeptLearner, RememberingMLLOO
+from benchmarks.detection._problems import Problem
 from benchmarks.detection._selfsupervised import PRETRAINING, simsiam
 from benchmarks.detectors import PEERS, Beyond, Mahalanobis, Peer
 from benchmarks.detectors.layers import default_layers
@@ -32,7 +32,7 @@ LIMITS = {ML_LOO: 600, BEYOND: 1500}
 """Clean images to fit and calibrate on, for detectors that take dozens or hundreds of passes an image."""
 COARSE = 32
 """Side of the cells that ML-LOO blanks on photographs, in pixels: 49 passes an image, where its own 196 take hours."""
-UNTAUGHT = ("max-softmax", "entropy", "margin", "feature-squeezing", "art-subset-scanning", BEYOND)
+CLEAN_ONLY = ("max-softmax", "entropy", "margin", "feature-squeezing", "art-subset-scanning", BEYOND)
 """Detectors that look at no attacked image while they are fitted: their P2 is their P3."""
 LEFT_OUT = {
     ("imagenet", BEYOND): "it needs a self-supervised network, and none of photographs is trained here",
@@ -51,7 +51,7 @@ _WATCHED = (
     "ce_plugin.detection",
     "benchmarks.detectors",
     "ce_plugin.interventions.smoothing",
-    "ce_plugin.interventions.jpeg",
+    "ce_plugin.interventions._filters",
 )
 _IRRELEVANT = tuple(f"ce_plugin.detection.{name}" for name in ("adaptive", "explanation", "stored"))
 
@@ -78,7 +78,7 @@ def build(name: str, problem: Problem, cache: str | Path | None = None) -> Detec
 
 @functools.lru_cache(maxsize=len(OWN))
 def _own(network: nn.Module, name: str, cache: str | Path | None) -> CausalEffectDetector:
-    """One detector for all protocols: what clean images have taught it is not learnt anew for every attack."""
+    """One detector for all protocols: what it learns from clean images is not learnt anew for every attack."""
     detector = CausalEffectDetector(network, None if name == OURS else Signature.hardened())
     # No user has a reason to exchange it; here hours depend on it.
     detector._learner = KeptLearner(network, cache_folder(cache) / "fitted", version(detector))
@@ -100,7 +100,7 @@ def needs_labels(name: str) -> bool:
     return bool(getattr(_PEERS.get(name), "needs_labels", False))
 
 
-def least_taught(name: str) -> str:
+def least_protocol(name: str) -> str:
     """The protocol that gives it the least to learn from: clean images, or those and FGSM where it must have both."""
     return "P2" if needs_labels(name) else "P3"
 

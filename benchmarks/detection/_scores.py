@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from attacks import attack_file, specs
 
 from benchmarks.detection._classifiers import checksum
-from benchmarks.detection._data import Problem, cache_folder, predictions
-from benchmarks.detection._detectors import LIMITS, OWN, UNTAUGHT, build, needs_labels, version
+from benchmarks.detection._detectors import CLEAN_ONLY, LIMITS, OWN, build, needs_labels, version
+from benchmarks.detection._problems import Problem, cache_folder, predictions
+from benchmarks.detection.attacks import attack_file, specs
 from benchmarks.harness import (
     Attacked,
     Evaluation,
     ImageDraws,
     ImageSet,
-    Material,
-    Sheet,
+    ProtocolData,
+    ScoreTable,
     Task,
     evaluate,
     plan,
@@ -31,7 +31,7 @@ from benchmarks.harness import (
     sets_of,
 )
 from benchmarks.harness.attacks import attack_key
-from benchmarks.harness.benign import BENIGN, benign
+from benchmarks.harness.distortions import DISTORTIONS, distorted
 from ce_plugin.errors import FileError
 from ce_plugin.evaluation import Alarms, false_alarms
 
@@ -48,7 +48,7 @@ class TrialSpec:
 
     Args:
         problem: name and seed, classifier.
-        material: what protocols draw on.
+        data: what protocols draw on.
         missing: attacks that have not been made, or were made with other settings.
         tried: attack -> ids of the images that were attacked.
         accuracy: of the classifier on the test images.
@@ -56,15 +56,15 @@ class TrialSpec:
     """
 
     problem: Problem
-    material: Material
+    data: ProtocolData
     missing: tuple[str, ...]
     tried: Mapping[str, np.ndarray]
     accuracy: float
     keep: Mapping[str, float]
 
     def among(self) -> np.ndarray:
-        """Images that every attack was tried on, attacks apart from the others left out."""
-        known = [ids for name, ids in self.tried.items() if not self.material.attacks[name].apart]
+        """Images that every attack was tried on, but for excluded attacks."""
+        known = [ids for name, ids in self.tried.items() if not self.data.attacks[name].excluded]
         return functools.reduce(np.intersect1d, known)
 
 
@@ -78,7 +78,7 @@ class Result:
         alarms: false alarms, for protocols with one fit.
         passes: forward passes for one image.
         seconds: time for one image.
-        sheets: task -> scores.
+        score_tables: task -> scores.
         among: ids of the images that every attack was tried on.
         error: why it broke off.
     """
@@ -91,7 +91,7 @@ class Result:
     alarms: Alarms | None = None
     passes: float | None = None
     seconds: float | None = None
-    sheets: Mapping[str, Sheet] = field(default_factory=dict, repr=False)
+    score_tables: Mapping[str, ScoreTable] = field(default_factory=dict, repr=False)
     among: np.ndarray = field(default_factory=lambda: np.arange(0), repr=False)
     error: str = ""
 
@@ -103,17 +103,17 @@ def setting(problem: Problem, cache: str | None) -> TrialSpec:
     chosen = np.flatnonzero(right)[:CLEAN]
     wrong = np.flatnonzero(~right[: chosen[-1] + 1])
     attacks, missing, tried = _attacks(problem, "test", cache)
-    taught, _, _ = _attacks(problem, "fit", cache)
+    training_attacks, _, _ = _attacks(problem, "fit", cache)
     others = {"misclassified": ImageSet("misclassified", _bytes(images[wrong]), wrong)}
     keep = {}
-    for kind in BENIGN:
+    for kind in DISTORTIONS:
         some = chosen[:ALTERED]
-        altered = benign(images[some], kind, problem.seed, size=NOISE[problem.name])
+        altered = distorted(images[some], kind, problem.seed, size=NOISE[problem.name])
         keep[kind] = float((predictions(problem.network, altered) == labels[some]).mean())
         others[kind] = ImageSet(kind, _bytes(altered), some)
     clean = ImageSet("clean", _bytes(images[chosen]), chosen)
-    material = Material(problem.images["fit"], taught, clean, attacks, others)
-    return TrialSpec(problem, material, missing, tried, float(right.mean()), keep)
+    data = ProtocolData(problem.images["fit"], training_attacks, clean, attacks, others)
+    return TrialSpec(problem, data, missing, tried, float(right.mean()), keep)
 
 
 def _attacks(
@@ -130,7 +130,7 @@ def _attacks(
             continue
         tried[spec.name] = made.index
         pictures = made.images[made.success]
-        found[spec.name] = ImageSet(spec.name, pictures, made.sources(), spec.family, spec.apart)
+        found[spec.name] = ImageSet(spec.name, pictures, made.sources(), spec.family, spec.excluded)
     return found, tuple(missing), tried
 
 
@@ -138,64 +138,66 @@ def result(
     setting: TrialSpec, protocol: str, name: str, draws: ImageDraws, cache: str | None, *, make: bool
 ) -> Result | None:
     """Scores and figures; None where there are none, and none are to be made."""
-    problem, material = setting.problem, setting.material
+    problem, data = setting.problem, setting.data
     about = (problem.name, problem.seed, protocol, name)
     if protocol == "P3" and needs_labels(name):
         return None
     try:
-        tasks, sheets = plan(protocol, material), {}
+        tasks, score_tables = plan(protocol, data), {}
         for task in tasks:
-            sheet = _sheet(setting, protocol, name, task, cache, make)
-            if sheet is None:
+            table = _score_table(setting, protocol, name, task, cache, make)
+            if table is None:
                 return None
-            sheets[task.key] = sheet
+            score_tables[task.key] = table
     except FAILURES as error:
         if make:
             traceback.print_exc()
         return Result(*about, error=f"{type(error).__name__}: {error}".splitlines()[0]) if make else None
-    if not tasks or not material.attacks:
+    if not tasks or not data.attacks:
         return None
     figures = evaluate(
         tasks,
-        sheets,
+        score_tables,
         draws,
         detector=name,
         needed=NEEDED[problem.name],
-        apart=[one.name for one in material.attacks.values() if one.apart],
+        excluded=[one.name for one in data.attacks.values() if one.excluded],
         worst_case=protocol != "P1",
         among=setting.among(),
     )
-    one = sheets[tasks[0].key]
+    one = score_tables[tasks[0].key]
     alarms = false_alarms(one.calibration, one.unattacked) if tasks[0].alarms else None
-    return Result(*about, figures, alarms, one.passes, one.seconds, sheets, setting.among())
+    return Result(*about, figures, alarms, one.passes, one.seconds, score_tables, setting.among())
 
 
-def _sheet(setting: TrialSpec, protocol: str, name: str, task: Task, cache: str | None, make: bool) -> Sheet | None:
-    problem, material = setting.problem, setting.material
-    folder = "P3" if protocol == "P2" and name in UNTAUGHT else protocol
+def _score_table(
+    setting: TrialSpec, protocol: str, name: str, task: Task, cache: str | None, make: bool
+) -> ScoreTable | None:
+    problem, data = setting.problem, setting.data
+    folder = "P3" if protocol == "P2" and name in CLEAN_ONLY else protocol
     file = cache_folder(cache) / "scores" / f"{problem.name}-{problem.seed}" / folder / name / f"{task.key}.npz"
     if not make and not file.is_file():
         return None  # before anything is built: building may mean training
     detector = build(name, problem, cache)
-    key = f"{version(detector)} {_fitted_on(material, task, problem, name)}"
+    key = f"{version(detector)} {_fitted_on(data, task, problem, name)}"
     known = _known(file, key)
-    wanted = sets_of(task, material)
+    wanted = sets_of(task, data)
     if known is not None and all(n in known.sets and known.sets[n].checksum == s.checksum() for n, s in wanted.items()):
-        return score_task(detector, task, material, known=known)
+        return score_task(detector, task, data, known=known)
     if not make:
         return None
     start = time.perf_counter()
-    sheet = score_task(detector, task, material, known=known, limit=LIMITS.get(name), batch_size=_batch(problem))
-    sheet.save(file, key)
+    table = score_task(detector, task, data, known=known, limit=LIMITS.get(name), batch_size=_batch(problem))
+    table.save(file, key)
     took = time.perf_counter() - start
     now = time.strftime("%H:%M:%S", time.gmtime())
     print(f"{now} {problem.name}-{problem.seed} {protocol} {name} {task.key}: {took:.0f} s", flush=True)
-    return sheet
+    return table
 
 
-def _known(file: Path, key: str) -> Sheet | None:
+def _known(file: Path, key: str) -> ScoreTable | None:
     try:
-        return Sheet.load(file, key)
+        return ScoreTable.load(file, key)
     except FileError:
         return None
 
@@ -204,12 +206,12 @@ def _batch(problem: Problem) -> int:
     return 16 if problem.name == "imagenet" else 128
 
 
-def _fitted_on(material: Material, task: Task, problem: Problem, name: str) -> str:
+def _fitted_on(data: ProtocolData, task: Task, problem: Problem, name: str) -> str:
     """A checksum of everything that a fit depends on, but for the detector's code."""
-    learnt = material.taught if task.taught_on == "pool" else material.attacks
-    words = [(one, learnt[one].checksum()) for one in task.learns if name not in UNTAUGHT]
-    start = zlib.crc32(json.dumps([words, task.fold, material.seed, LIMITS.get(name)]).encode())
-    return f"{zlib.crc32(np.ascontiguousarray(material.pool).tobytes(), checksum(problem.network, start)):08x}"
+    learnt = data.training_attacks if task.trained_on == "pool" else data.attacks
+    words = [(one, learnt[one].checksum()) for one in task.learns if name not in CLEAN_ONLY]
+    start = zlib.crc32(json.dumps([words, task.fold, data.seed, LIMITS.get(name)]).encode())
+    return f"{zlib.crc32(np.ascontiguousarray(data.pool).tobytes(), checksum(problem.network, start)):08x}"
 
 
 def _bytes(images: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.detection._classifiers import Array, Labels, cache_folder, kept
-from benchmarks.detection._data import train_split
+from benchmarks.detection._problems import train_split
 from ce_plugin.randomness import derived_seed, generator
 
 WIDTH = 128
@@ -125,23 +125,23 @@ def simsiam(name: str, seed: int, cache: str | Path | None = None) -> SimSiam:
     return network.eval().requires_grad_(False)
 
 
-def train(recipe: Pretraining, seed: int, images: Array, labels: Labels) -> SimSiam:
-    """A network trained by this recipe, the same for the same seed; in eval mode."""
+def train(config: Pretraining, seed: int, images: Array, labels: Labels) -> SimSiam:
+    """A network trained by this config, the same for the same seed; in eval mode."""
     network, draw = _fresh(seed), generator(seed, "training")
-    x, y = torch.from_numpy(images[: recipe.limit]), torch.from_numpy(labels[: recipe.limit])
-    optimizer = torch.optim.SGD(network.parameters(), lr=recipe.rate, momentum=0.9, weight_decay=5e-4)
-    each = max(1, len(x) // recipe.batch)  # a last batch that is smaller would make poor statistics
-    for step in range(recipe.epochs * each):
+    x, y = torch.from_numpy(images[: config.limit]), torch.from_numpy(labels[: config.limit])
+    optimizer = torch.optim.SGD(network.parameters(), lr=config.rate, momentum=0.9, weight_decay=5e-4)
+    each = max(1, len(x) // config.batch)  # a last batch that is smaller would make poor statistics
+    for step in range(config.epochs * each):
         if step % each == 0:
-            batches = torch.randperm(len(x), generator=draw).split(recipe.batch)
-        optimizer.param_groups[0]["lr"] = recipe.rate * (1 + math.cos(math.pi * step / (recipe.epochs * each))) / 2
+            batches = torch.randperm(len(x), generator=draw).split(config.batch)
+        optimizer.param_groups[0]["lr"] = config.rate * (1 + math.cos(math.pi * step / (config.epochs * each))) / 2
         chosen = x[batches[step % each]]
-        loss = network.loss(recipe.augmentation(chosen, draw), recipe.augmentation(chosen, draw))
+        loss = network.loss(config.augmentation(chosen, draw), config.augmentation(chosen, draw))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     network.eval()
-    views = torch.cat([x, recipe.augmentation(x, draw), recipe.augmentation(x, draw)])
+    views = torch.cat([x, config.augmentation(x, draw), config.augmentation(x, draw)])
     _classify(network, views, y.repeat(3))
     return network
 

@@ -1,9 +1,9 @@
 """Attack detectors by one who knows them; what has been found before is read from the cache, a stopped run goes on.
 
-    python benchmarks/detection/adaptive.py                                  all problems, seed 0, 200 images
-    python benchmarks/detection/adaptive.py mnist --detectors causal-effects mahalanobis --eps 0.1 0.3 --images 40
-    python benchmarks/detection/adaptive.py mnist fashion --seed 0 1 2       all that is to be reported
-    python benchmarks/detection/adaptive.py mnist --no-attacks               the table of what is in the cache
+    python -m benchmarks.detection.adaptive                                  all problems, seed 0, 200 images
+    python -m benchmarks.detection.adaptive mnist --detectors causal-effects mahalanobis --eps 0.1 0.3 --images 40
+    python -m benchmarks.detection.adaptive mnist fashion --seed 0 1 2       all that is to be reported
+    python -m benchmarks.detection.adaptive mnist --no-attacks               the table of what is in the cache
 
 The same losses, steps, restarts and width find the same chunks again; what was found with others is kept beside them,
 and the table shows what the most images were attacked with. Where the cache holds less than the results of an earlier
@@ -15,25 +15,17 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).parent.parent))
-
-from benchmarks._record import RESULTS, write
-from benchmarks.detection._adaptive import CHUNK, Effort, Victims, chunks
-from benchmarks.detection._adaptive_effort import compared
-from benchmarks.detection._adaptive_kept import kept
-from benchmarks.detection._adaptive_means import means
-from benchmarks.detection._adaptive_row import Row
-from benchmarks.detection._adaptive_tables import WANTED, tables
-from benchmarks.detection._data import PROBLEMS, SEEDS, check_problems, load
+from benchmarks.common.results import RESULTS, write
+from benchmarks.detection._adaptive_attack import CHUNK, Effort, TargetModel, chunks, compared, kept
+from benchmarks.detection._adaptive_tables import FILE, WANTED, Row, means, tables
 from benchmarks.detection._detectors import OURS, names
-from benchmarks.detection._knowing import FILE
+from benchmarks.detection._problems import PROBLEMS, SEEDS, check_problems, load
 from ce_plugin.detection.adaptive import LOSSES
 
 EPS = (0.05, 0.1, 0.2, 0.3, math.inf)
@@ -86,43 +78,43 @@ def run(name: str, seed: int, effort: Effort, options: argparse.Namespace, until
     problem, numbers = load(name, seed, options.cache), range(math.ceil(options.images / CHUNK))
     attacked = []
     for detector in options.detectors:
-        victims = Victims.ready(problem, detector, options.cache)
-        if callable(getattr(victims.detector, "score_tensor", None)):
-            attacked.append(victims)
+        target = TargetModel.ready(problem, detector, options.cache)
+        if callable(getattr(target.detector, "score_tensor", None)):
+            attacked.append(target)
         else:
             print(f"{detector} has no gradient and is not attacked", flush=True)
     for chunk in () if options.no_attacks else numbers:
-        for victims in attacked:
+        for target in attacked:
             if time.monotonic() < until:
-                attack(victims, chunk, options.eps, effort)
-    for victims in attacked:
+                attack(target, chunk, options.eps, effort)
+    for target in attacked:
         for eps in options.eps:
-            row = best_known(victims, eps, numbers, RESULTS / FILE)
+            row = best_known(target, eps, numbers, RESULTS / FILE)
             if row is not None:
                 yield row
 
 
-def best_known(victims: Victims, eps: float, numbers: Sequence[int], results: Path) -> Row | None:
+def best_known(target: TargetModel, eps: float, numbers: Sequence[int], results: Path) -> Row | None:
     """What the most images were attacked with: in the cache, or in the results of an earlier run."""
-    found, before = chunks(victims, eps, numbers), kept(victims, eps, results, numbers)
+    found, before = chunks(target, eps, numbers), kept(target, eps, results, numbers)
     if found is None and before is None:
         return None
     if found is None or (before is not None and len(before.found) > len(found[1])):
-        return Row.of(victims, eps, before.effort, before.found, before.more)
-    return Row.of(victims, eps, *found, compared(victims, eps, *found))
+        return Row.of(target, eps, before.effort, before.found, before.more)
+    return Row.of(target, eps, *found, compared(target, eps, *found))
 
 
-def attack(victims: Victims, number: int, every: list[float], effort: Effort) -> None:
+def attack(target: TargetModel, number: int, every: list[float], effort: Effort) -> None:
     """One chunk of images at every eps, each from what the one before found."""
     starts = None
     for eps in every:
-        found = victims.chunk(number, eps, effort, starts, make=True)
+        found = target.chunk(number, eps, effort, starts, make=True)
         if found is None:
             return
         starts = found.images
-        now, about = time.strftime("%H:%M:%S", time.gmtime()), f"{victims.problem.name}-{victims.problem.seed}"
+        now, about = time.strftime("%H:%M:%S", time.gmtime()), f"{target.problem.name}-{target.problem.seed}"
         what = f"{found.success.sum()} of {len(found.success)}, {found.seconds:.1f} s an image"
-        print(f"{now} {about} {victims.name} eps {eps:g} chunk {number}: {what}", flush=True)
+        print(f"{now} {about} {target.name} eps {eps:g} chunk {number}: {what}", flush=True)
 
 
 if __name__ == "__main__":

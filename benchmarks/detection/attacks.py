@@ -1,8 +1,8 @@
 """Make the attacked images that detectors are tried on, once, and keep them in the cache; a stopped run is resumed.
 
-    python benchmarks/detection/attacks.py                         everything, what is most wanted first
-    python benchmarks/detection/attacks.py --problem mnist --seed 1 --attack deepfool pgd-0.1
-    python benchmarks/detection/attacks.py --list                  what there is so far
+    python -m benchmarks.detection.attacks                         everything, what is most wanted first
+    python -m benchmarks.detection.attacks --problem mnist --seed 1 --attack deepfool pgd-0.1
+    python -m benchmarks.detection.attacks --list                  what there is so far
 
 Per problem, seed, part and attack one file `CACHE/detection/attacks/PROBLEM-SEED/PART/ATTACK.npz`, read by
 `benchmarks.harness.attacks.Attacked.load`. Part "test" is attacked with the whole suite; part "fit" with
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.detection._data import DEVELOPMENT_SEED, PROBLEMS, SEEDS, Problem, cache_folder, load
+from benchmarks.detection._problems import DEVELOPMENT_SEED, PROBLEMS, SEEDS, Problem, cache_folder, load
 from benchmarks.harness.attacks import Attacked, AttackSpec, cached_attack
 from benchmarks.harness.suites import fit_suite, suite
 from ce_plugin.errors import FileError

@@ -1,12 +1,12 @@
 """Try all detectors on all attacks that have been made; what has been scored before is read from the cache.
 
-    python benchmarks/detection/evaluate.py                             everything, by P3 and P2
-    python benchmarks/detection/evaluate.py fashion --detectors margin mahalanobis --protocols P3
-    python benchmarks/detection/evaluate.py --no-scoring                tables of what is in the cache
-    python benchmarks/detection/evaluate.py --detectors causal-effects causal-effects-hardened ml-loo \\
+    python -m benchmarks.detection.evaluate                             everything, by P3 and P2
+    python -m benchmarks.detection.evaluate fashion --detectors margin mahalanobis --protocols P3
+    python -m benchmarks.detection.evaluate --no-scoring                tables of what is in the cache
+    python -m benchmarks.detection.evaluate --detectors causal-effects causal-effects-hardened ml-loo \\
         --record detection_additions                                    what was added later, beside ours
 
-Attacks are made by `attacks.py`; those that are missing are "not evaluated" until they have been made. Writes
+Attacks are made by `attacks`; those that are missing are "not evaluated" until they have been made. Writes
 `benchmarks/results/detection.md` and `.json` (or another `--record`), and one HTML page with curves and pictures to the
 folder `--out`.
 """
@@ -15,20 +15,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
 from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).parent.parent))
-
-from benchmarks._record import write
-from benchmarks.detection._data import PROBLEMS, SEEDS, check_problems, load
-from benchmarks.detection._detection_tables import tables
+from benchmarks.common.results import write
 from benchmarks.detection._detectors import available, names
-from benchmarks.detection._html import examples, write_html
-from benchmarks.detection._outcome import Group, Outcome
+from benchmarks.detection._page import examples, write_html
+from benchmarks.detection._problems import PROBLEMS, SEEDS, check_problems, load
+from benchmarks.detection._results import Findings, Group
 from benchmarks.detection._scores import order, result, setting
+from benchmarks.detection._tables import tables
 from benchmarks.harness import PROTOCOLS, ImageDraws
 
 
@@ -46,25 +43,25 @@ def main() -> None:
     options = parser.parse_args()
     check_problems(parser, options.problem)
     torch.set_num_threads(1)
-    outcome = Outcome()
+    findings = Findings()
     for name in options.problem or PROBLEMS:
         for seed in SEEDS[name]:
             if options.seed is None or seed in options.seed:
-                run(outcome, name, seed, options)
-    built = tables(outcome)
+                run(findings, name, seed, options)
+    built = tables(findings)
     if not options.dry:
         text = "# Detecting adversarial examples\n\n" + "\n\n".join(table.markdown() for table in built)
-        write(options.record, text, outcome.to_dict(), "adversarial-robustness-toolbox")
+        write(options.record, text, findings.to_dict(), "adversarial-robustness-toolbox")
     if options.out:
-        print(write_html(options.out, built, outcome))
+        print(write_html(options.out, built, findings))
 
 
-def run(outcome: Outcome, name: str, seed: int, options: argparse.Namespace) -> None:
+def run(findings: Findings, name: str, seed: int, options: argparse.Namespace) -> None:
     """All detectors and protocols on one classifier."""
     found = setting(load(name, seed, options.cache), options.cache)
-    if not found.material.attacks:
+    if not found.data.attacks:
         return
-    draws = outcome.draws.setdefault(name, ImageDraws(len(found.problem.images["test"])))
+    draws = findings.draws.setdefault(name, ImageDraws(len(found.problem.images["test"])))
     group = Group.of(found)
     for protocol in PROTOCOLS:
         for detector in order([one for one in names() if available(one, name)]):
@@ -72,9 +69,9 @@ def run(outcome: Outcome, name: str, seed: int, options: argparse.Namespace) -> 
             one = result(found, protocol, detector, draws, options.cache, make=make)
             if one is not None:
                 group.results.append(one)
-    if options.out and not any(other.problem == name for other in outcome.groups):
+    if options.out and not any(other.problem == name for other in findings.groups):
         group.examples = examples(found, group.results)
-    outcome.groups.append(group)
+    findings.groups.append(group)
     del found
     gc.collect()
 

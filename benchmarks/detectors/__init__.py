@@ -11,8 +11,7 @@ from benchmarks.detectors.mlloo import MLLOO
 from benchmarks.detectors.nss import NSS
 from benchmarks.detectors.registry import PEERS, peers
 from benchmarks.detectors.squeezing import FeatureSqueezing, NonLocalMeans, paper_squeezers
-from benchmarks.detectors.toolbox import BinaryActivation, BinaryInput
-from benchmarks.detectors.toolbox_scans import Beyond, SubsetScanning
+from benchmarks.detectors.toolbox import Beyond, BinaryActivation, BinaryInput, SubsetScanning
 
 __all__ = [
     "LID",

@@ -7,8 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from benchmarks.detectors.base import DifferentiablePeer
-from benchmarks.detectors.combination import Combination
+from benchmarks.detectors.base import Combination, DifferentiablePeer
 from benchmarks.detectors.layers import LayerReader, Layers
 from ce_plugin.detection.protocol import Array
 from ce_plugin.errors import ArgumentError, expected

@@ -190,7 +190,7 @@ class NSS(DifferentiablePeer):
         super().__init__(network)
         self.seed = seed
         self.mean, self.scale = torch.zeros(0), torch.ones(0)
-        self.judge: Callable[[Tensor], Tensor] | None = None
+        self.scorer: Callable[[Tensor], Tensor] | None = None
 
     def _fit(self, images: Array, labels: npt.NDArray[np.int64] | None) -> None:
         if min(images.shape[2:]) < 2:
@@ -201,14 +201,14 @@ class NSS(DifferentiablePeer):
         self.mean, self.scale = statistics.mean(0), torch.where(deviation > _TINY, deviation, 1.0)
         z = (statistics - self.mean) / self.scale
         if labels is None:
-            self.judge = TiedGaussians.fitted(z, torch.zeros(len(z), dtype=torch.long), None).distance
+            self.scorer = TiedGaussians.fitted(z, torch.zeros(len(z), dtype=torch.long), None).distance
         else:
-            self.judge = _Machine.fitted(z.numpy(), labels, self.seed)
+            self.scorer = _Machine.fitted(z.numpy(), labels, self.seed)
 
     def _scores(self, images: Tensor) -> Tensor:
-        if self.judge is None:
+        if self.scorer is None:
             raise ArgumentError(expected("detector", "a fitted one", repr(self), "Call `fit` first."))
-        return self.judge((scene_statistics(images) - self.mean) / self.scale)
+        return self.scorer((scene_statistics(images) - self.mean) / self.scale)
 
 
 @dataclass(frozen=True)

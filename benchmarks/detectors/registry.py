@@ -15,8 +15,7 @@ from benchmarks.detectors.mahalanobis import Mahalanobis
 from benchmarks.detectors.mlloo import MLLOO
 from benchmarks.detectors.nss import NSS
 from benchmarks.detectors.squeezing import FeatureSqueezing
-from benchmarks.detectors.toolbox import BinaryActivation, BinaryInput
-from benchmarks.detectors.toolbox_scans import SubsetScanning
+from benchmarks.detectors.toolbox import BinaryActivation, BinaryInput, SubsetScanning
 from ce_plugin.errors import unknown_name
 
 __all__ = ["PEERS", "peers"]

@@ -1,25 +1,25 @@
 """A harness for detectors of adversarial examples: attacks, protocols, figures."""
 
 from benchmarks.harness.attacks import Attacked, AttackSpec, attack_images, cached_attack
-from benchmarks.harness.protocols import PROTOCOLS, ImageSet, Material, Task, fit_detector, fold_of, plan
-from benchmarks.harness.records import Scored, Sheet, score_task, sets_of
+from benchmarks.harness.protocols import PROTOCOLS, ImageSet, ProtocolData, Task, fit_detector, fold_of, plan
 from benchmarks.harness.resampling import CleanScores, ImageDraws
+from benchmarks.harness.scores import Scored, ScoreTable, score_task, sets_of
 from benchmarks.harness.suites import fit_suite, suite
-from benchmarks.harness.tables import Evaluation, Tried, evaluate, pooled
+from benchmarks.harness.tables import DetectionResult, Evaluation, evaluate, pooled
 
 __all__ = [
     "PROTOCOLS",
     "AttackSpec",
     "Attacked",
     "CleanScores",
+    "DetectionResult",
     "Evaluation",
     "ImageDraws",
     "ImageSet",
-    "Material",
+    "ProtocolData",
+    "ScoreTable",
     "Scored",
-    "Sheet",
     "Task",
-    "Tried",
     "attack_images",
     "cached_attack",
     "evaluate",

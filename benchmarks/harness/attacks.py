@@ -15,16 +15,88 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from benchmarks.harness.attacked import Attacked
+from benchmarks.harness.archives import read_archive, write_archive
 from benchmarks.harness.estimators import CountedNetwork, build_attack, build_estimator, predict
 from ce_plugin.errors import ArgumentError, FileError, InputError, expected
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.randomness import derived_seed
 
-__all__ = ["AttackSpec", "Attacked", "attack_images", "cached_attack"]
+FilePath = Union[str, "PathLike[str]"]
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """Images after an attack, as a file of eight bits would hold them; only correctly classified ones were attacked.
+
+    Args:
+        spec: the attack, as ``AttackSpec.described`` writes it.
+        images: (N, C, H, W), uint8: every image that was tried, successful or not.
+        index: (N,), where each stands among the images that were offered.
+        labels: (N,), the true classes, which the network gave for the clean images.
+        predicted: (N,), the classes that it gives now.
+        stretch: (N,), the factor by which each perturbation was lengthened before it was rounded.
+        l2: (N,), Euclidean norm of the change, values in [0, 1].
+        linf: (N,), greatest change of a value.
+        changed: (N,), number of pixels that changed, in whichever channel.
+        forwards: images that went through the network while attacking, per image.
+        seconds: time the attack took, all images together.
+    """
+
+    spec: dict[str, Any] = field(repr=False)
+    images: npt.NDArray[np.uint8] = field(repr=False)
+    index: npt.NDArray[np.int64] = field(repr=False)
+    labels: npt.NDArray[np.int64] = field(repr=False)
+    predicted: npt.NDArray[np.int64] = field(repr=False)
+    stretch: npt.NDArray[np.float64] = field(repr=False)
+    l2: npt.NDArray[np.float64] = field(repr=False)
+    linf: npt.NDArray[np.float64] = field(repr=False)
+    changed: npt.NDArray[np.int64] = field(repr=False)
+    forwards: float
+    seconds: float
+
+    @property
+    def success(self) -> npt.NDArray[np.bool_]:
+        """Which images the network takes for another class, after rounding, (N,)."""
+        successful: npt.NDArray[np.bool_] = self.predicted != self.labels
+        return successful
+
+    def adversarial(self) -> npt.NDArray[np.float32]:
+        """The successful ones, (S, C, H, W), float32 in [0, 1]."""
+        images: npt.NDArray[np.float32] = self.images[self.success].astype(np.float32) / np.float32(255)
+        return images
+
+    def sources(self) -> npt.NDArray[np.int64]:
+        """Where the clean image of each successful one stands among those offered, (S,)."""
+        return self.index[self.success]
+
+    def save(self, file: FilePath, key: str = "") -> None:
+        """Write everything to one compressed file, whole or not at all."""
+        about = {"key": key, "spec": self.spec, "forwards": self.forwards, "seconds": self.seconds}
+        write_archive(file, about, {name: getattr(self, name) for name in _ARRAYS}, compressed=True)
+
+    @classmethod
+    def load(cls, file: FilePath, key: str | None = None) -> Attacked:
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            FileError: there is none, it is damaged, or it was made under another key.
+        """
+        about, arrays = read_archive(
+            file,
+            lambda _, stored: {name: stored[name] for name in _ARRAYS},
+            wanted="a file of attacked images",
+            hint="Make it again.",
+        )
+        if key is not None and about["key"] != key:
+            hint = "It was made with other settings, another network or other images: make it again."
+            raise FileError(expected("file", f"one made under the key {key}", about["key"], hint))
+        return cls(about["spec"], **arrays, forwards=about["forwards"], seconds=about["seconds"])
+
+
+_ARRAYS = ("images", "index", "labels", "predicted", "stretch", "l2", "linf", "changed")
+
 
 Array = npt.NDArray[Any]
-FilePath = Union[str, "PathLike[str]"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +115,7 @@ class AttackSpec:
         aims: the attack is told the runner-up class, at which it aims.
         stretch: factors on the perturbation, ascending; of each image the least that survives rounding is kept. An
             attack that stops at the boundary would otherwise be undone by the rounding to eight bits.
-        apart: the attack bounds no norm and is reported apart.
+        excluded: the attack bounds no norm: reported, but in no mean.
 
     Raises:
         ArgumentError: a count below 1, or stretch factors that are not ascending from 1.
@@ -63,7 +135,7 @@ class AttackSpec:
     chunk: int = 100
     aims: bool = False
     stretch: tuple[float, ...] = (1.0,)
-    apart: bool = False
+    excluded: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tries", "enough", "chunk"):
@@ -76,6 +148,8 @@ class AttackSpec:
         """Everything that decides what the attack does, as JSON can hold it."""
         words = {**asdict(self), "settings": dict(self.settings), "stretch": list(self.stretch)}
         known: dict[str, Any] = json.loads(json.dumps(words))
+        # Its name of old, so that what has been made keeps its key.
+        known["apart"] = known.pop("excluded")
         return known
 
 

@@ -15,7 +15,7 @@ from ce_plugin.detection.protocol import Detector
 from ce_plugin.errors import ArgumentError, InputError, expected, unknown_name
 from ce_plugin.randomness import numpy_generator
 
-__all__ = ["PROTOCOLS", "ImageSet", "Material", "Task", "fit_detector", "fold_of", "plan"]
+__all__ = ["PROTOCOLS", "ImageSet", "ProtocolData", "Task", "fit_detector", "fold_of", "plan"]
 
 Array = npt.NDArray[Any]
 Ids = npt.NDArray[np.int64]
@@ -40,7 +40,7 @@ class ImageSet:
         images: (N, C, H, W), uint8 as stored, or float32 in [0, 1].
         ids: (N,), which image each was made from; each at most once.
         family: of the attack, see :class:`~benchmarks.harness.AttackSpec`.
-        apart: the attack bounds no norm: reported, but not in any mean or worst case.
+        excluded: the attack bounds no norm: reported, but not in any mean or worst case.
 
     Raises:
         InputError: not one id per image, or an id twice.
@@ -55,7 +55,7 @@ class ImageSet:
     images: Array = field(repr=False)
     ids: Ids = field(repr=False)
     family: str = ""
-    apart: bool = False
+    excluded: bool = False
 
     def __post_init__(self) -> None:
         if self.ids.shape != (len(self.images),):
@@ -72,7 +72,7 @@ class ImageSet:
 
     def select(self, rows: Array) -> ImageSet:
         """Some of them: a mask or indices, (N,)."""
-        return ImageSet(self.name, self.images[rows], self.ids[rows], self.family, self.apart)
+        return ImageSet(self.name, self.images[rows], self.ids[rows], self.family, self.excluded)
 
     def of_fold(self, fold: int | None) -> ImageSet:
         """Those whose source is in a fold; None is all."""
@@ -85,12 +85,12 @@ class ImageSet:
 
 
 @dataclass(frozen=True)
-class Material:
+class ProtocolData:
     """All images of one classifier that a protocol draws on. Parts are disjoint: nothing to fit on is a test image.
 
     Args:
         pool: clean images to fit and calibrate on, (N, C, H, W).
-        taught: attacks on images of the pool; their ids are rows of ``pool``.
+        training_attacks: attacks on images of the pool; their ids are rows of ``pool``.
         clean: correctly classified test images.
         attacks: successful attacks on test images; ids as in ``clean``.
         others: further sets that are scored for false alarms: misclassified test images, altered ones.
@@ -98,7 +98,7 @@ class Material:
     """
 
     pool: Array = field(repr=False)
-    taught: Mapping[str, ImageSet]
+    training_attacks: Mapping[str, ImageSet]
     clean: ImageSet
     attacks: Mapping[str, ImageSet]
     others: Mapping[str, ImageSet] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class Task:
     Args:
         key: names it among the tasks of a protocol.
         learns: attacks that are learnt from; none means clean images only.
-        taught_on: whether these are attacks on the pool or on test images.
+        trained_on: whether these are attacks on the pool or on test images.
         tries: attacks that are scored.
         fold: of the test images that are scored; attacked test images that are learnt from are of the other fold.
         alarms: whether false alarms are counted with this fit.
@@ -120,7 +120,7 @@ class Task:
 
     key: str
     learns: tuple[str, ...]
-    taught_on: Literal["pool", "test"]
+    trained_on: Literal["pool", "test"]
     tries: tuple[str, ...]
     fold: int | None = None
     alarms: bool = False
@@ -137,7 +137,7 @@ def fold_of(ids: Ids) -> Ids:
     return folds
 
 
-def plan(protocol: str, material: Material) -> tuple[Task, ...]:
+def plan(protocol: str, data: ProtocolData) -> tuple[Task, ...]:
     """The fits that a protocol asks for.
 
     - P3: clean images of the pool, once; P2: these and their FGSM.
@@ -147,7 +147,7 @@ def plan(protocol: str, material: Material) -> tuple[Task, ...]:
 
     Args:
         protocol: one of :data:`PROTOCOLS`.
-        material: the images.
+        data: the images.
 
     Raises:
         UnknownNameError: another protocol.
@@ -156,28 +156,28 @@ def plan(protocol: str, material: Material) -> tuple[Task, ...]:
     Example:
         >>> one = np.zeros((4, 1, 2, 2), np.uint8)
         >>> attacks = {n: ImageSet(n, one, np.arange(4), family=f) for n, f in (("fgsm", "sign"), ("jsma", "sparse"))}
-        >>> material = Material(one, {"fgsm": attacks["fgsm"]}, ImageSet("clean", one, np.arange(4)), attacks)
-        >>> [(task.key, task.learns, task.tries) for task in plan("P4", material)][:2]
+        >>> data = ProtocolData(one, {"fgsm": attacks["fgsm"]}, ImageSet("clean", one, np.arange(4)), attacks)
+        >>> [(task.key, task.learns, task.tries) for task in plan("P4", data)][:2]
         [('sign-0', ('jsma',), ('fgsm',)), ('sign-1', ('jsma',), ('fgsm',))]
     """
     if protocol not in PROTOCOLS:
         raise unknown_name("protocol", protocol, PROTOCOLS)
-    names = tuple(material.attacks)
+    names = tuple(data.attacks)
     if protocol == "P3":
         return (Task("all", (), "pool", names, alarms=True),)
     if protocol == "P2":
-        if not any(len(one) for one in material.taught.values()):
-            raise InputError(expected("taught", "attacks on images of the pool, for P2", "none"))
-        return (Task("all", tuple(material.taught), "pool", names, alarms=True),)
+        if not any(len(one) for one in data.training_attacks.values()):
+            raise InputError(expected("training_attacks", "attacks on images of the pool, for P2", "none"))
+        return (Task("all", tuple(data.training_attacks), "pool", names, alarms=True),)
     if protocol == "P1":
         return tuple(Task(f"{name}-{fold}", (name,), "test", (name,), fold) for name in names for fold in (0, 1))
-    return _left_out(material.attacks)
+    return _left_out(data.attacks)
 
 
 def _left_out(attacks: Mapping[str, ImageSet]) -> tuple[Task, ...]:
     tasks = []
     for family in dict.fromkeys(one.family for one in attacks.values()):
-        learns = tuple(name for name, one in attacks.items() if one.family != family and not one.apart)
+        learns = tuple(name for name, one in attacks.items() if one.family != family and not one.excluded)
         tries = tuple(name for name, one in attacks.items() if one.family == family)
         if learns:
             tasks += [Task(f"{family}-{fold}", learns, "test", tries, fold) for fold in (0, 1)]
@@ -185,17 +185,17 @@ def _left_out(attacks: Mapping[str, ImageSet]) -> tuple[Task, ...]:
 
 
 def fit_detector(
-    detector: Detector, task: Task, material: Material, *, limit: int | None = None, batch_size: int = 128
+    detector: Detector, task: Task, data: ProtocolData, *, limit: int | None = None, batch_size: int = 128
 ) -> Calibration:
     """Fit a detector for a task, and calibrate it on clean images that it was not fitted on.
 
-    30 % of the clean images are held out, drawn by the material's seed, and scored: the calibration. A detector that
+    30 % of the clean images are held out, drawn by the data's seed, and scored: the calibration. A detector that
     has an attribute ``calibration`` holds out images itself: it is fitted on all, and its own calibration is taken.
 
     Args:
         detector: is fitted.
         task: what it may learn from.
-        material: the images.
+        data: the images.
         limit: at most so many clean images of the pool, fitting and calibration together, for detectors that are slow.
         batch_size: images at a time.
 
@@ -212,39 +212,39 @@ def fit_detector(
         ...     def score(self, x, batch_size=128):
         ...         return x.mean((1, 2, 3)).astype(float)
         >>> pool = np.random.default_rng(0).random((100, 1, 2, 2)).astype(np.float32)
-        >>> material = Material(pool, {}, ImageSet("clean", pool, np.arange(100)), {})
-        >>> fit_detector(Brightness(), plan("P3", material)[0], material).n
+        >>> data = ProtocolData(pool, {}, ImageSet("clean", pool, np.arange(100)), {})
+        >>> fit_detector(Brightness(), plan("P3", data)[0], data).n
         30
     """
     if limit is not None and limit < 1:
         raise ArgumentError(expected("limit", "a number of images, 1 or more, or None", limit))
     own = hasattr(type(detector), "calibration") or "calibration" in vars(detector)
-    order = numpy_generator(material.seed, "held out").permutation(len(material.pool))[:limit]
+    order = numpy_generator(data.seed, "held out").permutation(len(data.pool))[:limit]
     n_held = 0 if own else round(HELD_OUT * len(order))
     held, rows = np.sort(order[:n_held]), np.sort(order[n_held:])
-    taught = _taught(task, material, rows)
-    clean = _units(material.pool[rows])
+    training_attacks = _training_attacks(task, data, rows)
+    clean = _units(data.pool[rows])
     if task.learns:
-        if not len(taught):
-            raise InputError(expected("taught", f"successful attacks among {', '.join(task.learns)}", "none"))
-        labels = np.concatenate([np.zeros(len(clean), np.int64), np.ones(len(taught), np.int64)])
-        detector.fit(np.concatenate([clean, taught]), labels)
+        if not len(training_attacks):
+            raise InputError(expected("training_attacks", f"successful attacks among {', '.join(task.learns)}", "none"))
+        labels = np.concatenate([np.zeros(len(clean), np.int64), np.ones(len(training_attacks), np.int64)])
+        detector.fit(np.concatenate([clean, training_attacks]), labels)
     else:
         detector.fit(clean)
     calibration = getattr(detector, "calibration", None)
     if isinstance(calibration, Calibration):
         return calibration
-    return Calibration(detector.score(_units(material.pool[held]), batch_size=batch_size))
+    return Calibration(detector.score(_units(data.pool[held]), batch_size=batch_size))
 
 
-def _taught(task: Task, material: Material, rows: Ids) -> npt.NDArray[np.float32]:
+def _training_attacks(task: Task, data: ProtocolData, rows: Ids) -> npt.NDArray[np.float32]:
     """Attacked images that a task may learn from: none whose clean image is held out, or is scored."""
-    if task.taught_on == "pool":
-        sets = [material.taught[name] for name in task.learns]
+    if task.trained_on == "pool":
+        sets = [data.training_attacks[name] for name in task.learns]
         chosen = [one.select(np.isin(one.ids, rows)) for one in sets]
     else:
         other = None if task.fold is None else 1 - task.fold
-        chosen = [material.attacks[name].of_fold(other) for name in task.learns]
+        chosen = [data.attacks[name].of_fold(other) for name in task.learns]
     parts: Sequence[Array] = [one.units() for one in chosen]
     return np.concatenate(parts) if parts else np.zeros((0,), np.float32)
 

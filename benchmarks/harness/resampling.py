@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ce_plugin.errors import ArgumentError, InputError, expected
-from ce_plugin.evaluation.detection_metrics import Resampled, allowed, checked_scores
+from ce_plugin.evaluation.detectors import Resampled, allowed, checked_scores
 from ce_plugin.randomness import numpy_generator
 
 __all__ = ["CleanScores", "ImageDraws"]

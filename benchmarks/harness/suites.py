@@ -27,7 +27,7 @@ def suite(name: str) -> tuple[AttackSpec, ...]:
     Example:
         >>> [spec.name for spec in suite("small")][:3]
         ['fgsm-0.1', 'fgsm-0.3', 'bim-0.1']
-        >>> sum(spec.apart for spec in suite("small"))
+        >>> sum(spec.excluded for spec in suite("small"))
         2
 
     Source: Goodfellow et al. 2015 (FGSM); Kurakin et al. 2017 (BIM); Madry et al. 2018 (PGD); Moosavi-Dezfooli et al.
@@ -106,11 +106,12 @@ _SMALL = (
     AttackSpec(
         "spatial", "spatial", "none", "SpatialTransformation",
         {"max_translation": 10, "num_translations": 3, "max_rotation": 30, "num_rotations": 9},
-        tries=400, enough=205, chunk=1, apart=True,
+        tries=400, enough=205, chunk=1, excluded=True,
     ),
     AttackSpec(
         "patch", "patch", "none", "AdversarialPatchLearnt",
-        {"scale": 0.45, "rotation": 22.5, "rate": 0.05, "max_iter": 40, "batch": 50}, tries=600, chunk=600, apart=True,
+        {"scale": 0.45, "rotation": 22.5, "rate": 0.05, "max_iter": 40, "batch": 50},
+        tries=600, chunk=600, excluded=True,
     ),
     _minimal("elasticnet", "l1", "ElasticNet",
              {"binary_search_steps": 3, "max_iter": 40, "initial_const": 10.0, "beta": 0.01, "learning_rate": 0.05},
@@ -136,13 +137,13 @@ _IMAGENET = (
     ],
     AttackSpec(
         "patch", "patch", "none", "AdversarialPatchLearnt",
-        {"scale": 0.3, "rotation": 22.5, "rate": 0.05, "max_iter": 12, "batch": 16}, tries=64, chunk=64, apart=True,
+        {"scale": 0.3, "rotation": 22.5, "rate": 0.05, "max_iter": 12, "batch": 16}, tries=64, chunk=64, excluded=True,
     ),
     _query("square-8", "linf", "SquareAttack", {"eps": 8 / 255, "max_iter": 500, "nb_restarts": 1}, **_PHOTOGRAPHS),
     AttackSpec(
         "spatial", "spatial", "none", "SpatialTransformation",
         {"max_translation": 10, "num_translations": 3, "max_rotation": 30, "num_rotations": 9},
-        tries=80, enough=56, chunk=1, apart=True,
+        tries=80, enough=56, chunk=1, excluded=True,
     ),
     AttackSpec("jsma", "sparse", "l0", "SaliencyMapMethod", {"theta": 1.0, "gamma": 0.002},
                tries=64, enough=56, chunk=16, aims=True),

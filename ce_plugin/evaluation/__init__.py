@@ -1,20 +1,15 @@
 """Is an explanation right? Ground truth, and measures of faithfulness, localisation and stability."""
 
-from ce_plugin.evaluation.detection_metrics import (
+from ce_plugin.evaluation.detectors import (
     Alarms,
     Figures,
     Interval,
     Resampled,
-    Summary,
-    WorstCase,
     auroc,
     bootstrapped,
-    enough,
     false_alarms,
     figures,
-    mean_and_worst,
     tpr_at_fpr,
-    worst_case_scores,
 )
 from ce_plugin.evaluation.faithfulness import (
     FaithfulnessCurves,
@@ -43,20 +38,16 @@ __all__ = [
     "PlantedMediation",
     "PlantedNetwork",
     "Resampled",
-    "Summary",
-    "WorstCase",
     "area_under_curve",
     "auroc",
     "bootstrapped",
     "confidently_classified",
-    "enough",
     "expected_effects",
     "false_alarms",
     "figures",
     "grid_pointing_game",
     "insertion_deletion",
     "map_stability",
-    "mean_and_worst",
     "mediation_truth",
     "mosaics",
     "pixel_order",
@@ -64,5 +55,4 @@ __all__ = [
     "rank_correlation",
     "reference_images",
     "tpr_at_fpr",
-    "worst_case_scores",
 ]

@@ -38,20 +38,13 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
         raise InputError(expected("second", wanted, f"shape {tuple(second.shape)}"))
     if not bool(torch.isfinite(first).all()) or not bool(torch.isfinite(second).all()):
         raise InputError(expected("maps", "finite", "NaN or infinity", "Set what a method leaves open to 0."))
-    a, b = (_ranks(maps.detach().flatten(1)) for maps in (first, second))
+    from scipy.stats import rankdata
+
+    ranks = (rankdata(maps.detach().flatten(1).double().cpu(), axis=1) for maps in (first, second))
+    a, b = (torch.from_numpy(one).to(first.device) for one in ranks)
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     scale = (a.square().sum(1) * b.square().sum(1)).sqrt()
     return torch.where(scale > 0, (a * b).sum(1) / scale, torch.nan).clamp(-1, 1)
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 1 along dimension 1, equal values at the mean of their places; float64."""
-    rows = []
-    for row in values:
-        _, place, count = torch.unique(row, return_inverse=True, return_counts=True)
-        last = count.cumsum(0).double()
-        rows.append((last - (count - 1) / 2)[place])
-    return torch.stack(rows) if rows else values.double()
 
 
 def map_stability(explain: Explain, clean: Tensor, changed: Tensor, target: Tensor) -> Tensor:

@@ -7,24 +7,20 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from ce_plugin.errors import AttackError, expected, unknown_name
+from ce_plugin.errors import AttackError, InputError, expected, unknown_name
 from ce_plugin.interventions.base import Context, Inputs, Intervention, Normalization, NormalizationLike
 from ce_plugin.interventions.crafting import (
-    PRESETS,
     AttackConfig,
     AttackResult,
     TargetClassifier,
     check_options,
     checked_model,
     craft,
-    example_ids,
-    only_tensor,
-    preset_config,
     resolve_clip_values,
 )
 from ce_plugin.networks.forward import is_art_classifier
 
-__all__ = ["Adversarial"]
+_PRESETS = ("fgsm", "bim", "pgd", "jsma")
 
 
 class Adversarial(Intervention):
@@ -100,13 +96,11 @@ class Adversarial(Intervention):
         config.check(self.clip_values)
         self.config = config if targeted_class is None or multi_label else config.aimed()
         self.normalization = Normalization.of(normalization)
-        options = (targeted_class, multi_label, probabilities, output, mask, batch_size)
-        self._victim = TargetClassifier(classifier, self.normalization, self.clip_values, *options)
+        options = (targeted_class, multi_label, probabilities, output, batch_size, mask)
+        self._classifier = TargetClassifier(classifier, self.normalization, self.clip_values, *options)
 
     @classmethod
-    def fgsm(
-        cls, model: Any, *, eps: float = 0.3, clip_values: tuple[float, float] | None = None, **options: Any
-    ) -> Adversarial:
+    def fgsm(cls, model: Any, *, eps: float = 0.3, **options: Any) -> Adversarial:
         """Fast gradient sign method: one step of eps along the sign of the loss's gradient.
 
         x' = clip(x + eps sign(grad_x J(x, y))).
@@ -114,36 +108,29 @@ class Adversarial(Intervention):
         Args:
             model: see :class:`Adversarial`.
             eps: largest change of a value, in image units.
-            clip_values: (0, 1) where neither this nor the model, an ART classifier, says otherwise.
-            options: those of :class:`Adversarial` and of ART's ``FastGradientMethod``.
+            options: those of :class:`Adversarial` and of ART's ``FastGradientMethod``; ``clip_values`` are (0, 1) where
+                neither they nor the model, an ART classifier, say otherwise.
 
         Source: Goodfellow, Shlens, Szegedy, 2015 (arXiv 1412.6572).
         """
-        return cls(preset_config("fgsm", eps=eps), model=model, clip_values=clip_values, **options)
+        return cls(AttackConfig("FastGradientMethod", {"eps": eps}, "fgsm"), model=model, **options)
 
     @classmethod
     def bim(
-        cls,
-        model: Any,
-        *,
-        eps: float = 0.3,
-        eps_step: float | None = None,
-        max_iter: int = 10,
-        clip_values: tuple[float, float] | None = None,
-        **options: Any,
+        cls, model: Any, *, eps: float = 0.3, eps_step: float | None = None, max_iter: int = 10, **options: Any
     ) -> Adversarial:
         """Basic iterative method: ``max_iter`` gradient-sign steps of ``eps_step``, kept within eps of x.
 
         Args:
-            model, eps, clip_values: see :meth:`fgsm`.
+            model, eps: see :meth:`fgsm`.
             eps_step: change per step; None is 2.5 eps / max_iter, at most eps.
             max_iter: number of steps.
             options: those of :class:`Adversarial` and of ART's ``BasicIterativeMethod``.
 
         Source: Kurakin, Goodfellow, Bengio, 2017 (arXiv 1607.02533).
         """
-        config = preset_config("bim", eps=eps, eps_step=eps_step, max_iter=max_iter)
-        return cls(config, model=model, clip_values=clip_values, **options)
+        settings = {"eps": eps, "eps_step": eps_step, "max_iter": max_iter}
+        return cls(AttackConfig("BasicIterativeMethod", settings, "bim"), model=model, **options)
 
     @classmethod
     def pgd(
@@ -154,38 +141,30 @@ class Adversarial(Intervention):
         eps_step: float | None = None,
         max_iter: int = 10,
         num_random_init: int = 1,
-        clip_values: tuple[float, float] | None = None,
         **options: Any,
     ) -> Adversarial:
         """Projected gradient descent: :meth:`bim` from a random point of the eps-ball (ART's own default is none).
 
         Args:
-            model, eps, eps_step, max_iter, clip_values: see :meth:`bim`.
+            model, eps, eps_step, max_iter: see :meth:`bim`.
             num_random_init: random starts, drawn from (seed, id); 0 starts at x, which is BIM.
             options: those of :class:`Adversarial` and of ART's ``ProjectedGradientDescent``.
 
         Source: Madry et al., 2018 (arXiv 1706.06083).
         """
-        config = preset_config("pgd", eps=eps, eps_step=eps_step, max_iter=max_iter, num_random_init=num_random_init)
-        return cls(config, model=model, clip_values=clip_values, **options)
+        settings = {"eps": eps, "eps_step": eps_step, "max_iter": max_iter, "num_random_init": num_random_init}
+        return cls(AttackConfig("ProjectedGradientDescent", settings, "pgd"), model=model, **options)
 
     @classmethod
     def jsma(
-        cls,
-        model: Any,
-        *,
-        eps: float = 0.3,
-        max_iter: int = 25,
-        gamma: float | None = None,
-        clip_values: tuple[float, float] | None = None,
-        **options: Any,
+        cls, model: Any, *, eps: float = 0.3, max_iter: int = 25, gamma: float | None = None, **options: Any
     ) -> Adversarial:
         """Jacobian saliency map attack: pairs of values are raised one after the other, until the runner-up wins.
 
         ART takes the two largest gradients at each step, not Papernot's search over pairs.
 
         Args:
-            model, clip_values: see :meth:`fgsm`.
+            model: see :meth:`fgsm`.
             eps: change of a value in one step, ART's ``theta``; a value may be raised again.
             max_iter: number of steps, each of about three passes. ART itself bounds only the share of values that
                 change, which on large images takes hours; 25 steps at 224 x 224 take a few seconds on a CPU.
@@ -194,14 +173,14 @@ class Adversarial(Intervention):
 
         Source: Papernot et al., 2016 (arXiv 1511.07528).
         """
-        config = preset_config("jsma", theta=eps, max_iter=max_iter, gamma=gamma)
-        return cls(config, model=model, clip_values=clip_values, **options)
+        settings = {"theta": eps, "max_iter": max_iter, "gamma": gamma}
+        return cls(AttackConfig("SaliencyMapMethod", settings, "jsma"), model=model, **options)
 
     @classmethod
     def preset(cls, name: str, model: Any, **options: Any) -> Adversarial:
         """A preset by its name, with that preset's options; an unknown name raises ``UnknownNameError``."""
-        if name not in PRESETS:
-            raise unknown_name("attack", name, PRESETS)
+        if name not in _PRESETS:
+            raise unknown_name("attack", name, _PRESETS)
         made: Adversarial = getattr(cls, name)(model, **options)
         return made
 
@@ -215,7 +194,7 @@ class Adversarial(Intervention):
         Returns:
             An ordinary, detached tensor of the shape, device and dtype of ``clean``.
         """
-        return craft(self._victim, self.config, clean, context).clipped
+        return craft(self._classifier, self.config, clean, context).clipped
 
     def perturb(
         self,
@@ -240,9 +219,8 @@ class Adversarial(Intervention):
         Raises:
             AttackError: eps is negative, beyond the clip range, or the attack has none.
         """
-        clean = only_tensor(inputs)
-        context = Context(ids=example_ids(ids, len(clean)), seed=seed, target=target, variant=variant)
-        adversarial = craft(self._victim, self._sized(eps), clean, context).clipped
+        clean, context = _examples(inputs, target, ids, seed, variant)
+        adversarial = craft(self._classifier, self._resized(eps), clean, context).clipped
         return cast(Inputs, (adversarial,) if isinstance(inputs, tuple) else adversarial)
 
     def run(
@@ -263,8 +241,7 @@ class Adversarial(Intervention):
             >>> Adversarial.fgsm(model, eps=0.25).run(torch.tensor([[[[0.6, 0.6], [0.5, 0.5]]]]))
             AttackResult(fgsm, eps=0.25, success=1 of 1, l_inf<=0.25)
         """
-        clean = only_tensor(inputs)
-        return craft(self._victim, self.config, clean, Context(example_ids(ids, len(clean)), seed, target))
+        return craft(self._classifier, self.config, *_examples(inputs, target, ids, seed))
 
     def sweep(
         self,
@@ -276,26 +253,35 @@ class Adversarial(Intervention):
         seed: int = 0,
     ) -> dict[float, AttackResult]:
         """:meth:`run` for several sizes: a result for each, in the order given; all are checked before any work."""
-        recipes = {float(size): self._sized(size) for size in eps}
-        clean = only_tensor(inputs)
-        context = Context(example_ids(ids, len(clean)), seed, target)
-        return {size: craft(self._victim, config, clean, context) for size, config in recipes.items()}
+        configs = {float(size): self._resized(size) for size in eps}
+        clean, context = _examples(inputs, target, ids, seed)
+        return {size: craft(self._classifier, config, clean, context) for size, config in configs.items()}
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.config.settings.items())
         parts = [self.config.name, *([settings] if settings else []), f"clip_values={self.clip_values}"]
         if not self.normalization.is_identity:
             parts.append(f"normalization={(self.normalization.mean, self.normalization.std)}")
-        parts += [
-            f"{name}={value!r}"
-            for name, value, default in self._victim.shown()
-            if value is not None and value != default
-        ]
+        parts += [f"{name}={value!r}" for name, value in self._classifier.options().items()]
         return f"Adversarial({', '.join(parts)})"
 
-    def _sized(self, eps: float | None) -> AttackConfig:
+    def _resized(self, eps: float | None) -> AttackConfig:
         if eps is None:
             return self.config
         config = self.config.resized(float(eps))
         config.check(self.clip_values)
         return config
+
+
+def _examples(
+    inputs: Tensor | tuple[Tensor, ...], target: Tensor | None, ids: Sequence[int] | None, seed: int, variant: int = 0
+) -> tuple[Tensor, Context]:
+    """The one tensor of the inputs, and what is known of its examples."""
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    if len(tensors) != 1:
+        raise InputError(expected("inputs", "one tensor, as attacks know one input", f"{len(tensors)} tensors"))
+    n = len(tensors[0])
+    if ids is not None and len(ids) != n:
+        raise InputError(expected("ids", f"one per example, {n}", f"{len(ids)}"))
+    names = (0,) * n if ids is None else tuple(int(i) for i in ids)
+    return tensors[0], Context(names, seed, target, variant=variant)

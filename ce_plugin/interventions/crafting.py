@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -39,21 +39,10 @@ from ce_plugin.networks.forward import clip_values_of, is_art_classifier, unwrap
 from ce_plugin.networks.guard import modules_of, state_guard
 from ce_plugin.randomness import generator
 
-__all__ = [
-    "PRESETS",
-    "AttackConfig",
-    "AttackResult",
-    "BinaryProblem",
-    "ImageNetwork",
-    "TargetClassifier",
-    "craft",
-    "example_ids",
-    "only_tensor",
-    "preset_config",
-]
-
+Array = np.ndarray[Any, np.dtype[Any]]
 
 _SIZES = ("eps", "theta")
+# Classes of ART by name, so that ART is imported only when an attack is made.
 _WITH_MASK = {"FastGradientMethod", "ProjectedGradientDescentCommon", "ProjectedGradientDescent"}
 _ALWAYS_TARGETED = {"SaliencyMapMethod", "LowProFool", "TargetedUniversalPerturbation"}
 
@@ -101,8 +90,8 @@ class AttackConfig:
     """An attack that can be made again: for each image afresh, for another estimator, with another eps.
 
     Args:
-        source: an ART attack, the name of a class of ART's attacks, or a class or function called as
-            ``source(estimator, **settings)``.
+        source: an ART attack, the name of a class of ART's attacks (presets, which import ART only when the attack is
+            made), or a class or function called as ``source(estimator, **settings)``.
         settings: what the attack is made with; for an instance, what is set on its copies.
         label: short name for messages.
     """
@@ -113,7 +102,7 @@ class AttackConfig:
 
     @classmethod
     def of(cls, attack: Any, settings: Mapping[str, Any]) -> AttackConfig:
-        """The recipe of what a user wrote.
+        """From what a user wrote.
 
         Raises:
             AttackError: it is no attack and makes none.
@@ -127,12 +116,35 @@ class AttackConfig:
             kinds = "an ART EvasionAttack, a class of such, its name, or a function that makes one"
             raise AttackError(expected("attack", kinds, type(attack).__name__))
         if settings:
-            _check_settings(config, settings)
+            config._check_settings(settings)
         return config
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Refuse names of settings that the attack does not have, with the nearest that it has."""
+        if self.is_instance:
+            known = set(self.source.attack_params)
+        elif any(parameter.kind is parameter.VAR_KEYWORD for parameter in self.parameters.values()):
+            return
+        else:
+            known = set(list(self.parameters)[1:])
+        for name in settings:
+            if name not in known:
+                raise unknown_name(f"setting of {self.name}", name, known)
 
     @property
     def is_instance(self) -> bool:
         return is_art_attack(self.source)
+
+    @property
+    def maker(self) -> Callable[..., Any]:
+        """The class or function that makes the attack."""
+        maker: Callable[..., Any] = attack_class(self.source) if isinstance(self.source, str) else self.source
+        return maker
+
+    @property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """Those of the class or function."""
+        return inspect.signature(self.maker).parameters
 
     @property
     def name(self) -> str:
@@ -148,7 +160,7 @@ class AttackConfig:
             return self.settings[name]
         if self.is_instance:
             return getattr(self.source, name, default)
-        parameter = None if isinstance(self.source, str) else _parameters(self.source).get(name)
+        parameter = None if isinstance(self.source, str) else self.parameters.get(name)
         return default if parameter is None or parameter.default is parameter.empty else parameter.default
 
     @property
@@ -163,12 +175,7 @@ class AttackConfig:
 
     def aimed(self) -> AttackConfig:
         """The same attack aiming at a class, as far as a setting can make it; :func:`aims` tells of the outcome."""
-        if self.is_instance:
-            possible = "targeted" in self.source.attack_params
-        else:
-            maker = attack_class(self.source) if isinstance(self.source, str) else self.source
-            possible = "targeted" in _parameters(maker)
-        if not possible:
+        if "targeted" not in (self.source.attack_params if self.is_instance else self.parameters):
             return self
         return AttackConfig(self.source, {**self.settings, "targeted": True}, self.label)
 
@@ -198,25 +205,24 @@ class AttackConfig:
         quiet = {"verbose": False}
         if self.is_instance:
             return copy_attack(self.source, estimator, {**self.settings, **quiet})
-        maker = attack_class(self.source) if isinstance(self.source, str) else self.source
         settings = dict(self.settings)
         if self.label == "jsma":
             del settings["max_iter"]
             settings = {name: value for name, value in settings.items() if value is not None}
         elif settings.get("eps_step", 0.0) is None:
             settings["eps_step"] = min(1.0, 2.5 / settings.get("max_iter", 1)) * settings["eps"]
-        if "verbose" in _parameters(maker):
+        if "verbose" in self.parameters:
             settings = {**quiet, **settings}
-        return attack_with_estimator(maker, estimator, settings)
+        return attack_with_estimator(self.maker, estimator, settings)
 
-    def check(self, clip_values: tuple[float, float], size: float | None = None) -> None:
+    def check(self, clip_values: tuple[float, float]) -> None:
         """Refuse sizes that cannot be meant, before any work.
 
         Raises:
             AttackError: eps is negative, not finite or larger than the clip range; a step or number of iterations
                 is not positive.
         """
-        size, name = self.size if size is None else size, self.size_name or "eps"
+        size, name = self.size, self.size_name or "eps"
         span = clip_values[1] - clip_values[0]
         if size is not None:
             if not (math.isfinite(size) and (size >= 0 or name == "theta")):
@@ -232,35 +238,11 @@ class AttackConfig:
 
 def aims(attack: Any) -> bool:
     """Whether the labels that an attack is given are those it aims at."""
-    return bool(_bases(attack) & _ALWAYS_TARGETED) or bool(getattr(attack, "targeted", False))
+    return _is_one_of(attack, _ALWAYS_TARGETED) or bool(getattr(attack, "targeted", False))
 
 
-def takes_mask(attack: Any) -> bool:
-    """Whether an attack honours ``mask=``; the others ignore it silently."""
-    return bool(_bases(attack) & _WITH_MASK)
-
-
-def _bases(attack: Any) -> set[str]:
-    return {base.__name__ for base in type(attack).__mro__}
-
-
-def _parameters(maker: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(maker).parameters
-
-
-def _check_settings(config: AttackConfig, settings: Mapping[str, Any]) -> None:
-    """Refuse names of settings that the attack does not have, with the nearest that it has."""
-    if config.is_instance:
-        known = set(config.source.attack_params)
-    else:
-        maker = attack_class(config.source) if isinstance(config.source, str) else config.source
-        parameters = _parameters(maker)
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            return
-        known = set(list(parameters)[1:])
-    for name in settings:
-        if name not in known:
-            raise unknown_name(f"setting of {config.name}", name, known)
+def _is_one_of(attack: Any, classes: set[str]) -> bool:
+    return any(base.__name__ in classes for base in type(attack).__mro__)
 
 
 def resolve_clip_values(given: tuple[float, float] | None, estimator: Any) -> tuple[float, float]:
@@ -271,11 +253,10 @@ def resolve_clip_values(given: tuple[float, float] | None, estimator: Any) -> tu
     """
     own = clip_values_of(estimator)
     hint = "Without them nothing is clipped; write clip_values=(0.0, 1.0), in image units."
-    if given is None and own is None:
-        raise AttackError(expected("clip_values", "a pair (low, high)", "None", hint))
-    if given is not None and not (isinstance(given, (tuple, list)) and len(given) == 2):
+    pair = own if given is None else given
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
         raise AttackError(expected("clip_values", "a pair (low, high)", repr(given), hint))
-    low, high = (float(value) for value in (given if given is not None else own or ()))
+    low, high = (float(value) for value in pair)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise AttackError(expected("clip_values", "a pair (low, high) with low < high", (low, high)))
     if own is not None and own != (low, high):
@@ -299,20 +280,6 @@ def checked_model(model: Any) -> Any:
         hint = "For a plain function wrap it in an nn.Module, or pass an attack on an ART BlackBoxClassifier."
         raise AttackError(expected("model", "an nn.Module or an ART classifier", type(model).__name__, hint))
     return model
-
-
-_CLASSES = {
-    "fgsm": "FastGradientMethod",
-    "bim": "BasicIterativeMethod",
-    "pgd": "ProjectedGradientDescent",
-    "jsma": "SaliencyMapMethod",
-}
-PRESETS = tuple(_CLASSES)
-
-
-def preset_config(name: str, **settings: Any) -> AttackConfig:
-    """The recipe of a preset; ART is imported only when it is made."""
-    return AttackConfig(_CLASSES[name], settings, name)
 
 
 class ImageNetwork(nn.Module):
@@ -404,9 +371,6 @@ class BinaryProblem(nn.Module):
         return torch.stack([-margin, margin], 1)
 
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
-
 @dataclass(frozen=True)
 class TargetClassifier:
     """What is attacked: a network or an ART estimator, and how; arguments as in ``Adversarial``."""
@@ -418,15 +382,14 @@ class TargetClassifier:
     multi_label: bool = False
     probabilities: bool = False
     output: str | int | Callable[[Any], Tensor] | None = None
-    mask: Tensor | None = None
     batch_size: int = 1
+    mask: Tensor | None = None
 
-    def shown(self) -> list[tuple[str, Any, Any]]:
-        """(name, value, default) of what a representation shows."""
-        names = ("targeted_class", "multi_label", "probabilities", "output", "batch_size")
-        defaults = (None, False, False, None, 1)
-        pairs = [(name, getattr(self, name), default) for name, default in zip(names, defaults, strict=True)]
-        return [*pairs, ("mask", None if self.mask is None else tuple(self.mask.shape), None)]
+    def options(self) -> dict[str, Any]:
+        """Those that differ from their defaults, as a representation shows them."""
+        given = {one.name: (getattr(self, one.name), one.default) for one in fields(self)[3:]}
+        values = {name: value for name, (value, default) in given.items() if value is not default}
+        return {name: tuple(value.shape) if isinstance(value, Tensor) else value for name, value in values.items()}
 
     @property
     def is_estimator(self) -> bool:
@@ -434,13 +397,11 @@ class TargetClassifier:
 
     def network(self) -> ImageNetwork:
         """Images in the attack's units to scores, in torch."""
-        model, to_model = (unwrap(self.model)[0], None) if self.is_estimator else (self.model, self._to_model())
+        own = (self.model, self.normalization.to_model)
+        model, to_model = (unwrap(self.model)[0], None) if self.is_estimator else own
         return ImageNetwork(
             model, to_model, output=self.output, probabilities=self.probabilities, multi_label=self.multi_label
         )
-
-    def _to_model(self) -> Callable[[Tensor], Tensor] | None:
-        return None if self.normalization.is_identity else self.normalization.to_model
 
     def scores(self, images: Array) -> Array:
         """Scores (N, C), each image (or batch of ``batch_size``) by itself, as it is crafted."""
@@ -534,7 +495,8 @@ class _Task:
             attack = self.config.make(estimator)
             labels = self._labels(rows, aims(attack))
             mask = _mask(self.classifier.mask, x)
-            options = {"mask": mask} if mask is not None and takes_mask(attack) else {}
+            # Other attacks take a mask and do not keep to it; their changes outside of it are undone below.
+            options = {"mask": mask} if mask is not None and _is_one_of(attack, _WITH_MASK) else {}
             found = attack.generate(x=x.copy(), y=labels, **options)
         if not (isinstance(found, np.ndarray) and found.shape == x.shape):
             what = getattr(found, "shape", type(found).__name__)
@@ -653,16 +615,3 @@ def _to_model(found: Array, images: Array, clean: Tensor, normalization: Normali
     adversarial = normalization.to_model(torch.from_numpy(found).to(clean.device)).to(clean.dtype)
     changed = torch.from_numpy(found != images).to(clean.device)
     return torch.where(changed, adversarial, clean)
-
-
-def only_tensor(inputs: Tensor | tuple[Tensor, ...]) -> Tensor:
-    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
-    if len(tensors) != 1:
-        raise InputError(expected("inputs", "one tensor, as attacks know one input", f"{len(tensors)} tensors"))
-    return tensors[0]
-
-
-def example_ids(ids: Sequence[int] | None, n: int) -> tuple[int, ...]:
-    if ids is not None and len(ids) != n:
-        raise InputError(expected("ids", f"one per example, {n}", f"{len(ids)}"))
-    return (0,) * n if ids is None else tuple(int(i) for i in ids)

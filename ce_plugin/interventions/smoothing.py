@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple, TypedDict, Union
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ce_plugin.errors import ArgumentError, InputError, expected, unknown_name
-from ce_plugin.interventions import filters
+from ce_plugin.interventions import _filters as filters
 from ce_plugin.interventions.base import Context, Intervention, Normalization, NormalizationLike
-from ce_plugin.interventions.jpeg import jpeg
-
-__all__ = [
-    "POINTWISE",
-    "Denoise",
-    "Smooth",
-    "Step",
-    "checked_step",
-]
-
 
 Step = tuple[Union[str, int, float], ...]
+Range = tuple[float, float]
+
+
+class Units(TypedDict, total=False):
+    """The options of every filter; see :class:`Smooth`."""
+
+    normalization: NormalizationLike
+    value_range: Range
 
 
 class _Parameter(NamedTuple):
@@ -31,11 +30,12 @@ class _Parameter(NamedTuple):
 
     name: str
     wanted: str
-    fits: Callable[[Any], bool]
+    fits: Callable[[Any], bool] = lambda value: True
     whole: bool = False
 
 
 _WINDOW = _Parameter("size", "a whole number of pixels, 1 or more", lambda size: size >= 1, whole=True)
+_ENDS = (_Parameter("low", "a number"), _Parameter("high", "a number"))
 _SIGMA = _Parameter("sigma", "a positive number", lambda sigma: sigma > 0)
 _KINDS: dict[str, tuple[_Parameter, ...]] = {
     "bits": (_Parameter("depth", "a whole number of bits from 1 to 16", lambda depth: 1 <= depth <= 16, whole=True),),
@@ -44,19 +44,10 @@ _KINDS: dict[str, tuple[_Parameter, ...]] = {
     "gauss": (_SIGMA,),
     "jpeg": (_Parameter("quality", "a whole number from 1 to 100", lambda quality: 1 <= quality <= 100, whole=True),),
     "soft_threshold": (_Parameter("threshold", "a number, 0 or more", lambda threshold: threshold >= 0),),
-    "clip": (
-        _Parameter("low", "a number", lambda low: True),
-        _Parameter("high", "a number", lambda high: True),
-    ),
-    "stretch": (
-        _Parameter("low", "a number", lambda low: True),
-        _Parameter("high", "a number", lambda high: True),
-    ),
+    "clip": _ENDS,
+    "stretch": _ENDS,
     "scale": (_Parameter("factor", "a number, 0 or more", lambda factor: factor >= 0),),
-    "shift": (
-        _Parameter("dx", "a whole number of pixels", lambda dx: True, whole=True),
-        _Parameter("dy", "a whole number of pixels", lambda dy: True, whole=True),
-    ),
+    "shift": tuple(_Parameter(name, "a whole number of pixels", whole=True) for name in ("dx", "dy")),
     "tv": (
         _Parameter("weight", "a positive number", lambda weight: weight > 0),
         _Parameter("n_iter", "a whole number of steps, 1 or more", lambda n_iter: n_iter >= 1, whole=True),
@@ -64,19 +55,15 @@ _KINDS: dict[str, tuple[_Parameter, ...]] = {
     "noise": (_SIGMA,),
 }
 # These look at one value at a time, so that inputs need not be images.
-POINTWISE = ("bits", "soft_threshold", "clip", "stretch", "scale", "noise")
+_POINTWISE = ("bits", "soft_threshold", "clip", "stretch", "scale", "noise")
 
 
-def checked_step(step: Sequence[str | float]) -> Step:
+def _checked_step(step: Sequence[str | float]) -> Step:
     """A step as a user or a JSON file gave it, with numbers of the right type.
 
     Raises:
         UnknownNameError: a filter of unknown name.
         ArgumentError: a parameter that is missing or out of range.
-
-    Example:
-        >>> checked_step(["median", 3.0])
-        ('median', 3)
     """
     if isinstance(step, str) or not len(step) or not isinstance(step[0], str):
         raise ArgumentError(expected("steps", "tuples (name, parameters) such as ('gauss', 1.0)", repr(step)))
@@ -102,9 +89,6 @@ def _checked_value(parameter: _Parameter, given: str | float) -> int | float:
     if not fits or (parameter.whole and not value.is_integer()):
         raise ArgumentError(expected(parameter.name, parameter.wanted, repr(given)))
     return int(value) if parameter.whole else value
-
-
-Range = tuple[float, float]
 
 
 class Smooth(Intervention):
@@ -156,7 +140,7 @@ class Smooth(Intervention):
         if isinstance(steps, str) or not len(steps):
             wanted = "a sequence of steps such as [('gauss', 1.0), ('bits', 1)]"
             raise ArgumentError(expected("steps", wanted, repr(steps), "One filter is `Smooth.gauss(1.0)`."))
-        self.steps = tuple(checked_step(step) for step in steps)
+        self.steps = tuple(_checked_step(step) for step in steps)
         low, high = value_range
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ArgumentError(expected("value_range", "a pair (least, greatest) with least < greatest", value_range))
@@ -164,92 +148,75 @@ class Smooth(Intervention):
         self.normalization = Normalization.of(normalization)
 
     @classmethod
-    def bits(cls, depth: int, *, normalization: NormalizationLike = None, value_range: Range = (0.0, 1.0)) -> Smooth:
+    def bits(cls, depth: int, **units: Unpack[Units]) -> Smooth:
         """The nearest of ``2 ** depth`` equally spaced values; the gradient goes straight through."""
-        return cls([("bits", depth)], normalization=normalization, value_range=value_range)
+        return cls([("bits", depth)], **units)
 
     @classmethod
-    def median(cls, size: int, *, normalization: NormalizationLike = None, value_range: Range = (0.0, 1.0)) -> Smooth:
+    def median(cls, size: int, **units: Unpack[Units]) -> Smooth:
         """Median over windows of ``size`` x ``size`` pixels, mirrored at the edge.
 
         An even window reaches one pixel farther up and left, and takes the upper of its two middle values.
         """
-        return cls([("median", size)], normalization=normalization, value_range=value_range)
+        return cls([("median", size)], **units)
 
     @classmethod
-    def mean(cls, size: int, *, normalization: NormalizationLike = None, value_range: Range = (0.0, 1.0)) -> Smooth:
+    def mean(cls, size: int, **units: Unpack[Units]) -> Smooth:
         """Mean over windows of ``size`` x ``size`` pixels, mirrored at the edge."""
-        return cls([("mean", size)], normalization=normalization, value_range=value_range)
+        return cls([("mean", size)], **units)
 
     @classmethod
-    def gauss(cls, sigma: float, *, normalization: NormalizationLike = None, value_range: Range = (0.0, 1.0)) -> Smooth:
+    def gauss(cls, sigma: float, **units: Unpack[Units]) -> Smooth:
         """Gaussian blur of ``sigma`` pixels, cut off at four sigma, mirrored at the edge."""
-        return cls([("gauss", sigma)], normalization=normalization, value_range=value_range)
+        return cls([("gauss", sigma)], **units)
 
     @classmethod
-    def jpeg(cls, quality: int, *, normalization: NormalizationLike = None, value_range: Range = (0.0, 1.0)) -> Smooth:
-        """Stored as baseline JPEG (standard tables, no subsampling) and read again; the gradient goes straight through.
+    def jpeg(cls, quality: int, **units: Unpack[Units]) -> Smooth:
+        """Stored as baseline JPEG (no subsampling) and read again, by Pillow; the gradient goes straight through.
 
         Three channels are coded as a colour picture, any other number as so many grey ones. What lies outside the range
         of values is clipped.
         """
-        return cls([("jpeg", quality)], normalization=normalization, value_range=value_range)
+        return cls([("jpeg", quality)], **units)
 
     @classmethod
-    def soft_threshold(
-        cls, threshold: float, *, normalization: NormalizationLike = None, value_range: Range = (0.0, 1.0)
-    ) -> Smooth:
+    def soft_threshold(cls, threshold: float, **units: Unpack[Units]) -> Smooth:
         """Every value ``threshold`` nearer to the least value of the range; what is as near as that becomes it."""
-        return cls([("soft_threshold", threshold)], normalization=normalization, value_range=value_range)
+        return cls([("soft_threshold", threshold)], **units)
 
     @classmethod
-    def clip(
-        cls, low: float, high: float, *, normalization: NormalizationLike = None, value_range: Range = (0.0, 1.0)
-    ) -> Smooth:
+    def clip(cls, low: float, high: float, **units: Unpack[Units]) -> Smooth:
         """Values below ``low`` become ``low``, values above ``high`` become ``high``."""
-        return cls([("clip", low, high)], normalization=normalization, value_range=value_range)
+        return cls([("clip", low, high)], **units)
 
     @classmethod
-    def stretch(
-        cls, low: float, high: float, *, normalization: NormalizationLike = None, value_range: Range = (0.0, 1.0)
-    ) -> Smooth:
+    def stretch(cls, low: float, high: float, **units: Unpack[Units]) -> Smooth:
         """Contrast: ``low`` and ``high`` move to the ends of the range; what lies beyond them is cut off."""
-        return cls([("stretch", low, high)], normalization=normalization, value_range=value_range)
+        return cls([("stretch", low, high)], **units)
 
     @classmethod
-    def scale(
-        cls, factor: float, *, normalization: NormalizationLike = None, value_range: Range = (0.0, 1.0)
-    ) -> Smooth:
+    def scale(cls, factor: float, **units: Unpack[Units]) -> Smooth:
         """Contrast: every value's distance from the least of the range times ``factor``."""
-        return cls([("scale", factor)], normalization=normalization, value_range=value_range)
+        return cls([("scale", factor)], **units)
 
     @classmethod
-    def shift(
-        cls, dx: int, dy: int, *, normalization: NormalizationLike = None, value_range: Range = (0.0, 1.0)
-    ) -> Smooth:
+    def shift(cls, dx: int, dy: int, **units: Unpack[Units]) -> Smooth:
         """Moved ``dx`` pixels to the right and ``dy`` down; the pixels at the edge fill what is left behind."""
-        return cls([("shift", dx, dy)], normalization=normalization, value_range=value_range)
+        return cls([("shift", dx, dy)], **units)
 
     @classmethod
-    def tv(
-        cls,
-        weight: float,
-        n_iter: int = 30,
-        *,
-        normalization: NormalizationLike = None,
-        value_range: Range = (0.0, 1.0),
-    ) -> Smooth:
+    def tv(cls, weight: float, n_iter: int = 30, **units: Unpack[Units]) -> Smooth:
         r"""Total-variation denoising: ``n_iter`` steps down 1/2 \|u - x\|^2 + weight * TV(u), none of which raises it.
 
         TV(u) is the sum of sqrt(\|grad u\|^2 + (range / 100)^2) over the pixels of a channel. Source: Rudin, Osher,
         Fatemi 1992; the steps are those of Chan, Osher, Shen 2001.
         """
-        return cls([("tv", weight, n_iter)], normalization=normalization, value_range=value_range)
+        return cls([("tv", weight, n_iter)], **units)
 
     @classmethod
-    def noise(cls, sigma: float, *, normalization: NormalizationLike = None, value_range: Range = (0.0, 1.0)) -> Smooth:
+    def noise(cls, sigma: float, **units: Unpack[Units]) -> Smooth:
         """Gaussian noise of standard deviation ``sigma`` added, from (seed, id); not clipped to the range of values."""
-        return cls([("noise", sigma)], normalization=normalization, value_range=value_range)
+        return cls([("noise", sigma)], **units)
 
     @classmethod
     def chain(cls, *parts: Smooth) -> Smooth:
@@ -280,7 +247,7 @@ class Smooth(Intervention):
         """
         if not clean.is_floating_point():
             raise InputError(expected("inputs", "of a floating type", clean.dtype, "Write `x.float()`."))
-        if clean.dim() != 4 and any(step[0] not in POINTWISE for step in self.steps):
+        if clean.dim() != 4 and any(step[0] not in _POINTWISE for step in self.steps):
             raise InputError(expected("inputs", f"images (N, C, H, W) for {self!r}", f"shape {tuple(clean.shape)}"))
         if not clean.numel():
             return clean
@@ -299,7 +266,7 @@ class Smooth(Intervention):
             "median": lambda: filters.median(image, int(a)),
             "mean": lambda: filters.box_mean(image, int(a)),
             "gauss": lambda: filters.gaussian(image, a),
-            "jpeg": lambda: jpeg(image, int(a), low, high),
+            "jpeg": lambda: filters.jpeg(image, int(a), low, high),
             "soft_threshold": lambda: filters.soft_threshold(image, a, low),
             "clip": lambda: image.clamp(a, b),
             "stretch": lambda: ((image - a) * ((high - low) / (b - a)) + low).clamp(low, high),

@@ -228,7 +228,7 @@ class Runner:
     def _likes_channels_last(self, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> bool:
         """Whether the network computes the same on images whose channels lie side by side in memory.
 
-        On CPUs convolutions are often faster there (``benchmarks/throughput.py``). Networks that insist on another
+        On CPUs convolutions are often faster there (``benchmarks/engine``). Networks that insist on another
         layout raise an error, which is why one example is tried, once for each network and shape.
         """
         if not self._has_layouts(inputs):

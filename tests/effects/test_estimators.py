@@ -348,7 +348,7 @@ def planted(a: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("p", "trials", "units"), [(0.3, 200, 8), (0.5, 60, 8), (0.5, 60, 100)])
 def test_intervals_cover_what_they_promise(p: float, trials: int, units: int) -> None:
-    """A quick check of coverage, also with fewer trials than units; the full one is benchmarks/coverage.py."""
+    """A quick check of coverage, also with fewer trials than units; the full one is benchmarks/coverage."""
     every = all_assignments(8)
     weights = ((every.double() - p) / (p * (1 - p))) * chance(every, p)[:, None]
     truth = torch.zeros(units, 6, dtype=torch.double)

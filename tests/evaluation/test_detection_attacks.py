@@ -15,8 +15,8 @@ from torch import nn
 
 from benchmarks.harness import attacks
 from benchmarks.harness.attacks import Attacked, AttackSpec, attack_images, cached_attack
-from benchmarks.harness.benign import BENIGN, benign
 from benchmarks.harness.carlini import CarliniL2, CarliniLInf
+from benchmarks.harness.distortions import DISTORTIONS, distorted
 from benchmarks.harness.estimators import CountedNetwork, build_estimator, predict
 from benchmarks.harness.suites import fit_suite, suite
 from ce_plugin.errors import ArgumentError, FileError, InputError, UnknownNameError
@@ -298,37 +298,37 @@ class TestSuites:
 
 class TestBenign:
     @settings(max_examples=20, deadline=None)
-    @given(st.sampled_from(sorted(BENIGN)), st.integers(0, 5), st.sampled_from([1, 3]))
+    @given(st.sampled_from(sorted(DISTORTIONS)), st.integers(0, 5), st.sampled_from([1, 3]))
     def test_eight_bits_within_the_range_and_the_same_for_a_seed(self, kind: str, seed: int, channels: int) -> None:
         images = np.random.default_rng(seed).random((3, channels, 12, 16)).astype(np.float32)
-        made = benign(images, kind, seed)
+        made = distorted(images, kind, seed)
         assert made.shape == images.shape
         assert made.dtype == np.float32
         assert made.min() >= 0
         assert made.max() <= 1
         assert np.allclose(made * 255, np.rint(made * 255), atol=1e-4)
-        assert (benign(images, kind, seed) == made).all()
-        assert (benign(images[:1], kind, seed) == made[:1]).all()
+        assert (distorted(images, kind, seed) == made).all()
+        assert (distorted(images[:1], kind, seed) == made[:1]).all()
 
     def test_noise_has_the_size_that_is_asked_for(self) -> None:
         grey = np.full((4, 3, 32, 32), 128 / 255, np.float32)
-        sign = benign(grey, "sign", size=8 / 255) - grey
+        sign = distorted(grey, "sign", size=8 / 255) - grey
         assert np.allclose(np.abs(sign), 8 / 255, atol=1e-6)
         assert abs(sign.mean()) < 0.002
-        gauss = benign(grey, "gauss", size=0.1) - grey
+        gauss = distorted(grey, "gauss", size=0.1) - grey
         assert gauss.std() == pytest.approx(0.1, rel=0.03)
         # Equal norm: both are sqrt(D) times the size.
-        assert np.linalg.norm(benign(grey, "sign") - grey) == pytest.approx(np.linalg.norm(gauss), rel=0.05)
+        assert np.linalg.norm(distorted(grey, "sign") - grey) == pytest.approx(np.linalg.norm(gauss), rel=0.05)
 
     def test_shift_moves_the_picture_by_one_or_two_pixels(self) -> None:
         images = np.zeros((20, 1, 16, 16), np.float32)
         images[:, :, 8, 8] = 1
-        moved = np.argwhere(benign(images, "shift")[:, 0] == 1)[:, 1:] - 8
+        moved = np.argwhere(distorted(images, "shift")[:, 0] == 1)[:, 1:] - 8
         assert set(np.abs(moved).ravel().tolist()) == {1, 2}
 
     def test_contrast_keeps_the_mean(self) -> None:
         images = np.random.default_rng(0).random((2, 1, 16, 16)).astype(np.float32)
-        made = benign(images, "contrast")
+        made = distorted(images, "contrast")
         assert np.allclose(made.mean((1, 2, 3)), images.mean((1, 2, 3)), atol=2e-3)
         assert np.allclose(made.std((1, 2, 3)), 0.8 * images.std((1, 2, 3)), rtol=0.01)
 
@@ -342,17 +342,17 @@ class TestBenign:
         Image.fromarray(image).save(stream, "JPEG", quality=75)
         wanted = np.asarray(Image.open(stream), dtype=np.float32).transpose(2, 0, 1) / 255
         offered = (image.transpose(2, 0, 1)[None] / 255).astype(np.float32)
-        assert np.allclose(benign(offered, "jpeg")[0], wanted, atol=1e-6)
+        assert np.allclose(distorted(offered, "jpeg")[0], wanted, atol=1e-6)
 
     def test_bad_input(self) -> None:
         images = np.zeros((1, 2, 8, 8), np.float32)
         with pytest.raises(UnknownNameError, match="Did you mean 'gauss'"):
-            benign(images, "gaus")
+            distorted(images, "gaus")
         with pytest.raises(ArgumentError, match="`size`"):
-            benign(images, "gauss", size=0.0)
+            distorted(images, "gauss", size=0.0)
         with pytest.raises(InputError, match="1 or 3 channels"):
-            benign(images, "jpeg")
+            distorted(images, "jpeg")
         with pytest.raises(InputError, match="values in"):
-            benign(images + 2, "gauss")
+            distorted(images + 2, "gauss")
         with pytest.raises(InputError, match="floats of shape"):
-            benign(images[0], "gauss")
+            distorted(images[0], "gauss")

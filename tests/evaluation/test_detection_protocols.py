@@ -18,9 +18,9 @@ from benchmarks.harness import (
     CleanScores,
     ImageDraws,
     ImageSet,
-    Material,
+    ProtocolData,
     Scored,
-    Sheet,
+    ScoreTable,
     Task,
     evaluate,
     fit_detector,
@@ -75,27 +75,27 @@ def numbers(images: np.ndarray) -> list[int]:
 
 
 @pytest.fixture
-def material() -> Material:
+def data() -> ProtocolData:
     """Pool 0-99, its FGSM 1000-1099, test 2000-2039, attacks 3000, 4000, 5000 and 6000 + number of the test image."""
     ids = np.arange(40)
     attacks = {
-        name: ImageSet(name, numbered(start, 40)[rows], ids[rows], family, apart)
-        for name, start, rows, family, apart in (
+        name: ImageSet(name, numbered(start, 40)[rows], ids[rows], family, excluded)
+        for name, start, rows, family, excluded in (
             ("fgsm", 3000, slice(None), "sign", False),
             ("pgd", 4000, slice(0, 30), "sign", False),
             ("jsma", 5000, slice(5, 40), "sparse", False),
             ("patch", 6000, slice(None), "patch", True),
         )
     }
-    taught = {"fgsm": ImageSet("fgsm", numbered(1000, 100)[::2], np.arange(100)[::2], "sign")}
+    training_attacks = {"fgsm": ImageSet("fgsm", numbered(1000, 100)[::2], np.arange(100)[::2], "sign")}
     others = {"noise": ImageSet("noise", numbered(7000, 10), np.arange(10))}
-    return Material(numbered(0, 100), taught, ImageSet("clean", numbered(2000, 40), ids), attacks, others)
+    return ProtocolData(numbered(0, 100), training_attacks, ImageSet("clean", numbered(2000, 40), ids), attacks, others)
 
 
-def test_clean_only_fits_on_clean_images_of_the_pool_and_calibrates_on_the_rest(material: Material) -> None:
+def test_clean_only_fits_on_clean_images_of_the_pool_and_calibrates_on_the_rest(data: ProtocolData) -> None:
     detector = Recorder()
-    (task,) = plan("P3", material)
-    calibration = fit_detector(detector, task, material)
+    (task,) = plan("P3", data)
+    calibration = fit_detector(detector, task, data)
     ((x, y),) = detector.fits
     assert y is None
     assert calibration.n == 30
@@ -103,51 +103,51 @@ def test_clean_only_fits_on_clean_images_of_the_pool_and_calibrates_on_the_rest(
     assert sorted(numbers(x) + held) == list(range(100))
 
 
-def test_p2_learns_from_fgsm_on_images_that_are_fitted_on(material: Material) -> None:
+def test_p2_learns_from_fgsm_on_images_that_are_fitted_on(data: ProtocolData) -> None:
     detector = Recorder()
-    (task,) = plan("P2", material)
-    fit_detector(detector, task, material)
+    (task,) = plan("P2", data)
+    fit_detector(detector, task, data)
     ((x, y),) = detector.fits
     assert y is not None
-    clean, taught = numbers(x[y == 0]), numbers(x[y == 1])
+    clean, training_attacks = numbers(x[y == 0]), numbers(x[y == 1])
     assert len(clean) == 70
-    assert taught  # some of the 50 lie in the 70 that are fitted on, and none elsewhere
-    assert set(taught) == {1000 + n for n in clean if n % 2 == 0}
+    assert training_attacks  # some of the 50 lie in the 70 that are fitted on, and none elsewhere
+    assert set(training_attacks) == {1000 + n for n in clean if n % 2 == 0}
 
 
 @pytest.mark.parametrize("protocol", ["P1", "P4"])
-def test_an_image_and_its_twin_never_stand_on_both_sides(material: Material, protocol: str) -> None:
-    for task in plan(protocol, material):
+def test_an_image_and_its_twin_never_stand_on_both_sides(data: ProtocolData, protocol: str) -> None:
+    for task in plan(protocol, data):
         detector = Recorder()
-        fit_detector(detector, task, material)
+        fit_detector(detector, task, data)
         ((x, y),) = detector.fits
         assert y is not None
         assert (np.asarray(numbers(x[y == 0])) < 100).all()
-        taught = {n % 1000 for n in numbers(x[y == 1])}
-        scored = {int(i) for one in sets_of(task, material).values() for i in one.ids}
-        assert taught
+        training_attacks = {n % 1000 for n in numbers(x[y == 1])}
+        scored = {int(i) for one in sets_of(task, data).values() for i in one.ids}
+        assert training_attacks
         assert scored
-        assert not taught & scored
+        assert not training_attacks & scored
 
 
 @pytest.mark.parametrize("protocol", ["P1", "P4"])
-def test_two_folds_score_every_image_once(material: Material, protocol: str) -> None:
-    for name, attack in material.attacks.items():
-        mine = [task for task in plan(protocol, material) if name in task.tries]
-        scored = [i for task in mine for i in sets_of(task, material)[f"attack {name}"].ids.tolist()]
-        clean = [i for task in mine for i in sets_of(task, material)["clean"].ids.tolist()]
+def test_two_folds_score_every_image_once(data: ProtocolData, protocol: str) -> None:
+    for name, attack in data.attacks.items():
+        mine = [task for task in plan(protocol, data) if name in task.tries]
+        scored = [i for task in mine for i in sets_of(task, data)[f"attack {name}"].ids.tolist()]
+        clean = [i for task in mine for i in sets_of(task, data)["clean"].ids.tolist()]
         assert sorted(scored) == attack.ids.tolist()
-        assert sorted(clean) == material.clean.ids.tolist()
+        assert sorted(clean) == data.clean.ids.tolist()
 
 
-def test_p4_learns_from_other_families_and_never_from_attacks_apart(material: Material) -> None:
-    learnt = {task.key: set(task.learns) for task in plan("P4", material) if task.fold == 0}
+def test_p4_learns_from_other_families_and_never_from_excluded_attacks(data: ProtocolData) -> None:
+    learnt = {task.key: set(task.learns) for task in plan("P4", data) if task.fold == 0}
     assert learnt == {"sign-0": {"jsma"}, "sparse-0": {"fgsm", "pgd"}, "patch-0": {"fgsm", "pgd", "jsma"}}
 
 
-def test_a_detector_that_calibrates_itself_gets_all_images_and_its_calibration_is_taken(material: Material) -> None:
+def test_a_detector_that_calibrates_itself_gets_all_images_and_its_calibration_is_taken(data: ProtocolData) -> None:
     detector = OwnCalibration()
-    calibration = fit_detector(detector, plan("P2", material)[0], material)
+    calibration = fit_detector(detector, plan("P2", data)[0], data)
     ((x, y),) = detector.fits
     assert y is not None
     assert sorted(numbers(x[y == 0])) == list(range(100))
@@ -156,21 +156,21 @@ def test_a_detector_that_calibrates_itself_gets_all_images_and_its_calibration_i
     assert detector.scored == []
 
 
-def test_limit_takes_fewer_images_of_the_pool(material: Material) -> None:
+def test_limit_takes_fewer_images_of_the_pool(data: ProtocolData) -> None:
     detector = Recorder()
-    calibration = fit_detector(detector, plan("P3", material)[0], material, limit=20)
+    calibration = fit_detector(detector, plan("P3", data)[0], data, limit=20)
     assert (len(detector.fits[0][0]), calibration.n) == (14, 6)
     with pytest.raises(ArgumentError, match="Expected argument `limit` to be a number of images"):
-        fit_detector(detector, plan("P3", material)[0], material, limit=0)
+        fit_detector(detector, plan("P3", data)[0], data, limit=0)
 
 
-def test_protocol_without_anything_to_learn_from(material: Material) -> None:
-    bare = Material(material.pool, {}, material.clean, material.attacks)
-    with pytest.raises(InputError, match="Expected argument `taught` to be attacks on images of the pool"):
+def test_protocol_without_anything_to_learn_from(data: ProtocolData) -> None:
+    bare = ProtocolData(data.pool, {}, data.clean, data.attacks)
+    with pytest.raises(InputError, match="Expected argument `training_attacks` to be attacks on images of the pool"):
         plan("P2", bare)
     with pytest.raises(UnknownNameError, match="protocol"):
-        plan("P5", material)
-    alone = Material(material.pool, {}, material.clean, {"one": material.attacks["fgsm"].select(np.arange(40) < 1)})
+        plan("P5", data)
+    alone = ProtocolData(data.pool, {}, data.clean, {"one": data.attacks["fgsm"].select(np.arange(40) < 1)})
     empty = plan("P1", alone)[0]  # learns from fold 1, where no attack was successful
     with pytest.raises(InputError, match="successful attacks among one"):
         fit_detector(Recorder(), empty, alone)
@@ -183,20 +183,20 @@ def test_image_sets_are_checked() -> None:
         ImageSet("a", numbered(0, 2), np.array([1, 1]))
 
 
-def test_nothing_is_scored_twice(material: Material, tmp_path: Path) -> None:
-    (task,) = plan("P3", material)
+def test_nothing_is_scored_twice(data: ProtocolData, tmp_path: Path) -> None:
+    (task,) = plan("P3", data)
     first = Recorder()
-    sheet = score_task(first, task, material)
-    sheet.save(tmp_path / "sheet.npz", key="a")
-    known = Sheet.load(tmp_path / "sheet.npz", key="a")
+    table = score_task(first, task, data)
+    table.save(tmp_path / "table.npz", key="a")
+    known = ScoreTable.load(tmp_path / "table.npz", key="a")
     again = Recorder()
-    same = score_task(again, task, material, known=known)
+    same = score_task(again, task, data, known=known)
     assert not again.fits
     assert not again.scored
-    for name, one in sheet.sets.items():
+    for name, one in table.sets.items():
         np.testing.assert_array_equal(one.scores, same.sets[name].scores)
-    changed = dict(material.attacks) | {"pgd": ImageSet("pgd", numbered(8000, 7), np.arange(7), "sign")}
-    new = Material(material.pool, material.taught, material.clean, changed, material.others)
+    changed = dict(data.attacks) | {"pgd": ImageSet("pgd", numbered(8000, 7), np.arange(7), "sign")}
+    new = ProtocolData(data.pool, data.training_attacks, data.clean, changed, data.others)
     third = Recorder()
     after = score_task(third, plan("P3", new)[0], new, known=known)
     assert third.scored == [30, 7]  # calibration, and the attack that changed; its time is known
@@ -204,24 +204,24 @@ def test_nothing_is_scored_twice(material: Material, tmp_path: Path) -> None:
     np.testing.assert_allclose(after.sets["attack pgd"].scores, (8000 + np.arange(7)) / 10000, rtol=1e-6)
 
 
-def test_scores_under_another_key_or_damaged_are_refused(material: Material, tmp_path: Path) -> None:
-    file = tmp_path / "sheet.npz"
-    score_task(Recorder(), plan("P3", material)[0], material).save(file, key="a")
+def test_scores_under_another_key_or_damaged_are_refused(data: ProtocolData, tmp_path: Path) -> None:
+    file = tmp_path / "table.npz"
+    score_task(Recorder(), plan("P3", data)[0], data).save(file, key="a")
     with pytest.raises(FileError, match="one written under the key b"):
-        Sheet.load(file, key="b")
+        ScoreTable.load(file, key="b")
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(FileError, match="a file of scores"):
-        Sheet.load(file)
+        ScoreTable.load(file)
     with pytest.raises(FileError, match="a file of scores"):
-        Sheet.load(tmp_path / "none.npz")
+        ScoreTable.load(tmp_path / "none.npz")
 
 
-def test_an_attack_without_success_is_scored_as_nothing(material: Material) -> None:
+def test_an_attack_without_success_is_scored_as_nothing(data: ProtocolData) -> None:
     none = ImageSet("jsma", numbered(0, 0), np.arange(0), "sparse")
-    new = Material(material.pool, material.taught, material.clean, {"jsma": none})
-    sheet = score_task(Recorder(), plan("P3", new)[0], new)
-    assert sheet.sets["attack jsma"].scores.shape == (0,)
-    found = evaluate(plan("P3", new), {"all": sheet}, ImageDraws(40, 10), detector="r", needed=1)
+    new = ProtocolData(data.pool, data.training_attacks, data.clean, {"jsma": none})
+    table = score_task(Recorder(), plan("P3", new)[0], new)
+    assert table.sets["attack jsma"].scores.shape == (0,)
+    found = evaluate(plan("P3", new), {"all": table}, ImageDraws(40, 10), detector="r", needed=1)
     assert found.mean is None
     assert not found.attacks["jsma"].figures.evaluated
     assert found.worst_case is None
@@ -268,17 +268,22 @@ def test_draws_are_checked() -> None:
         CleanScores([1.0, 2.0], np.array([0]), draws)
 
 
-def one_fit(clean: np.ndarray, attacks: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[Task, Sheet]:
+def one_fit(clean: np.ndarray, attacks: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[Task, ScoreTable]:
     sets = {"clean": Scored(np.arange(len(clean)), clean)}
     sets |= {f"attack {name}": Scored(ids, scores) for name, (ids, scores) in attacks.items()}
-    return Task("all", (), "pool", tuple(attacks), alarms=True), Sheet(Calibration(clean), sets)
+    return Task("all", (), "pool", tuple(attacks), alarms=True), ScoreTable(Calibration(clean), sets)
 
 
-def test_mean_and_worst_leave_out_what_is_apart_and_what_is_too_few() -> None:
+def test_mean_and_worst_leave_out_what_is_excluded_and_what_is_too_few() -> None:
     ids, clean = np.arange(100), np.arange(100.0)
-    attacks = {"a": (ids, clean + 50), "b": (ids, clean + 20), "few": (ids[:9], clean[:9]), "apart": (ids, clean - 90)}
-    task, sheet = one_fit(clean, attacks)
-    found = evaluate((task,), {"all": sheet}, ImageDraws(100, 50), detector="d", needed=10, apart=["apart"])
+    attacks = {
+        "a": (ids, clean + 50),
+        "b": (ids, clean + 20),
+        "few": (ids[:9], clean[:9]),
+        "excluded": (ids, clean - 90),
+    }
+    task, table = one_fit(clean, attacks)
+    found = evaluate((task,), {"all": table}, ImageDraws(100, 50), detector="d", needed=10, excluded=["excluded"])
     truth = np.repeat([0, 1], 100)
     by_sklearn = [roc_auc_score(truth, np.r_[clean, clean + shift]) for shift in (50, 20)]
     assert found.mean is not None
@@ -286,50 +291,52 @@ def test_mean_and_worst_leave_out_what_is_apart_and_what_is_too_few() -> None:
     assert found.mean.value == pytest.approx(np.mean(by_sklearn))
     assert (found.worst_attack, found.worst.value) == ("b", pytest.approx(by_sklearn[1]))
     assert found.mean.low < found.mean.value < found.mean.high
-    assert found.attacks["apart"].figures.evaluated
+    assert found.attacks["excluded"].figures.evaluated
     assert not found.attacks["few"].figures.evaluated
     assert found.attacks["few"].figures.n_attacked == 9
 
 
 def test_worst_case_takes_of_each_image_the_least_score_of_attacks_that_count() -> None:
     ids, clean = np.arange(100), np.arange(100.0)
-    attacks = {"a": (ids, clean + 50), "b": (ids[:9], clean[:9] + 20), "apart": (ids, clean - 90)}
-    task, sheet = one_fit(clean, attacks)
-    found = evaluate((task,), {"all": sheet}, ImageDraws(100, 50), detector="d", needed=10, apart=["apart"])
+    attacks = {"a": (ids, clean + 50), "b": (ids[:9], clean[:9] + 20), "excluded": (ids, clean - 90)}
+    task, table = one_fit(clean, attacks)
+    found = evaluate((task,), {"all": table}, ImageDraws(100, 50), detector="d", needed=10, excluded=["excluded"])
     least = np.where(ids < 9, clean + 20, clean + 50)
     assert found.worst_case is not None
     assert found.worst_case.figures.auroc is not None
     expected = roc_auc_score(np.repeat([0, 1], 100), np.r_[clean, least])
     assert found.worst_case.figures.auroc.value == pytest.approx(expected)
-    few = evaluate((task,), {"all": sheet}, ImageDraws(100, 50), detector="d", needed=9, apart=["apart"], among=ids[:9])
+    few = evaluate(
+        (task,), {"all": table}, ImageDraws(100, 50), detector="d", needed=9, excluded=["excluded"], among=ids[:9]
+    )
     assert few.worst_case is not None
     assert few.worst_case.figures.auroc is not None
     assert few.worst_case.figures.n_attacked == 9
     expected = roc_auc_score(np.repeat([0, 1], (100, 9)), np.r_[clean, clean[:9] + 20])
     assert few.worst_case.figures.auroc.value == pytest.approx(expected)
-    none = evaluate((task,), {"all": sheet}, ImageDraws(100, 50), detector="d", needed=9, among=np.array([500]))
+    none = evaluate((task,), {"all": table}, ImageDraws(100, 50), detector="d", needed=9, among=np.array([500]))
     assert none.worst_case is None
-    without = evaluate((task,), {"all": sheet}, ImageDraws(100, 50), detector="d", worst_case=False)
+    without = evaluate((task,), {"all": table}, ImageDraws(100, 50), detector="d", worst_case=False)
     assert without.worst_case is None
 
 
 def test_a_fit_may_have_its_own_scale_in_each_fold() -> None:
     random = np.random.default_rng(0)
-    tasks, sheets, scaled = [], {}, {}
+    tasks, score_tables, scaled = [], {}, {}
     for fold in (0, 1):
         ids = np.arange(fold, 200, 2)
         clean, attacked = random.normal(size=100), random.normal(1.0, size=100)
         key = f"a-{fold}"
         tasks.append(Task(key, ("a",), "test", ("a",), fold))
-        for where, scale in ((sheets, 1.0), (scaled, 1.0 + 999 * fold)):
+        for where, scale in ((score_tables, 1.0), (scaled, 1.0 + 999 * fold)):
             sets = {"clean": Scored(ids, clean * scale), "attack a": Scored(ids, attacked * scale)}
-            where[key] = Sheet(Calibration(clean), sets)
+            where[key] = ScoreTable(Calibration(clean), sets)
     kept: dict[str, Any] = {"draws": ImageDraws(200, 20), "detector": "d", "needed": 50, "worst_case": False}
-    one, other = evaluate(tasks, sheets, **kept), evaluate(tasks, scaled, **kept)
+    one, other = evaluate(tasks, score_tables, **kept), evaluate(tasks, scaled, **kept)
     assert one.mean == other.mean
     by_fold = [
         roc_auc_score(np.repeat([0, 1], 100), np.r_[s.sets["clean"].scores, s.sets["attack a"].scores])
-        for s in sheets.values()
+        for s in score_tables.values()
     ]
     assert one.mean is not None
     assert one.mean.value == pytest.approx(np.mean(by_fold))
@@ -364,7 +371,7 @@ def test_false_alarms_count_misclassified_images_among_the_clean_ones() -> None:
         "other misclassified": Scored(np.arange(10), np.full(10, 99.5)),
         "other noise": Scored(np.arange(4), np.array([10.0, 96, 97, 98])),
     }
-    found = false_alarms(Calibration(np.arange(100.0)), Sheet(Calibration(np.arange(100.0)), sets).unattacked)
+    found = false_alarms(Calibration(np.arange(100.0)), ScoreTable(Calibration(np.arange(100.0)), sets).unattacked)
     assert found.rates["clean"][1].share == 0.1
     assert found.rates["correct"][1].share == 0.0
     assert found.rates["misclassified"][1].share == 1.0
@@ -376,26 +383,28 @@ def test_false_alarms_count_misclassified_images_among_the_clean_ones() -> None:
 
 
 def test_a_rate_that_calibration_cannot_resolve_raises_no_alarm() -> None:
-    sheet = Sheet(Calibration(np.arange(30.0)), {"clean": Scored(np.arange(5), np.full(5, 100.0))})
-    found = false_alarms(sheet.calibration, sheet.unattacked)
+    table = ScoreTable(Calibration(np.arange(30.0)), {"clean": Scored(np.arange(5), np.full(5, 100.0))})
+    found = false_alarms(table.calibration, table.unattacked)
     assert found.due[0] is None
     assert found.held()[0] is None
     assert found.rates["clean"][0].share == 0.0
     assert found.rates["clean"][1].share == 1.0
 
 
-def test_two_peers_end_to_end_tell_a_planted_attack(material: Material) -> None:
+def test_two_peers_end_to_end_tell_a_planted_attack(data: ProtocolData) -> None:
     random = np.random.default_rng(0)
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.ReLU(), torch.nn.Linear(16, 3)).eval()
     clean = random.random((300, 1, 4, 4)).astype(np.float32)
     attacked = ImageSet("odd", 1 - clean[200:] * 0.05, np.arange(100), "sign")
-    one = Material(clean[:200], {"odd": attacked}, ImageSet("clean", clean[200:], np.arange(100)), {"odd": attacked})
+    one = ProtocolData(
+        clean[:200], {"odd": attacked}, ImageSet("clean", clean[200:], np.arange(100)), {"odd": attacked}
+    )
     draws = ImageDraws(100, 50)
     found = {}
     for make in (Margin, Mahalanobis):
         tasks = plan("P3", one)
-        sheets = {task.key: score_task(make(net), task, one) for task in tasks}
-        found[make.name] = evaluate(tasks, sheets, draws, detector=make.name, needed=50).mean
+        score_tables = {task.key: score_task(make(net), task, one) for task in tasks}
+        found[make.name] = evaluate(tasks, score_tables, draws, detector=make.name, needed=50).mean
     assert found["Mahalanobis"] is not None
     assert found["margin"] is not None
     assert found["Mahalanobis"].value > 0.99

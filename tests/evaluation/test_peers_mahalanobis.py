@@ -8,8 +8,7 @@ import torch
 from sklearn.covariance import LedoitWolf
 from torch import nn
 
-from benchmarks.detectors.base import Peer
-from benchmarks.detectors.combination import Combination
+from benchmarks.detectors.base import Combination, Peer
 from benchmarks.detectors.layers import LayerReader, default_layers
 from benchmarks.detectors.mahalanobis import Mahalanobis, TiedGaussians
 from ce_plugin.detection.protocol import DifferentiableDetector

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.detectors.base import Peer
-from benchmarks.detectors.toolbox import BinaryActivation, BinaryInput
-from benchmarks.detectors.toolbox_scans import Beyond, SubsetScanning
+from benchmarks.detectors.toolbox import Beyond, BinaryActivation, BinaryInput, SubsetScanning
 from ce_plugin.detection.protocol import Detector, DifferentiableDetector
 from ce_plugin.errors import ArgumentError, InputError, UnknownNameError
 

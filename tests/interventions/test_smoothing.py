@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ce_plugin.errors import ArgumentError, InputError, UnknownNameError
 from ce_plugin.interventions import Context, Smooth
-from ce_plugin.interventions.jpeg import quantisation_table
 
 ALL = [
     Smooth.bits(2),
@@ -97,26 +96,15 @@ def stored_by_pillow(pixels: np.ndarray, quality: int) -> np.ndarray:
 
 @pytest.mark.parametrize("quality", [1, 10, 50, 75, 95, 100])
 def test_jpeg_is_that_of_pillow(quality: int) -> None:
-    """Up to a rounding here and there: sides that are no multiples of 8, in colour and in grey."""
+    """Sides that are no multiples of 8, in colour and in grey, in either range of values."""
     x = picture()
     ours = Smooth.jpeg(quality)(x / 255) * 255
     theirs = stored_by_pillow(x[0].permute(1, 2, 0).byte().numpy(), quality)
-    lost = np.abs(theirs - x[0].permute(1, 2, 0).numpy()).mean()
-    apart = np.abs(ours[0].permute(1, 2, 0).numpy() - theirs).mean()
-    assert apart < 0.5
-    assert apart < 0.1 * lost or quality > 90
-
+    assert np.abs(ours[0].permute(1, 2, 0).numpy() - theirs).max() < 1e-4
+    wide = Smooth.jpeg(quality, value_range=(0.0, 255.0))(x)
+    assert np.abs(wide[0].permute(1, 2, 0).numpy() - theirs).max() < 1e-4
     grey = Smooth.jpeg(quality)(x[:, 1:2] / 255) * 255
-    assert np.abs(grey[0, 0].numpy() - stored_by_pillow(x[0, 1].byte().numpy(), quality)).mean() < 0.25
-
-
-def test_jpeg_tables_are_those_of_pillow() -> None:
-    for quality in (1, 25, 49, 50, 75, 100):
-        file = io.BytesIO()
-        Image.new("RGB", (8, 8)).save(file, "JPEG", quality=quality, subsampling=0)
-        tables = Image.open(file).quantization  # type: ignore[attr-defined]
-        for index in (0, 1):
-            assert sorted(tables[index]) == sorted(sum(quantisation_table(quality, chrominance=index == 1), ()))
+    assert np.abs(grey[0, 0].numpy() - stored_by_pillow(x[0, 1].byte().numpy(), quality)).max() < 1e-4
 
 
 def test_jpeg_codes_other_numbers_of_channels_as_grey_pictures() -> None:
