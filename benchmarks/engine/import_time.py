@@ -1,7 +1,7 @@
 """How long does importing take? The plugin's class against Captum's, and the help of the command line.
 
-    python benchmarks/import_time.py              ten pairs, alternating
-    python benchmarks/import_time.py --pairs 30
+    python -m benchmarks.engine.import_time ten pairs, alternating
+    python -m benchmarks.engine.import_time --pairs 30
 
 Each import runs in a process of its own, on one thread, once before the clock starts so that the files are in memory.
 A pair is Captum's import and, directly after it, the plugin's; the ratio is taken within pairs, and its median is
@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _record import write
+from benchmarks.common.results import write
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 CAPTUM = ("-c", "from captum.attr import FeatureAblation")
 PLUGIN = ("-c", "from ce_plugin import CausalEffect")
