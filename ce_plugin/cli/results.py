@@ -6,19 +6,11 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from ce_plugin.files import write_files
+
 __all__ = ["csv_text", "json_text", "table", "write_files"]
-
-
-def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
-    """Write files into a folder, which is made; nothing else in it is touched."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        part = folder / f".{name}.part"
-        part.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        part.replace(folder / name)
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

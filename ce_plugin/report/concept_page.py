@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ce_plugin.files import write_files
 from ce_plugin.report.concepts import Concept, ConceptStudy
 from ce_plugin.report.findings import OUTCOMES
 from ce_plugin.report.page import template
@@ -49,16 +50,12 @@ def save_concepts(
     folder = Path(out)
     full = {**manifest, "findings": _record(study)}
     page = render_concepts(study, model=model, outcome=outcome, manifest=full)
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {
         TABLE: study.report.to_dataframe().to_csv(index=False),
         MANIFEST: json.dumps(full, indent=2) + "\n",
         PAGE: page,
     }
-    for name, text in texts.items():
-        part = folder / f".{name}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / name)
+    write_files(folder, texts)
     return folder / PAGE
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ce_plugin.files import written_whole
+from ce_plugin.files import write_files
 from ce_plugin.models import VisionModel
 from ce_plugin.report.detector_cells import alarm, evaluation_section
 from ce_plugin.report.detector_findings import DetectorTrial, Screening
@@ -177,9 +177,5 @@ def _common(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _written(out: str | Path, tables: Mapping[str, str], manifest: Mapping[str, Any], name: str, page: str) -> Path:
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, text in {**tables, "manifest.json": json.dumps(manifest, indent=2) + "\n", name: page}.items():
-        with written_whole(folder / file) as stream:
-            stream.write(text.encode())
-    return folder / name
+    write_files(out, {**tables, "manifest.json": json.dumps(manifest, indent=2) + "\n", name: page})
+    return Path(out, name)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ce_plugin.errors import FileError, expected
+from ce_plugin.files import write_files
 from ce_plugin.report.cells import photograph
 from ce_plugin.report.detector_cells import evaluation_section
 from ce_plugin.report.detector_findings import DetectorTrial
@@ -100,11 +101,7 @@ def save_report(
     page = render(
         studies, model=model, plan=plan, experiment=experiment, manifest=manifest, incomplete=incomplete, digits=digits
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in ((MANIFEST, json.dumps(manifest, indent=2) + "\n"), (PAGE, page)):
-        part = folder / f".{name}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / name)
+    write_files(folder, {MANIFEST: json.dumps(manifest, indent=2) + "\n", PAGE: page})
     return folder / PAGE
 
 
