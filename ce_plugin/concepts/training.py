@@ -21,8 +21,9 @@ from ce_plugin.concepts.model import ConceptAutoencoder, check_sizes
 from ce_plugin.concepts.recorded import Batch, Recorded
 from ce_plugin.errors import ArgumentError, ModelError, expected
 from ce_plugin.files import load, save
+from ce_plugin.networks.forward import OutputSelector
 from ce_plugin.networks.guard import state_guard
-from ce_plugin.networks.layers import Layer, OutputSelector, find_layer, fingerprint, probe
+from ce_plugin.networks.layers import Layer, find_layer, fingerprint, probe
 from ce_plugin.randomness import generator
 
 __all__ = [

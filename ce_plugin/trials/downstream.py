@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ce_plugin.errors import ModelError, expected
 from ce_plugin.interventions.base import Context, Intervention
-from ce_plugin.networks.forward import Forward
+from ce_plugin.networks.forward import Forward, select_heads
 from ce_plugin.networks.graph import HookPoint, Suffix, SuffixConstants
 from ce_plugin.networks.layers import copied, hooked
 from ce_plugin.sites import ConceptSite, LayerSite
@@ -133,7 +133,7 @@ class ForwardFromSite(Forward):
         if not isinstance(examples, Tensor):
             raise TypeError("examples are a tensor of indices")
         if self.suffix is not None and self.captured is not None:
-            return self.forward.heads(self.suffix.run(self.captured, values, examples))
+            return select_heads(self.suffix.run(self.captured, values, examples), self.forward.output)
         return self.full(values, examples)
 
     def full(self, values: Tensor, examples: Tensor) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_map
 
-from ce_plugin.networks.graph import Suffix, SuffixConstants, flops_of, nodes_of
+from ce_plugin.networks.forward import select_heads
+from ce_plugin.networks.graph import Suffix, SuffixConstants, flops_of
 from ce_plugin.trials.batches import TrialBatch, TrialSpec, Values
 from ce_plugin.trials.channels import follow_channels, mixes
 from ce_plugin.trials.downstream import ForwardFromSite
@@ -94,7 +95,7 @@ class IncrementalPass:
         if all(isinstance(state, Clean) for state in states) and node in self.local.suffix.dependent:
             return tree_map(_as_clean, self.local.clean_value(node))
         if not all(isinstance(state, (Clean, Dense)) for state in states):
-            module = self.graph.module(node) if node.op == "call_module" else None
+            module = self.graph.module(node)
             operation = resolve(node, module, args, kwargs)
             mixed = operation is not None and mixes(operation) and isinstance(operation.source, Channel)
             state = None if mixed else self._local(node, operation)
@@ -220,7 +221,7 @@ class CleanValues:
     def __init__(self, suffix: Suffix, captured: SuffixConstants, last_uses: dict[fx.Node, list[fx.Node]]) -> None:
         self.suffix, self.captured, self._last_uses = suffix, captured, last_uses
         self.example = -1
-        self._outputs = set(nodes_of(suffix.graph.output))
+        self._outputs = set(suffix.graph.outputs)
         self._asked: set[fx.Node] = set()
         self._kept: dict[fx.Node, Any] = {}
         self._passing: dict[fx.Node, Any] = {}
@@ -307,7 +308,7 @@ class IncrementalForward:
         self.route = "dense"
         nodes = suffix.nodes
         last = {arg: node for node in nodes for arg in node.all_input_nodes}
-        outputs = set(nodes_of(suffix.graph.output))
+        outputs = set(suffix.graph.outputs)
         self.last_uses = {
             node: [arg for arg in node.all_input_nodes if last[arg] is node and arg not in outputs] for node in nodes
         }
@@ -411,7 +412,7 @@ class IncrementalTrials:
         for example in range(n):
             with torch.inference_mode():
                 raw = self.local.clean_output(example)
-                heads = self.forward.heads(raw)
+                heads = select_heads(raw, self.forward.output)
             parts.append({name: head.clone() for name, head in heads.items()})
             self._output_bytes = sum(head.numel() * head.element_size() for head in heads.values())
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -426,7 +427,7 @@ class IncrementalTrials:
         for (example, variant), members in groups.items():
             here = masks if len(groups) == 1 else masks[members]
             with torch.inference_mode():
-                heads = self.forward.heads(self.local(example, values[example][variant][0], here))
+                heads = select_heads(self.local(example, values[example][variant][0], here), self.forward.output)
             self.route = self.local.route
             parts.append({name: head.to(spec.device).clone() for name, head in heads.items()})
             order += members
