@@ -432,8 +432,7 @@ class Experiment:
         sources = [self.intervention, *(evidence.intervention for evidence in self.evidences)]
         sites = [self.site, *(evidence.site for evidence in self.evidences)]
         coders = [site.autoencoder for site in sites if isinstance(site, ConceptSite)]
-        held_by = (self.forward.forward_func, self.outcome.function)
-        return state_guard(*held_by, *self.forward.modules, *sources, *coders)
+        return state_guard(self.outcome.function, *sources, *coders, networks=self.forward.modules)
 
     @property
     def checks_first(self) -> bool:

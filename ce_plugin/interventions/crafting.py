@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -428,6 +429,11 @@ class TargetClassifier:
         pairs = [(name, getattr(self, name), default) for name, default in zip(names, defaults, strict=True)]
         return [*pairs, ("mask", None if self.mask is None else tuple(self.mask.shape), None)]
 
+    @cached_property
+    def networks(self) -> list[nn.Module]:
+        """The networks in ``model``."""
+        return modules_of(self.model)
+
     @property
     def is_estimator(self) -> bool:
         return not isinstance(self.model, nn.Module)
@@ -456,11 +462,10 @@ class TargetClassifier:
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Eval mode, gradients on whatever mode the caller is in, and all as before afterwards."""
-        modules = modules_of(self.model)
         # Compiled backward passes can be walked once only, ART walks them again; and nothing need be compiled anew.
         eager = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
-        with torch.inference_mode(False), torch.enable_grad(), eager, state_guard(*modules):
-            for parameter in {p for module in modules for p in module.parameters() if p.is_leaf}:
+        with torch.inference_mode(False), torch.enable_grad(), eager, state_guard(networks=self.networks):
+            for parameter in {p for module in self.networks for p in module.parameters() if p.is_leaf}:
                 # Only the gradient of the image is wanted.
                 parameter.requires_grad_(False)
             yield
@@ -549,7 +554,7 @@ class _Task:
         if classifier.is_estimator and not self.binary:
             return classifier.model
         network: nn.Module = classifier.network()
-        (model,) = modules_of(classifier.model)[:1]
+        model = classifier.networks[0]
         device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         if self.binary:
             network = BinaryProblem(network, torch.from_numpy(self._signs(row)))
