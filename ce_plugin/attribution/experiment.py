@@ -23,8 +23,16 @@ from ce_plugin.networks.guard import state_guard
 from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite, MaskUnits, Units
 from ce_plugin.trials import Cost, Runner, TrialSpec
 from ce_plugin.trials.batches import checked_values, free_memory, rows_of_args
-from ce_plugin.trials.downstream import CapturingForward, EvidenceForward, ForwardFromSite, LayerEvidence, SiteHook
-from ce_plugin.trials.routing import CapturedSite, Router, hook_of
+from ce_plugin.trials.routing import (
+    CapturedSite,
+    CapturingForward,
+    EvidenceForward,
+    ForwardFromSite,
+    LayerEvidence,
+    Router,
+    SiteHook,
+    hook_of,
+)
 from ce_plugin.trials.runner import AggregateError, as_one_row, run_aggregated
 
 __all__ = [
