@@ -15,8 +15,6 @@ from ce_plugin.networks.forward import OutputSelector, select_logits
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.networks.layers import Layer, find_layer, inserted, probe, read_layer
 
-__all__ = ["Fidelity", "compare_outputs", "measure_fidelity"]
-
 
 @dataclass(frozen=True)
 class Fidelity:

@@ -15,8 +15,6 @@ from ce_plugin.files import load, save
 from ce_plugin.networks.layers import Layer, find_layer, fingerprint
 from ce_plugin.randomness import generator
 
-__all__ = ["ConceptAutoencoder", "check_sizes"]
-
 _KIND, _VERSION = "ConceptAutoencoder", 1
 _SLOPE = 0.1
 

@@ -14,8 +14,6 @@ from ce_plugin.networks.forward import OutputSelector, is_opaque, select_logits
 from ce_plugin.networks.graph import HookPoint, Suffix, SuffixConstants, Untraceable
 from ce_plugin.networks.layers import find_layer, inserted, read_layer
 
-__all__ = ["Batch", "Recorded"]
-
 _PROBE = 3
 
 

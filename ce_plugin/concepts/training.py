@@ -26,17 +26,6 @@ from ce_plugin.networks.guard import state_guard
 from ce_plugin.networks.layers import Layer, find_layer, fingerprint, probe
 from ce_plugin.randomness import generator
 
-__all__ = [
-    "Objective",
-    "Part",
-    "Progress",
-    "Settings",
-    "independent_components",
-    "prepared",
-    "start_linear",
-    "train_autoencoder",
-]
-
 
 @dataclass(frozen=True)
 class Settings:

@@ -17,20 +17,6 @@ from torch.futures import Future
 from ce_plugin.errors import ArgumentError, ModelError, expected
 from ce_plugin.networks.guard import modules_of, state_guard
 
-__all__ = [
-    "ClipValues",
-    "Forward",
-    "OutputSelector",
-    "clip_values_of",
-    "is_art_classifier",
-    "is_opaque",
-    "learned",
-    "load_art",
-    "select_heads",
-    "select_logits",
-    "unwrap",
-]
-
 logger = logging.getLogger("ce_plugin")
 # By identity: modules may define what equality means for them, and then need not be hashable.
 _LEARNED: dict[int, dict[object, object]] = {}

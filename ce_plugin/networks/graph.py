@@ -7,6 +7,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,8 +19,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from ce_plugin.networks.forward import is_opaque
-
-__all__ = ["Graph", "HookPoint", "Suffix", "SuffixConstants", "Untraceable", "flops_of", "out_of_place"]
 
 _OPERATORS = {
     **{f"i{name}": name for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")},
@@ -62,12 +61,14 @@ def without_changes_in_place(graph: fx.Graph, root: nn.Module) -> None:
     """
     groups: dict[fx.Node, fx.Node] = {}
     replaced: dict[fx.Node, fx.Node] = {}
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    users = {node: list(node.users) for node in graph.nodes}
-    for node in graph.nodes:
+    last_use: dict[fx.Node, int] = {}
+    for position, node in enumerate(graph.nodes):
+        last_use.update(dict.fromkeys(node.all_input_nodes, position))
+    for position, node in enumerate(graph.nodes):
         original = node.all_input_nodes
-        node.args = map_arg(node.args, lambda arg: replaced.get(arg, arg))
-        node.kwargs = map_arg(node.kwargs, lambda arg: replaced.get(arg, arg))
+        if replaced:
+            node.args = map_arg(node.args, lambda arg: replaced.get(arg, arg))
+            node.kwargs = map_arg(node.kwargs, lambda arg: replaced.get(arg, arg))
         groups[node] = node
         if original and _may_share_memory(node, root):
             for arg in original:
@@ -76,7 +77,7 @@ def without_changes_in_place(graph: fx.Graph, root: nn.Module) -> None:
             continue
         changed = original[0]
         for other in groups:
-            later = other not in (node, changed) and any(order[user] > order[node] for user in users[other])
+            later = other not in (node, changed) and last_use.get(other, -1) > position
             if later and other not in replaced and _leader(groups, other) is _leader(groups, changed):
                 raise ChangedInPlaceError(f"`{changed.name}` is changed in place while a view of it is used")
         target = replaced.get(changed, changed)
@@ -235,7 +236,7 @@ class _Tracer(fx.Tracer):
 
     def _holds_point(self, module: nn.Module) -> bool:
         inside = self.point.module
-        return module is not inside and any(part is inside for part in module.modules())
+        return module is not inside and any(map(partial(operator.is_, inside), module.modules()))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if is_opaque(m):
@@ -419,6 +420,7 @@ def flops_of(run: Callable[[], Any]) -> int:
     return int(counter.total)
 
 
+_ARGUMENTS = operator.attrgetter("all_input_nodes")
 _QUERIES = {"shape", "ndim", "dtype", "device", "is_cuda", "layout", "requires_grad"}
 _QUERY_METHODS = {"size", "dim", "numel", "nelement", "ndimension", "stride", "is_contiguous", "is_floating_point"}
 # Operations that take views with repeated rows without copying them first.
@@ -510,7 +512,7 @@ class Suffix:
             if node in included:
                 included.update(from_shapes.intersection(node.all_input_nodes))
         self.nodes = [node for node in graph.nodes if node in included]
-        boundary = set(graph.outputs).union(*(node.all_input_nodes for node in self.nodes)) - included - {graph.site}
+        boundary = set(graph.outputs).union(*map(_ARGUMENTS, self.nodes)) - included - {graph.site}
         self._fixed: list[fx.Node] = []
         self._shapes: list[fx.Node] = []
         self._rows: list[fx.Node] = []
@@ -601,7 +603,9 @@ class Suffix:
 
     def constants(self, captured: SuffixConstants, rows: int, examples: Tensor | None = None) -> dict[fx.Node, Any]:
         """The constants of a batch; without ``examples`` those of one example stand for all rows."""
-        here: dict[fx.Node, Any] = {node: _usable(value) for node, value in captured.fixed.items()}
+        here: dict[fx.Node, Any] = {}
+        for node, value in captured.fixed.items():
+            here[node] = _usable(value)
         one = examples is None or len(captured.site) == 1 or bool((examples == examples[0]).all())
         for node, value in captured.shapes.items():
             here[node] = value.expand(rows, *value.shape[1:])

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["modules_of", "state_guard"]
-
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -60,8 +58,12 @@ def modules_of(forward_func: object) -> list[nn.Module]:
             seen.add(id(thing))
             # Last in, first out: reversed, so that the parts are visited in their order.
             waiting += [(part, depth - 1) for part in reversed(list(_parts(thing)))]
-    inner = {id(part) for root in found.values() for part in root.modules() if part is not root}
-    return [module for key, module in found.items() if key not in inner]
+    outermost = dict(found)
+    for root in found.values():
+        for part in root.modules():
+            if part is not root:
+                outermost.pop(id(part), None)
+    return list(outermost.values())
 
 
 def _parts(thing: object) -> Iterator[object]:
@@ -125,7 +127,10 @@ class state_guard:  # noqa: N801 - a context manager, named as torch.no_grad is
     def __init__(self, *forward_funcs: object, networks: Iterable[nn.Module] = (), seed: int | None = None) -> None:
         self._seed = seed
         self._modules: dict[int, nn.Module] = {}
-        for root in [*networks, *(found for func in forward_funcs for found in modules_of(func))]:
+        roots = list(networks)
+        for func in forward_funcs:
+            roots += modules_of(func)
+        for root in roots:
             for module in root.modules():
                 self._modules[id(module)] = module
 

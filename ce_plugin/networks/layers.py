@@ -16,18 +16,6 @@ from ce_plugin.networks.forward import OutputSelector, select_logits
 from ce_plugin.networks.graph import HookPoint
 from ce_plugin.networks.guard import state_guard
 
-__all__ = [
-    "HookCalls",
-    "Layer",
-    "find_layer",
-    "fingerprint",
-    "hooked",
-    "inserted",
-    "last_conv_layer",
-    "probe",
-    "read_layer",
-]
-
 Layer = Union[str, nn.Module]
 
 

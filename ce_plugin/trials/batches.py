@@ -19,23 +19,6 @@ from ce_plugin.interventions.base import Context, Intervention
 from ce_plugin.networks.forward import is_opaque
 from ce_plugin.sites import Units
 
-__all__ = [
-    "BatchSize",
-    "Cost",
-    "Counterfactuals",
-    "TrialBatch",
-    "TrialSpec",
-    "Values",
-    "Wanted",
-    "batches",
-    "bytes_per_row",
-    "checked_values",
-    "free_memory",
-    "rows_of_args",
-    "values_of_trials",
-]
-
-
 _FIRST, _LARGEST = (4, 8, 16), 4096
 # Shorter batches than this are dominated by fixed costs, so that a larger batch always pays.
 _SHORT_SECONDS = 0.004
@@ -333,7 +316,7 @@ class Counterfactuals:
 
         The values are None where they depend on the trial.
         """
-        each = sum(x[0].numel() * x.element_size() for x in spec.inputs) * spec.intervention.n_variants
+        each = sum(map(_nbytes, spec.inputs)) // spec.n * spec.intervention.n_variants
         step = max(1, _BYTES // max(each, 1))
         for first in range(0, len(wanted), step):
             chunk = wanted[first : first + step]
@@ -347,25 +330,21 @@ class Counterfactuals:
         of = (spec.inputs, spec.intervention, spec.context)
         if any(map(operator.is_not, of, self._kept_of)):
             self._kept_of, self._kept = of, {}
-        values = dict(self._kept)
-        missing = [example for example in examples if example not in values]
-        if missing:
-            self._make(spec, missing, values)
-        if keep:
-            self._kept = values
-        return values
-
-    def _make(self, spec: TrialSpec, examples: list[int], values: Values) -> None:
-        context = spec.context.select(examples)
-        for example in examples:
-            values[example] = []
+        missing = [example for example in examples if example not in self._kept]
+        if not missing:
+            return self._kept
+        values, context = dict(self._kept), spec.context.select(missing)
         for variant in range(spec.intervention.n_variants):
             made = []
             for position, x in enumerate(spec.inputs):
                 at = replace(context, variant=variant, position=position)
-                made.append(checked_values(spec.intervention, x[examples], at))
-            for k, example in enumerate(examples):
-                values[example].append(tuple([self._laid_out(x[k : k + 1]) for x in made]))
+                made.append(checked_values(spec.intervention, x[missing], at))
+            for k, example in enumerate(missing):
+                own = tuple([self._laid_out(x[k : k + 1]) for x in made])
+                values.setdefault(example, []).append(own)
+        if keep:
+            self._kept = values
+        return values
 
 
 def values_of_trials(spec: TrialSpec, rows: TrialBatch, clean: Tensor, mask: Tensor, position: int) -> Tensor:

@@ -13,8 +13,6 @@ from torch import Tensor
 from ce_plugin.trials.operations import Cat, Conv, Last, Linear, Norm, Operation, Pointwise, Separable, View
 from ce_plugin.trials.states import Channel, Clean, Dense, State
 
-__all__ = ["follow_channels", "mixes"]
-
 
 def mixes(operation: Operation) -> bool:
     """Whether every channel of the result depends on all channels of the source."""

@@ -19,8 +19,6 @@ from ce_plugin.trials.operations import Cat, Conv, Operation, Pointwise, Pool, r
 from ce_plugin.trials.states import Channel, Clean, Dense, State, Window, as_dense, is_state, nbytes, select
 from ce_plugin.trials.windows import follow_windows, window_of
 
-__all__ = ["IncrementalForward", "IncrementalTrials"]
-
 # Rows of a batch whose values fill this much memory run fastest on CPUs: more of them fall out of the caches.
 _BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 # Rows of the first batch, which shows how much memory a row takes; fewer where so many times what the site's value
@@ -84,7 +82,7 @@ class IncrementalTrials:
             guess = max(1, min(_FIRST, budget // max(_GUESS * site[:1].numel() * site.element_size(), 1)))
             return guess, guess
         each = self.forward.bytes_per_row + _COPIES * self._output_bytes
-        limit = max(1, min((budget - self.forward.clean_value.nbytes) // each, _MOST))
+        limit = max(1, min((budget - nbytes(self.forward.clean_value.kept)) // each, _MOST))
         return max(1, min(max(_BYTES.get(device.type, _BYTES["cuda"]) // each, 4), limit)), limit
 
     def kind(self, spec: TrialSpec) -> str:
@@ -196,25 +194,24 @@ class CleanValues:
         suffix: of the network.
         captured: a clean pass of the examples.
         last_uses: for each node those of its arguments that no later one uses.
+
+    Attributes:
+        kept: the values that were asked for.
     """
 
     def __init__(self, suffix: Suffix, captured: SuffixConstants, last_uses: dict[fx.Node, list[fx.Node]]) -> None:
         self.suffix, self.captured, self._last_uses = suffix, captured, last_uses
         self.example, self.site = -1, captured.site
         self._asked: set[fx.Node] = set(suffix.graph.outputs)
-        self._kept: dict[fx.Node, Any] = {}
+        self.kept: dict[fx.Node, Any] = {}
         self._passing: dict[fx.Node, Any] = {}
         self._next = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of what is kept."""
-        return nbytes(list(self._kept.values()))
 
     def start(self, example: int) -> None:
         """From now on the values are those of this example."""
         if example != self.example:
-            self.example, self.site, self._kept = example, self.captured.site[example : example + 1], {}
+            self.example, self.site = example, self.captured.site[example : example + 1]
+            self.kept.clear()
             self._restart()
 
     def __call__(self, node: fx.Node) -> Any:
@@ -222,13 +219,13 @@ class CleanValues:
         self._asked.add(node)
         if node is self.suffix.graph.site:
             return self.site
-        if node not in self._kept and node in self._passing:
-            self._kept[node] = self._passing[node]
-        while node not in self._kept:
+        if node not in self.kept and node in self._passing:
+            self.kept[node] = self._passing[node]
+        while node not in self.kept:
             if self._next == len(self.suffix.nodes):
                 self._restart()  # it was not needed before, and is gone
             self._step()
-        return self._kept[node]
+        return self.kept[node]
 
     def _restart(self) -> None:
         self._next = 0
@@ -242,7 +239,7 @@ class CleanValues:
         kwargs = map_arg(node.kwargs, self._passing.__getitem__)
         value = self._passing[node] = self.suffix.graph.call(node, args, kwargs)
         if node in self._asked:
-            self._kept[node] = value
+            self.kept[node] = value
         for arg in self._last_uses[node]:
             self._passing.pop(arg, None)
         if self._next == len(self.suffix.nodes):

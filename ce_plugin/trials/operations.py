@@ -14,20 +14,6 @@ from torchvision.ops import stochastic_depth
 
 from ce_plugin.networks.graph import out_of_place
 
-__all__ = [
-    "Cat",
-    "Conv",
-    "Last",
-    "Linear",
-    "Norm",
-    "Operation",
-    "Pointwise",
-    "Pool",
-    "Separable",
-    "View",
-    "resolve",
-]
-
 
 @dataclass(frozen=True)
 class Operation:

@@ -22,18 +22,6 @@ from ce_plugin.trials.batches import TrialSpec, checked_values, rows_of_args
 from ce_plugin.trials.incremental import IncrementalTrials
 from ce_plugin.trials.runner import AggregateError, Runner
 
-__all__ = [
-    "SITE",
-    "CapturedSite",
-    "CapturingForward",
-    "EvidenceForward",
-    "ForwardFromSite",
-    "LayerEvidence",
-    "Router",
-    "SiteHook",
-    "hook_of",
-]
-
 logger = logging.getLogger("ce_plugin")
 # The name of the site's value among the heads of a capturing pass; no user's head has it.
 SITE = "\0site"

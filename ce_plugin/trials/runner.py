@@ -24,8 +24,6 @@ from ce_plugin.trials.batches import (
 )
 from ce_plugin.trials.incremental import IncrementalTrials
 
-__all__ = ["Measure", "Runner"]
-
 # From the heads' outputs of B rows and the rows' examples (B,) to each head's outcomes (B, C).
 Measure: TypeAlias = Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]]
 _REFERENCE_ROWS = 16

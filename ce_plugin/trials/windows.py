@@ -18,8 +18,6 @@ from torch import Tensor
 from ce_plugin.trials.operations import Cat, Conv, Norm, Operation, Pointwise, Pool, Separable
 from ce_plugin.trials.states import Clean, Dense, State, Window, gathered
 
-__all__ = ["follow_windows", "window_of"]
-
 # Windows that cover more of a map are run in full: gathering then costs more than it saves.
 _LARGEST_SHARE = 0.75
 
