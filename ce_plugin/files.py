@@ -138,6 +138,12 @@ def load(path: str | os.PathLike[str], kind: str, version: int, wanted: str = ""
 
     Raises:
         FileError: there is no such file, it is damaged, of another kind, or of another version.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     load(save(Path(folder, "a"), "Table", 1, {"x": torch.zeros(1)}), "Table", 1)
+        {'x': tensor([0.])}
     """
     wanted = wanted or f"a file written by {kind}.save"
     # What is no archive would be read as an old kind of pickle, whose reader fails in ways beyond counting.
