@@ -21,9 +21,7 @@ from ce_plugin.interventions import Context, Intervention
 from ce_plugin.networks.forward import Forward
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite, MaskUnits, Units
-from ce_plugin.trials import Cost, Runner, TrialSpec
-from ce_plugin.trials.batches import checked_values, free_memory, rows_of_args
-from ce_plugin.trials.routing import (
+from ce_plugin.trials._routing import (
     CapturedSite,
     CapturingForward,
     EvidenceForward,
@@ -33,7 +31,8 @@ from ce_plugin.trials.routing import (
     SiteHook,
     hook_of,
 )
-from ce_plugin.trials.runner import AggregateError, as_one_row, run_aggregated
+from ce_plugin.trials._runner import AggregateError, Runner, as_one_row, run_aggregated
+from ce_plugin.trials.batches import Cost, TrialSpec, checked_values, free_memory, rows_of_args
 
 __all__ = [
     "Experiment",

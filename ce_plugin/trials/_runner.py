@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ce_plugin.networks.forward import Forward, is_opaque
+from ce_plugin.trials._incremental import IncrementalTrials
 from ce_plugin.trials.batches import (
     BatchSize,
     Counterfactuals,
@@ -22,7 +23,6 @@ from ce_plugin.trials.batches import (
     rows_of_args,
     values_of_trials,
 )
-from ce_plugin.trials.incremental import IncrementalTrials
 
 # From the heads' outputs of B rows and the rows' examples (B,) to each head's outcomes (B, C).
 Measure: TypeAlias = Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]]

@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from ce_plugin.networks.forward import OutputSelector, select_heads
 from ce_plugin.networks.graph import Suffix, SuffixConstants, flops_of
+from ce_plugin.trials._channels import follow_channels, mixes
+from ce_plugin.trials._operations import Cat, Conv, Operation, Pointwise, Pool, resolve
+from ce_plugin.trials._states import Channel, Clean, Dense, State, Window, as_dense, is_state, nbytes, select
+from ce_plugin.trials._windows import follow_windows, window_of
 from ce_plugin.trials.batches import TrialBatch, TrialSpec, Values
-from ce_plugin.trials.channels import follow_channels, mixes
-from ce_plugin.trials.operations import Cat, Conv, Operation, Pointwise, Pool, resolve
-from ce_plugin.trials.states import Channel, Clean, Dense, State, Window, as_dense, is_state, nbytes, select
-from ce_plugin.trials.windows import follow_windows, window_of
 
 # Rows of a batch whose values fill this much memory run fastest on CPUs: more of them fall out of the caches.
 _BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}

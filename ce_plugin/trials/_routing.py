@@ -18,9 +18,9 @@ from ce_plugin.networks.forward import Forward, is_opaque, select_heads
 from ce_plugin.networks.graph import HookPoint, Suffix, SuffixConstants, Untraceable
 from ce_plugin.networks.layers import copied, find_layer, hooked
 from ce_plugin.sites import ConceptSite, LayerSite
+from ce_plugin.trials._incremental import IncrementalTrials
+from ce_plugin.trials._runner import AggregateError, Runner
 from ce_plugin.trials.batches import TrialSpec, checked_values, rows_of_args
-from ce_plugin.trials.incremental import IncrementalTrials
-from ce_plugin.trials.runner import AggregateError, Runner
 
 logger = logging.getLogger("ce_plugin")
 # The name of the site's value among the heads of a capturing pass; no user's head has it.
