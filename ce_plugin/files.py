@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
-import tempfile
+import secrets
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ce_plugin.errors import FileError, expected
 
-__all__ = ["read_tensors", "written_whole"]
+__all__ = ["load", "save", "write_files", "written_whole"]
+
+_FORMAT = "ce_plugin"
+# Of release 0.3 and older: estimates and detectors; autoencoders and checkpoints, whose content is not nested.
+_OLDER_FORMATS = ("ce_plugin result", "ce_plugin concepts")
+# What the reader takes without running code.
+_PLAIN = (Tensor, str, int, float, type(None))
 
 
 @contextmanager
@@ -29,49 +38,128 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         FileError: it cannot be written.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with written_whole(Path(folder, "a")) as stream:
         ...         _ = stream.write(b"whole")
         ...     Path(folder, "a").read_bytes(), os.listdir(folder)
         (b'whole', ['a'])
     """
-    file, temporary = Path(path), ""
+    file = Path(path)
+    # In the same folder, so that the last step is a rename within one file system.
+    part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
     try:
-        # In the same folder, so that the last step is a rename within one file system.
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as stream:
-            temporary = stream.name
+        with part.open("xb") as stream:
             yield stream
-        os.replace(temporary, file)
+        part.replace(file)
     except OSError as error:
         raise FileError(expected("path", "a file that can be written", repr(str(file)), str(error))) from error
     finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
-def read_tensors(path: str | os.PathLike[str], wanted: str) -> Any:
-    """What ``torch.save`` wrote: tensors and plain values only.
+def write_files(folder: str | os.PathLike[str], contents: Mapping[str, str | bytes | Mapping[str, Any]]) -> None:
+    """Write files into a folder, which is made where there is none; each is written whole or not at all.
+
+    Args:
+        folder: nothing else in it is touched.
+        contents: file name -> text (stored as UTF-8), bytes, or a dictionary (stored as JSON).
+
+    Raises:
+        FileError: one cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_files(Path(folder, "report"), {"index.html": "<p>"})
+        ...     Path(folder, "report", "index.html").read_text()
+        '<p>'
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        text = json.dumps(content, indent=2) + "\n" if isinstance(content, Mapping) else content
+        with written_whole(Path(folder, name)) as stream:
+            stream.write(text.encode("utf-8") if isinstance(text, str) else text)
+
+
+def save(
+    path: str | os.PathLike[str], kind: str, version: int, content: Mapping[str, Any], *, force: bool = False
+) -> Path:
+    """Write tensors and JSON-able values under one name; :func:`load` reads them.
+
+    Args:
+        path: the file; its folder exists.
+        kind: what it is ("Estimate").
+        version: of this kind's content; a file of another version is refused when it is read.
+        content: tensors, and collections of tensors and plain values, are stored as they are, on the CPU; the rest as
+            JSON, and what JSON does not know as its ``repr``.
+        force: replace a file that exists.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileError: the file exists and ``force`` is not set, or it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = save(Path(folder, "a"), "Table", 1, {"x": torch.ones(1), "name": "one"})
+        ...     load(file, "Table", 1)
+        {'x': tensor([1.]), 'name': 'one'}
+    """
+    file = Path(path)
+    if file.exists() and not force:
+        hint = "Pass force=True to replace it."
+        raise FileError(expected("path", "a new file", f"{str(file)!r}, which exists", hint))
+    tensors, rest = {}, {}
+    for name, value in content.items():
+        leaves = tree_leaves(value)
+        if any(isinstance(leaf, Tensor) for leaf in leaves) and all(isinstance(leaf, _PLAIN) for leaf in leaves):
+            tensors[name] = tree_map_only(Tensor, _stored, value)
+        else:
+            rest[name] = value
+    about = {"format": _FORMAT, "kind": kind, "version": version}
+    with written_whole(file) as stream:
+        torch.save({**about, "tensors": tensors, "json": json.dumps(rest, default=repr)}, stream)
+    return file
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu()
+
+
+def load(path: str | os.PathLike[str], kind: str, version: int, wanted: str = "") -> dict[str, Any]:
+    """What :func:`save` wrote, tensors on the CPU; runs no code from the file.
 
     Args:
         path: the file.
-        wanted: what it should be, for messages ("a file written by Estimate.save").
+        kind, version: what it must hold.
+        wanted: what it should be, for messages; "a file written by Estimate.save" by default, for the kind "Estimate".
 
     Raises:
-        FileError: there is none, or it is something else.
+        FileError: there is no such file, it is damaged, of another kind, or of another version.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with written_whole(Path(folder, "a")) as stream:
-        ...         torch.save({"x": torch.ones(1)}, stream)
-        ...     read_tensors(Path(folder, "a"), "a file of tensors")
-        {'x': tensor([1.])}
+        ...     load(save(Path(folder, "a"), "Table", 1, {"x": torch.zeros(1)}), "Table", 1)
+        {'x': tensor([0.])}
     """
+    wanted = wanted or f"a file written by {kind}.save"
     # What is no archive would be read as an old kind of pickle, whose reader fails in ways beyond counting.
     if Path(path).is_file() and not zipfile.is_zipfile(path):
         raise FileError(expected("path", wanted, f"{str(path)!r}, which is none"))
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise FileError(expected("path", wanted, repr(str(path)), str(error))) from error
     except (RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise FileError(expected("path", wanted, f"{str(path)!r}, which is none")) from error
+    known = isinstance(content, dict) and content.get("format") in (_FORMAT, *_OLDER_FORMATS)
+    if not known or content.get("kind") != kind:
+        raise FileError(expected("path", wanted, f"{str(path)!r}, which holds something else"))
+    if (found := content.get("version", version)) != version:
+        hint = "Make it again, or read it with the release of ce_plugin that wrote it."
+        raise FileError(expected("path", f"{wanted}, version {version}", f"version {found}", hint))
+    return {**content.get("tensors", content), **json.loads(content.get("json", "{}"))}

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ce_plugin.concepts import ConceptAutoencoder
 from ce_plugin.designs import RandomMask
-from ce_plugin.errors import ArgumentError, InputError, ModelError, UnitError, expected, unknown_name
+from ce_plugin.errors import ArgumentError, InputError, UnitError, expected, unknown_name
 from ce_plugin.interventions.base import Intervention
+from ce_plugin.networks.layers import find_layer
 from ce_plugin.randomness import derived_seed
 
 __all__ = [
@@ -448,17 +449,7 @@ class LayerSite:
             ModelError: no network was found in the forward function, or it does not hold this module.
             UnknownNameError: no layer of this name.
         """
-        if not networks:
-            hint = "Pass the nn.Module itself, or a function that refers to it."
-            raise ModelError(expected("forward_func", "a network, or a function that runs one", "none found", hint))
-        for network in networks:
-            for name, module in network.named_modules(remove_duplicate=False):
-                if module is self.layer or (name == self.layer and name):
-                    return name, module
-        if isinstance(self.layer, str):
-            raise unknown_name("layer", self.layer, [n for net in networks for n, _ in net.named_modules() if n])
-        hint = "Take a module of the very object that is explained, or its dotted name."
-        raise ModelError(expected("layer", "a module of the network", f"another {type(self.layer).__name__}", hint))
+        return find_layer(networks, self.layer)
 
     def units_of(self, values: tuple[Tensor, ...]) -> MaskUnits:
         """The units of the layer's value, a tuple of one tensor (N, ...).

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,6 +26,7 @@ from ce_plugin.detection.adaptive import AdaptiveEvasion
 from ce_plugin.detection.protocol import DifferentiableDetector
 from ce_plugin.errors import FileError
 from ce_plugin.evaluation import Interval, auroc
+from ce_plugin.files import written_whole
 from ce_plugin.networks.art import build_classifier
 
 CHUNK = 10
@@ -149,9 +149,8 @@ class TargetModel:
             return known
         found = self._attack(rows, eps, effort, starts)
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(f".{os.getpid()}.part.npz")
-        np.savez_compressed(draft, key=np.array(key), probe=self.probe, **asdict(found))
-        draft.replace(file)
+        with written_whole(file) as stream:
+            np.savez_compressed(stream, key=np.array(key), probe=self.probe, **asdict(found))
         return found
 
     def efforts(self, eps: float) -> list[Effort]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ce_plugin.files import written_whole
 from ce_plugin.models import FashionCNN, efficientnet_lite0
 from ce_plugin.randomness import derived_seed, generator
 
@@ -85,9 +86,9 @@ def kept(file: Path, make: Callable[[], nn.Module]) -> dict[str, Tensor]:
     """The weights in a file of the cache; where there is none, those of what is made now, which are put there."""
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(f".{os.getpid()}.part")
-        torch.save(make().state_dict(), draft)
-        draft.replace(file)
+        made = make().state_dict()
+        with written_whole(file) as stream:
+            torch.save(made, stream)
     weights: dict[str, Tensor] = torch.load(file, weights_only=True)
     return weights
 

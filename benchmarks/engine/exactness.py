@@ -25,6 +25,7 @@ from benchmarks.common.networks import HOW, NETWORKS, network
 from benchmarks.common.results import write
 from ce_plugin import CausalEffect, LayerCausalEffect
 from ce_plugin.designs import OneAtATime
+from ce_plugin.files import written_whole
 from ce_plugin.sites import LayerSite
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -94,8 +95,8 @@ def kept(name: str, make: Callable[[], Any], options: argparse.Namespace) -> Any
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
         made = make()
-        torch.save(made, place.with_suffix(".part"))
-        place.with_suffix(".part").replace(place)
+        with written_whole(place) as stream:
+            torch.save(made, stream)
     return torch.load(place)
 
 

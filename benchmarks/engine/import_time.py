@@ -1,6 +1,6 @@
 """How long does importing take? The plugin's class against Captum's, and the help of the command line.
 
-    python -m benchmarks.engine.import_time ten pairs, alternating
+    python -m benchmarks.engine.import_time                ten pairs, alternating
     python -m benchmarks.engine.import_time --pairs 30
 
 Each import runs in a process of its own, on one thread, once before the clock starts so that the files are in memory.

@@ -33,6 +33,7 @@ from benchmarks.faithfulness._methods import METHODS, NORMALIZATION, Scene, fine
 from benchmarks.faithfulness._tables import chosen_text, report_data, report_text
 from ce_plugin.datasets import read_image
 from ce_plugin.evaluation import insertion_deletion, reference_images
+from ce_plugin.files import written_whole
 from ce_plugin.interventions import Normalization
 from ce_plugin.models import as_batch, efficientnet_lite0
 
@@ -86,10 +87,8 @@ def study(file: Path, plan: Plan, engine_name: str, steps: int, folder: Path, un
         "rows": torch.tensor(rows),
     }
     place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_suffix(".part")
-    with part.open("wb") as opened:
-        np.savez(opened, allow_pickle=False, **{key: value.numpy() for key, value in found.items()})
-    part.replace(place)
+    with written_whole(place) as stream:
+        np.savez(stream, allow_pickle=False, **{key: value.numpy() for key, value in found.items()})
     return True
 
 

@@ -45,6 +45,7 @@ from ce_plugin.effects import (
     resolve_outcome,
 )
 from ce_plugin.evaluation import PlantedInteraction, PlantedMediation, mediation_truth
+from ce_plugin.files import written_whole
 from ce_plugin.interventions import Adversarial, Context, Intervention, Patch
 from ce_plugin.models import VisionModel, efficientnet_lite0
 from ce_plugin.randomness import generator
@@ -232,9 +233,8 @@ def answer(model: nn.Module, x: Tensor) -> int:
 
 def keep(value: Any, place: Path) -> None:
     """Written as a whole or not at all."""
-    part = place.with_suffix(".part")
-    torch.save(value, part)
-    part.replace(place)
+    with written_whole(place) as stream:
+        torch.save(value, stream)
 
 
 def on_target(logits: Tensor, target: Tensor) -> Tensor:

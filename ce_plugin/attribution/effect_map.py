@@ -21,8 +21,7 @@ from ce_plugin.errors import ArgumentError, OutcomeError, TargetError, expected,
 from ce_plugin.interventions import Intervention
 from ce_plugin.networks.forward import OutputSelector
 from ce_plugin.sites import ConceptSite, InputSite, LayerSite, MaskUnits
-from ce_plugin.trials import TrialSpec
-from ce_plugin.trials.batches import checked_values
+from ce_plugin.trials.batches import TrialSpec, checked_values
 
 __all__ = [
     "CausalEffectMap",

@@ -15,7 +15,7 @@ from ce_plugin.effects import Outcome, check_outcome
 from ce_plugin.effects.estimators import Effects, adjusted, difference_in_means, exact_difference
 from ce_plugin.effects.smooth import smooth
 from ce_plugin.errors import DesignError, ModelError, TargetError, expected
-from ce_plugin.trials import TrialSpec
+from ce_plugin.trials.batches import TrialSpec
 
 __all__ = ["Answer", "OutcomeMeasure", "Target", "answers", "average", "check_design", "flat_target"]
 

@@ -21,11 +21,18 @@ from ce_plugin.interventions import Context, Intervention
 from ce_plugin.networks.forward import Forward
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite, MaskUnits, Units
-from ce_plugin.trials import Cost, Runner, TrialSpec
-from ce_plugin.trials.batches import checked_values, free_memory, rows_of_args
-from ce_plugin.trials.downstream import CapturingForward, EvidenceForward, ForwardFromSite, LayerEvidence, SiteHook
-from ce_plugin.trials.routing import CapturedSite, Router, hook_of
-from ce_plugin.trials.runner import AggregateError, as_one_row, run_aggregated
+from ce_plugin.trials._routing import (
+    CapturedSite,
+    CapturingForward,
+    EvidenceForward,
+    ForwardFromSite,
+    LayerEvidence,
+    Router,
+    SiteHook,
+    hook_of,
+)
+from ce_plugin.trials._runner import AggregateError, Runner, as_one_row, run_aggregated
+from ce_plugin.trials.batches import Cost, TrialSpec, checked_values, free_memory, rows_of_args
 
 __all__ = [
     "Experiment",
@@ -432,8 +439,7 @@ class Experiment:
         sources = [self.intervention, *(evidence.intervention for evidence in self.evidences)]
         sites = [self.site, *(evidence.site for evidence in self.evidences)]
         coders = [site.autoencoder for site in sites if isinstance(site, ConceptSite)]
-        held_by = (self.forward.forward_func, self.outcome.function)
-        return state_guard(*held_by, *self.forward.modules, *sources, *coders)
+        return state_guard(self.outcome.function, *sources, *coders, networks=self.forward.modules)
 
     @property
     def checks_first(self) -> bool:

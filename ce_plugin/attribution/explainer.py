@@ -28,10 +28,9 @@ from ce_plugin.errors import (
 )
 from ce_plugin.interventions import Context, Intervention, Normalization
 from ce_plugin.interventions.base import NormalizationLike
-from ce_plugin.networks.forward import OutputSelector
+from ce_plugin.networks.forward import Forward, OutputSelector
 from ce_plugin.sites import Evidence, Masks, Units
-from ce_plugin.trials import Forward
-from ce_plugin.trials.routing import Router
+from ce_plugin.trials._routing import Router
 
 __all__ = ["Baseline", "Explainer", "as_args", "as_evidences", "as_ids", "as_inputs", "spread"]
 

@@ -181,8 +181,7 @@ class CausalMediation:
                 wanted = f"counterparts of the inputs' shape {tuple(x.shape)}"
                 raise InputError(expected("intervention", wanted, tuple(self.intervention.shape)))
             return self.intervention.to(x)
-        forward = self.effects.forward
-        with state_guard(forward.forward_func, *forward.modules, self.intervention):
+        with state_guard(self.intervention, networks=self.effects.forward.modules):
             return self.intervention.perturb(x, ids=as_ids(ids, len(x)), seed=self.seed)
 
     def _run(self, x: Tensor, patch: Patch, design: Design | None, target: Target, options: dict[str, Any]) -> Estimate:

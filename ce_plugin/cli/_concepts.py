@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ce_plugin.cli._options import ShowOptions, TrainOptions
-from ce_plugin.cli._session import Pictures, check_file, layer_name, manifest, network, say, write_files
+from ce_plugin.cli._session import Pictures, check_file, layer_name, manifest, network, say
 from ce_plugin.concepts import ConceptAutoencoder, train_autoencoder
 from ce_plugin.errors import FileError, expected
+from ce_plugin.files import write_files
 from ce_plugin.report import check_out, concept_study, save_concepts
 
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ce_plugin.cli._options import ATTACKS, EvaluateOptions, FitOptions, ScoreOptions
-from ce_plugin.cli._session import Pictures, check_file, manifest, network, progress, say, table, write_files
+from ce_plugin.cli._session import Pictures, check_file, manifest, network, progress, say, table
 from ce_plugin.detection import CausalEffectDetector, Signature
 from ce_plugin.errors import ArgumentError, FileError, expected
+from ce_plugin.files import write_files
 from ce_plugin.models import VisionModel
+from ce_plugin.networks.layers import find_layer
 from ce_plugin.report import (
     DetectorTrial,
     Screening,
@@ -24,7 +26,6 @@ from ce_plugin.report import (
     check_out,
     detector_attack,
     file_sha256,
-    named_layer,
     save_evaluation,
     save_screening,
     screen,
@@ -144,7 +145,7 @@ def _loaded(
         wanted = f"{detector.protected.clip_values}, as the detector was fitted"
         raise ArgumentError(expected("value_range", wanted, net.value_range))
     if options.layer is not None:
-        named_layer(net.model, options.layer)
+        find_layer(net.model, options.layer)
     if options.fpr is not None:
         detector.learned().calibration.threshold(options.fpr)  # a rate that is too small is refused before any work
         detector.set_params(fpr=options.fpr)

@@ -17,6 +17,7 @@ from ce_plugin.designs import Design, LeaveOneIn, OneAtATime, RandomMask, Random
 from ce_plugin.errors import ArgumentError, expected
 from ce_plugin.interventions import PixelMask
 from ce_plugin.models import VisionModel, efficientnet_lite0
+from ce_plugin.networks.layers import find_layer
 from ce_plugin.report import (
     ATTACKS,
     DetectorTrial,
@@ -25,7 +26,6 @@ from ce_plugin.report import (
     check_out,
     digits_trial,
     file_sha256,
-    named_layer,
     save_report,
     study,
     tensor_sha256,
@@ -111,7 +111,7 @@ def _report(
 
 def _plan(net: VisionModel, options: ExplainOptions) -> Plan:
     if options.layer is not None:
-        named_layer(net.model, options.layer)  # an unknown name is said before any photograph is explained
+        find_layer(net.model, options.layer)  # an unknown name is said before any photograph is explained
     design = _design(options)
     cells = options.grid or (10 if isinstance(design, RandomMask) else 14)
     if isinstance(design, RandomRegions) and cells != 14:

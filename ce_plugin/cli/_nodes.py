@@ -15,12 +15,14 @@ from torch import Tensor
 
 from ce_plugin.attribution import CausalEffectMap, CausalMediation, LayerCausalEffect
 from ce_plugin.cli._options import LayerOptions, MapOptions, NodesOptions
-from ce_plugin.cli._session import Pictures, layer_name, manifest, network, say, table, write_files
+from ce_plugin.cli._session import Pictures, layer_name, manifest, network, say, table
 from ce_plugin.datasets import read_image
 from ce_plugin.errors import ArgumentError, TargetError, expected
 from ce_plugin.evaluation import rank_correlation
+from ce_plugin.files import write_files
 from ce_plugin.interventions import Intervention, MeanOut, Resample, ZeroOut
 from ce_plugin.models import VisionModel
+from ce_plugin.networks.layers import find_layer
 from ce_plugin.report import (
     OUTCOMES,
     Carried,
@@ -31,7 +33,6 @@ from ce_plugin.report import (
     check_out,
     file_sha256,
     grad_cam,
-    named_layer,
     planned_attack,
 )
 from ce_plugin.visualization import overlay, plot_nodes, sheet
@@ -362,7 +363,7 @@ def _maps(options: MapOptions, resolved: Resolved, contrast: Any) -> tuple[dict[
     )
     cost = explainer.effects.estimate_cost(resolved.images["clean"])
     _say_cost(resolved, cost, quiet=options.quiet)
-    _, module = named_layer(model, resolved.layer)
+    _, module = find_layer(model, resolved.layer)
     arrays = {}
     for name, image in resolved.images.items():
         small = explainer.attribute(image, resolved.target, contrast=contrast, show_progress=not options.quiet)

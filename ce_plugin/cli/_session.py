@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,8 @@ from ce_plugin.datasets import read_image
 from ce_plugin.errors import ArgumentError, FileError, ModelError, expected
 from ce_plugin.interventions.base import Normalization
 from ce_plugin.models import Framing, VisionModel, as_batch, load_model
-from ce_plugin.report import build_manifest, last_conv_layer, named_layer
+from ce_plugin.networks.layers import find_layer, last_conv_layer
+from ce_plugin.report import build_manifest
 
 PICTURES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 # The weights of ITU-R BT.601 in thousandths: together exactly 1, so that gray stays as it is.
@@ -75,7 +75,7 @@ def layer_name(net: VisionModel, inputs: Tensor, wanted: str | None) -> str:
         ModelError: there is no late convolution to take.
     """
     if wanted is not None:
-        return named_layer(net.model, wanted)[0]
+        return find_layer(net.model, wanted)[0]
     found = last_conv_layer(net.model, inputs)
     if found is None:
         hint = "Name one of its layers with --layer."
@@ -173,16 +173,6 @@ def check_file(out: Path, *, force: bool) -> None:
     if out.exists() and not force:
         hint = "Choose another name, or allow it to be replaced with --force."
         raise FileError(expected("out", "a file that does not exist yet", repr(str(out)), hint))
-
-
-def write_files(folder: Path, files: Mapping[str, str | bytes | Mapping[str, Any]]) -> None:
-    """Write files into a folder, which is made: text, bytes, or a dictionary as JSON. Nothing else there is touched."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        text = json.dumps(content, indent=2) + "\n" if isinstance(content, Mapping) else content
-        part = folder / f".{name}.part"  # a file appears when it is complete
-        part.write_bytes(text.encode() if isinstance(text, str) else text)
-        part.replace(folder / name)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

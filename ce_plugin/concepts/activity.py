@@ -18,12 +18,6 @@ from ce_plugin.networks.layers import Layer, find_layer, probe, read_layer
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "ConceptReport",
-    "examine",
-    "peak_regions",
-]
-
 
 def peak_regions(maps: Tensor, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The peak of each map and the box round the connected region that is at least half as high.

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from ce_plugin.concepts.images import Images, as_source
 from ce_plugin.concepts.losses import check_outcome, kl_per_image
 from ce_plugin.errors import ArgumentError, expected
+from ce_plugin.networks.forward import OutputSelector, select_logits
 from ce_plugin.networks.guard import state_guard
-from ce_plugin.networks.layers import Layer, OutputSelector, find_layer, inserted, probe, read_layer, select
-
-__all__ = ["Fidelity", "compare_outputs", "measure_fidelity"]
+from ce_plugin.networks.layers import Layer, find_layer, inserted, probe, read_layer
 
 
 @dataclass(frozen=True)
@@ -106,9 +105,9 @@ def measure_fidelity(
     with state_guard(network, autoencoder), torch.no_grad():
         check_outcome(outcome, probe(network, name, source.take([0]), output)[1])
         for batch in source.batches(batch_size):
-            before = select(read_layer(network, name, batch)[1], output)
+            before = select_logits(read_layer(network, name, batch)[1], output)
             with inserted(network, name, autoencoder):
-                pairs.append((before, select(network(batch), output)))
+                pairs.append((before, select_logits(network(batch), output)))
     return compare_outputs(pairs, outcome)
 
 

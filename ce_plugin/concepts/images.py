@@ -11,8 +11,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ce_plugin.errors import InputError, expected
 
-__all__ = ["Images", "Source", "as_source"]
-
 Images = Union[Tensor, "Dataset[Any]", "DataLoader[Any]"]
 
 

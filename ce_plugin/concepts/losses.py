@@ -7,8 +7,6 @@ from torch import Tensor
 
 from ce_plugin.errors import ArgumentError, InputError, expected
 
-__all__ = ["check_outcome", "deep_loss", "interpretability_loss", "shallow_loss", "smoothness", "sparsity"]
-
 OUTCOMES = ("probability", "sigmoid")
 # A concept below this root mean square is absent: it has no share in the loss, and no gradient.
 _ABSENT = 1e-6

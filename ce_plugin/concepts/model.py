@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ce_plugin.concepts.fidelity import Fidelity
-from ce_plugin.concepts.files import read_file, write_file
 from ce_plugin.errors import ArgumentError, FileError, InputError, ModelError, expected
+from ce_plugin.files import load, save
 from ce_plugin.networks.layers import Layer, find_layer, fingerprint
 from ce_plugin.randomness import generator
 
-__all__ = ["ConceptAutoencoder", "check_sizes"]
-
+_KIND, _VERSION = "ConceptAutoencoder", 1
 _SLOPE = 0.1
 
 
@@ -210,20 +208,15 @@ class ConceptAutoencoder(nn.Module):
         Raises:
             FileError: the file exists and ``force`` is not set, or it cannot be written.
         """
-        if Path(path).exists() and not force:
-            came = f"{str(path)!r}, which exists"
-            raise FileError(expected("path", "a new file", came, "Pass force=True to replace it."))
-        return write_file(path, "ConceptAutoencoder", self._content())
-
-    def _content(self) -> dict[str, Any]:
-        return {
+        content = {
             "config": self.config(),
             "layer_name": self.layer_name,
             "fingerprint": self.fingerprint,
             "fidelity": None if self.fidelity is None else self.fidelity.to_dict(),
             "history": self.history,
-            "state": {key: value.detach().cpu() for key, value in self.state_dict().items()},
+            "state": dict(self.state_dict()),
         }
+        return save(path, _KIND, _VERSION, content, force=force)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> ConceptAutoencoder:
@@ -232,21 +225,17 @@ class ConceptAutoencoder(nn.Module):
         Raises:
             FileError: there is no such file, or it is not one that :meth:`save` wrote.
         """
-        content = read_file(path, "ConceptAutoencoder")
+        content = load(path, _KIND, _VERSION)
         try:
-            return cls._from_content(content)
+            loaded = cls(**content["config"])
+            state = content["state"]
+            loaded.to(next(iter(state.values())).dtype).load_state_dict(state)
+            loaded.layer_name, loaded.fingerprint = content["layer_name"], content["fingerprint"]
+            loaded.fidelity = None if content["fidelity"] is None else Fidelity(**content["fidelity"])
+            loaded.history = content["history"]
         except (KeyError, TypeError, RuntimeError, ArgumentError) as error:
             came = f"{str(path)!r}, which lacks parts ({error})"
             raise FileError(expected("path", "a file written by ConceptAutoencoder.save", came)) from error
-
-    @classmethod
-    def _from_content(cls, content: dict[str, Any]) -> ConceptAutoencoder:
-        loaded = cls(**content["config"])
-        state = content["state"]
-        loaded.to(next(iter(state.values())).dtype).load_state_dict(state)
-        loaded.layer_name, loaded.fingerprint = content["layer_name"], content["fingerprint"]
-        loaded.fidelity = None if content["fidelity"] is None else Fidelity(**content["fidelity"])
-        loaded.history = content["history"]
         return loaded.eval()
 
 

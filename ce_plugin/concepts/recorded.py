@@ -1,18 +1,18 @@
-"""What a frozen network does with each image at a layer: read once, kept in memory where it fits."""
+"""A frozen network's activations and logits for each image: computed once, kept in memory where they fit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ce_plugin.concepts.images import Source
-from ce_plugin.concepts.remainder import Remainder, split
-from ce_plugin.networks.layers import OutputSelector, find_layer, read_layer, replaced, select
-
-__all__ = ["Batch", "Recorded"]
+from ce_plugin.networks.forward import OutputSelector, is_opaque, select_logits
+from ce_plugin.networks.graph import HookPoint, Suffix, SuffixConstants, Untraceable
+from ce_plugin.networks.layers import find_layer, inserted, read_layer
 
 _PROBE = 3
 
@@ -61,16 +61,41 @@ class Recorded:
         tick: Callable[[int], object] = lambda n: None,
     ) -> None:
         self.network, self.layer, self.source, self._output = network, layer, source, output
-        _, self._module = find_layer(network, layer)
         self._cache: list[Tensor] | None = None
         with torch.no_grad():
-            probe = source.take([i % len(source) for i in range(_PROBE)])
-            self.shape = read_layer(network, layer, probe)[0].shape[1:]
-            self._remainder: Remainder | None = split(network, layer, probe, output)
-            first = self._run(probe)
+            few = source.take([i % len(source) for i in range(_PROBE)])
+            self.shape = read_layer(network, layer, few)[0].shape[1:]
+            self._suffix: Suffix | None = None
+            self._constants: SuffixConstants | None = None
+            self._cut(few)
+            first = self._run(few)
             each = sum(value[0].numel() * value.element_size() for value in (*first[:2], *first.beside))
             if each * len(source) <= cache_bytes:
                 self._cache = self._read(batch_size, tick)
+
+    def _cut(self, images: Tensor) -> None:
+        """Cut the network at the layer; not where it cannot be traced, or its part gives other logits than the whole.
+
+        Args:
+            images: a few, on which the two are compared, as they are and with other activations.
+        """
+        if is_opaque(self.network):
+            return
+        try:
+            suffix = Suffix(self.network, HookPoint(find_layer(self.network, self.layer)[1]))
+            constants = suffix.capture((images,))
+        except Untraceable:
+            return
+        if not all(isinstance(value, Tensor) for value in constants.rows.values()):
+            return
+        self._suffix, self._constants = suffix, constants
+        batch = self._run(images)
+        for activations in (batch.activations, batch.activations.roll(1, 1) + batch.activations.std()):
+            wanted = self._whole(activations, images)
+            error = (self.answer(activations, batch) - wanted).abs().max()
+            if not bool(error <= 1e-4 * wanted.abs().max() + 1e-6):
+                self._suffix = self._constants = None
+                return
 
     def __len__(self) -> int:
         return len(self.source)
@@ -83,7 +108,7 @@ class Recorded:
     @property
     def cut(self) -> bool:
         """Whether only what comes after the layer is run when its output is replaced."""
-        return self._remainder is not None
+        return self._suffix is not None
 
     def _read(self, batch_size: int, tick: Callable[[int], object]) -> list[Tensor]:
         """All images, in one tensor per value; on the CPU, where there is more memory."""
@@ -100,11 +125,12 @@ class Recorded:
         return kept
 
     def _run(self, images: Tensor) -> Batch:
-        if self._remainder is None:
+        if self._suffix is None:
             activations, result = read_layer(self.network, self.layer, images)
-            return Batch(activations, select(result, self._output), images, [])
-        activations, beside = self._remainder.read(images)
-        return Batch(activations, self._remainder.run(activations, beside), images[:0], beside)
+            return Batch(activations, select_logits(result, self._output), images, [])
+        captured = self._suffix.capture((images,))
+        batch = Batch(captured.site, images[:0], images[:0], list(captured.rows.values()))
+        return batch._replace(output=self.answer(batch.activations, batch))
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Some of the images, on the network's device, without gradients."""
@@ -113,12 +139,19 @@ class Recorded:
                 return self._run(self.source.take(indices))
             rows = torch.as_tensor(indices)
             activations, output, *beside = (v[rows].to(self.source.device) for v in self._cache)
-            images = self.source.take(indices) if self._remainder is None else output[:0]
+            images = self.source.take(indices) if self._suffix is None else output[:0]
             return Batch(activations, output, images, beside)
 
     def answer(self, activations: Tensor, batch: Batch) -> Tensor:
         """The logits where the layer returns these activations, with gradient to them."""
-        if self._remainder is not None:
-            return self._remainder.run(activations, batch.beside)
-        with replaced(self._module, lambda _: activations):
-            return select(self.network(batch.images), self._output)
+        if self._suffix is None or self._constants is None:
+            return self._whole(activations, batch.images)
+        beside = dict(zip(self._constants.rows, batch.beside, strict=True))
+        captured = replace(self._constants, site=activations, rows=beside)
+        result = self._suffix.run(captured, activations, torch.arange(len(activations)))
+        return select_logits(result, self._output)
+
+    def _whole(self, activations: Tensor, images: Tensor) -> Tensor:
+        """The logits where the layer returns these activations, by a pass through the whole network."""
+        with inserted(self.network, self.layer, lambda _: activations):
+            return select_logits(self.network(images), self._output)

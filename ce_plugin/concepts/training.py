@@ -15,26 +15,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ce_plugin.concepts.fidelity import compare_outputs
-from ce_plugin.concepts.files import read_file, write_file
 from ce_plugin.concepts.images import Images, as_source
 from ce_plugin.concepts.losses import check_outcome, deep_loss, interpretability_loss, shallow_loss
 from ce_plugin.concepts.model import ConceptAutoencoder, check_sizes
 from ce_plugin.concepts.recorded import Batch, Recorded
 from ce_plugin.errors import ArgumentError, ModelError, expected
+from ce_plugin.files import load, save
+from ce_plugin.networks.forward import OutputSelector
 from ce_plugin.networks.guard import state_guard
-from ce_plugin.networks.layers import Layer, OutputSelector, find_layer, fingerprint, probe
+from ce_plugin.networks.layers import Layer, find_layer, fingerprint, probe
 from ce_plugin.randomness import generator
-
-__all__ = [
-    "Objective",
-    "Part",
-    "Progress",
-    "Settings",
-    "independent_components",
-    "prepared",
-    "start_linear",
-    "train_autoencoder",
-]
 
 
 @dataclass(frozen=True)
@@ -151,6 +141,8 @@ class Objective:
 
 
 State = dict[str, Tensor]
+# Version of a checkpoint's content.
+_CHECKPOINT = 1
 
 
 class Progress:
@@ -190,7 +182,7 @@ class Progress:
         return progress
 
     def _read(self, path: str | PathLike[str]) -> None:
-        content = read_file(path, "checkpoint")
+        content = load(path, "checkpoint", _CHECKPOINT, "a checkpoint of train_autoencoder")
         hint = "Choose another file, or delete this one to begin again."
         here = (self.layer, self.fingerprint)
         if (content["layer_name"], content["fingerprint"]) != here:
@@ -291,7 +283,7 @@ class Progress:
                 "state": self._state,
                 "optimizer": self._optimizer,
             }
-            write_file(self.path, "checkpoint", content)
+            save(self.path, "checkpoint", _CHECKPOINT, content, force=True)
 
 
 def _copy(state: dict[str, Any]) -> State:

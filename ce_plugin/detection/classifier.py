@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ce_plugin.errors import ArgumentError, InputError, ModelError, expected, unknown_name
+from ce_plugin.errors import ArgumentError, InputError, ModelError, expected
 from ce_plugin.interventions import Normalization
 from ce_plugin.interventions.base import NormalizationLike
 from ce_plugin.networks.forward import is_art_classifier, unwrap
 from ce_plugin.networks.guard import state_guard
+from ce_plugin.networks.layers import find_layer, fingerprint
 from ce_plugin.randomness import generator
 
 __all__ = ["ClassifierWrapper"]
@@ -114,13 +114,7 @@ class ClassifierWrapper(nn.Module):
 
     def fingerprint(self) -> str:
         """A digest of the network's parameters and buffers: another network has another one."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, value in sorted(self.network.state_dict().items()):
-            if isinstance(value, Tensor):
-                digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-                plain = value.detach().cpu().contiguous()
-                digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.network, exact=True)
 
     def version(self) -> tuple[tuple[int, ...], ...]:
         """What changes when a parameter is replaced or written to: cheap to ask, unlike the fingerprint.
@@ -144,10 +138,7 @@ class ClassifierWrapper(nn.Module):
         Raises:
             UnknownNameError: there is none.
         """
-        known: dict[str, nn.Module] = dict(self._named[0].named_modules())
-        if layer not in known:
-            raise unknown_name("layer", layer, (name for name in known if name))
-        return known[layer]
+        return find_layer(self._named[0], layer)[1]
 
 
 def _as_tensor(x: Tensor | np.ndarray[Any, Any]) -> Tensor:

@@ -23,8 +23,8 @@ from ce_plugin.detection.fitting import Learner, Lesson, Recipe, State, attacked
 from ce_plugin.detection.protocol import Array
 from ce_plugin.detection.scorers import AGGREGATES, Fitted
 from ce_plugin.detection.signature import Signature, checked_count
-from ce_plugin.effects.files import read_result, write_result
 from ce_plugin.errors import ArgumentError, FileError, InferenceError, ModelError, expected, unknown_name
+from ce_plugin.files import load, save
 from ce_plugin.interventions.base import NormalizationLike
 from ce_plugin.networks.forward import load_art
 
@@ -67,14 +67,14 @@ def write_detector(path: str | os.PathLike[str], detector: CausalEffectDetector,
         **{f"fitted/{key}": value for key, value in state.fitted.tensors().items()},
         **{f"signature/{key}": value for key, value in state.signature.tensors().items()},
     }
-    return write_result(path, _KIND, values, force=force)
+    return save(path, _KIND, 1, values, force=force)
 
 
 def read_detector(
     path: str | os.PathLike[str], kind: type[CausalEffectDetector], classifier: object, normalization: NormalizationLike
 ) -> CausalEffectDetector:
     """The detector in a file; see :meth:`CausalEffectDetector.load`."""
-    values = read_result(path, _KIND)
+    values = load(path, _KIND, 1)
     if values["file_format"] != _FORMAT:
         hint = f"Fit again, or use ce_plugin {values['versions']['ce_plugin']}."
         got = f"format {values['file_format']}"

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ce_plugin.effects import inference
 from ce_plugin.effects.estimators import interactions, joint_interaction
-from ce_plugin.effects.files import read_result, same_values, write_result
 from ce_plugin.errors import (
     ArgumentError,
     DesignError,
@@ -26,6 +25,7 @@ from ce_plugin.errors import (
     UnitError,
     expected,
 )
+from ce_plugin.files import load, save
 from ce_plugin.sites import InputSite
 from ce_plugin.visualization.pictures import NEGATIVE, POSITIVE, overlay
 
@@ -346,7 +346,7 @@ class Estimate:
         Raises:
             FileError: where the file exists and ``force`` is not set.
         """
-        return write_result(path, "Estimate", vars(self), force=force)
+        return save(path, "Estimate", 1, vars(self), force=force)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Estimate:
@@ -355,7 +355,7 @@ class Estimate:
         Raises:
             FileError: where the file is missing or holds something else.
         """
-        values = read_result(path, "Estimate")
+        values = load(path, "Estimate", 1)
         known = {f.name for f in fields(cls)}
         values = {name: value for name, value in values.items() if name in known}
         values["class_shape"] = tuple(values["class_shape"])
@@ -365,7 +365,8 @@ class Estimate:
 
     def equals(self, other: Estimate) -> bool:
         """Whether everything is the same, NaN equal to NaN."""
-        return same_values(vars(self), vars(other))
+        mine, theirs = vars(self), vars(other)
+        return mine.keys() == theirs.keys() and all(_same(value, theirs[name]) for name, value in mine.items())
 
     def _errors(self) -> tuple[Tensor, Tensor | None]:
         """Standard errors and degrees of freedom, or an error for exact designs; warns where they mislead."""
@@ -386,6 +387,14 @@ class Estimate:
                 stacklevel=3,
             )
         return self.std_error, self.dof
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    """Whether two values are the same, bit by bit, NaN equal to NaN."""
+    if not isinstance(mine, Tensor) or not isinstance(theirs, Tensor):
+        return type(mine) is type(theirs) and bool(mine == theirs)
+    same = mine.dtype == theirs.dtype and mine.shape == theirs.shape
+    return same and bool(((mine == theirs) | (mine.isnan() & theirs.isnan())).all())
 
 
 def plot_estimate(

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -391,6 +392,11 @@ class TargetClassifier:
         values = {name: value for name, (value, default) in given.items() if value is not default}
         return {name: tuple(value.shape) if isinstance(value, Tensor) else value for name, value in values.items()}
 
+    @cached_property
+    def networks(self) -> list[nn.Module]:
+        """The networks in ``model``."""
+        return modules_of(self.model)
+
     @property
     def is_estimator(self) -> bool:
         return not isinstance(self.model, nn.Module)
@@ -417,11 +423,10 @@ class TargetClassifier:
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Eval mode, gradients on whatever mode the caller is in, and all as before afterwards."""
-        modules = modules_of(self.model)
         # Compiled backward passes can be walked once only, ART walks them again; and nothing need be compiled anew.
         eager = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
-        with torch.inference_mode(False), torch.enable_grad(), eager, state_guard(*modules):
-            for parameter in {p for module in modules for p in module.parameters() if p.is_leaf}:
+        with torch.inference_mode(False), torch.enable_grad(), eager, state_guard(networks=self.networks):
+            for parameter in {p for module in self.networks for p in module.parameters() if p.is_leaf}:
                 # Only the gradient of the image is wanted.
                 parameter.requires_grad_(False)
             yield
@@ -511,7 +516,7 @@ class _Task:
         if classifier.is_estimator and not self.binary:
             return classifier.model
         network: nn.Module = classifier.network()
-        (model,) = modules_of(classifier.model)[:1]
+        model = classifier.networks[0]
         device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         if self.binary:
             network = BinaryProblem(network, torch.from_numpy(self._signs(row)))

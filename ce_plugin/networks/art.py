@@ -20,15 +20,6 @@ from torch import nn
 from ce_plugin.errors import AttackError, expected, unknown_name
 from ce_plugin.networks.forward import ClipValues, load_art
 
-__all__ = [
-    "attack_class",
-    "attack_with_estimator",
-    "build_classifier",
-    "copy_attack",
-    "is_art_attack",
-    "limit_steps",
-]
-
 
 def is_art_attack(thing: object) -> bool:
     """Whether this is an evasion attack of ART, ready to run; answered without importing ART."""

@@ -17,18 +17,7 @@ from torch.futures import Future
 from ce_plugin.errors import ArgumentError, ModelError, expected
 from ce_plugin.networks.guard import modules_of, state_guard
 
-__all__ = [
-    "ClipValues",
-    "Forward",
-    "OutputSelector",
-    "clip_values_of",
-    "is_art_classifier",
-    "is_opaque",
-    "learned",
-    "load_art",
-    "unwrap",
-]
-
+logger = logging.getLogger("ce_plugin")
 # By identity: modules may define what equality means for them, and then need not be hashable.
 _LEARNED: dict[int, dict[object, object]] = {}
 
@@ -65,7 +54,8 @@ class Forward:
         ArgumentError: ``output`` is none of these.
 
     Attributes:
-        modules: the networks that were found in ``forward_func``.
+        modules: the networks that were found in ``forward_func``, which is searched once, here; where there are none
+            the log says so (level INFO).
         clip_values: of an ART classifier, else None.
         learned: what runs learned about speed; shared by all that explain the same module, but not by functions that
             happen to run it, since what they do before and after may not bear the same.
@@ -84,51 +74,70 @@ class Forward:
             forward_func, self.clip_values = unwrap(forward_func)
         if not callable(forward_func):
             raise ModelError(expected("forward_func", "a callable or an ART classifier", type(forward_func).__name__))
-        _check_selector(output)
+        several = isinstance(output, (list, tuple)) and output and all(isinstance(key, str) for key in output)
+        if not (several or output is None or callable(output) or isinstance(output, (str, int))):
+            wanted = "None, a key, an index, a callable, or a list of keys"
+            raise ArgumentError(expected("output", wanted, repr(output)))
         self.forward_func = forward_func
         self.output = output
         self.modules = modules_of(forward_func)
+        if not self.modules:
+            logger.info("forward_func: no network was found in it, so that nothing guards a network's mode and buffers")
         self.learned: dict[object, object] = {}
         if isinstance(forward_func, nn.Module) and not callable(output):
             self.learned = learned(forward_func)
 
     def __call__(self, inputs: tuple[Tensor, ...], args: tuple[object, ...] = ()) -> dict[str, Tensor]:
         """The heads of the output by name; a single head has the name ``""``."""
-        return self.heads(self.forward_func(*inputs, *args))
-
-    def heads(self, output: Any) -> dict[str, Tensor]:
-        """The heads of what the forward function returned."""
-        if isinstance(output, Future):
-            hint = "Wait for it inside forward_func: `lambda x: model(x).wait()`."
-            raise ModelError(
-                expected("forward_func", "a callable that returns a tensor", "one that returns a Future", hint)
-            )
-        if callable(self.output):
-            return {"": _tensor(self.output(output))}
-        if isinstance(self.output, (str, int)):
-            return {"": _tensor(self._part(output, self.output))}
-        if self.output is not None:
-            return {key: _tensor(self._part(output, key)) for key in self.output}
-        if isinstance(output, Mapping):
-            heads = {str(key): value for key, value in output.items() if isinstance(value, Tensor)}
-            if heads:
-                return heads if len(heads) > 1 else {"": next(iter(heads.values()))}
-        return {"": _tensor(output)}
-
-    @staticmethod
-    def _part(output: Any, key: str | int) -> Any:
-        try:
-            return output[key]
-        except (KeyError, IndexError, TypeError) as error:
-            have = list(output) if isinstance(output, Mapping) else type(output).__name__
-            raise ModelError(expected("output", f"a part of what the model returns ({have})", repr(key))) from error
+        return select_heads(self.forward_func(*inputs, *args), self.output)
 
 
-def _check_selector(output: object) -> None:
-    several = isinstance(output, (list, tuple)) and output and all(isinstance(key, str) for key in output)
-    if not (several or output is None or callable(output) or isinstance(output, (str, int))):
-        wanted = "None, a key, an index, a callable, or a list of keys"
-        raise ArgumentError(expected("output", wanted, repr(output)))
+def select_heads(result: Any, output: OutputSelector) -> dict[str, Tensor]:
+    """The heads in what a forward function returned, by name; a single head has the name ``""``.
+
+    Raises:
+        ModelError: there is no such part, or it is no tensor.
+    """
+    if isinstance(result, Tensor) and output is None:
+        return {"": result}
+    if isinstance(result, Future):
+        hint = "Wait for it inside forward_func: `lambda x: model(x).wait()`."
+        wanted = "a callable that returns a tensor"
+        raise ModelError(expected("forward_func", wanted, "one that returns a Future", hint))
+    parts: dict[str, Any] = {"": result}
+    if callable(output):
+        parts = {"": output(result)}
+    elif isinstance(output, (str, int)):
+        parts = {"": _part(result, output)}
+    elif output is not None:
+        parts = {key: _part(result, key) for key in output}
+    elif isinstance(result, Mapping):
+        tensors = {str(key): value for key, value in result.items() if isinstance(value, Tensor)}
+        parts = tensors if len(tensors) > 1 else {"": next(iter(tensors.values()), result)}
+    return {name: _tensor(value) for name, value in parts.items()}
+
+
+def select_logits(result: Any, output: OutputSelector) -> Tensor:
+    """The logits (N, C) in what a network returned, where they are all that is wanted of it.
+
+    Raises:
+        ModelError: there is no such part, there are several, or it is no tensor of the form (N, C).
+    """
+    heads = select_heads(result, output)
+    logits = next(iter(heads.values()))
+    if len(heads) > 1 or logits.dim() != 2 or not logits.is_floating_point():
+        got = f"several heads ({', '.join(heads)})" if len(heads) > 1 else tuple(logits.shape)
+        hint = "Name the part that holds the logits with `output=` (a key, an index or a callable)."
+        raise ModelError(expected("network", "a network that returns logits (N, C)", got, hint))
+    return logits
+
+
+def _part(result: Any, key: str | int) -> Any:
+    try:
+        return result[key]
+    except (KeyError, IndexError, TypeError) as error:
+        have = list(result) if isinstance(result, Mapping) else type(result).__name__
+        raise ModelError(expected("output", f"a part of what the model returns ({have})", repr(key))) from error
 
 
 def _tensor(value: object) -> Tensor:
@@ -137,9 +146,8 @@ def _tensor(value: object) -> Tensor:
     if isinstance(value, (int, float)):
         return torch.tensor(float(value))
     hint = "Name the part to explain with `output=` (a key, an index or a callable)."
-    raise ModelError(
-        expected("forward_func", "a callable that returns a tensor or a dict of tensors", type(value).__name__, hint)
-    )
+    wanted = "a callable that returns a tensor or a dict of tensors"
+    raise ModelError(expected("forward_func", wanted, type(value).__name__, hint))
 
 
 ClipValues = tuple[float, float]

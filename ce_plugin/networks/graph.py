@@ -1,4 +1,4 @@
-"""A network as a graph of operations, with the place where experiments are made marked in it."""
+"""A network as a graph of operations, cut at the point where experiments set a value."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,24 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ce_plugin.networks.forward import is_opaque
-
-__all__ = [
-    "ChangedInPlaceError",
-    "Graph",
-    "HookPoint",
-    "Suffix",
-    "SuffixConstants",
-    "Untraceable",
-    "ancestors",
-    "flops_of",
-    "nodes_of",
-    "out_of_place",
-    "without_changes_in_place",
-]
-
 
 _OPERATORS = {
     **{f"i{name}": name for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")},
@@ -74,12 +60,14 @@ def without_changes_in_place(graph: fx.Graph, root: nn.Module) -> None:
     """
     groups: dict[fx.Node, fx.Node] = {}
     replaced: dict[fx.Node, fx.Node] = {}
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    users = {node: list(node.users) for node in graph.nodes}
-    for node in graph.nodes:
+    last_use: dict[fx.Node, int] = {}
+    for position, node in enumerate(graph.nodes):
+        last_use.update(dict.fromkeys(node.all_input_nodes, position))
+    for position, node in enumerate(graph.nodes):
         original = node.all_input_nodes
-        node.args = map_arg(node.args, lambda arg: replaced.get(arg, arg))
-        node.kwargs = map_arg(node.kwargs, lambda arg: replaced.get(arg, arg))
+        if replaced:
+            node.args = map_arg(node.args, lambda arg: replaced.get(arg, arg))
+            node.kwargs = map_arg(node.kwargs, lambda arg: replaced.get(arg, arg))
         groups[node] = node
         if original and _may_share_memory(node, root):
             for arg in original:
@@ -88,7 +76,7 @@ def without_changes_in_place(graph: fx.Graph, root: nn.Module) -> None:
             continue
         changed = original[0]
         for other in groups:
-            later = other not in (node, changed) and any(order[user] > order[node] for user in users[other])
+            later = other not in (node, changed) and last_use.get(other, -1) > position
             if later and other not in replaced and _leader(groups, other) is _leader(groups, changed):
                 raise ChangedInPlaceError(f"`{changed.name}` is changed in place while a view of it is used")
         target = replaced.get(changed, changed)
@@ -186,7 +174,7 @@ class HookPoint:
 
     Example:
         >>> HookPoint(nn.ReLU(), at_input=True)
-        Point(module=ReLU(), at_input=True, element=None, call=0)
+        HookPoint(module=ReLU(), at_input=True, element=None, call=0)
     """
 
     module: nn.Module | None = None
@@ -230,7 +218,7 @@ class _Root(nn.Module):
         return self.network(*args)
 
 
-_INPUT, _FAILED = object(), object()
+_INPUT = object()
 
 
 def _mark(value: Any, decoder: nn.Module | None) -> Any:
@@ -247,7 +235,7 @@ class _Tracer(fx.Tracer):
 
     def _holds_point(self, module: nn.Module) -> bool:
         inside = self.point.module
-        return module is not inside and any(part is inside for part in module.modules())
+        return module is not inside and any(map(partial(operator.is_, inside), module.modules()))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if is_opaque(m):
@@ -263,35 +251,29 @@ class _Tracer(fx.Tracer):
             here = self.calls == self.point.call + 1
         if here and self.point.at_input:
             args, kwargs = self._with_marked_input(args, kwargs)
-        output = self._called(m, forward, args, kwargs)
+        output = self._traced(m, forward, args, kwargs)
         return self._with_marked_output(output) if here and not self.point.at_input else output
 
-    def _called(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _traced(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's output: traced, or as one operation where it is a leaf or cannot be traced and need not be."""
         path = self.path_of_module(m)
-        if self.is_leaf_module(m, path):
-            return self.create_proxy("call_module", path, args, kwargs)
-        # A user's hook may look at values. What is traced without it is held against the network before it is used.
-        ways = [forward, m.forward] if m._forward_hooks or m._forward_pre_hooks else [forward]
-        must = self._holds_point(m) or path == "network"
+        ways = [] if self.is_leaf_module(m, path) else [forward]
+        if ways and (m._forward_hooks or m._forward_pre_hooks):
+            # A user's hook may look at values. What is traced without it is compared with the network before use.
+            ways.append(m.forward)
         for way in ways:
-            output = self._tried(way, args, kwargs, must=must and way is ways[-1])
-            if output is not _FAILED:
-                return output
+            before, calls = set(self.graph.nodes), self.calls
+            try:
+                return way(*args, **kwargs)
+            except _FAILURES:
+                if way is ways[-1] and (path == "network" or self._holds_point(m)):
+                    raise
+            # The graph as it was, but for parameters' nodes, which the tracer keeps for later uses.
+            self.calls = calls
+            for node in reversed(self.graph.nodes):
+                if node not in before and node.op != "get_attr":
+                    self.graph.erase_node(node)
         return self.create_proxy("call_module", path, args, kwargs)
-
-    def _tried(self, way: Callable[..., Any], args: Any, kwargs: Any, must: bool) -> Any:
-        """The output; or, where it cannot be traced and need not be, a mark, and a graph as before."""
-        before, calls = set(self.graph.nodes), self.calls
-        try:
-            return way(*args, **kwargs)
-        except _FAILURES:
-            if must:
-                raise
-        self.calls = calls
-        # Parameters' nodes stay, because the tracer keeps them for later uses.
-        for node in reversed([node for node in self.graph.nodes if node not in before and node.op != "get_attr"]):
-            self.graph.erase_node(node)
-        return _FAILED
 
     def _with_marked_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         values, names = [*args, *kwargs.values()], list(kwargs)
@@ -328,6 +310,7 @@ class Graph:
         given: the node of all tensor arguments, a tuple.
         site: the node of the mark.
         output: what the network returns, with nodes for its tensors.
+        outputs: these nodes.
     """
 
     def __init__(
@@ -345,24 +328,32 @@ class Graph:
         except _FAILURES as error:
             first = (str(error).strip().splitlines() or [""])[0]
             raise Untraceable(f"{type(error).__name__}: {first}"[:200]) from error
-        last = next(node for node in graph.nodes if node.op == "output")
-        self.output = last.args[0]
-        live = ancestors(last.all_input_nodes)
-        self.nodes = [node for node in graph.nodes if node in live]
-        self.given = next(node for node in graph.nodes if node.op == "placeholder")
+        self.given, *_, last = graph.nodes
+        self.output, self.outputs = last.args[0], last.all_input_nodes
+        self.nodes = list(graph.nodes)
+        self.nodes = self.needed(self.outputs)
         marks = [node for node in self.nodes if node.target is site]
         if len(marks) != 1:
             raise Untraceable("the layer is not reached, or its output is not used")
         self.site = marks[0]
 
-    def module(self, node: fx.Node) -> nn.Module:
-        """The module that a node calls."""
-        return self._root.get_submodule(cast(str, node.target))
+    def needed(self, wanted: Iterable[fx.Node]) -> list[fx.Node]:
+        """Some nodes and all that they are computed from, in order."""
+        found = set(wanted)
+        for node in reversed(self.nodes):
+            if node in found:
+                found.update(node.all_input_nodes)
+        return [node for node in self.nodes if node in found]
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The module that a node calls; None where it calls none."""
+        return self._root.get_submodule(cast(str, node.target)) if node.op == "call_module" else None
 
     def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run one operation; none of its arguments is changed."""
-        if node.op == "call_module":
-            return out_of_place(self.module(node), args, kwargs)
+        module = self.module(node)
+        if module is not None:
+            return out_of_place(module, args, kwargs)
         if node.op == "call_function":
             return cast(Callable[..., Any], node.target)(*args, **kwargs)
         if node.op == "call_method":
@@ -372,43 +363,26 @@ class Graph:
             return getattr(args[0], name)(*args[1:], **kwargs)
         return operator.attrgetter(cast(str, node.target))(self._root)
 
-    def evaluate(self, nodes: Iterable[fx.Node], values: dict[fx.Node, Any], keep: Iterable[Any] = ()) -> None:
+    def evaluate(self, nodes: list[fx.Node], values: dict[fx.Node, Any], keep: Iterable[fx.Node] = ()) -> None:
         """Run operations in order; a value is dropped after its last use, unless it is in ``keep``."""
-        nodes = list(nodes)
-        last = {arg: node for node in nodes for arg in node.all_input_nodes}
-        kept = set(keep)
+        last_uses = self.last_uses(nodes, keep)
         for node in nodes:
             if node not in values:
                 args = map_arg(node.args, values.__getitem__)
                 values[node] = self.call(node, args, map_arg(node.kwargs, values.__getitem__))
                 del args
-            for arg in node.all_input_nodes:
-                if last[arg] is node and arg not in kept:
-                    values.pop(arg, None)
+            for arg in last_uses[node]:
+                values.pop(arg, None)
 
-
-def nodes_of(value: Any) -> list[fx.Node]:
-    """The nodes in an argument, which may be nested."""
-    found: list[fx.Node] = []
-
-    def note(node: fx.Node) -> fx.Node:
-        found.append(node)
-        return node
-
-    map_arg(value, note)
-    return found
-
-
-def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Some nodes and all that they are computed from."""
-    found: set[fx.Node] = set()
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting.extend(node.all_input_nodes)
-    return found
+    @staticmethod
+    def last_uses(nodes: list[fx.Node], keep: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+        """For each node those of its arguments that no later one uses, without what is kept."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        later = set(keep)
+        for node in reversed(nodes):
+            found[node] = list(set(node.all_input_nodes) - later)
+            later.update(node.all_input_nodes)
+        return found
 
 
 def _without_splices(graph: fx.Graph) -> None:
@@ -447,6 +421,7 @@ def flops_of(run: Callable[[], Any]) -> int:
     return int(counter.total)
 
 
+_ARGUMENTS = operator.attrgetter("all_input_nodes")
 _QUERIES = {"shape", "ndim", "dtype", "device", "is_cuda", "layout", "requires_grad"}
 _QUERY_METHODS = {"size", "dim", "numel", "nelement", "ndimension", "stride", "is_contiguous", "is_floating_point"}
 # Operations that take views with repeated rows without copying them first.
@@ -470,9 +445,6 @@ class SuffixConstants:
     fixed: dict[fx.Node, Any] = field(default_factory=dict)
     shapes: dict[fx.Node, Tensor] = field(default_factory=dict)
     inputs: tuple[Tensor, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.site)
 
 
 class Suffix:
@@ -521,31 +493,40 @@ class Suffix:
         self._plan()
 
     def _plan(self) -> None:
+        """Sort the operations by what they depend on: the site, the inputs, or only the inputs' shapes."""
         graph = self.graph
-        self.dependent = _descendants(graph, [graph.site])
-        self._inputs = _descendants(graph, [node for node in graph.nodes if _is_input(graph, node)])
-        from_given = _descendants(graph, [graph.given]) - self.dependent
-        self._about_shape = _about_shape(graph, from_given)
-        again = [node for node in graph.nodes if node in self.dependent and node is not graph.site]
+        self.dependent, self._inputs = {graph.site}, set[fx.Node]()
+        from_given, from_shapes = {graph.given}, set[fx.Node]()
+        for node in graph.nodes:
+            sources = set(node.all_input_nodes)
+            if not sources.isdisjoint(self.dependent):
+                self.dependent.add(node)
+            elif not sources.isdisjoint(from_given) and node is not graph.site:
+                from_given.add(node)
+                if _is_query(node) or sources & from_given <= from_shapes:
+                    from_shapes.add(node)
+            if _is_input(graph, node) or not sources.isdisjoint(self._inputs):
+                self._inputs.add(node)
         # What follows from shapes alone is computed again, so that a batch of B rows finds B and not N.
-        included = set(again)
-        waiting = list(again)
-        while waiting:
-            for arg in waiting.pop().all_input_nodes:
-                if arg in self._about_shape and arg not in included:
-                    included.add(arg)
-                    waiting.append(arg)
+        included = self.dependent - {graph.site}
+        for node in reversed(graph.nodes):
+            if node in included:
+                included.update(from_shapes.intersection(node.all_input_nodes))
         self.nodes = [node for node in graph.nodes if node in included]
-        boundary = {arg for node in self.nodes for arg in node.all_input_nodes} | set(nodes_of(graph.output))
-        boundary -= included | {graph.site}
-        self._fixed = [node for node in graph.nodes if node in boundary and node not in from_given]
+        boundary = set(graph.outputs).union(*map(_ARGUMENTS, self.nodes)) - included - {graph.site}
+        self._fixed: list[fx.Node] = []
         self._shapes: list[fx.Node] = []
         self._rows: list[fx.Node] = []
         for node in graph.nodes:
-            if node in boundary and node in from_given:
-                users = [user for user in node.users if user in included]
-                only_shape = users and all(_is_query(user) for user in users) and node not in nodes_of(graph.output)
-                (self._shapes if only_shape else self._rows).append(node)
+            if node not in boundary:
+                continue
+            users = included.intersection(node.users)
+            if node not in from_given:
+                self._fixed.append(node)
+            elif users and node not in graph.outputs and all(map(_is_query, users)):
+                self._shapes.append(node)
+            else:
+                self._rows.append(node)
         self.is_cut = not self._rows
 
     def capture(
@@ -563,44 +544,47 @@ class Suffix:
             Untraceable: something that by-passes the site has no row per example, or the arguments are others than
                 those that the network was traced with.
         """
-        given = (*inputs, *self._tensors_of(args))
+        if len(args) != len(self._args):
+            raise Untraceable(f"traced with {len(self._args)} additional arguments, called with {len(args)}")
+        given = list(inputs)
+        for now, then in zip(args, self._args, strict=True):
+            if isinstance(now, Tensor) != isinstance(then, Tensor):
+                raise Untraceable("called with other additional arguments than it was traced with")
+            if isinstance(now, Tensor):
+                given.append(now)
+            elif not (now is then or now == then):
+                raise Untraceable("called with other additional arguments than it was traced with")
         if self.decoder is not None and site is None:
             raise ValueError("with a decoder the code must be given as `site`")
         wanted = [*self._rows, *self._fixed, *self._shapes]
         source = self.graph.site.args[0]
         if site is None and isinstance(source, fx.Node):
             wanted.append(source)
-        needed = ancestors(wanted)
-        values: dict[fx.Node, Any] = {self.graph.given: given}
-        self.graph.evaluate([node for node in self.graph.nodes if node in needed], values, wanted)
+        values: dict[fx.Node, Any] = {self.graph.given: tuple(given)}
+        self.graph.evaluate(self.graph.needed(wanted), values, wanted)
         n = len(inputs[0])
-        value = values[source] if site is None and isinstance(source, fx.Node) else site
-        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != n:
+        clean = values[source] if site is None and isinstance(source, fx.Node) else site
+        if not isinstance(clean, Tensor) or clean.dim() == 0 or len(clean) != n:
             raise Untraceable("the site's value is not a tensor with one row per example")
-        rows = {node: self._checked(node, values[node], n) for node in self._rows}
-        shapes = {node: self._checked(node, values[node], n)[:1] for node in self._shapes}
-        fixed = {node: values[node] for node in self._fixed}
-        for node in [node for node in rows if rows[node] is None]:
-            fixed[node] = values[node]
-            del rows[node]
-        return SuffixConstants(value, rows, fixed, shapes, given)
+        captured = SuffixConstants(clean, inputs=tuple(given))
+        for node in (*self._fixed, *self._shapes, *self._rows):
+            value = values[node]
+            if node in self._fixed or not self._has_rows(node, value, n):
+                captured.fixed[node] = value
+            elif node in self._shapes:
+                captured.shapes[node] = value[:1]
+            else:
+                captured.rows[node] = value
+        return captured
 
-    def _tensors_of(self, args: tuple[object, ...]) -> tuple[Tensor, ...]:
-        if len(args) != len(self._args):
-            raise Untraceable(f"traced with {len(self._args)} additional arguments, called with {len(args)}")
-        for now, then in zip(args, self._args, strict=True):
-            if isinstance(now, Tensor) != isinstance(then, Tensor) or not (now is then or _is_same(now, then)):
-                raise Untraceable("called with other additional arguments than it was traced with")
-        return tuple(arg for arg in args if isinstance(arg, Tensor))
-
-    def _checked(self, node: fx.Node, value: Any, n: int) -> Any:
-        """A by-passing value; None where it belongs to all rows alike."""
-        tensors = [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
+    def _has_rows(self, node: fx.Node, value: Any, n: int) -> bool:
+        """Whether a by-passing value has a row for each example; otherwise it belongs to all alike."""
+        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
         if tensors and all(tensor.dim() and len(tensor) == n for tensor in tensors):
-            return value
+            return True
         if node in self._inputs:
             raise Untraceable(f"`{node.name}` by-passes the site and has no row per example")
-        return None
+        return False
 
     def run(self, captured: SuffixConstants, values: Tensor, examples: Tensor) -> Any:
         """The network's raw output with the site set.
@@ -615,19 +599,20 @@ class Suffix:
         """
         here = self.constants(captured, len(values), examples)
         here[self.graph.site] = values
-        outputs = list(nodes_of(self.graph.output))
-        self.graph.evaluate(self.nodes, here, outputs)
+        self.graph.evaluate(self.nodes, here, self.graph.outputs)
         return map_arg(self.graph.output, here.__getitem__)
 
     def constants(self, captured: SuffixConstants, rows: int, examples: Tensor | None = None) -> dict[fx.Node, Any]:
         """The constants of a batch; without ``examples`` those of one example stand for all rows."""
-        here: dict[fx.Node, Any] = {node: _usable(value) for node, value in captured.fixed.items()}
-        one = examples is None or len(captured) == 1 or bool((examples == examples[0]).all())
+        here: dict[fx.Node, Any] = {}
+        for node, value in captured.fixed.items():
+            here[node] = _usable(value)
+        one = examples is None or len(captured.site) == 1 or bool((examples == examples[0]).all())
         for node, value in captured.shapes.items():
             here[node] = value.expand(rows, *value.shape[1:])
         for node, value in captured.rows.items():
             if one and all(_broadcasts(user) for user in node.users if user in self.dependent):
-                first = 0 if examples is None or len(captured) == 1 else int(examples[0])
+                first = 0 if examples is None or len(captured.site) == 1 else int(examples[0])
                 taken = tree_map(lambda x, k=first: x[k : k + 1].expand(rows, *x.shape[1:]), value)
             else:
                 index = examples if examples is not None else torch.zeros(rows, dtype=torch.int64)
@@ -645,22 +630,12 @@ class Suffix:
 
     def full_flops(self, captured: SuffixConstants) -> int:
         """Floating-point operations of the whole network for one example."""
-        n = len(captured)
+        n = len(captured.site)
         given = tuple(x[:1] if x.dim() and len(x) == n else x for x in captured.inputs)
-        wanted = ancestors([*nodes_of(self.graph.output)])
-        nodes = [node for node in self.graph.nodes if node in wanted]
         values: dict[fx.Node, Any] = {self.graph.given: given}
         if self.decoder is not None:
             values[self.graph.site] = captured.site[:1]
-        return flops_of(lambda: self.graph.evaluate(nodes, dict(values)))
-
-
-def _descendants(graph: Graph, roots: list[fx.Node]) -> set[fx.Node]:
-    found = set(roots)
-    for node in graph.nodes:
-        if any(arg in found for arg in node.all_input_nodes):
-            found.add(node)
-    return found
+        return flops_of(lambda: self.graph.evaluate(self.graph.nodes, values))
 
 
 def _is_input(graph: Graph, node: fx.Node) -> bool:
@@ -674,23 +649,8 @@ def _is_query(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1] in _QUERIES
 
 
-def _about_shape(graph: Graph, of: set[fx.Node]) -> set[fx.Node]:
-    """Values that depend on the inputs through their shapes alone."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node in of and node is not graph.given:
-            dependent = [arg for arg in node.all_input_nodes if arg in of]
-            if _is_query(node) or (dependent and all(arg in found for arg in dependent)):
-                found.add(node)
-    return found
-
-
 def _broadcasts(node: fx.Node) -> bool:
     return node.op != "call_module" and getattr(node.target, "__name__", node.target) in _BROADCASTING
-
-
-def _is_same(now: object, then: object) -> bool:
-    return isinstance(now, Tensor) or bool(now == then)
 
 
 def _usable(value: Any) -> Any:

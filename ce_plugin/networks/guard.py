@@ -1,20 +1,18 @@
-"""The model and the global random state as they were before, on success and on error."""
+"""Which networks a callable runs, and a guard that leaves them and the global random state as they were."""
 
 from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-
-__all__ = ["modules_of", "state_guard"]
 
 _HOOKS = (
     "_forward_hooks",
@@ -47,21 +45,25 @@ def modules_of(forward_func: object) -> list[nn.Module]:
         >>> modules_of(lambda x: net(x).softmax(1)) == [net]
         True
     """
+    if isinstance(forward_func, nn.Module):
+        return [forward_func]
     found: dict[int, nn.Module] = {}
-    _look(forward_func, found, set(), _DEPTH)
-    inner = {id(sub) for root in found.values() for sub in root.modules() if sub is not root}
-    return [module for key, module in found.items() if key not in inner]
-
-
-def _look(thing: object, found: dict[int, nn.Module], seen: set[int], depth: int) -> None:
-    if isinstance(thing, nn.Module):
-        found[id(thing)] = thing
-        return
-    if depth < 0 or id(thing) in seen or isinstance(thing, _PLAIN):
-        return
-    seen.add(id(thing))
-    for part in _parts(thing):
-        _look(part, found, seen, depth - 1)
+    seen: set[int] = set()
+    waiting: list[tuple[object, int]] = [(forward_func, _DEPTH)]
+    while waiting:
+        thing, depth = waiting.pop()
+        if isinstance(thing, nn.Module):
+            found[id(thing)] = thing
+        elif depth >= 0 and id(thing) not in seen and not isinstance(thing, _PLAIN):
+            seen.add(id(thing))
+            # Last in, first out: reversed, so that the parts are visited in their order.
+            waiting += [(part, depth - 1) for part in reversed(list(_parts(thing)))]
+    outermost = dict(found)
+    for root in found.values():
+        for part in root.modules():
+            if part is not root:
+                outermost.pop(id(part), None)
+    return list(outermost.values())
 
 
 def _parts(thing: object) -> Iterator[object]:
@@ -78,7 +80,9 @@ def _parts(thing: object) -> Iterator[object]:
         yield from vars(thing).values()
         yield from (thing.__defaults__ or ())
         yield from (thing.__kwdefaults__ or {}).values()
-        yield from map(_content, thing.__closure__ or ())
+        for cell in thing.__closure__ or ():
+            with suppress(ValueError):  # an empty cell: the name is not bound yet
+                yield cell.cell_contents
         for name in _names(thing.__code__):
             value = thing.__globals__.get(name)
             # Functions of other files are not followed: from an imported library one would get anywhere.
@@ -89,13 +93,6 @@ def _parts(thing: object) -> Iterator[object]:
         yield from getattr(thing, "__dict__", {}).values()
 
 
-def _content(cell: CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # an empty cell: the name is not bound yet
-        return None
-
-
 def _names(code: CodeType) -> Iterator[str]:
     """Names that a function reads, those of the functions defined inside it included."""
     yield from code.co_names
@@ -104,18 +101,18 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-@contextmanager
-def state_guard(*forward_funcs: object, seed: int | None = None) -> Iterator[None]:
+class state_guard:  # noqa: N801 - a context manager, named as torch.no_grad is
     """Run networks in eval mode and leave them, and the global random state, as they were, also after an error.
 
     Restored are each submodule's training flag; each parameter's ``grad`` (the same object; it is None inside) and
     ``requires_grad``; forward and backward hooks (those that appeared go, those that vanished come back); each
     buffer's identity and values; and the global random states of torch (CPU, and CUDA where it is in use), numpy
     and python. Parameters' values are not copied. A buffer or parameter that a first forward pass creates stays: a
-    module that made it may not make it twice. Guards may be nested.
+    module that made it may not make it twice. Guards may be nested; each is used once.
 
     Args:
         forward_funcs: modules, or callables in which :func:`modules_of` finds them.
+        networks: modules that are known already.
         seed: where given, all these random states are seeded with it inside.
 
     Example:
@@ -126,105 +123,103 @@ def state_guard(*forward_funcs: object, seed: int | None = None) -> Iterator[Non
         >>> net.training
         True
     """
-    roots = [root for func in forward_funcs for root in modules_of(func)]
-    modules = list({id(module): module for root in roots for module in root.modules()}.values())
-    # An ExitStack runs every restoring step, even where an earlier one fails.
-    with ExitStack() as stack:
-        for save in (_random_states, lambda: _flags(modules), lambda: _hooks(modules)):
-            stack.callback(save())
-        stack.callback(_buffers(modules))
-        stack.callback(_gradients(modules))
-        if seed is not None:
-            _seed(seed)
-        yield
 
+    def __init__(self, *forward_funcs: object, networks: Iterable[nn.Module] = (), seed: int | None = None) -> None:
+        self._seed = seed
+        self._modules: dict[int, nn.Module] = {}
+        roots = list(networks)
+        for func in forward_funcs:
+            roots += modules_of(func)
+        for root in roots:
+            for module in root.modules():
+                self._modules[id(module)] = module
 
-def _cuda_in_use() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
-def _random_states() -> Callable[[], None]:
-    cpu, python = torch.get_rng_state(), random.getstate()
-    legacy = np.random.get_state()  # noqa: NPY002 - the global state of others is what is saved
-    cuda = torch.cuda.get_rng_state_all() if _cuda_in_use() else None
-
-    def restore() -> None:
-        torch.set_rng_state(cpu)
-        random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-
-    return restore
-
-
-def _seed(seed: int) -> None:
-    # torch.manual_seed would also leave a seed waiting for a CUDA that starts only after the guard has ended.
-    torch.default_generator.manual_seed(seed)
-    if _cuda_in_use():
-        torch.cuda.manual_seed_all(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    random.seed(seed)
-
-
-def _flags(modules: list[nn.Module]) -> Callable[[], None]:
-    """Eval mode by the flag alone: an overridden ``train()`` may do more than can be taken back (merge weights)."""
-    training = [module for module in modules if getattr(module, "training", False)]
-    idle = [module for module in modules if not getattr(module, "training", True)]
-    for module in training:
-        module.training = False
-
-    def restore() -> None:
-        for module in training:
-            module.training = True
-        for module in idle:
+    def __enter__(self) -> None:
+        # Everything is saved before anything is changed, so that an error on the way leaves nothing to take back.
+        self._save_random_state()
+        self._training: list[tuple[nn.Module, bool]] = []
+        self._hooks: list[tuple[Any, Any]] = []
+        self._names: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._parameters: dict[int, tuple[Tensor, Tensor | None, bool]] = {}
+        for module in self._modules.values():
+            self._save_module(module)
+        for module, _ in self._training:
             if module.training:
+                # By the flag alone: an overridden ``train()`` may do more than can be taken back (merge weights).
                 module.training = False
+        for parameter, _, _ in self._parameters.values():
+            parameter.grad = None
+        if self._seed is not None:
+            # torch.manual_seed would also leave a seed waiting for a CUDA that starts only after the guard has ended.
+            torch.default_generator.manual_seed(self._seed)
+            if self._cuda is not None:
+                torch.cuda.manual_seed_all(self._seed)
+            np.random.seed(self._seed % 2**32)  # noqa: NPY002
+            random.seed(self._seed)
 
-    return restore
+    def __exit__(self, *error: object) -> None:
+        # An ExitStack runs every step, from the last to the first, even where one fails.
+        with ExitStack() as steps:
+            steps.callback(self._restore_random_state)
+            steps.callback(self._restore_modules)
+            steps.callback(self._restore_buffers)
+            steps.callback(self._restore_parameters)
 
+    def _save_random_state(self) -> None:
+        self._torch, self._python = torch.get_rng_state(), random.getstate()
+        self._numpy = np.random.get_state()  # noqa: NPY002 - the global state of others is what is saved
+        in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self._cuda = torch.cuda.get_rng_state_all() if in_use else None
 
-def _hooks(modules: list[nn.Module]) -> Callable[[], None]:
-    saved = [
-        (hooks, hooks.copy())
-        for module in modules
-        if not _uninitialized(module)  # its hook must run once only
-        for name in _HOOKS
-        if (hooks := getattr(module, name, None)) is not None
-    ]
+    def _restore_random_state(self) -> None:
+        torch.set_rng_state(self._torch)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
 
-    def restore() -> None:
-        for hooks, before in saved:
+    def _save_module(self, module: nn.Module) -> None:
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        # Read directly where that is possible, which is ten times faster than to ask the module.
+        parameters = list(module.parameters(False)) if scripted else module._parameters.values()
+        buffers = list(module.buffers(False)) if scripted else module._buffers.values()
+        if hasattr(module, "training"):
+            self._training.append((module, module.training))
+        if not scripted and module._buffers:
+            self._names.append((module, dict(module._buffers)))
+        lazy = False
+        for parameter in parameters:
+            if parameter is not None:
+                lazy = lazy or is_lazy(parameter)
+                self._parameters[id(parameter)] = (parameter, parameter.grad, parameter.requires_grad)
+        for buffer in buffers:
+            if buffer is not None:
+                lazy = lazy or is_lazy(buffer)
+                if id(buffer) not in self._buffers and not (is_lazy(buffer) or buffer.is_meta):
+                    self._buffers[id(buffer)] = (buffer, buffer.detach().clone())
+        if not lazy:  # the hook that initialises a lazy module must run once only
+            for name in _HOOKS:
+                hooks = getattr(module, name, None)
+                if hooks is not None:
+                    self._hooks.append((hooks, hooks.copy()))
+
+    def _restore_modules(self) -> None:
+        for hooks, before in self._hooks:
             # In place: the handles that remove a hook refer to this very dictionary.
             if list(hooks.items()) != list(before.items()):
                 hooks.clear()
                 hooks.update(before)
+        for module, training in self._training:
+            if module.training != training:
+                module.training = training
 
-    return restore
-
-
-def _uninitialized(module: nn.Module) -> bool:
-    return any(is_lazy(tensor) for tensor in (*_own(module, "parameters"), *_own(module, "buffers")))
-
-
-def _own(module: nn.Module, kind: Literal["parameters", "buffers"]) -> list[Tensor]:
-    """A module's own parameters or buffers; read directly, which is ten times faster than to ask the module."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return list(getattr(module, kind)(False))
-    return [tensor for tensor in module.__dict__[f"_{kind}"].values() if tensor is not None]
-
-
-def _buffers(modules: list[nn.Module]) -> Callable[[], None]:
-    names = [(m, dict(m._buffers)) for m in modules if m._buffers and not isinstance(m, torch.jit.ScriptModule)]
-    tensors = {id(b): b for m in modules for b in _own(m, "buffers") if not (is_lazy(b) or b.is_meta)}
-    values = [(buffer, buffer.detach().clone()) for buffer in tensors.values()]
-
-    def restore() -> None:
-        for module, before in names:
+    def _restore_buffers(self) -> None:
+        for module, before in self._names:
             for name, buffer in before.items():
                 if module._buffers.get(name) is not buffer:
                     module._buffers[name] = buffer
-        for buffer, value in values:
+        for buffer, value in self._buffers.values():
             # Writing to a buffer spoils a graph that holds it, so an unchanged one is not written to.
             if not _same(buffer, value):
                 with torch.inference_mode(buffer.is_inference()), torch.no_grad():
@@ -233,7 +228,11 @@ def _buffers(modules: list[nn.Module]) -> Callable[[], None]:
                     else:
                         buffer.data = value
 
-    return restore
+    def _restore_parameters(self) -> None:
+        for parameter, grad, requires_grad in self._parameters.values():
+            parameter.grad = grad
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -241,18 +240,3 @@ def _same(a: Tensor, b: Tensor) -> bool:
         return False
     # NaN equals NaN here.
     return torch.equal(a, b) or (torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num()))
-
-
-def _gradients(modules: list[nn.Module]) -> Callable[[], None]:
-    parameters = list({id(p): p for m in modules for p in _own(m, "parameters")}.values())
-    saved = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-
-    def restore() -> None:
-        for parameter, grad, requires_grad in saved:
-            parameter.grad = grad
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad_(requires_grad)
-
-    return restore

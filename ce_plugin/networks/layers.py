@@ -1,9 +1,9 @@
-"""A layer of a network: found by name, read, replaced, and told from the same layer of another network."""
+"""A layer of a network: found by name, read, replaced; and the network's fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Union
@@ -12,36 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from ce_plugin.errors import ArgumentError, CEPluginError, InputError, ModelError, expected, unknown_name
+from ce_plugin.networks.forward import OutputSelector, select_logits
 from ce_plugin.networks.graph import HookPoint
-
-__all__ = [
-    "HookCalls",
-    "Layer",
-    "OutputSelector",
-    "find_layer",
-    "fingerprint",
-    "hooked",
-    "inserted",
-    "probe",
-    "read_layer",
-    "replaced",
-    "select",
-]
-
+from ce_plugin.networks.guard import state_guard
 
 Layer = Union[str, nn.Module]
-OutputSelector = Union[str, int, Callable[[Any], Tensor], None]
 
 
-def find_layer(network: nn.Module, layer: Layer) -> tuple[str, nn.Module]:
+def find_layer(network: nn.Module | Sequence[nn.Module], layer: Layer) -> tuple[str, nn.Module]:
     """The dotted name and the module of a layer that is given as either.
 
     Args:
-        network: the network that the layer is part of.
+        network: the network that the layer is part of, or the networks that a forward function runs.
         layer: a submodule, or its dotted name ("features.9").
 
     Raises:
-        ModelError: ``network`` is no module, or the module is not part of it.
+        ModelError: ``network`` is no module, or there is none, or the module is not part of it.
         UnknownNameError: no submodule has this name; the nearest names are given.
         ArgumentError: ``layer`` is neither.
 
@@ -49,24 +35,61 @@ def find_layer(network: nn.Module, layer: Layer) -> tuple[str, nn.Module]:
         >>> find_layer(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), "1")
         ('1', ReLU())
     """
-    if not isinstance(network, nn.Module):
-        raise ModelError(expected("network", "a torch.nn.Module", type(network).__name__))
-    modules = dict(network.named_modules())
-    if isinstance(layer, nn.Module):
-        for name, module in modules.items():
-            if module is layer:
+    networks = network if isinstance(network, (list, tuple)) else [network]
+    if not networks:
+        hint = "Pass the nn.Module itself, or a function that refers to it."
+        raise ModelError(expected("forward_func", "a network, or a function that runs one", "none found", hint))
+    names = []
+    for root in networks:
+        if not isinstance(root, nn.Module):
+            raise ModelError(expected("network", "a torch.nn.Module", type(root).__name__))
+        for name, module in root.named_modules(remove_duplicate=False):
+            if module is layer or (name and isinstance(layer, str) and name == layer):
                 return name, module
-        hint = "Give a submodule of this network, or its dotted name."
-        raise ModelError(expected("layer", f"a part of the {type(network).__name__}", type(layer).__name__, hint))
-    if not isinstance(layer, str):
+            names.append(name)
+    if isinstance(layer, str):
+        raise unknown_name("layer", layer, {name for name in names if name})
+    if not isinstance(layer, nn.Module):
         raise ArgumentError(expected("layer", "a submodule of the network or its dotted name", repr(layer)))
-    if layer not in modules:
-        raise unknown_name("layer", layer, [name for name in modules if name])
-    return layer, modules[layer]
+    hint = "Take a module of the very object that is explained, or its dotted name."
+    raise ModelError(expected("layer", "a module of the network", f"another {type(layer).__name__}", hint))
+
+
+def last_conv_layer(network: nn.Module, images: Tensor) -> tuple[str, nn.Module] | None:
+    """The last convolution that still sees a plane: the layer that Grad-CAM is meant for.
+
+    Args:
+        network: left as it was.
+        images: one or more examples, (N, C, H, W).
+
+    Returns:
+        Name and module of the last ``Conv2d`` in order of execution whose output is larger than 1 x 1; None where there
+        is none, or only one at the very start (the patch embedding of a transformer summarises nothing).
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.AdaptiveAvgPool2d(1))
+        >>> last_conv_layer(net, torch.zeros(1, 3, 8, 8))[0]
+        '2'
+    """
+    steps: list[tuple[nn.Module, bool]] = []
+
+    def note(module: nn.Module, _: object, output: object) -> None:
+        plane = isinstance(module, nn.Conv2d) and isinstance(output, Tensor) and output.shape[-2:].numel() > 1
+        steps.append((module, plane))
+
+    with state_guard(network), torch.no_grad():  # the guard takes the hooks away again
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d) or not list(module.children()):  # some convolutions hold their padding
+                module.register_forward_hook(note)
+        network(images[:1])
+    planes = [step for step, (_, plane) in enumerate(steps) if plane]
+    if not planes or (planes[-1] == 0 and len(steps) > 4):
+        return None
+    return find_layer(network, steps[planes[-1]][0])
 
 
 def read_layer(network: nn.Module, layer: Layer, images: Tensor) -> tuple[Tensor, Any]:
-    """What a layer returns, and what the network does, in one pass.
+    """What a layer returns, and what the network returns, in one pass.
 
     Args:
         network: run as it is: mode and gradients are the caller's.
@@ -87,32 +110,26 @@ def read_layer(network: nn.Module, layer: Layer, images: Tensor) -> tuple[Tensor
         (torch.Size([4, 2, 3, 3]), torch.Size([4, 18]))
     """
     name, module = find_layer(network, layer)
-    seen: list[object] = []
+    outputs: list[object] = []
 
     def keep(_: nn.Module, args: object, output: object) -> None:
-        seen.append(output.clone() if isinstance(output, Tensor) else output)
+        outputs.append(output.clone() if isinstance(output, Tensor) else output)
 
     handle = module.register_forward_hook(keep)
     try:
         result = network(images)
     finally:
         handle.remove()
-    return _the_one(name, seen, len(images)), result
-
-
-def _the_one(name: str, seen: list[object], rows: int) -> Tensor:
-    """The activations, where the layer was reached once and returned something spatial."""
-    if len(seen) != 1:
-        hint = "Choose a layer that every image passes through." if not seen else "Give each use a module of its own."
-        came = "one that is not reached" if not seen else f"one that is reached {len(seen)} times"
+    if len(outputs) != 1:
+        hint = "Give each use a module of its own." if outputs else "Choose a layer that every image passes through."
+        came = f"one that is reached {len(outputs)} times" if outputs else "one that is not reached"
         raise ModelError(expected("layer", f"a layer that is reached once in a pass ({name!r})", came, hint))
-    found = seen[0]
-    spatial = isinstance(found, Tensor) and found.dim() == 4 and len(found) == rows and found.is_floating_point()
-    if not isinstance(found, Tensor) or not spatial:
-        came = f"{tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    (value,), rows = outputs, len(images)
+    if not isinstance(value, Tensor) or value.dim() != 4 or len(value) != rows or not value.is_floating_point():
+        came = f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         hint = "Choose a convolutional layer, or one before the pooling."
         raise ModelError(expected("layer", f"a layer ({name!r}) that returns (N, C, h, w), N = {rows}", came, hint))
-    return found
+    return value, result
 
 
 def probe(network: nn.Module, layer: Layer, images: Tensor, output: OutputSelector) -> tuple[Tensor, Tensor]:
@@ -131,32 +148,17 @@ def probe(network: nn.Module, layer: Layer, images: Tensor, output: OutputSelect
         wanted = f"images that the {type(network).__name__} takes"
         came = f"{tuple(images.shape)}, at which it fails ({str(error).splitlines()[0]})"
         raise InputError(expected("images", wanted, came, "Resize and normalise them as it was trained.")) from error
-    return activations, select(result, output)
+    return activations, select_logits(result, output)
 
 
 @contextmanager
-def replaced(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, the module's output is ``change(output)``; also after an error the module is as it was."""
-
-    def hook(_: nn.Module, args: object, output: Tensor) -> Tensor:
-        # What follows may work in place, on a tensor that the caller still needs.
-        return change(output).clone()
-
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def inserted(network: nn.Module, layer: Layer, autoencoder: nn.Module) -> Iterator[nn.Module]:
+def inserted(network: nn.Module, layer: Layer, autoencoder: Callable[[Tensor], Tensor]) -> Iterator[nn.Module]:
     """Inside, the network runs with the autoencoder in the place of the layer's output.
 
     Args:
         network: left as it was afterwards, also after an error.
         layer: a submodule or its dotted name.
-        autoencoder: maps the layer's output to a tensor of its shape.
+        autoencoder: a module, or another callable, from the layer's output to a tensor of its shape.
 
     Yields:
         The network.
@@ -174,36 +176,29 @@ def inserted(network: nn.Module, layer: Layer, autoencoder: nn.Module) -> Iterat
         True
     """
     _, module = find_layer(network, layer)
-    with replaced(module, autoencoder):
+
+    def hook(_: nn.Module, args: object, output: Tensor) -> Tensor:
+        # What follows may work in place, on a tensor that the caller still needs.
+        return autoencoder(output).clone()
+
+    handle = module.register_forward_hook(hook)
+    try:
         yield network
+    finally:
+        handle.remove()
 
 
-def select(result: Any, output: OutputSelector) -> Tensor:
-    """The logits in what a network returns, (N, C).
+def fingerprint(network: nn.Module, *, exact: bool = False) -> str:
+    """A digest of the values of all parameters and buffers, by which networks are told apart.
 
     Args:
-        result: what the network returned.
-        output: None takes a tensor as it is; else a key, an index, or a callable.
+        network: whose state is read.
+        exact: names, types and the counts of batches seen in training count too. Without it a wrapped or compiled
+            network is still the same one, and so is one on another device, in another memory layout or in a wider
+            floating point type.
 
-    Raises:
-        ModelError: there is no such part, or it is no tensor of the form (N, C).
-    """
-    try:
-        chosen = result if output is None else output(result) if callable(output) else result[output]
-    except (KeyError, IndexError, TypeError) as error:
-        raise ModelError(expected("output", "a part of what the network returns", repr(output))) from error
-    if not isinstance(chosen, Tensor) or chosen.dim() != 2 or not chosen.is_floating_point():
-        came = tuple(chosen.shape) if isinstance(chosen, Tensor) else type(chosen).__name__
-        hint = "Name the part that holds the logits with `output=` (a key, an index or a callable)."
-        raise ModelError(expected("network", "a network that returns logits (N, C)", came, hint))
-    return chosen
-
-
-def fingerprint(network: nn.Module) -> str:
-    """A short word that tells networks apart: shapes and values of all parameters and buffers.
-
-    Names are left out, so that a wrapped or compiled network is still the same one; so are device, memory layout and
-    a wider floating point type.
+    Returns:
+        16 hexadecimal digits; 32 where ``exact``.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -214,19 +209,22 @@ def fingerprint(network: nn.Module) -> str:
         >>> before == fingerprint(net)
         False
     """
-    digest = hashlib.blake2b(digest_size=8)
-    for key, value in network.state_dict().items():
-        # How many batches were seen in training changes no answer.
-        if isinstance(value, Tensor) and not key.endswith("num_batches_tracked"):
-            plain = value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype).contiguous()
-            digest.update(str(tuple(plain.shape)).encode())
-            digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    digest = hashlib.blake2b(digest_size=16 if exact else 8)
+    state = network.state_dict()
+    for name in sorted(state) if exact else state:
+        value = state[name]
+        if not isinstance(value, Tensor) or (not exact and name.endswith("num_batches_tracked")):
+            continue
+        value, shape = value.detach().cpu(), tuple(value.shape)
+        digest.update(f"{name} {shape} {value.dtype}".encode() if exact else str(shape).encode())
+        plain = value.float() if value.is_floating_point() and not exact else value
+        digest.update(plain.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 @dataclass
 class HookCalls:
-    """What was seen of a layer during one pass.
+    """How a network passed through a layer during one pass.
 
     Attributes:
         calls: how often the network passed through it.
@@ -250,18 +248,18 @@ def hooked(point: HookPoint, act: Callable[[Tensor], Tensor | None], name: str) 
         ModelError: the network does not pass through the layer, or not that often.
         InputError: the layer's value is no tensor.
     """
-    seen = HookCalls()
+    found = HookCalls()
     module = point.module
     if module is None:
         raise ModelError(expected("layer", "a module", "the network's input"))
 
     def chosen(parts: Any) -> Any:
-        here, seen.calls = seen.calls == point.call, seen.calls + 1
+        here, found.calls = found.calls == point.call, found.calls + 1
         if not here:
             return None
-        value, seen.element = _part(parts, point, name)
+        value, found.element = _part(parts, point, name)
         new = act(value)
-        return None if new is None else _replaced(parts, seen.element, new)
+        return None if new is None else _replaced(parts, found.element, new)
 
     def after(_: object, args: object, output: Any) -> Any:
         return chosen(output)
@@ -276,15 +274,15 @@ def hooked(point: HookPoint, act: Callable[[Tensor], Tensor | None], name: str) 
         else module.register_forward_hook(after)
     )
     try:
-        yield seen
+        yield found
     finally:
         handle.remove()
-    if seen.calls == 0:
+    if found.calls == 0:
         hint = "Take a layer that forward really calls; scripted and compiled modules hide theirs."
         raise ModelError(expected("layer", "one that the network passes through", f"{name!r}, never reached", hint))
-    if seen.calls <= point.call:
-        got = f"{point.call} for {name!r}, which is passed through {seen.calls} time(s)"
-        raise ModelError(expected("call", f"below {seen.calls}", got))
+    if found.calls <= point.call:
+        got = f"{point.call} for {name!r}, which is passed through {found.calls} time(s)"
+        raise ModelError(expected("call", f"below {found.calls}", got))
 
 
 def _part(parts: Any, point: HookPoint, name: str) -> tuple[Tensor, int | None]:

@@ -5,6 +5,7 @@ joins them; see "Write your own".
 """
 
 from ce_plugin._lazy import deprecated_names
+from ce_plugin.networks.layers import last_conv_layer
 from ce_plugin.report.alarms import AlarmShown, Screened, Screening, save_screening, screen
 from ce_plugin.report.concepts import Concept, ConceptStudy, Example, concept_study, save_concepts
 from ce_plugin.report.evaluation import (
@@ -21,7 +22,6 @@ from ce_plugin.report.evaluation import (
 from ce_plugin.report.layer import Carried, LayerCase, LayerStudy, carried_by, carried_record
 from ce_plugin.report.manifest import build_manifest, file_sha256, state_sha256, tensor_sha256
 from ce_plugin.report.page import render, save_report, study
-from ce_plugin.report.peers import last_conv_layer, named_layer
 from ce_plugin.report.photograph import (
     ATTACKS,
     OUTCOMES,
@@ -71,7 +71,6 @@ __all__ = [
     "file_sha256",
     "grad_cam",
     "last_conv_layer",
-    "named_layer",
     "planned_attack",
     "render",
     "saliency",
@@ -86,4 +85,10 @@ __all__ = [
     "try_detector",
 ]
 
-__getattr__ = deprecated_names(__name__, {"AttackTried": "ce_plugin.report.AttackResult"})
+__getattr__ = deprecated_names(
+    __name__,
+    {
+        "AttackTried": "ce_plugin.report.AttackResult",
+        "named_layer": "ce_plugin.networks.find_layer",
+    },
+)

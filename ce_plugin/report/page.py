@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ce_plugin.errors import ArgumentError, InputError, expected
 from ce_plugin.models import VisionModel
+from ce_plugin.networks.layers import find_layer, last_conv_layer
 from ce_plugin.report.evaluation import DetectorTrial, TrialSection
 from ce_plugin.report.layer import LayerSection
-from ce_plugin.report.peers import last_conv_layer, named_layer
 from ce_plugin.report.photograph import OUTCOMES, PhotographSection, Plan, Study, check_class, share
 from ce_plugin.report.sections import Section, check_out, rendered, write_page
 
@@ -61,7 +61,7 @@ def study(
     plan = plan or Plan()
     if inputs.dim() != 4 or len(inputs) != 1:
         raise InputError(expected("inputs", "one photograph, (1, C, H, W)", tuple(inputs.shape)))
-    layer = named_layer(net.model, plan.layer) if plan.layer else last_conv_layer(net.model, inputs)
+    layer = find_layer(net.model, plan.layer) if plan.layer else last_conv_layer(net.model, inputs)
     own: list[Section[Any]] = [PhotographSection(plan)]
     if layer is not None:
         own.append(LayerSection(plan, layer[0]))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from torch import Tensor
 
 from ce_plugin.errors import FileError, expected
-from ce_plugin.files import written_whole
+from ce_plugin.files import write_files
 from ce_plugin.visualization import NEGATIVE, POSITIVE, data_uri
 
 if TYPE_CHECKING:
@@ -178,12 +178,8 @@ def write_page(
     Returns:
         Path of the page.
     """
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, text in {**(tables or {}), "manifest.json": json.dumps(manifest, indent=2) + "\n", name: html}.items():
-        with written_whole(folder / file) as stream:
-            stream.write(text.encode())
-    return folder / name
+    write_files(out, {**(tables or {}), "manifest.json": manifest, name: html})
+    return Path(out, name)
 
 
 def check_out(out: str | Path, *, force: bool = False) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,24 +19,6 @@ from ce_plugin.interventions.base import Context, Intervention
 from ce_plugin.networks.forward import is_opaque
 from ce_plugin.sites import Units
 
-__all__ = [
-    "BatchSize",
-    "Cost",
-    "Counterfactuals",
-    "TrialBatch",
-    "TrialSpec",
-    "Values",
-    "Wanted",
-    "batches",
-    "bytes_per_row",
-    "checked_values",
-    "chunks",
-    "free_memory",
-    "rows_of_args",
-    "values_of_trials",
-]
-
-
 _FIRST, _LARGEST = (4, 8, 16), 4096
 # Shorter batches than this are dominated by fixed costs, so that a larger batch always pays.
 _SHORT_SECONDS = 0.004
@@ -46,9 +29,10 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as info:
-        line = next(line for line in info if line.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo") as info:
+        for line in info:
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return 4 << 30
@@ -70,21 +54,23 @@ def bytes_per_row(modules: list[nn.Module], rows: int, inputs: tuple[Tensor, ...
     such tensors alive, hence the factor. Scripted and compiled modules are not hooked.
     """
     row = max(sum(map(_nbytes, inputs)) // max(rows, 1), 1)
-    result = [64 * row]
-    largest = [0]
+    result, largest, handles = [64 * row], 0, []
 
     def hook(module: nn.Module, args: object, output: object) -> None:
-        largest[0] = max(largest[0], _nbytes(args) + _nbytes(output))
+        nonlocal largest
+        largest = max(largest, _nbytes(args) + _nbytes(output))
 
-    leaves = [m for root in modules if not is_opaque(root) for m in root.modules() if not list(m.children())]
-    handles = [leaf.register_forward_hook(hook) for leaf in leaves if not is_opaque(leaf)]
+    for root in modules:
+        if not is_opaque(root):
+            leaves = [module for module in root.modules() if not module._modules and not is_opaque(module)]
+            handles += [leaf.register_forward_hook(hook) for leaf in leaves]
     try:
         yield result
     finally:
         for handle in handles:
             handle.remove()
-    if largest[0]:
-        result[0] = 4 * row + 3 * largest[0] // max(rows, 1)
+    if largest:
+        result[0] = 4 * row + 3 * largest // max(rows, 1)
 
 
 class BatchSize:
@@ -129,17 +115,20 @@ class BatchSize:
     @contextlib.contextmanager
     def timed(self, rows: int, device: torch.device) -> Iterator[None]:
         """Time one pass of ``rows`` rows and learn from it."""
-        if self.settled or rows != self.rows:
+        if not self._queue or rows != self.rows:
             yield
             return
-        _synchronize(device)
+        on_cuda = device.type == "cuda"
+        if on_cuda:
+            torch.cuda.synchronize(device)
         start = time.perf_counter()
         yield
-        _synchronize(device)
+        if on_cuda:
+            torch.cuda.synchronize(device)
         self._learn(time.perf_counter() - start)
 
     def _learn(self, seconds: float) -> None:
-        if self.settled:
+        if not self._queue:
             return  # memory has run out during this very pass
         rows = self._queue.pop(0)
         # The fastest of a few: a first pass of a new shape sets things up, and other work only ever adds time.
@@ -167,11 +156,6 @@ class BatchSize:
         self.limit = max(1, min(self.limit, rows // 2))
         self._chosen = min(self.rows, self.limit)
         self._queue = []
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # An example and the range of its trials that are wanted.
@@ -208,7 +192,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """What is held fixed while trials vary.
+    """What stays the same while trials vary.
 
     Args:
         inputs: the inputs under their evidence, (N, ...) each.
@@ -264,9 +248,11 @@ class TrialSpec:
 
 def rows_of_args(args: tuple[object, ...], n: int, examples: Tensor) -> tuple[object, ...]:
     """Tensors with one row per example are taken row by row, everything else as it is."""
-    return tuple(
-        arg[examples.to(arg.device)] if isinstance(arg, Tensor) and arg.dim() and len(arg) == n else arg for arg in args
-    )
+    found = list(args)
+    for position, arg in enumerate(args):
+        if isinstance(arg, Tensor) and arg.dim() and len(arg) == n:
+            found[position] = arg[examples.to(arg.device)]
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -285,66 +271,32 @@ class TrialBatch:
         return TrialBatch(self.examples[part], self.assignments[part], self.variants[part], self.trials[part])
 
 
-def _segments(spec: TrialSpec, wanted: list[Wanted], size: BatchSize) -> Iterator[TrialBatch]:
-    """All rows in order, in pieces that belong to one example and are no longer than a batch."""
-    repeats = spec.repeats
+def batches(spec: TrialSpec, wanted: list[Wanted], size: BatchSize) -> Iterator[TrialBatch]:
+    """All rows in order, in full batches across examples; ``size`` may change between them."""
+    repeats, parts, count = spec.repeats, [], 0
     for example, start, stop in wanted:
         # Random designs draw all their trials at once; exact ones make each piece when it is needed.
         drawn = None if spec.design.exact else spec.assignments(example, 0, stop)
         first = start * repeats
         while first < stop * repeats:
-            last = min(first + size.rows, stop * repeats)
-            row = torch.arange(first, last)
+            row = torch.arange(first, min(first + size.rows - count, stop * repeats))
             trials = row // repeats
             low, high = int(trials[0]), int(trials[-1]) + 1
-            piece = drawn[low:high] if drawn is not None else spec.assignments(example, low, high)
-            variants = spec.variants(low, high) if drawn is not None else row % repeats
-            yield TrialBatch(torch.full_like(row, example), piece[trials - low], variants, trials)
-            first = last
-
-
-def batches(spec: TrialSpec, wanted: list[Wanted], size: BatchSize) -> Iterator[TrialBatch]:
-    """Full batches of rows, across examples; ``size`` may change between them."""
-    held: list[TrialBatch] = []
-    count = 0
-    for segment in _segments(spec, wanted, size):
-        held.append(segment)
-        count += len(segment)
-        while count >= size.rows:
-            joined, take = _join(held), size.rows  # the size may change while the batch runs
-            held, count = [joined[take:]], count - take
-            yield joined[:take]
-    if count:
-        yield _join(held)
-
-
-def _join(parts: list[TrialBatch]) -> TrialBatch:
-    if len(parts) == 1:
-        return parts[0]
-    return TrialBatch(
-        torch.cat([part.examples for part in parts]),
-        torch.cat([part.assignments for part in parts]),
-        torch.cat([part.variants for part in parts]),
-        torch.cat([part.trials for part in parts]),
-    )
+            piece = spec.assignments(example, low, high) if drawn is None else drawn[low:high]
+            variants = row % repeats if drawn is None else spec.variants(low, high)
+            parts.append((torch.full_like(row, example), piece[trials - low], variants, trials))
+            first, count = first + len(row), count + len(row)
+            if count == size.rows:
+                yield TrialBatch(*map(torch.cat, zip(*parts, strict=True)))
+                parts, count = [], 0
+    if parts:
+        yield TrialBatch(*map(torch.cat, zip(*parts, strict=True)))
 
 
 # For each example and each alternative value the counterfactual inputs, (1, ...) each.
 Values: TypeAlias = "dict[int, list[tuple[Tensor, ...]]]"
 
 _BYTES = 256 << 20
-
-
-def _chunk_length(spec: TrialSpec) -> int:
-    each = sum(x[0].numel() * x.element_size() for x in spec.inputs) * spec.intervention.n_variants
-    return max(1, _BYTES // max(each, 1))
-
-
-def chunks(spec: TrialSpec, wanted: list[Wanted]) -> Iterator[list[Wanted]]:
-    """Examples in groups whose counterfactual values fit into a fixed amount of memory."""
-    step = _chunk_length(spec)
-    for first in range(0, len(wanted), step):
-        yield wanted[first : first + step]
 
 
 class Counterfactuals:
@@ -357,37 +309,46 @@ class Counterfactuals:
     def __init__(self, laid_out: Callable[[Tensor], Tensor]) -> None:
         self._laid_out = laid_out
         self._kept: Values = {}
-        self._kept_of: tuple[object, ...] = ()
+        self._kept_of: tuple[object, ...] = (None, None, None)
 
-    def of(self, spec: TrialSpec, examples: list[int]) -> Values | None:
+    def chunks(self, spec: TrialSpec, wanted: list[Wanted]) -> Iterator[tuple[list[Wanted], Values | None]]:
+        """Examples in groups whose values fit into a fixed amount of memory, with the values.
+
+        The values are None where they depend on the trial.
+        """
+        each = sum(map(_nbytes, spec.inputs)) // spec.n * spec.intervention.n_variants
+        step = max(1, _BYTES // max(each, 1))
+        for first in range(0, len(wanted), step):
+            chunk = wanted[first : first + step]
+            # An attack is dear: where all examples fit into one chunk, later rounds of trials find its values here.
+            yield chunk, self.of(spec, [example for example, _, _ in chunk], keep=spec.n <= step)
+
+    def of(self, spec: TrialSpec, examples: list[int], keep: bool = False) -> Values | None:
         """The values of some examples; None where they depend on the trial."""
         if spec.intervention.per_trial:
             return None
         of = (spec.inputs, spec.intervention, spec.context)
-        if len(self._kept_of) != len(of) or any(a is not b for a, b in zip(self._kept_of, of, strict=True)):
+        if any(map(operator.is_not, of, self._kept_of)):
             self._kept_of, self._kept = of, {}
         missing = [example for example in examples if example not in self._kept]
-        values = self._kept | (self._made(spec, missing) if missing else {})
-        # An attack is dear: where the examples fit into one chunk, later rounds of trials find its values here.
-        if spec.n <= _chunk_length(spec):
+        if not missing:
+            return self._kept
+        values, context = dict(self._kept), spec.context.select(missing)
+        for variant in range(spec.intervention.n_variants):
+            made = []
+            for position, x in enumerate(spec.inputs):
+                at = replace(context, variant=variant, position=position)
+                made.append(checked_values(spec.intervention, x[missing], at))
+            for k, example in enumerate(missing):
+                own = tuple([self._laid_out(x[k : k + 1]) for x in made])
+                values.setdefault(example, []).append(own)
+        if keep:
             self._kept = values
         return values
 
-    def _made(self, spec: TrialSpec, examples: list[int]) -> Values:
-        context = spec.context.select(examples)
-        every = []
-        for variant in range(spec.intervention.n_variants):
-            clean = [x[examples] for x in spec.inputs]
-            at = [replace(context, variant=variant, position=k) for k in range(len(clean))]
-            every.append([checked_values(spec.intervention, x, c) for x, c in zip(clean, at, strict=True)])
-        return {
-            example: [tuple(self._laid_out(x[k : k + 1]) for x in variant) for variant in every]
-            for k, example in enumerate(examples)
-        }
-
 
 def values_of_trials(spec: TrialSpec, rows: TrialBatch, clean: Tensor, mask: Tensor, position: int) -> Tensor:
-    """Values that depend on the hole, (B, ...), for each alternative value in one call.
+    """Values that depend on what the trial sets, (B, ...), one call for each alternative value.
 
     Args:
         spec: the experiment.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -203,9 +204,21 @@ def test_what_is_no_such_file_is_said_and_not_run(tmp_path: Path) -> None:
     torch.save({**content, "version": 99}, file)
     with pytest.raises(FileError, match="version 1, but got version 99"):
         ConceptAutoencoder.load(file)
-    torch.save({**content, "config": {"channels": 8, "concepts": 3}}, file)
+    facts = json.loads(content["json"]) | {"config": {"channels": 8, "concepts": 3}}
+    torch.save({**content, "json": json.dumps(facts)}, file)
     with pytest.raises(FileError, match="which lacks parts"):
         ConceptAutoencoder.load(file)
+
+
+def test_files_of_release_0_3_are_read(tmp_path: Path) -> None:
+    made, file = ConceptAutoencoder(8, 2, seed=3), tmp_path / "old.pt"
+    about = {"format": "ce_plugin concepts", "version": 1, "kind": "ConceptAutoencoder"}
+    content = {"config": made.config(), "layer_name": "mix", "fingerprint": "0", "fidelity": None, "history": []}
+    torch.save({**about, **content, "state": dict(made.state_dict())}, file)
+    loaded = ConceptAutoencoder.load(file)
+    assert loaded.layer_name == "mix"
+    for key, value in made.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

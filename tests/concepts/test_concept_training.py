@@ -351,10 +351,10 @@ def test_own_held_out_images_are_the_ones_that_are_looked_at() -> None:
 def test_networks_with_several_labels_or_outputs() -> None:
     class Dictionary(Mixture):
         def forward(self, x: Tensor) -> Any:
-            return {"logits": super().forward(x), "n": len(x)}
+            return {"logits": super().forward(x), "n": torch.tensor(len(x))}
 
     network = Dictionary()
-    with pytest.raises(ModelError, match=r"returns logits .*, but got dict. Name the part"):
+    with pytest.raises(ModelError, match=r"returns logits .*, but got several heads \(logits, n\)\. Name the part"):
         quick(network)
     one = quick(network, output="logits")
     assert same_weights(one, quick(network, output=lambda result: result["logits"]), atol=1e-6)
@@ -479,7 +479,7 @@ def test_layers_that_cannot_be_used() -> None:
     network.spare = nn.Conv2d(1, 4, 1)
     with pytest.raises(ModelError, match=r"\('spare'\), but got one that is not reached"):
         quick(network, "spare")
-    with pytest.raises(ModelError, match="`layer` to be a part of the Mixture, but got Conv2d"):
+    with pytest.raises(ModelError, match="`layer` to be a module of the network, but got another Conv2d"):
         quick(network, nn.Conv2d(1, 1, 1))
     with pytest.raises(
         UnknownNameError, match=r"one of 'drop', 'head', 'mix', 'spare', but got 'mixx'\. Did you mean 'mix'"

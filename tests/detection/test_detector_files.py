@@ -11,8 +11,8 @@ from _toy import classifier, patterns, quick_signature
 from torch import nn
 
 from ce_plugin.detection import Benign, CausalEffectDetector, Denoising, NodeZeroing, PixelMasking, Signature
-from ce_plugin.effects.files import read_result, write_result
 from ce_plugin.errors import FileError, ModelError
+from ce_plugin.files import load, save
 from ce_plugin.interventions import Adversarial
 
 X, NEW = patterns(240)[0], patterns(40, seed=1)[0]
@@ -49,7 +49,7 @@ def test_it_comes_back_bit_by_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     }
     assert again.learned().seen == detector.learned().seen
     second = again.save(tmp_path / "again.pt")
-    one, two = (read_result(file, "CausalEffectDetector") for file in (path, second))
+    one, two = (load(file, "CausalEffectDetector", 1) for file in (path, second))
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert torch.equal(value, two[name]) if isinstance(value, torch.Tensor) else value == two[name]
@@ -84,7 +84,7 @@ def test_there_is_no_code_in_the_file(tmp_path: Path) -> None:
     path = fitted(classifier()).save(tmp_path / "detector.pt")
     content = torch.load(path, weights_only=True)
     assert content["kind"] == "CausalEffectDetector"
-    values = read_result(path, "CausalEffectDetector")
+    values = load(path, "CausalEffectDetector", 1)
     assert set(values["versions"]) == {"ce_plugin", "torch"}
     # The network stays out of it.
     assert not any(isinstance(value, torch.Tensor) and value.shape == (3, 144) for value in values.values())
@@ -141,10 +141,10 @@ def test_what_is_no_detector_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(FileError, match="which is none"):
         CausalEffectDetector.load(tmp_path / "text.pt", net)
-    write_result(tmp_path / "other.pt", "Estimate", {"a": 1})
+    save(tmp_path / "other.pt", "Estimate", 1, {"a": 1})
     with pytest.raises(FileError, match="which holds something else"):
         CausalEffectDetector.load(tmp_path / "other.pt", net)
-    future = read_result(fitted(net).save(tmp_path / "detector.pt"), "CausalEffectDetector")
-    write_result(tmp_path / "future.pt", "CausalEffectDetector", {**future, "file_format": 99})
+    future = load(fitted(net).save(tmp_path / "detector.pt"), "CausalEffectDetector", 1)
+    save(tmp_path / "future.pt", "CausalEffectDetector", 1, {**future, "file_format": 99})
     with pytest.raises(FileError, match=r"a file of format 2, but got format 99. Fit again, or use ce_plugin "):
         CausalEffectDetector.load(tmp_path / "future.pt", net)

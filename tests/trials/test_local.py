@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ce_plugin.networks.graph import HookPoint, Suffix
-from ce_plugin.trials.incremental import IncrementalForward
+from ce_plugin.trials._incremental import IncrementalForward
 
 
 def brute(network: nn.Module, module: nn.Module | None, x: Tensor, do: Tensor, masks: Tensor) -> Any:

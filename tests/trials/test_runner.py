@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ce_plugin.designs import OneAtATime, RandomMask
 from ce_plugin.interventions import Context, PixelMask
+from ce_plugin.networks import Forward
 from ce_plugin.sites import InputSite
-from ce_plugin.trials import Forward, Runner, TrialSpec
-from ce_plugin.trials.runner import AggregateError, run_aggregated
+from ce_plugin.trials._runner import AggregateError, Runner, run_aggregated
+from ce_plugin.trials.batches import TrialSpec
 
 DOUBLE = torch.float64
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ce_plugin.networks.graph import HookPoint, Suffix
-from ce_plugin.trials.incremental import IncrementalForward
-from ce_plugin.trials.states import Window, as_dense
-from ce_plugin.trials.windows import window_of
+from ce_plugin.trials._incremental import IncrementalForward
+from ce_plugin.trials._states import Window, as_dense
+from ce_plugin.trials._windows import window_of
 
 
 def windows(height: int, width: int, size: tuple[int, int], stride: int, rows: int | None = None) -> Tensor:

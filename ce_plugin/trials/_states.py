@@ -9,19 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-__all__ = [
-    "Channel",
-    "Clean",
-    "Dense",
-    "State",
-    "Window",
-    "as_dense",
-    "gathered",
-    "nbytes",
-    "overlaid",
-    "select",
-]
-
 
 @dataclass(frozen=True)
 class Clean:

@@ -13,20 +13,6 @@ from torch import Tensor, fx, nn
 
 from ce_plugin.networks.graph import out_of_place
 
-__all__ = [
-    "Cat",
-    "Conv",
-    "Last",
-    "Linear",
-    "Norm",
-    "Operation",
-    "Pointwise",
-    "Pool",
-    "Separable",
-    "View",
-    "resolve",
-]
-
 
 @dataclass(frozen=True)
 class Operation:
@@ -249,7 +235,9 @@ _POINTWISE_NAMES = """relu relu6 silu gelu hardswish hardsigmoid hardtanh sigmoi
     softplus softsign logsigmoid hardshrink softshrink tanhshrink threshold clamp clip abs exp log sqrt rsqrt square
     neg negative pow add sub mul div true_divide truediv maximum minimum multiply subtract divide clone contiguous
     detach"""
+_POINTWISE_METHODS = set(_POINTWISE_NAMES.split())
 _VIEW_NAMES = "flatten reshape view squeeze unsqueeze"
+_METHODS = {"mean", *_VIEW_NAMES.split()}
 _BUILDERS: dict[str, Callable[..., Operation | None]] = {
     "conv2d": _conv2d,
     "max_pool2d": _max_pool2d,
@@ -271,48 +259,46 @@ _FUNCTIONS = {f: build for name, build in _BUILDERS.items() for f in _all_of(nam
 # By name, because importing torchvision takes as long as importing torch.
 _STOCHASTIC_DEPTH = ("torchvision.ops.stochastic_depth", "stochastic_depth")
 _POINTWISE = set(_all_of(_POINTWISE_NAMES, torch, F, operator))
-_MODULES: dict[type[nn.Module], Callable[[Any, Any], Operation | None]] = {
-    nn.Conv2d: lambda m, x: (
-        _conv2d(x, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups) if m.padding_mode == "zeros" else None
-    ),
-    nn.MaxPool2d: lambda m, x: _max_pool2d(
-        x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices
-    ),
-    nn.AvgPool2d: lambda m, x: _avg_pool2d(
-        x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
-    ),
-    nn.AdaptiveAvgPool2d: lambda m, x: _adaptive_avg_pool2d(x, m.output_size),
-    nn.AdaptiveMaxPool2d: lambda m, x: _adaptive_max_pool2d(x, m.output_size, m.return_indices),
-    nn.BatchNorm2d: lambda m, x: _module_norm(m, x),
-    nn.BatchNorm1d: lambda m, x: _module_norm(m, x),
-    nn.Linear: lambda m, x: _linear(x, m.weight, m.bias),
-    nn.LayerNorm: lambda m, x: _layer_norm(x, m.normalized_shape, m.weight, m.bias, m.eps),
-    nn.ZeroPad2d: lambda m, x: _pad(x, m.padding),
-    nn.ConstantPad2d: lambda m, x: _pad(x, m.padding, "constant", m.value),
-    nn.ReflectionPad2d: lambda m, x: _pad(x, m.padding, "reflect"),
-    nn.ReplicationPad2d: lambda m, x: _pad(x, m.padding, "replicate"),
-    nn.Flatten: lambda m, x: _view(x),
-    nn.Upsample: lambda m, x: Separable(x, m.forward),
-    nn.UpsamplingNearest2d: lambda m, x: Separable(x, m.forward),
-    nn.UpsamplingBilinear2d: lambda m, x: Separable(x, m.forward),
-    nn.PReLU: lambda m, x: _activation(m, x) if m.num_parameters == 1 else None,
-    **{kind: lambda m, x: None if m.training else _activation(m, x) for kind in (nn.Dropout, nn.Dropout2d)},
+_ACTIVATIONS = _all_of(
+    """ReLU ReLU6 SiLU GELU Hardswish Hardsigmoid Hardtanh Sigmoid Tanh LeakyReLU ELU SELU CELU Mish Softplus Softsign
+    LogSigmoid Hardshrink Softshrink Tanhshrink Threshold Identity""",
+    nn,
+)
+_UPSAMPLINGS = (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
+_PADDINGS: dict[type[nn.Module], str] = {
+    nn.ZeroPad2d: "constant",
+    nn.ConstantPad2d: "constant",
+    nn.ReflectionPad2d: "reflect",
+    nn.ReplicationPad2d: "replicate",
 }
-_ACTIVATIONS = """ReLU ReLU6 SiLU GELU Hardswish Hardsigmoid Hardtanh Sigmoid Tanh LeakyReLU ELU SELU CELU Mish Softplus
-    Softsign LogSigmoid Hardshrink Softshrink Tanhshrink Threshold Identity"""
+# What a module is as a function, and which of its attributes are the function's arguments.
+_MODULES: dict[type[nn.Module], tuple[Callable[..., Operation | None], str]] = {
+    nn.Conv2d: (_conv2d, "weight bias stride padding dilation groups"),
+    nn.MaxPool2d: (_max_pool2d, "kernel_size stride padding dilation ceil_mode return_indices"),
+    nn.AvgPool2d: (_avg_pool2d, "kernel_size stride padding ceil_mode count_include_pad divisor_override"),
+    nn.AdaptiveAvgPool2d: (_adaptive_avg_pool2d, "output_size"),
+    nn.AdaptiveMaxPool2d: (_adaptive_max_pool2d, "output_size return_indices"),
+    nn.BatchNorm2d: (_batch_norm, "running_mean running_var weight bias training eps"),
+    nn.BatchNorm1d: (_batch_norm, "running_mean running_var weight bias training eps"),
+    nn.Linear: (_linear, "weight bias"),
+    nn.LayerNorm: (_layer_norm, "normalized_shape weight bias eps"),
+    nn.Flatten: (_view, ""),
+}
 
 
-def _activation(module: nn.Module, x: Any) -> Operation:
-    return Pointwise((x,), lambda value: out_of_place(module, (value,), {}))
-
-
-def _module_norm(module: nn.BatchNorm2d, x: Any) -> Operation | None:
-    if module.training:
-        return None
-    return _batch_norm(x, module.running_mean, module.running_var, module.weight, module.bias, False, 0.0, module.eps)
-
-
-_MODULES.update(dict.fromkeys(_all_of(_ACTIVATIONS, nn), _activation))
+def _of_module(module: Any, x: Any) -> Operation | None:
+    kind = type(module)
+    inactive = kind in (nn.Dropout, nn.Dropout2d) and not module.training
+    if kind in _ACTIVATIONS or inactive or (kind is nn.PReLU and module.num_parameters == 1):
+        return Pointwise((x,), lambda value: out_of_place(module, (value,), {}))
+    if kind in _UPSAMPLINGS:
+        return Separable(x, module.forward)
+    if kind in _PADDINGS:
+        return _pad(x, module.padding, _PADDINGS[kind], getattr(module, "value", None))
+    if kind in _MODULES and getattr(module, "padding_mode", "zeros") == "zeros":
+        build, names = _MODULES[kind]
+        return build(x, **{name: getattr(module, name) for name in names.split()})
+    return None
 
 
 def resolve(node: fx.Node, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
@@ -323,23 +309,19 @@ def resolve(node: fx.Node, module: nn.Module | None, args: tuple[Any, ...], kwar
     try:
         if module is not None:
             hooked = module._forward_hooks or module._forward_pre_hooks
-            build = None if hooked or len(args) != 1 or kwargs else _MODULES.get(type(module))
-            return build(module, args[0]) if build else None
+            return None if hooked or len(args) != 1 or kwargs else _of_module(module, args[0])
         if node.op == "call_function":
             if node.target in _POINTWISE:
                 return _elementwise(node.target, args, kwargs)
-            name = getattr(node.target, "__module__", None), getattr(node.target, "__name__", None)
-            build = _inactive if name == _STOCHASTIC_DEPTH else _FUNCTIONS.get(node.target)
+            home = getattr(node.target, "__module__", None), getattr(node.target, "__name__", None)
+            build = _inactive if home == _STOCHASTIC_DEPTH else _FUNCTIONS.get(node.target)
             return build(*args, **kwargs) if build else None
-        return _method(str(node.target), args, kwargs)
+        name = str(node.target)
+        if name in _POINTWISE_METHODS:
+            return _elementwise(lambda first, *rest, **options: getattr(first, name)(*rest, **options), args, kwargs)
+        return _BUILDERS[name](*args, **kwargs) if name in _METHODS else None
     except TypeError:  # called in a way that the functions above do not foresee
         return None
-
-
-def _method(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
-    if name in _POINTWISE_NAMES.split():
-        return _elementwise(lambda first, *rest, **options: getattr(first, name)(*rest, **options), args, kwargs)
-    return _BUILDERS[name](*args, **kwargs) if name in {"mean", *_VIEW_NAMES.split()} else None
 
 
 def _elementwise(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation:

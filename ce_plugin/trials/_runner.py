@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ce_plugin.networks.forward import Forward, is_opaque
+from ce_plugin.trials._incremental import IncrementalTrials
 from ce_plugin.trials.batches import (
     BatchSize,
     Counterfactuals,
@@ -18,14 +19,10 @@ from ce_plugin.trials.batches import (
     Values,
     batches,
     bytes_per_row,
-    chunks,
     free_memory,
     rows_of_args,
     values_of_trials,
 )
-from ce_plugin.trials.incremental import IncrementalTrials
-
-__all__ = ["Measure", "Runner"]
 
 # From the heads' outputs of B rows and the rows' examples (B,) to each head's outcomes (B, C).
 Measure: TypeAlias = Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]]
@@ -81,14 +78,19 @@ class Runner:
 
     def evaluate(self, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> dict[str, Tensor]:
         """One pass in inference mode; what leaves it are ordinary tensors on the inputs' device."""
+        if self._channels_last:
+            inputs = tuple(map(self._laid_out, inputs))
         with torch.inference_mode():
-            heads = self.forward(tuple(self._laid_out(x) for x in inputs), args)
+            heads = self.forward(inputs, args)
         rows, device = len(inputs[0]), inputs[0].device
         self._spent[0] += rows
-        # A clone made outside of inference mode is an ordinary tensor: autograd and in-place writes work on it.
-        found = {name: head.to(device).clone() for name, head in heads.items()}
-        # For one row "one value per row" and "one value per batch" are the same; networks that squeeze look alike.
-        return {name: as_one_row(head) for name, head in found.items()} if rows == 1 else found
+        ordinary = {}
+        for name, head in heads.items():
+            # A clone made outside of inference mode is an ordinary tensor: autograd and in-place writes work on it.
+            clone = head.to(device).clone()
+            # For one row "a value per row" and "a value per batch" are the same; networks that squeeze look alike.
+            ordinary[name] = as_one_row(clone) if rows == 1 else clone
+        return ordinary
 
     def reference(self, inputs: tuple[Tensor, ...], args: tuple[object, ...], trials: int) -> dict[str, Tensor]:
         """The outputs of the inputs as they are, (N, ...) for each head; learns memory and layout for ``trials``.
@@ -105,7 +107,7 @@ class Runner:
         step = self.rows or 1
         while start < n:
             examples = torch.arange(start, min(start + step, n))
-            some = tuple(x[examples.to(x.device)] for x in inputs)
+            some = tuple([x[examples.to(x.device)] for x in inputs])
             try:
                 with bytes_per_row(self.forward.modules, len(examples), some) as measure:
                     heads = self.evaluate(some, rows_of_args(args, n, examples))
@@ -119,7 +121,7 @@ class Runner:
             parts.append(heads)
             start += len(examples)
             step = min(self.rows or self._affordable(inputs[0].device), most)
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return joined(parts)
 
     def run(
         self, spec: TrialSpec, start: int, stop: int, measure: Measure, active: list[int] | None = None
@@ -139,38 +141,40 @@ class Runner:
         Raises:
             AggregateError: the network returns one value per batch.
         """
-        examples = range(spec.n) if active is None else active
-        wanted = [(i, start, min(stop, spec.n_trials(i))) for i in examples if spec.n_trials(i) > start]
+        wanted, total = [], 0
+        for example in range(spec.n) if active is None else active:
+            last = min(stop, spec.n_trials(example))
+            if last > start:
+                wanted.append((example, start, last))
+                total += (last - start) * spec.repeats
         flips = self.flips if spec.design.flips_one and not spec.intervention.per_trial else None
-        size = self._batch_size(spec)
-        if flips is not None and self.rows is None:
-            size = BatchSize(_MANY, fixed=flips.rows(self._budget(spec.device), spec.device)[0])
-        store = _Store(spec, start, stop)
-        total = spec.repeats * sum(last - first for _, first, last in wanted)
+        size = self._batch_size(spec, flips)
+        outcomes = _Outcomes(spec, start, stop)
         with tqdm(total=total, desc="trials", unit="trial", disable=not self.show_progress) as bar:
-            for chunk in chunks(spec, wanted):
-                values = self._values.of(spec, [i for i, _, _ in chunk])
+            for chunk, values in self._values.chunks(spec, wanted):
                 for rows in batches(spec, chunk, size):
                     with size.timed(len(rows), spec.device):
                         heads = self._pass(spec, rows, values, size, flips)
                     if flips is not None and self.rows is None:
                         size.settle(*flips.rows(self._budget(spec.device), spec.device))
-                    store.add(measure(heads, rows.examples.to(spec.device)), rows)
+                    outcomes.add(measure(heads, rows.examples.to(spec.device)), rows)
                     bar.update(len(rows))
         if flips is None and size.fastest is not None:
             self.forward.learned[_key("rows", spec.inputs, spec.args)] = size.fastest
-        return store.means()
+        return outcomes.means()
+
+    def _budget(self, device: torch.device) -> int:
+        return self.memory_budget if self.memory_budget is not None else free_memory(device) // 2
 
     def _affordable(self, device: torch.device) -> int:
         """How many rows the memory budget allows."""
         return max(1, self._budget(device) // self._row_bytes)
 
-    def _budget(self, device: torch.device) -> int:
-        return self.memory_budget if self.memory_budget is not None else free_memory(device) // 2
-
-    def _batch_size(self, spec: TrialSpec) -> BatchSize:
+    def _batch_size(self, spec: TrialSpec, flips: IncrementalTrials | None) -> BatchSize:
         if self.rows is not None:
             return BatchSize(self.rows, fixed=self.rows)
+        if flips is not None:
+            return BatchSize(_MANY, fixed=flips.rows(self._budget(spec.device), spec.device)[0])
         known = self.forward.learned.get(_key("rows", spec.inputs, spec.args))
         return BatchSize(self._affordable(spec.device), start=known if isinstance(known, int) else None)
 
@@ -180,7 +184,7 @@ class Runner:
         rows: TrialBatch,
         values: Values | None,
         size: BatchSize,
-        flips: IncrementalTrials | None = None,
+        flips: IncrementalTrials | None,
     ) -> dict[str, Tensor]:
         """The outputs of one batch; in smaller ones where it does not fit into memory."""
         try:
@@ -201,18 +205,19 @@ class Runner:
             part = rows[start : start + size.rows]  # a part that does not fit either makes the next ones smaller
             parts.append(self._pass(spec, part, values, size, flips))
             start += len(part)
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return joined(parts)
 
     def _intervened(self, spec: TrialSpec, rows: TrialBatch, values: Values | None) -> tuple[Tensor, ...]:
         """where(assignment, x', clean) for each input."""
         masks = spec.units.masks(rows.assignments, rows.examples)
-        keys = list(zip(rows.examples.tolist(), rows.variants.tolist(), strict=True))
+        examples = rows.examples.tolist()
+        keys = list(zip(examples, rows.variants.tolist(), strict=True))
         # Rows of one example and one value broadcast, which saves two copies of the batch.
-        one_example, one_key = len({example for example, _ in keys}) == 1, len(set(keys)) == 1
+        one_example, one_key = len(set(examples)) == 1, len(set(keys)) == 1
         out = []
         for position, (x, mask) in enumerate(zip(spec.inputs, masks, strict=True)):
             here = mask.to(x.device)
-            clean = self._laid_out(x[keys[0][0] : keys[0][0] + 1] if one_example else x[rows.examples.to(x.device)])
+            clean = self._laid_out(x[examples[0] : examples[0] + 1] if one_example else x[rows.examples.to(x.device)])
             if values is None:
                 do = values_of_trials(spec, rows, clean.expand(len(keys), *x.shape[1:]), here, position)
             elif one_key:
@@ -235,33 +240,31 @@ class Runner:
             return False
         key = _key("channels_last", inputs, args)
         if key not in self.forward.learned:
-            self.forward.learned[key] = self._same_in_channels_last(inputs, args)
+            rest = rows_of_args(args, len(inputs[0]), torch.zeros(1, dtype=torch.int64))
+            # Copies, because a network may write to its input.
+            plain = self.evaluate(tuple([x[:1].clone() for x in inputs]), rest)
+            self._channels_last = True
+            try:
+                other = self.evaluate(tuple([x[:1].clone() for x in inputs]), rest)
+                same = all(torch.allclose(plain[k].float(), other[k].float(), rtol=1e-3, atol=1e-4) for k in plain)
+            except (RuntimeError, ValueError, AssertionError):  # the ways in which networks refuse a layout
+                same = False
+            finally:
+                self._channels_last = False
+            self.forward.learned[key] = same
         return bool(self.forward.learned[key])
 
     def _has_layouts(self, inputs: tuple[Tensor, ...]) -> bool:
         """Convolutions over images on a CPU."""
+        if not all(x.device.type == "cpu" and x.dim() == 4 for x in inputs):
+            return False
         roots = [root for root in self.forward.modules if not is_opaque(root)]
-        images = all(x.device.type == "cpu" and x.dim() == 4 for x in inputs)
-        return images and any(isinstance(m, nn.Conv2d) for root in roots for m in root.modules())
+        return any(isinstance(module, nn.Conv2d) for root in roots for module in root.modules())
 
     def layout_passes(self, inputs: tuple[Tensor, ...], args: tuple[object, ...], trials: int) -> int:
         """How many rows a run of so many trials takes to find out which memory layout the network likes."""
         known = _key("channels_last", inputs, args) in self.forward.learned
         return 2 if trials >= _MANY and not known and self._has_layouts(inputs) else 0
-
-    def _same_in_channels_last(self, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> bool:
-        first = torch.zeros(1, dtype=torch.int64)
-        # Copies, because a network may write to its input.
-        some, rest = tuple(x[:1].clone() for x in inputs), rows_of_args(args, len(inputs[0]), first)
-        plain = self.evaluate(tuple(x.clone() for x in some), rest)
-        self._channels_last = True
-        try:
-            other = self.evaluate(some, rest)
-        except (RuntimeError, ValueError, AssertionError):  # the ways in which networks refuse a layout
-            return False
-        finally:
-            self._channels_last = False
-        return all(torch.allclose(plain[k].float(), other[k].float(), rtol=1e-3, atol=1e-4) for k in plain)
 
 
 def as_one_row(head: Tensor) -> Tensor:
@@ -275,7 +278,8 @@ def run_aggregated(runner: Runner, spec: TrialSpec, measure: Measure) -> dict[st
     All examples share the assignments, since they share the outcome.
     """
     everyone = torch.arange(spec.n)
-    values = runner._values.of(spec, everyone.tolist())
+    # Kept, because the trial with every unit is run after the others.
+    values = runner._values.of(spec, everyone.tolist(), keep=True)
     outcomes: list[dict[str, Tensor]] = []
     for trial in range(spec.n_trials(0)):
         row = spec.assignments(0, trial, trial + 1).expand(spec.n, -1)
@@ -289,7 +293,7 @@ def run_aggregated(runner: Runner, spec: TrialSpec, measure: Measure) -> dict[st
     return {name: torch.stack([one[name] for one in outcomes], dim=1) for name in outcomes[0]}
 
 
-class _Store:
+class _Outcomes:
     """Collects outcomes by example and trial; rows of the same trial are averaged."""
 
     def __init__(self, spec: TrialSpec, start: int, stop: int) -> None:
@@ -310,6 +314,13 @@ class _Store:
         return {name: sums / self.count[..., None].to(sums.dtype) for name, sums in self.sums.items()}
 
 
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The heads of several batches, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 def _check_rows(heads: dict[str, Tensor], rows: int, others: dict[str, Tensor] | None = None) -> None:
     """One value per row, of the shape that other rows' values have."""
     for name, head in heads.items():
@@ -319,5 +330,6 @@ def _check_rows(heads: dict[str, Tensor], rows: int, others: dict[str, Tensor] |
 
 def _key(what: str, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> object:
     """What a network was given when something was learned about it: other arguments may take other ways through it."""
-    shown = (arg if isinstance(arg, (str, int, float, bool, type(None))) else type(arg).__name__ for arg in args)
-    return (what, tuple((tuple(x.shape[1:]), x.dtype, str(x.device)) for x in inputs), tuple(shown))
+    plain = (str, int, float, bool, type(None))
+    shown = [arg if isinstance(arg, plain) else type(arg).__name__ for arg in args]
+    return (what, *[(x.shape[1:], x.dtype, str(x.device)) for x in inputs], *shown)

@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ce_plugin.trials.operations import Cat, Conv, Last, Linear, Norm, Operation, Pointwise, Separable, View
-from ce_plugin.trials.states import Channel, Clean, Dense, State
-
-__all__ = ["follow_channels", "mixes"]
+from ce_plugin.trials._operations import Cat, Conv, Last, Linear, Norm, Operation, Pointwise, Separable, View
+from ce_plugin.trials._states import Channel, Clean, Dense, State
 
 
 def mixes(operation: Operation) -> bool:

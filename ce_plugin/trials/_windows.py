@@ -15,10 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ce_plugin.trials.operations import Cat, Conv, Norm, Operation, Pointwise, Pool, Separable
-from ce_plugin.trials.states import Clean, Dense, State, Window, gathered
-
-__all__ = ["follow_windows", "window_of"]
+from ce_plugin.trials._operations import Cat, Conv, Norm, Operation, Pointwise, Pool, Separable
+from ce_plugin.trials._states import Clean, Dense, State, Window, gathered
 
 # Windows that cover more of a map are run in full: gathering then costs more than it saves.
 _LARGEST_SHARE = 0.75

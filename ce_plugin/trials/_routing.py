@@ -1,0 +1,432 @@
+"""Where an experiment takes place: a site's clean values, the network from there, and the way that trials take."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ce_plugin.errors import InputError, ModelError, expected
+from ce_plugin.interventions.base import Context, Intervention
+from ce_plugin.networks.forward import Forward, is_opaque, select_heads
+from ce_plugin.networks.graph import HookPoint, Suffix, SuffixConstants, Untraceable
+from ce_plugin.networks.layers import copied, find_layer, hooked
+from ce_plugin.sites import ConceptSite, LayerSite
+from ce_plugin.trials._incremental import IncrementalTrials
+from ce_plugin.trials._runner import AggregateError, Runner
+from ce_plugin.trials.batches import TrialSpec, checked_values, rows_of_args
+
+logger = logging.getLogger("ce_plugin")
+# The name of the site's value among the heads of a capturing pass; no user's head has it.
+SITE = "\0site"
+# Windows are followed where there are so many trials, of a network with so many operations a pass, of which they save
+# so many: gathering and pasting crops takes time that operations do not show.
+_MANY, _SMALL, _PAYS = 32, 2e7, 0.5
+# How far two ways of computing the same outputs may be apart, in multiples of the largest output.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+class _Reached(Exception):  # noqa: N818 - ends a pass, and is no error
+    """The layer was reached; the rest of the pass is not wanted."""
+
+
+@dataclass(frozen=True)
+class SiteHook:
+    """Where a site lies in a network.
+
+    Args:
+        name: the layer's dotted name, for messages.
+        point: where the layer's value is read and set.
+        encoder, decoder: of a concept autoencoder, whose code then is the site's value.
+    """
+
+    name: str
+    point: HookPoint
+    encoder: nn.Module | None = None
+    decoder: nn.Module | None = None
+
+
+def hook_of(site: LayerSite | ConceptSite, networks: list[nn.Module]) -> SiteHook:
+    """The point of a network at which a site lies.
+
+    Raises:
+        ModelError, UnknownNameError: the network does not hold the layer.
+    """
+    layer = site.place if isinstance(site, ConceptSite) else site
+    name, module = find_layer(networks, layer.layer)
+    point = HookPoint(module, at_input=layer.at_input, element=layer.element, call=layer.call or 0)
+    if isinstance(site, ConceptSite):
+        return SiteHook(name, point, site.autoencoder.encoder, site.autoencoder.decoder)
+    return SiteHook(name, point)
+
+
+class CapturingForward(Forward):
+    """The network as it is, with the site's value as one more head (named ``SITE``).
+
+    Args:
+        forward: the network.
+        place: the site.
+        once: whether passing through the layer several times is an error, as it is where no call was named.
+    """
+
+    def __init__(self, forward: Forward, place: SiteHook, once: bool) -> None:
+        self.forward, self.place, self.once = forward, place, once
+        self.modules, self.learned = forward.modules, {}
+        self.element: int | None = None
+
+    def __call__(self, inputs: tuple[Tensor, ...], args: tuple[object, ...] = ()) -> dict[str, Tensor]:
+        store: list[Tensor] = []
+        with hooked(self.place.point, copied(store), self.place.name) as found:
+            heads = self.forward(inputs, args)
+        if self.once and found.calls > 1:
+            hint = f"Say which call: `LayerSite(layer, call=0)` to `call={found.calls - 1}`."
+            got = f"{self.place.name!r}, which is passed through {found.calls} times"
+            raise ModelError(expected("layer", "one that the network passes through once", got, hint))
+        self.element = found.element
+        return {**heads, SITE: self._encoded(store[0])}
+
+    def at_site(self, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> Tensor:
+        """The site's value alone; the pass ends at the layer."""
+        store: list[Tensor] = []
+        keep = copied(store)
+
+        def act(value: Tensor) -> None:
+            keep(value)
+            raise _Reached
+
+        with torch.inference_mode(), suppress(_Reached), hooked(self.place.point, act, self.place.name):
+            self.forward(inputs, args)
+        with torch.inference_mode():
+            value = self._encoded(store[0])
+        return value.clone()
+
+    def _encoded(self, value: Tensor) -> Tensor:
+        return value if self.place.encoder is None else self.place.encoder(value)
+
+
+class ForwardFromSite(Forward):
+    """From values of the site, and each row's example, to the network's outputs.
+
+    Args:
+        forward: the network.
+        place: the site.
+        inputs, args: the examples' own inputs and additional arguments, which everything that by-passes the site
+            depends on.
+        suffix: runs only what depends on the site; None passes every row through the whole network.
+        captured: what the suffix knows about the examples.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        place: SiteHook,
+        inputs: tuple[Tensor, ...],
+        args: tuple[object, ...],
+        suffix: Suffix | None = None,
+        captured: SuffixConstants | None = None,
+    ) -> None:
+        self.forward, self.place = forward, place
+        self.inputs, self.args = inputs, args
+        self.suffix, self.captured = suffix, captured
+        self.modules = forward.modules
+        key = ("downstream", place.name, place.point.at_input, place.point.call, suffix is None)
+        found = forward.learned.setdefault(key, {})
+        self.learned = found if isinstance(found, dict) else {}
+
+    def __call__(self, inputs: tuple[Tensor, ...], args: tuple[object, ...] = ()) -> dict[str, Tensor]:
+        (values,), (examples,) = inputs, args
+        if not isinstance(examples, Tensor):
+            raise TypeError("examples are a tensor of indices")
+        if self.suffix is not None and self.captured is not None:
+            return select_heads(self.suffix.run(self.captured, values, examples), self.forward.output)
+        return self.full(values, examples)
+
+    def full(self, values: Tensor, examples: Tensor) -> dict[str, Tensor]:
+        """By a pass through the whole network, with a hook that sets the layer's value."""
+        layer = values if self.place.decoder is None else self.place.decoder(values)
+        if self.place.point.module is None:
+            return self.forward((layer,), rows_of_args(self.args, len(self.inputs[0]), examples))
+        inputs = tuple(x[examples.to(x.device)] for x in self.inputs)
+        with hooked(self.place.point, lambda _: layer, self.place.name):
+            return self.forward(inputs, rows_of_args(self.args, len(self.inputs[0]), examples))
+
+
+@dataclass(frozen=True)
+class LayerEvidence:
+    """One evidence at a layer.
+
+    Args:
+        site, place: where.
+        intervention: what is set.
+        context: of all N examples.
+        chosen: from a number of units to what is set for each example, bool (N, U).
+    """
+
+    site: LayerSite | ConceptSite
+    place: SiteHook
+    intervention: Intervention
+    context: Context
+    chosen: Callable[[int], Tensor]
+
+    def __call__(self, value: Tensor, examples: Tensor) -> Tensor:
+        """The layer's value with the evidence set, for rows of these examples."""
+        own = value if self.place.encoder is None else self.place.encoder(value)
+        units = self.site.units_of((own,))
+        rows = self.chosen(units.width)[examples.cpu()]
+        (mask,) = units.masks(rows, torch.zeros(len(rows), dtype=torch.int64))
+        mask = mask.to(own.device)
+        context = self.context.select(examples.tolist())
+        do = checked_values(self.intervention, own, replace(context, mask=mask))
+        new = torch.where(mask, do, own)
+        return new if self.place.decoder is None else self.place.decoder(new)
+
+
+class EvidenceForward(Forward):
+    """A network with evidence at some of its layers; its last additional argument is each row's example.
+
+    Args:
+        forward: the network.
+        evidences: in the order in which they are set.
+    """
+
+    def __init__(self, forward: Forward, evidences: list[LayerEvidence]) -> None:
+        self.forward, self.evidences = forward, evidences
+        self.modules, self.learned = forward.modules, {}
+
+    def __call__(self, inputs: tuple[Tensor, ...], args: tuple[object, ...] = ()) -> dict[str, Tensor]:
+        *rest, examples = args
+        if not isinstance(examples, Tensor):
+            raise TypeError("the last argument holds the examples' indices")
+        with ExitStack() as stack:
+            for evidence in self.evidences:
+                act = partial(evidence, examples=examples)
+                stack.enter_context(hooked(evidence.place.point, act, evidence.place.name))
+            return self.forward(inputs, tuple(rest))
+
+
+@dataclass(frozen=True)
+class CapturedSite:
+    """A site under given evidence.
+
+    Attributes:
+        forward: from the site's values to outputs.
+        values: the site's clean values, one tensor (N, ...) for each tensor of the site.
+        args: what goes to ``forward`` beside them.
+        outputs: the network's own outputs by head, without an autoencoder; None where the site is the input.
+        route: "full", "suffix", or what the differences are followed in.
+        seconds: that a clean pass of one example took.
+        flips: runs trials that set one unit each.
+        whole: the same by passes through the whole network, where ``forward`` is a part of it.
+    """
+
+    forward: Forward
+    values: tuple[Tensor, ...]
+    args: tuple[object, ...]
+    outputs: dict[str, Tensor] | None = None
+    route: str = "full"
+    whole: ForwardFromSite | None = None
+    seconds: float = 0.0
+    flips: IncrementalTrials | None = None
+
+    @property
+    def taken(self) -> str:
+        """The route that trials took."""
+        return self.route if self.flips is None else self.flips.route
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the site's value is known to decide the output: nothing by-passes it."""
+        suffix = self.forward.suffix if isinstance(self.forward, ForwardFromSite) else None
+        return suffix is not None and suffix.is_cut
+
+
+@dataclass
+class Router:
+    """Finds a site in a network; what it learned about the network's structure serves later experiments too.
+
+    Args:
+        forward: the network.
+        engine: "auto" runs the part that depends on the site where it can be cut out, "suffix" insists on it, "full"
+            passes every trial through the whole network.
+    """
+
+    forward: Forward
+    engine: str = "auto"
+    _suffixes: dict[object, Suffix | str] = field(default_factory=dict)
+    _logged: set[str] = field(default_factory=set)
+    _paying: dict[object, bool] = field(default_factory=dict)
+
+    def at(
+        self, site: LayerSite | ConceptSite, inputs: tuple[Tensor, ...], args: tuple[object, ...], runner: Runner
+    ) -> CapturedSite:
+        """The site's values for these inputs, and the network from there.
+
+        Raises:
+            ModelError: the layer is not reached or reached several times; the network is not deterministic; or
+                ``engine="suffix"`` for a network that cannot be cut.
+            InputError: the layer's value is no tensor with a row for each example.
+        """
+        place = hook_of(site, self.forward.modules)
+        layer = site.place if isinstance(site, ConceptSite) else site
+        capturing = CapturingForward(runner.forward, place, once=layer.call is None)
+        started = time.perf_counter()
+        try:
+            heads = runner.of(capturing).reference(inputs, args, 1)
+        except AggregateError as error:
+            wanted = "one value, and one output of the network, for each example"
+            raise InputError(expected("layer", f"a layer with {wanted}", f"another from {place.name!r}")) from error
+        values = heads.pop(SITE)
+        place = replace(place, point=replace(place.point, element=capturing.element))
+        whole = ForwardFromSite(runner.forward, place, inputs, args)
+        seconds = (time.perf_counter() - started) / len(values)
+        captured_site = CapturedSite(whole, (values,), (torch.arange(len(values)),), heads, seconds=seconds)
+        # Evidence at a layer is set by hooks, which only whole passes meet.
+        if self.engine == "full" or runner.forward is not self.forward:
+            return captured_site
+        cut = self._cut(place, inputs, args, values)
+        return captured_site if cut is None else replace(captured_site, forward=cut, route="suffix", whole=whole)
+
+    def followed(self, captured_site: CapturedSite, spec: TrialSpec) -> CapturedSite:
+        """With what follows the differences of single flips, where the site and the design allow it and it pays."""
+        flips_one = spec.design.flips_one and not spec.intervention.per_trial and len(spec.inputs) == 1
+        if self.engine == "full" or not flips_one:
+            return captured_site
+        found = captured_site
+        if captured_site.forward is self.forward and spec.inputs[0].dim() == 4:
+            # The input: only where many trials may repay that the network is traced.
+            if sum(map(spec.n_trials, range(spec.n))) < _MANY:
+                return captured_site
+            inputs, args, place = captured_site.values, captured_site.args, SiteHook("the input", HookPoint())
+            cut = self._cut(place, inputs, args, inputs[0])
+            if cut is not None:
+                whole, examples = ForwardFromSite(self.forward, place, inputs, args), torch.arange(len(inputs[0]))
+                found = CapturedSite(cut, inputs, (examples,), route="suffix", whole=whole)
+        cut_out = found.forward
+        if not isinstance(cut_out, ForwardFromSite) or cut_out.suffix is None or cut_out.captured is None:
+            return captured_site
+        flips = IncrementalTrials(cut_out.suffix, cut_out.captured, self.forward.output)
+        return replace(found, flips=flips) if self._pays(flips, cut_out, spec) else captured_site
+
+    def _pays(self, flips: IncrementalTrials, cut: ForwardFromSite, spec: TrialSpec) -> bool:
+        """Whether following differences takes less time; only for windows that needs to be measured."""
+        kind, at_input = flips.kind(spec), cut.place.point.module is None
+        suffix, captured = cut.suffix, cut.captured
+        if suffix is None or captured is None or not kind:
+            return False
+        if self.engine != "auto" or not (kind == "window" or at_input):
+            return True
+        key = (id(suffix), *[x.shape[1:] for x in spec.inputs], flips.area(spec))
+        if key not in self._paying:
+            large = suffix.full_flops(captured) >= _SMALL
+            share = 1.0 if at_input else suffix.share(captured)
+            self._paying[key] = large and flips.cost(spec) < _PAYS * share
+        return self._paying[key]
+
+    def start(
+        self, captured_site: CapturedSite, runner: Runner, trials: int
+    ) -> tuple[CapturedSite, Runner, dict[str, Tensor]]:
+        """The reference's outputs, (N, ...) for each head, and what the trials are run with.
+
+        The part of the network that is cut out must return what the network returns, or the whole network is used.
+
+        Raises:
+            ModelError: the network is not deterministic.
+        """
+        own = runner.of(captured_site.forward)
+        own.flips = captured_site.flips
+        heads = own.reference(captured_site.values, captured_site.args, trials)
+        whole = captured_site.whole or captured_site.forward
+        if not isinstance(whole, ForwardFromSite):
+            return captured_site, own, heads
+        known = captured_site.outputs if whole.place.decoder is None else None
+        first, one = captured_site.values[0][:1], torch.tensor([0])
+        with torch.inference_mode():
+            started = time.perf_counter()
+            wanted = known or whole.full(first, one)
+            captured_site = replace(captured_site, seconds=captured_site.seconds or time.perf_counter() - started)
+            if close(heads if known else {name: head[:1] for name, head in heads.items()}, wanted):
+                return captured_site, own, heads
+            again = whole.full(first, one)
+        check_deterministic({name: head[:1] for name, head in wanted.items()}, again)
+        if captured_site.whole is None:
+            hint = "Take another layer, or its input (`LayerSite(layer, at_input=True)`)."
+            got = f"{whole.place.name!r}, whose own value put back changes the outputs"
+            raise ModelError(expected("layer", "one whose value can be set", got, hint))
+        self._fall_back(whole.place.name, "its traced part gives other outputs on the clean input")
+        return self.start(replace(captured_site, forward=whole, route="full", whole=None, flips=None), runner, trials)
+
+    def _cut(
+        self, place: SiteHook, inputs: tuple[Tensor, ...], args: tuple[object, ...], values: Tensor
+    ) -> ForwardFromSite | None:
+        """The part of the network that depends on the site; None where it cannot be cut out, which is logged.
+
+        Raises:
+            ModelError: it cannot be, and ``engine="suffix"`` insists on it.
+        """
+        network = self.forward.forward_func
+        if not isinstance(network, nn.Module):
+            self._fall_back(place.name, "forward_func is a function, not a module")
+            return None
+        if is_opaque(network):
+            self._fall_back(place.name, "the network is scripted or compiled")
+            return None
+        fixed = [arg if isinstance(arg, (str, int, float, bool, type(None))) else id(arg) for arg in args]
+        key = (place.point, id(place.decoder), len(inputs), *fixed)
+        try:
+            suffix = self._suffixes.get(key)
+            if suffix is None:
+                suffix = Suffix(network, place.point, decoder=place.decoder, n_inputs=len(inputs), args=args)
+                self._suffixes[key] = suffix
+            if isinstance(suffix, Suffix):
+                with torch.inference_mode():
+                    captured = suffix.capture(inputs, args, values)
+                return ForwardFromSite(self.forward, place, inputs, args, suffix, captured)
+            reason = suffix
+        except Untraceable as error:
+            reason = str(error)
+            # Where the capture failed the suffix stays: it may succeed with other inputs.
+            self._suffixes.setdefault(key, reason)
+        self._fall_back(place.name, reason)
+        return None
+
+    def _fall_back(self, name: str, reason: str) -> None:
+        if self.engine == "suffix":
+            hint = 'Write engine="auto" to pass every trial through the whole network.'
+            raise ModelError(expected("engine", "'auto' or 'full' for this network", f"'suffix': {reason}", hint))
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.info("%s: every trial passes through the whole network, because %s", name, reason)
+
+
+def check_deterministic(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """That two passes of the same input give the same outputs.
+
+    Raises:
+        ModelError: they do not.
+    """
+    if close(first, second):
+        return
+    gap = max(float((first[k].double() - second[k].double()).abs().max()) for k in first)
+    hint = "Seed or switch off what is random (dropout that ignores eval mode, random transforms)."
+    got = f"outputs that differ by {gap:.2g} between two passes of the same input"
+    raise ModelError(expected("forward_func", "a deterministic model", got, hint))
+
+
+def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two sets of outputs are equal up to rounding."""
+    if a.keys() != b.keys():
+        return False
+    for k in a:
+        one, other = a[k].double(), b[k].double()
+        if one.shape != other.shape:
+            return False
+        tolerance = _TOLERANCE.get(a[k].dtype, 1e-4) * float(one.abs().max().clamp(min=1e-12))
+        if not bool(((one - other).abs() <= tolerance).all()):
+            return False
+    return True
