@@ -8,9 +8,9 @@ from typing import Any, Literal, TypeVar
 from captum.log import log_usage
 from torch import Tensor
 
-from ce_plugin.attribution.estimation import Target
-from ce_plugin.attribution.experiment import Experiment, cost_of
-from ce_plugin.attribution.explainer import (
+from ce_plugin.attribution._estimation import Target
+from ce_plugin.attribution._experiment import Experiment, cost_of
+from ce_plugin.attribution._explainer import (
     Baselines,
     Explainer,
     Given,

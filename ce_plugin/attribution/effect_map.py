@@ -11,8 +11,8 @@ from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from ce_plugin.attribution.estimation import Target, flat_target
-from ce_plugin.attribution.explainer import Given, false_discovery_rate
+from ce_plugin.attribution._estimation import Target, flat_target
+from ce_plugin.attribution._explainer import Given, false_discovery_rate
 from ce_plugin.attribution.layer_effect import ConceptCausalEffect, Engine, LayerCausalEffect
 from ce_plugin.designs import Design
 from ce_plugin.effects import Estimate, Outcome

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ce_plugin.attribution.estimation import Target
-from ce_plugin.attribution.explainer import as_ids, as_inputs
+from ce_plugin.attribution._estimation import Target
+from ce_plugin.attribution._explainer import as_ids, as_inputs
 from ce_plugin.attribution.layer_effect import Engine, LayerCausalEffect
 from ce_plugin.designs import Design, Joint
 from ce_plugin.effects import Carriers, Estimate, Mediation, Outcome, carriers

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ce_plugin import Evidence
-from ce_plugin.attribution.estimation import flat_target
-from ce_plugin.attribution.explainer import as_args, as_baseline, as_evidences, as_ids, as_inputs
+from ce_plugin.attribution._estimation import flat_target
+from ce_plugin.attribution._explainer import as_args, as_baseline, as_evidences, as_ids, as_inputs
 from ce_plugin.interventions import Context, PixelMask
 
 

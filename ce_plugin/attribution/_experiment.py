@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ce_plugin.attribution.estimation import Answer, OutcomeMeasure, Target, answers, average, check_design
+from ce_plugin.attribution._estimation import Answer, OutcomeMeasure, Target, answers, average, check_design
 from ce_plugin.designs import Design, EveryUnit, Joint
 from ce_plugin.effects import Estimate, Interactions, Outcome, half_width, pairwise
 from ce_plugin.errors import ArgumentError, ModelError, NoChangeWarning, UnitError, expected

@@ -13,8 +13,8 @@ import torch
 from captum.attr import PerturbationAttribution
 from torch import Tensor, nn
 
-from ce_plugin.attribution.estimation import Target
-from ce_plugin.attribution.experiment import Experiment
+from ce_plugin.attribution._estimation import Target
+from ce_plugin.attribution._experiment import Experiment
 from ce_plugin.designs import Design, Joint
 from ce_plugin.effects import Interactions, Outcome, resolve_outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
