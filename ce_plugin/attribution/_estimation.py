@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from ce_plugin.designs import Design
 from ce_plugin.effects import Outcome, check_outcome
@@ -17,7 +17,139 @@ from ce_plugin.effects.smooth import smooth
 from ce_plugin.errors import DesignError, ModelError, TargetError, expected
 from ce_plugin.trials import TrialSpec
 
-__all__ = ["Answer", "OutcomeMeasure", "Target", "answers", "average", "check_design", "flat_target"]
+Target: TypeAlias = "int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | None"
+
+# Of random designs; exact ones need none.
+_ESTIMATORS = ("adjusted", "difference_in_means", "smooth")
+_FEW = 20
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The effects on one head's outcomes, of all examples: what an :class:`~ce_plugin.effects.Estimate` is made of."""
+
+    effect: Tensor
+    std_error: Tensor | None
+    dof: Tensor | None
+    reference: Tensor
+    target: Tensor | None
+    predicted: Tensor | None
+    class_shape: tuple[int, ...]
+    n_trials: Tensor
+    assignments: Tensor | None = None
+    outcomes: Tensor | None = None
+    insertion: Tensor | None = None
+
+
+def answers(
+    spec: TrialSpec,
+    outcomes: dict[str, Tensor],
+    compared: dict[str, Tensor],
+    measure: OutcomeMeasure,
+    used: list[int],
+    keep: bool,
+) -> dict[str, Answer]:
+    """Effects of all examples.
+
+    Args:
+        spec: the trials.
+        outcomes: (N, T, C) for each head.
+        compared: what exact trials are compared with, (N, C) for each head.
+        measure: the reference.
+        used: number of trials of each example.
+        keep: keep assignments and outcomes in the answer.
+
+    Returns:
+        For each head its answer, (N, U, C) tensors in the outcome's type, NaN where an example has no such unit.
+    """
+    drawn = [None if spec.design.exact else spec.assignments(i, 0, trials) for i, trials in enumerate(used)]
+    random = [rows for rows in drawn if rows is not None]
+    found = {}
+    for name, outcome in outcomes.items():
+        parts = []
+        for i, trials in enumerate(used):
+            parts.append(_effects(spec, i, drawn[i], outcome[i, :trials], compared[name][i]))
+        # Exact designs have effects only; examples with fewer units than others are filled up.
+        columns = [column for column in zip(*parts, strict=True) if column[0] is not None]
+        effect, *errors = [pad_sequence(list(column), True, torch.nan).to(outcome) for column in columns]
+        found[name] = Answer(
+            effect=effect,
+            std_error=errors[0] if errors else None,
+            dof=errors[1] if errors else None,
+            reference=measure.reference[name],
+            target=measure.targets[name],
+            predicted=measure.predicted[name],
+            class_shape=measure.class_shapes[name],
+            n_trials=torch.tensor(used),
+            assignments=pad_sequence(random, True) if keep and random else None,
+            outcomes=outcome if keep else None,
+        )
+    return found
+
+
+def _effects(spec: TrialSpec, example: int, drawn: Tensor | None, outcomes: Tensor, compared: Tensor) -> Effects:
+    """One example's effects, (U, C); units that only other examples have are NaN or left out."""
+    design = spec.design
+    if drawn is None:
+        effects = exact_difference(outcomes, compared)
+        return Effects(-effects.effect) if design.reference == "all" else effects
+    own = drawn[:, : int(spec.units.n_units[example])].to(outcomes.device)
+    blocks = design.blocks(len(own))
+    if design.estimator == "difference_in_means":
+        return difference_in_means(own, outcomes, blocks)
+    if design.estimator == "adjusted":
+        return adjusted(own, outcomes, _flip_probability(design), blocks)
+    if spec.units.grid is None:
+        hint = "Leave out `feature_mask` and windows for images, or give the design another `estimator`."
+        raise DesignError(expected("design", "one for units that are not a grid", repr(design), hint))
+    return smooth(own, outcomes, spec.units.grid, spec.variants(0, len(own)))
+
+
+def average(draws: list[Answer]) -> Answer:
+    """The mean over two or more draws of random evidence, with errors from the spread between draws."""
+    first, k = draws[0], len(draws)
+    effects = torch.stack([draw.effect for draw in draws])
+    insertions = [draw.insertion for draw in draws if draw.insertion is not None]
+    return replace(
+        first,
+        effect=effects.mean(0),
+        std_error=effects.std(0) / k**0.5,
+        dof=torch.full_like(first.effect, k - 1),
+        reference=torch.stack([draw.reference for draw in draws]).mean(0),
+        insertion=torch.stack(insertions).mean(0) if insertions else None,
+        assignments=None,
+        outcomes=None,
+    )
+
+
+def check_design(spec: TrialSpec) -> None:
+    """Whether a design fits the units of every example and an estimator fits the design.
+
+    Raises:
+        DesignError: it does not.
+    """
+    design = spec.design
+    if not design.exact and design.estimator not in _ESTIMATORS:
+        raise DesignError(expected("design.estimator", f"one of {_ESTIMATORS}", f"{design.estimator!r} for {design!r}"))
+    if not design.exact and design.estimator == "adjusted":
+        _flip_probability(design)
+    counts = spec.units.n_units.tolist()
+    for count in set(counts):
+        # A design that does not fit this number of units says so when it is asked for a trial.
+        example = counts.index(count)
+        spec.assignments(example, 0, 1)
+        trials = spec.n_trials(example)
+        if not design.exact and trials < _FEW:
+            # Whether these are too few is for the estimator to say, but before they are run.
+            _effects(spec, example, spec.assignments(example, 0, trials), torch.zeros(trials, 1), torch.zeros(1))
+
+
+def _flip_probability(design: Design) -> float:
+    p = design.flip_probability()
+    if p is None:
+        wanted = "a design that knows its flip probability for the adjusted estimator"
+        raise DesignError(expected("design", wanted, repr(design), "Write `flip_probability`."))
+    return p
 
 
 class OutcomeMeasure:
@@ -38,7 +170,7 @@ class OutcomeMeasure:
         class_shapes: trailing shape of the outcomes, by head.
 
     Raises:
-        ModelError: the reference's outputs are not finite.
+        ModelError: the reference's outputs are not finite, or there are several heads and one class is asked for.
         OutcomeError: the outcome does not fit the output.
         TargetError: the target does not fit the output, or is missing where it is needed.
     """
@@ -51,6 +183,9 @@ class OutcomeMeasure:
         predicted_only: bool,
         decided: dict[str, Tensor] | None = None,
     ) -> None:
+        if predicted_only and len(heads) > 1:
+            hint = "Name one with `output=`, or call `estimate`, which returns them all."
+            raise ModelError(expected("forward_func", "a model with one output head", sorted(heads), hint))
         self.outcome = outcome
         self._outputs = heads
         self.targets: dict[str, Tensor | None] = {}
@@ -60,9 +195,8 @@ class OutcomeMeasure:
         for name, head in heads.items():
             if not bool(torch.isfinite(head).all()):
                 hint = "Check the inputs' range and the model's weights."
-                raise ModelError(
-                    expected("forward_func", "a model with finite outputs on the clean inputs", "NaN", hint)
-                )
+                wanted = "a model with finite outputs on the clean inputs"
+                raise ModelError(expected("forward_func", wanted, "NaN", hint))
             check_outcome(outcome, head)
             deciding = head if decided is None else decided[name]
             self.predicted[name] = deciding.argmax(1) if head.dim() == 2 and head.shape[1] > 1 else None
@@ -96,160 +230,10 @@ class OutcomeMeasure:
 
     def __call__(self, heads: dict[str, Tensor], examples: Tensor) -> dict[str, Tensor]:
         """Outcomes (B, C) of a batch of rows, each against its own example's reference."""
-        return {
-            name: self._kept(name, self.outcome(head, self._outputs[name][examples]), examples)
-            for name, head in heads.items()
-        }
-
-
-# Of random designs; exact ones need none.
-_ESTIMATORS = ("adjusted", "difference_in_means", "smooth")
-_FEW = 20
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one head's trials say; the tensors of an :class:`~ce_plugin.effects.Estimate`."""
-
-    effect: Tensor
-    std_error: Tensor | None
-    dof: Tensor | None
-    reference: Tensor
-    target: Tensor | None
-    predicted: Tensor | None
-    class_shape: tuple[int, ...]
-    n_trials: Tensor
-    assignments: Tensor | None = None
-    outcomes: Tensor | None = None
-    insertion: Tensor | None = None
-
-
-def check_design(spec: TrialSpec) -> None:
-    """Whether a design fits the units of every example and an estimator fits the design.
-
-    Raises:
-        DesignError: it does not.
-    """
-    design = spec.design
-    if not design.exact and design.estimator not in _ESTIMATORS:
-        raise DesignError(expected("design.estimator", f"one of {_ESTIMATORS}", f"{design.estimator!r} for {design!r}"))
-    if not design.exact and design.estimator == "adjusted":
-        _flip_probability(design)
-    counts = spec.units.n_units.tolist()
-    # A design that does not fit the units says so when it is asked for a trial.
-    for example in {count: i for i, count in reversed(list(enumerate(counts)))}.values():
-        spec.assignments(example, 0, 1)
-        trials = spec.n_trials(example)
-        if not design.exact and trials < _FEW:
-            # Whether these are too few is for the estimator to say, but before they are run.
-            _effects(spec, spec.assignments(example, 0, trials), torch.zeros(trials, 1), torch.zeros(1), example)
-
-
-def answers(
-    spec: TrialSpec,
-    outcomes: dict[str, Tensor],
-    compared: dict[str, Tensor],
-    measure: OutcomeMeasure,
-    used: list[int],
-    keep: bool,
-) -> dict[str, Answer]:
-    """Effects of all examples.
-
-    Args:
-        spec: the experiment.
-        outcomes: (N, T, C) for each head.
-        compared: what exact trials are compared with, (N, C) for each head.
-        measure: the reference.
-        used: number of trials of each example.
-        keep: keep assignments and outcomes in the answer.
-
-    Returns:
-        For each head its answer, (N, U, C) tensors in the outcome's type, NaN where an example has no such unit.
-    """
-    out = {}
-    for name, outcome in outcomes.items():
-        n = len(outcome)
-        drawn = [None if spec.design.exact else spec.assignments(i, 0, used[i]) for i in range(n)]
-        parts = [_effects(spec, drawn[i], outcome[i, : used[i]], compared[name][i], i) for i in range(n)]
-        width = max(len(part.effect) for part in parts)
-        stacked = [
-            torch.stack([pad(t, (0, 0, 0, width - len(t)), value=torch.nan) for t in column]).to(outcome)
-            for column in (
-                [part.effect for part in parts],
-                [part.std_error for part in parts if part.std_error is not None],
-                [part.dof for part in parts if part.dof is not None],
-            )
-            if column
-        ]
-        out[name] = Answer(
-            effect=stacked[0],
-            std_error=stacked[1] if len(stacked) > 1 else None,
-            dof=stacked[2] if len(stacked) > 2 else None,
-            reference=measure.reference[name],
-            target=measure.targets[name],
-            predicted=measure.predicted[name],
-            class_shape=measure.class_shapes[name],
-            n_trials=torch.tensor(used),
-            assignments=_stack_trials([a for a in drawn if a is not None]) if keep and drawn[0] is not None else None,
-            outcomes=outcome if keep else None,
-        )
-    return out
-
-
-def _stack_trials(drawn: list[Tensor]) -> Tensor:
-    longest = max(len(a) for a in drawn)
-    return torch.stack([pad(a, (0, 0, 0, longest - len(a))) for a in drawn])
-
-
-def _effects(spec: TrialSpec, drawn: Tensor | None, outcomes: Tensor, compared: Tensor, example: int) -> Effects:
-    """One example's effects, (U, C); units that only other examples have are NaN or left out."""
-    design = spec.design
-    if drawn is None:
-        effects = exact_difference(outcomes, compared)
-        return Effects(-effects.effect) if design.reference == "all" else effects
-    own = drawn[:, : int(spec.units.n_units[example])].to(outcomes.device)
-    blocks = design.blocks(len(own))
-    if design.estimator == "difference_in_means":
-        return difference_in_means(own, outcomes, blocks)
-    if design.estimator == "adjusted":
-        return adjusted(own, outcomes, _flip_probability(design), blocks)
-    if spec.units.grid is None:
-        hint = "Leave out `feature_mask` and windows for images, or give the design another `estimator`."
-        raise DesignError(expected("design", "one for units that are not a grid", repr(design), hint))
-    return smooth(own, outcomes, spec.units.grid, spec.variants(0, len(own)))
-
-
-def _flip_probability(design: Design) -> float:
-    p = design.flip_probability()
-    if p is None:
-        wanted = "a design that knows its flip probability for the adjusted estimator"
-        raise DesignError(expected("design", wanted, repr(design), "Write `flip_probability`."))
-    return p
-
-
-def average(draws: list[Answer]) -> Answer:
-    """The mean over draws of random evidence, with errors from the spread between draws."""
-    if len(draws) == 1:
-        return draws[0]
-    effects = torch.stack([draw.effect for draw in draws])
-    k = len(draws)
-    return replace(
-        draws[0],
-        effect=effects.mean(0),
-        std_error=effects.std(0) / k**0.5,
-        dof=torch.full_like(draws[0].effect, k - 1),
-        reference=torch.stack([draw.reference for draw in draws]).mean(0),
-        insertion=None if draws[0].insertion is None else _mean([draw.insertion for draw in draws]),
-        assignments=None,
-        outcomes=None,
-    )
-
-
-def _mean(tensors: list[Tensor | None]) -> Tensor:
-    return torch.stack([tensor for tensor in tensors if tensor is not None]).mean(0)
-
-
-Target: TypeAlias = "int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | None"
+        measured = {}
+        for name, head in heads.items():
+            measured[name] = self._kept(name, self.outcome(head, self._outputs[name][examples]), examples)
+        return measured
 
 
 def flat_target(target: Target, shape: tuple[int, ...]) -> Tensor | None:

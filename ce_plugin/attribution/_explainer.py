@@ -1,64 +1,181 @@
-"""What all attribution classes share: how they are set up, and how an experiment becomes a map or an estimate."""
+"""What all attribution classes share: how they are set up, and from a call to a map or an estimate."""
 
 from __future__ import annotations
 
 import operator
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import torch
 from captum.attr import PerturbationAttribution
-from torch import Tensor, nn
+from torch import Tensor
 
 from ce_plugin.attribution._estimation import Target
-from ce_plugin.attribution._experiment import Experiment
+from ce_plugin.attribution._experiment import Baselines, Call, Experiment, Given, Ids
 from ce_plugin.designs import Design, Joint
 from ce_plugin.effects import Interactions, Outcome, resolve_outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
-from ce_plugin.errors import (
-    ArgumentError,
-    InferenceError,
-    InputError,
-    NormalizationWarning,
-    expected,
-    unknown_name,
-)
-from ce_plugin.interventions import Context, Intervention, Normalization
-from ce_plugin.interventions.base import NormalizationLike
+from ce_plugin.errors import ArgumentError, InferenceError, InputError, expected, unknown_name
+from ce_plugin.interventions import Context, Intervention
 from ce_plugin.networks.forward import OutputSelector
-from ce_plugin.sites import Evidence, Masks, Units
+from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite, Masks
 from ce_plugin.trials import Forward
 from ce_plugin.trials.routing import Router
 
-__all__ = ["Baseline", "Explainer", "as_args", "as_evidences", "as_ids", "as_inputs", "spread"]
+Engine: TypeAlias = Literal["auto", "suffix", "full"]
+Site: TypeAlias = "InputSite | LayerSite | ConceptSite"
 
 
-Baselines: TypeAlias = "Tensor | float | tuple[Tensor | float, ...] | None"
-Given: TypeAlias = "Intervention | Evidence | Sequence[Intervention | Evidence] | None"
+class Options(TypedDict, total=False):
+    """The constructors' options that mean the same in every class; see :class:`ce_plugin.CausalEffect`."""
+
+    output: OutputSelector
+    seed: int
+    memory_budget: int | None
+    engine: Engine
 
 
-class Baseline(Intervention):
-    """Captum's ``baselines`` as an intervention: values in *model* units that replace the fill.
+class Explainer(PerturbationAttribution):  # type: ignore[misc]
+    """A captum attribution whose maps and estimates come from an :class:`Experiment`.
 
-    Args:
-        baselines: a number or tensor for each input.
+    Subclasses write :meth:`_setup`: where a call intervenes, by what, and in which trials.
+
+    Args: see :class:`ce_plugin.CausalEffect`.
     """
 
-    def __init__(self, baselines: tuple[Tensor | float, ...]) -> None:
-        self.baselines = baselines
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        intervention: Intervention | None = None,
+        design: Design | None = None,
+        *,
+        outcome: str | Outcome | OutcomeFunction | None = "probability",
+        output: OutputSelector = None,
+        seed: int = 0,
+        memory_budget: int | None = None,
+        engine: Engine = "auto",
+    ) -> None:
+        for name, value, kind in (("intervention", intervention, Intervention), ("design", design, Design)):
+            if value is not None and not isinstance(value, kind):
+                raise ArgumentError(expected(name, f"a {kind.__name__} or None", type(value).__name__))
+        if engine not in ("auto", "suffix", "full"):
+            raise unknown_name("engine", engine, ("auto", "suffix", "full"))
+        self.forward = Forward(forward_func, output)
+        super().__init__(forward_func)
+        self.intervention = intervention
+        self.design = design
+        self.outcome = resolve_outcome(outcome)
+        self.seed = int(seed)
+        self.memory_budget = memory_budget
+        self.engine = engine
+        self._router = Router(self.forward, engine)
 
-    def values(self, clean: Tensor, context: Context) -> Tensor:
-        value = self.baselines[context.position]
-        if not isinstance(value, Tensor):
-            return torch.full_like(clean, float(value))
-        return context.own(value.detach(), clean).to(clean).expand_as(clean)
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """False: the map is a difference of outcomes, not a slope; captum's infidelity reads this."""
+        return False
 
-    def __repr__(self) -> str:
-        shown = (f"tensor{tuple(b.shape)}" if isinstance(b, Tensor) else repr(b) for b in self.baselines)
-        return f"baselines({', '.join(shown)})"
+    def interactions(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: Any = None,
+        mask: Masks = None,
+        *,
+        top: int = 100,
+        exhaustive: int = 64,
+        nudges: Sequence[float] = (1e-3,),
+        given: Given = None,
+        ids: Ids = None,
+    ) -> list[Interactions]:
+        """How much more (or less) two units do together than the sum of what each does alone, for pairs of units.
+
+            interaction_uv = Y(do u, v) - Y(do u) - Y(do v) + Y
+
+        All pairs of up to ``exhaustive`` units; of more, the ``top`` pairs that the gradient at each single-flip state
+        points at are run exactly.
+
+        Args:
+            inputs, target, additional_forward_args, given, ids: as in ``attribute``.
+            mask: the units, ``feature_mask`` or ``layer_mask`` of ``attribute``.
+            top, exhaustive, nudges: see :func:`~ce_plugin.effects.pairwise`.
+
+        Returns:
+            One :class:`~ce_plugin.effects.Interactions` for each example.
+
+        Example:
+            >>> import torch
+            >>> from ce_plugin import CausalEffect
+            >>> effect = CausalEffect(lambda x: x[:, :1] * x[:, 1:2], outcome=None)
+            >>> found = effect.interactions(torch.ones(1, 3))[0]
+            >>> found.pairs[0].tolist(), round(found.interaction[0, 0].item(), 3)
+            ([0, 1], 1.0)
+        """
+        call = Call(
+            inputs=inputs, target=target, additional_forward_args=additional_forward_args, mask=mask, given=given,
+            ids=ids, predicted_only=True,
+        )  # fmt: skip
+        return self._experiment(call).interactions(top=top, exhaustive=exhaustive, nudges=nudges)
+
+    @abstractmethod
+    def _setup(self, call: Call, inputs: tuple[Tensor, ...]) -> tuple[Site, Intervention, Design]:
+        """Where the call intervenes on these inputs, by what, and in which trials."""
+
+    def _experiment(self, call: Call) -> Experiment:
+        """The experiment that answers the call; its arguments are checked."""
+        inputs = as_inputs(call.inputs)
+        site, intervention, design = self._setup(call, inputs)
+        return Experiment(
+            call=call,
+            inputs=inputs,
+            args=as_args(call.additional_forward_args),
+            evidences=as_evidences(call.given),
+            ids=as_ids(call.ids, len(inputs[0])),
+            site=site,
+            intervention=intervention,
+            design=design,
+            outcome=self.outcome,
+            forward=self.forward,
+            router=self._router,
+            seed=self.seed,
+            memory_budget=self.memory_budget,
+        )
+
+    def _estimates(self, call: Call) -> Any:
+        """The estimate, or a dict of them where the model has several heads."""
+        estimates = self._experiment(call).run()
+        return estimates[""] if list(estimates) == [""] else estimates
+
+    def _maps(self, call: Call, significant_only: bool | float | None) -> tuple[Tensor, ...]:
+        """The contributions of the call's units, each wherever its unit is."""
+        experiment = self._experiment(call)
+        rate = false_discovery_rate(significant_only, experiment)
+        (estimate,) = experiment.run().values()
+        values = estimate.contribution[..., 0]
+        if rate is not None:
+            values = values.where(estimate.significant(rate)[..., 0], 0.0)
+        units = experiment.spec.units
+        if isinstance(experiment.design, Joint):
+            # Each unit gets the mean over the groups that it is in.
+            member = experiment.design.assignments(units.width).to(values)
+            values = values @ member / member.sum(0).clamp(min=1)
+        return units.spread(values)
+
+
+def false_discovery_rate(significant_only: bool | float | None, experiment: Experiment) -> float | None:
+    """The rate that was asked for; None where all effects are wanted."""
+    if significant_only is None or significant_only is False:
+        return None
+    if experiment.design.exact and experiment.n_draws == 1:
+        hint = "Only random designs or a data set have sampling error: use RandomMask(...), or leave it out."
+        raise InferenceError(expected("significant_only", f"None for {experiment.design!r}", significant_only, hint))
+    rate = 0.05 if significant_only is True else significant_only
+    if not 0 < rate < 1:
+        hint = "Write 0.05 for five per cent."
+        raise ArgumentError(expected("significant_only", "True, or a false discovery rate in (0, 1)", rate, hint))
+    return float(rate)
 
 
 def as_inputs(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -86,7 +203,7 @@ def as_inputs(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if not tensors:
         raise InputError(expected("inputs", "one tensor or more", "an empty tuple"))
     # What is computed here is no function of the user's graph.
-    return tuple(x.detach() for x in tensors)
+    return tuple(map(Tensor.detach, tensors))
 
 
 def as_args(args: Any) -> tuple[object, ...]:
@@ -94,7 +211,7 @@ def as_args(args: Any) -> tuple[object, ...]:
     return () if args is None else args if isinstance(args, tuple) else (args,)
 
 
-def as_ids(ids: Sequence[int] | Tensor | None, n: int) -> tuple[int, ...]:
+def as_ids(ids: Ids, n: int) -> tuple[int, ...]:
     """One id per example; None gives all the same one.
 
     Raises:
@@ -164,145 +281,22 @@ def as_baseline(baselines: Baselines, inputs: tuple[Tensor, ...] | None = None) 
     return Baseline(tuple(0.0 if value is None else value for value in every))
 
 
-def spread(units: Units, design: Design, values: Tensor) -> tuple[Tensor, ...]:
-    """Maps of unit values, (N, U); the groups of a joint design give each unit the mean over the groups it is in."""
-    if isinstance(design, Joint):
-        member = design.assignments(units.width).to(values)
-        values = values @ member / member.sum(0).clamp(min=1)
-    return units.spread(values)
+class Baseline(Intervention):
+    """Captum's ``baselines`` as an intervention: values in *model* units that replace the fill.
 
-
-_ENGINES = ("auto", "suffix", "full")
-
-
-class Explainer(PerturbationAttribution):  # type: ignore[misc]
-    """A captum attribution whose maps and estimates come from an :class:`Experiment`.
-
-    Args: see :class:`ce_plugin.CausalEffect`.
+    Args:
+        baselines: a number or tensor for each input.
     """
 
-    def __init__(
-        self,
-        forward_func: Callable[..., Any],
-        intervention: Intervention | None,
-        design: Design | None,
-        *,
-        outcome: str | Outcome | OutcomeFunction | None,
-        normalization: NormalizationLike,
-        output: OutputSelector,
-        seed: int,
-        memory_budget: int | None,
-        engine: str,
-    ) -> None:
-        for name, value, kind in (("intervention", intervention, Intervention), ("design", design, Design)):
-            if value is not None and not isinstance(value, kind):
-                raise ArgumentError(expected(name, f"a {kind.__name__} or None", type(value).__name__))
-        if engine not in _ENGINES:
-            raise unknown_name("engine", engine, _ENGINES)
-        self.forward = Forward(forward_func, output)
-        super().__init__(forward_func)
-        self.intervention = intervention
-        self.design = design
-        self.outcome = resolve_outcome(outcome)
-        self.normalization = Normalization.of(normalization)
-        self.seed = int(seed)
-        self.memory_budget = memory_budget
-        self.engine = engine
-        self._router = Router(self.forward, engine)
-        _warn_twice_normalized(self.forward.modules, self.normalization)
+    def __init__(self, baselines: tuple[Tensor | float, ...]) -> None:
+        self.baselines = baselines
 
-    @property
-    def multiplies_by_inputs(self) -> bool:
-        """False: the map is a difference of outcomes, not a slope; captum's infidelity reads this."""
-        return False
+    def values(self, clean: Tensor, context: Context) -> Tensor:
+        value = self.baselines[context.position]
+        if not isinstance(value, Tensor):
+            return torch.full_like(clean, float(value))
+        return context.own(value.detach(), clean).to(clean).expand_as(clean)
 
-    def interactions(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        target: Target = None,
-        additional_forward_args: Any = None,
-        mask: Masks = None,
-        *,
-        top: int = 100,
-        exhaustive: int = 64,
-        nudges: Sequence[float] = (1e-3,),
-        given: Given = None,
-        ids: Sequence[int] | Tensor | None = None,
-    ) -> list[Interactions]:
-        """How much more (or less) two units do together than the sum of what each does alone, for pairs of units.
-
-            interaction_uv = Y(do u, v) - Y(do u) - Y(do v) + Y
-
-        All pairs of up to ``exhaustive`` units; of more, the ``top`` pairs that the gradient at each single-flip state
-        points at are run exactly.
-
-        Args:
-            inputs, target, additional_forward_args, given, ids: as in ``attribute``.
-            mask: the units, ``feature_mask`` or ``layer_mask`` of ``attribute``.
-            top, exhaustive, nudges: see :func:`~ce_plugin.effects.pairwise`.
-
-        Returns:
-            One :class:`~ce_plugin.effects.Interactions` for each example.
-
-        Example:
-            >>> import torch
-            >>> from ce_plugin import CausalEffect
-            >>> effect = CausalEffect(lambda x: x[:, :1] * x[:, 1:2], outcome=None)
-            >>> found = effect.interactions(torch.ones(1, 3))[0]
-            >>> found.pairs[0].tolist(), round(found.interaction[0, 0].item(), 3)
-            ([0, 1], 1.0)
-        """
-        experiment = self._of_pairs(inputs, target, additional_forward_args, mask, given, ids)
-        return experiment.interactions(top=top, exhaustive=exhaustive, nudges=nudges)
-
-    @abstractmethod
-    def _of_pairs(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        target: Target,
-        additional_forward_args: Any,
-        mask: Masks,
-        given: Given,
-        ids: Sequence[int] | Tensor | None,
-    ) -> Experiment:
-        """An experiment about the outcome of one class."""
-
-    def _maps(self, experiment: Experiment, significant_only: bool | float | None) -> tuple[Tensor, ...]:
-        """The contributions of the experiment's units, each wherever its unit is."""
-        rate = false_discovery_rate(significant_only, experiment)
-        estimate = next(iter(experiment.run().values()))
-        values = estimate.contribution[..., 0]
-        if rate is not None:
-            values = values.where(estimate.significant(rate)[..., 0], 0.0)
-        return spread(experiment.spec.units, experiment.design, values)
-
-    @staticmethod
-    def _estimates(experiment: Experiment) -> Any:
-        """The estimate, or a dict of them where the model has several heads."""
-        estimates = experiment.run()
-        return estimates[""] if list(estimates) == [""] else estimates
-
-
-def false_discovery_rate(significant_only: bool | float | None, experiment: Experiment) -> float | None:
-    """The rate that was asked for; None where all effects are wanted."""
-    if significant_only is None or significant_only is False:
-        return None
-    if experiment.design.exact and experiment.n_draws == 1:
-        hint = "Only random designs or a data set have sampling error: use RandomMask(...), or leave it out."
-        raise InferenceError(expected("significant_only", f"None for {experiment.design!r}", significant_only, hint))
-    rate = 0.05 if significant_only is True else significant_only
-    if not 0 < rate < 1:
-        hint = "Write 0.05 for five per cent."
-        raise ArgumentError(expected("significant_only", "True, or a false discovery rate in (0, 1)", rate, hint))
-    return float(rate)
-
-
-def _warn_twice_normalized(modules: list[nn.Module], normalization: Normalization) -> None:
-    inside = any(type(m).__name__ == "Normalize" for root in modules for m in root.modules())
-    if inside and not normalization.is_identity:
-        warnings.warn(
-            "The model holds a Normalize, and `normalization=` says that the inputs were normalised before it. Leave "
-            "`normalization` out unless both are true.",
-            NormalizationWarning,
-            stacklevel=4,
-        )
+    def __repr__(self) -> str:
+        shown = (f"tensor{tuple(b.shape)}" if isinstance(b, Tensor) else repr(b) for b in self.baselines)
+        return f"baselines({', '.join(shown)})"

@@ -7,20 +7,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from ce_plugin.attribution._estimation import Target
-from ce_plugin.attribution._explainer import as_ids, as_inputs
-from ce_plugin.attribution.layer_effect import Engine, LayerCausalEffect
+from ce_plugin.attribution._experiment import Ids
+from ce_plugin.attribution._explainer import Options, as_ids, as_inputs
+from ce_plugin.attribution.layer_effect import LayerCausalEffect
 from ce_plugin.designs import Design, Joint
 from ce_plugin.effects import Carriers, Estimate, Mediation, Outcome, carriers
 from ce_plugin.effects.outcomes import OutcomeFunction
 from ce_plugin.errors import ArgumentError, InputError, ModelError, expected
 from ce_plugin.interventions import Intervention, Patch
-from ce_plugin.networks.forward import OutputSelector
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.sites import LayerSite
-
-__all__ = ["CausalMediation"]
 
 Sets = Sequence[Sequence[int]]
 
@@ -61,20 +60,15 @@ class CausalMediation:
         intervention: Intervention | Tensor,
         *,
         outcome: str | Outcome | OutcomeFunction | None = "logit",
-        output: OutputSelector = None,
-        seed: int = 0,
-        memory_budget: int | None = None,
-        engine: Engine = "auto",
+        **options: Unpack[Options],
     ) -> None:
         given: object = intervention
         if not isinstance(given, (Intervention, Tensor)):
             wanted = "an Intervention on the input, or a tensor of counterparts"
             raise ArgumentError(expected("intervention", wanted, type(given).__name__))
         self.intervention = intervention
-        self.seed = int(seed)
-        self.effects = LayerCausalEffect(
-            forward_func, layer, outcome=outcome, output=output, seed=seed, memory_budget=memory_budget, engine=engine
-        )
+        self.effects = LayerCausalEffect(forward_func, layer, outcome=outcome, **options)
+        self.seed = self.effects.seed
 
     def estimate(
         self,
@@ -83,7 +77,7 @@ class CausalMediation:
         additional_forward_args: Any = None,
         *,
         sets: Sets | None = None,
-        ids: Sequence[int] | Tensor | None = None,
+        ids: Ids = None,
         show_progress: bool = False,
     ) -> Mediation:
         """The four quantities for every unit, or for every set of units.
@@ -174,7 +168,7 @@ class CausalMediation:
 
         return carriers(choose, run, total, levels=levels, level=level, n_boot=n_boot, seed=self.seed)
 
-    def _counterparts(self, x: Tensor, ids: Sequence[int] | Tensor | None) -> Tensor:
+    def _counterparts(self, x: Tensor, ids: Ids) -> Tensor:
         """The inputs under the intervention."""
         if isinstance(self.intervention, Tensor):
             if self.intervention.shape != x.shape:
