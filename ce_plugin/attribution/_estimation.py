@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ce_plugin.designs import Design
-from ce_plugin.effects import Outcome, check_outcome
+from ce_plugin.effects import Outcome
 from ce_plugin.effects.estimators import Effects, adjusted, difference_in_means, exact_difference
+from ce_plugin.effects.outcomes import check_outcome
 from ce_plugin.effects.smooth import smooth
 from ce_plugin.errors import DesignError, ModelError, TargetError, expected
 from ce_plugin.trials import TrialSpec

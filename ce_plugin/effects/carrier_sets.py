@@ -18,16 +18,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = [
-    "Carriers",
-    "carried",
-    "carriers",
-    "nested_sets",
-    "next_sizes",
-    "plot_carriers",
-    "ranking",
-]
-
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Carriers:

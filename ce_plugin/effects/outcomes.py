@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ce_plugin.errors import OutcomeError, ProbabilityWarning, expected, unknown_name
 
-__all__ = ["OUTCOMES", "Outcome", "OutcomeFunction", "check_outcome", "resolve_outcome"]
-
 OutcomeFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 

@@ -16,15 +16,6 @@ from torch import Tensor
 from ce_plugin.errors import ArgumentError, expected
 from ce_plugin.randomness import generator
 
-__all__ = [
-    "Context",
-    "Inputs",
-    "Intervention",
-    "Normalization",
-    "NormalizationLike",
-]
-
-
 Inputs = TypeVar("Inputs", bound="Tensor | tuple[Tensor, ...]")
 
 

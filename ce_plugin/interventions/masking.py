@@ -15,8 +15,6 @@ from torchvision.transforms.functional import gaussian_blur
 from ce_plugin.errors import ArgumentError, UnitError, expected, unknown_name
 from ce_plugin.interventions.base import Context, Inputs, Intervention, Normalization, NormalizationLike
 
-__all__ = ["PixelMask"]
-
 Infill = Callable[..., Tensor]
 Fill = Union[str, float, Tensor, Infill]
 Region = Union[Tensor, "tuple[int, int, int, int]"]

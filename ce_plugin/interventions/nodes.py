@@ -11,8 +11,6 @@ from torch import Tensor
 from ce_plugin.errors import ArgumentError, InputError, expected
 from ce_plugin.interventions.base import Context, Intervention
 
-__all__ = ["MeanOut", "Patch", "Resample", "ZeroOut"]
-
 
 class ZeroOut(Intervention):
     """Z0 of the paper: the node is set to zero.

@@ -14,12 +14,6 @@ from ce_plugin.visualization.pictures import NEGATIVE, POSITIVE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = [
-    "plot_nodes",
-    "plot_roc",
-    "plot_scores",
-]
-
 
 _GRAY = "#555555"
 

@@ -19,18 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-__all__ = [
-    "NEGATIVE",
-    "POSITIVE",
-    "contribution_colors",
-    "data_uri",
-    "magnify",
-    "outlines",
-    "overlay",
-    "sheet",
-    "spotlight",
-]
-
 
 POSITIVE = "#e8590c"
 """Colour of what supports the class: orange."""
