@@ -6,7 +6,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, Union, cast
+from typing import Any, Literal, TypeAlias, Union, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,8 @@ __all__ = [
     "InputSite",
     "LayerSite",
     "MaskUnits",
-    "Masks",
-    "Strides",
     "Units",
     "WindowUnits",
-    "Windows",
     "patch_grid",
 ]
 
@@ -110,27 +107,28 @@ class MaskUnits(Units):
         self.grid = grid
         self.open = False
         rows = n if any(len(mask) > 1 for mask in checked) else 1
-        names: list[Tensor] = []
-        ids: list[list[Tensor]] = []
-        for row in range(rows):
-            flat = [mask[row if len(mask) > 1 else 0] for mask in checked]
-            name, index = torch.unique(torch.cat([mask.reshape(-1) for mask in flat]), return_inverse=True)
+        # Equal ids are one unit, in whichever input they are.
+        flat = torch.cat([mask.expand(rows, *mask.shape[1:]).flatten(1) for mask in checked], dim=1)
+        names: list[list[int]] = []
+        numbers = []
+        for row in flat:
+            name, number = torch.unique(row, return_inverse=True)
             if none is not None and bool((name == none).any()):
                 # What belongs to no unit points behind the last one, at the column that `masks` and `spread` append.
                 place = int((name == none).nonzero())
                 name = name[name != none]
-                index = torch.where(index == place, len(name), index - (index > place).long())
+                number = torch.where(number == place, len(name), number - (number > place).long())
                 self.open = True
-            names.append(name)
-            parts = index.split([mask.numel() for mask in flat])
-            ids.append([part.reshape(mask.shape) for part, mask in zip(parts, flat, strict=True)])
-        self.ids = tuple(torch.stack(column) for column in zip(*ids, strict=True))
-        self.n_units = torch.tensor([len(name) for name in names]).expand(n)
+            names.append(name.tolist())
+            numbers.append(number)
+        columns = torch.split(torch.stack(numbers), [mask[0].numel() for mask in checked], dim=1)
+        self.ids = tuple(own.reshape(rows, *mask.shape[1:]) for own, mask in zip(columns, checked, strict=True))
+        self.n_units = torch.tensor(list(map(len, names))).expand(n)
         if labels is not None:
             self.labels = labels
             return
-        every = [[str(int(value)) for value in name] for name in names]
-        self.labels = every[0] if all(one == every[0] for one in every) else every
+        every = [list(map(str, name)) for name in names]
+        self.labels = every[0] if every.count(every[0]) == len(every) else every
 
     def masks(self, assignments: Tensor, examples: Tensor) -> tuple[Tensor, ...]:
         out = []
@@ -256,8 +254,7 @@ def _checked_masks(inputs: tuple[Tensor, ...], masks: tuple[Tensor, ...]) -> lis
         if mask.is_complex():
             raise UnitError(expected("feature_mask", "integer ids", "complex ones"))
         full = mask.detach().to("cpu", torch.int64).reshape([1] * (x.dim() - mask.dim()) + list(mask.shape))
-        fits = full.dim() == x.dim() and all(m in (1, s) for m, s in zip(full.shape, x.shape, strict=True))
-        if not fits:
+        if full.dim() != x.dim() or any(m not in (1, s) for m, s in zip(full.shape, x.shape, strict=True)):
             wanted = f"a mask that broadcasts to the input's shape {tuple(x.shape)}"
             raise UnitError(expected("feature_mask", wanted, f"shape {tuple(mask.shape)}"))
         out.append(full)
@@ -293,10 +290,12 @@ class InputSite:
     cells: int = 14
 
     def __repr__(self) -> str:
-        given: list[tuple[str, object]] = [("feature_mask", self.feature_mask)]
-        given += [("sliding_window_shapes", self.sliding_window_shapes)]
-        given += [("strides", self.strides), ("cells", None if self.cells == 14 else self.cells)]
-        return f"InputSite({', '.join(f'{name}={_shown(value)}' for name, value in given if value is not None)})"
+        given: dict[str, object] = {"feature_mask": self.feature_mask}
+        given |= {"sliding_window_shapes": self.sliding_window_shapes, "strides": self.strides}
+        given["cells"] = None if self.cells == 14 else self.cells
+        return (
+            f"InputSite({', '.join(f'{name}={_shown(value)}' for name, value in given.items() if value is not None)})"
+        )
 
     def is_grid(self, inputs: tuple[Tensor, ...]) -> bool:
         """Whether the units are the cells of a grid: one tensor of images (N, C, H, W), no mask and no windows."""
@@ -336,23 +335,22 @@ def _window_units(inputs: tuple[Tensor, ...], windows: Windows, strides: Strides
     nested = cast("tuple[tuple[int, ...], ...]", (windows,) if one_shape else windows)
     if len(nested) != len(inputs):
         raise UnitError(expected("sliding_window_shapes", f"{len(inputs)} shape(s), one per input", windows))
-    one_stride = strides is None or isinstance(strides, int)
-    if (
-        isinstance(strides, (tuple, list))
-        and len(inputs) == 1
-        and not any(isinstance(s, (tuple, list)) for s in strides)
-    ):
-        strides = (cast("tuple[int, ...]", tuple(strides)),)
-    elif not one_stride and not isinstance(strides, (tuple, list)):
+    steps: tuple[Any, ...]
+    if strides is None or isinstance(strides, int):
+        steps = (1 if strides is None else strides,) * len(inputs)
+    elif not isinstance(strides, (tuple, list)):
         raise UnitError(expected("strides", "None, a number of steps, or a tuple of them", strides))
-    steps = cast("tuple[int | tuple[int, ...] | None, ...]", (strides,) * len(inputs) if one_stride else strides)
+    elif len(inputs) == 1 and not any(isinstance(step, (tuple, list)) for step in strides):
+        steps = (tuple(strides),)
+    else:
+        steps = tuple(strides)
     if len(steps) != len(inputs):
         raise UnitError(expected("strides", f"{len(inputs)} stride(s), one per input", strides))
     all_windows, all_strides = [], []
     for x, window, step in zip(inputs, nested, steps, strict=True):
         n = x.dim() - 1
         sizes = _whole("sliding_window_shapes", window)
-        stride = _whole("strides", step if isinstance(step, (tuple, list)) else (1 if step is None else step,) * n)
+        stride = _whole("strides", step if isinstance(step, (tuple, list)) else (step,) * n)
         if len(sizes) != n or not all(0 < w <= s for w, s in zip(sizes, x.shape[1:], strict=True)):
             wanted = f"sizes from 1 to the input's {tuple(x.shape[1:])}"
             raise UnitError(expected("sliding_window_shapes", wanted, sizes))
@@ -545,6 +543,9 @@ class ConceptSite:
         layer: a module of the network, its dotted name, or a :class:`LayerSite` that says more.
         autoencoder: trained on this layer of this network.
 
+    Attributes:
+        place: where the autoencoder is inserted.
+
     Raises:
         ArgumentError: ``autoencoder`` is none.
 
@@ -558,23 +559,18 @@ class ConceptSite:
 
     layer: nn.Module | str | LayerSite
     autoencoder: ConceptAutoencoder
-    _layer: LayerSite = field(init=False, repr=False, compare=False)
+    place: LayerSite = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         given: object = self.autoencoder
         if not isinstance(given, ConceptAutoencoder):
             raise ArgumentError(expected("autoencoder", "a ConceptAutoencoder", type(given).__name__))
         layer = self.layer if isinstance(self.layer, LayerSite) else LayerSite(self.layer)
-        object.__setattr__(self, "_layer", layer)
+        object.__setattr__(self, "place", layer)
 
     def __repr__(self) -> str:
         shown = repr(self.layer) if isinstance(self.layer, (str, LayerSite)) else type(self.layer).__name__
         return f"ConceptSite({shown}, {self.autoencoder.concepts} concepts)"
-
-    @property
-    def place(self) -> LayerSite:
-        """Where the autoencoder is inserted."""
-        return self._layer
 
     def module(self, networks: Sequence[nn.Module]) -> tuple[str, nn.Module]:
         """The layer's dotted name and the layer itself; see :meth:`LayerSite.module`."""
