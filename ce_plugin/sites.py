@@ -106,9 +106,9 @@ class MaskUnits(Units):
         self.shapes = [tuple(x.shape) for x in inputs]
         self.grid = grid
         self.open = False
-        rows = n if any(len(mask) > 1 for mask in checked) else 1
+        rows = max(map(len, checked))
         # Equal ids are one unit, in whichever input they are.
-        flat = torch.cat([mask.expand(rows, *mask.shape[1:]).flatten(1) for mask in checked], dim=1)
+        flat = torch.cat([mask.expand(rows, *mask.shape[1:]).reshape(rows, -1) for mask in checked], dim=1)
         names: list[list[int]] = []
         numbers = []
         for row in flat:
@@ -254,9 +254,11 @@ def _checked_masks(inputs: tuple[Tensor, ...], masks: tuple[Tensor, ...]) -> lis
         if mask.is_complex():
             raise UnitError(expected("feature_mask", "integer ids", "complex ones"))
         full = mask.detach().to("cpu", torch.int64).reshape([1] * (x.dim() - mask.dim()) + list(mask.shape))
-        if full.dim() != x.dim() or any(m not in (1, s) for m, s in zip(full.shape, x.shape, strict=True)):
+        try:
+            full.expand(x.shape)
+        except RuntimeError as error:
             wanted = f"a mask that broadcasts to the input's shape {tuple(x.shape)}"
-            raise UnitError(expected("feature_mask", wanted, f"shape {tuple(mask.shape)}"))
+            raise UnitError(expected("feature_mask", wanted, f"shape {tuple(mask.shape)}")) from error
         out.append(full)
     return out
 

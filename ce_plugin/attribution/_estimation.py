@@ -300,7 +300,7 @@ def _index_rows(target: Target, n: int) -> list[tuple[int, ...]]:
 def _indices(row: object, target: object) -> tuple[int, ...]:
     """The indices of one example: integers of any kind (also numpy's), but nothing that would have to be rounded."""
     try:
-        return tuple(operator.index(value) for value in (row if isinstance(row, (tuple, list)) else (row,)))
+        return tuple(map(operator.index, row if isinstance(row, (tuple, list)) else (row,)))
     except TypeError as error:
         wanted = "an int, a tuple of ints, an integer tensor, or a list of ints or tuples"
         raise TargetError(expected("target", wanted, repr(target))) from error

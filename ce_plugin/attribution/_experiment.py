@@ -233,9 +233,9 @@ class Experiment:
 
     def _check_target(self, heads: dict[str, Tensor]) -> None:
         """Errors of the target and the outcome, from the outputs of one example or of all."""
-        every = {
-            name: head if len(head) == self.n else head.expand(self.n, *head.shape[1:]) for name, head in heads.items()
-        }
+        every = {}
+        for name, head in heads.items():
+            every[name] = head.expand(self.n, *head.shape[1:])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again, with the outputs under evidence
             self._measured(every)

@@ -127,10 +127,11 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
         """The experiment that answers the call; its arguments are checked."""
         inputs = as_inputs(call.inputs)
         site, intervention, design = self._setup(call, inputs)
+        args = call.additional_forward_args
         return Experiment(
             call=call,
             inputs=inputs,
-            args=as_args(call.additional_forward_args),
+            args=() if args is None else args if isinstance(args, tuple) else (args,),
             evidences=as_evidences(call.given),
             ids=as_ids(call.ids, len(inputs[0])),
             site=site,
@@ -151,7 +152,7 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
     def _maps(self, call: Call, significant_only: bool | float | None) -> tuple[Tensor, ...]:
         """The contributions of the call's units, each wherever its unit is."""
         experiment = self._experiment(call)
-        rate = false_discovery_rate(significant_only, experiment)
+        rate = None if significant_only is None else false_discovery_rate(significant_only, experiment)
         (estimate,) = experiment.run().values()
         values = estimate.contribution[..., 0]
         if rate is not None:
@@ -164,9 +165,9 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
         return units.spread(values)
 
 
-def false_discovery_rate(significant_only: bool | float | None, experiment: Experiment) -> float | None:
+def false_discovery_rate(significant_only: bool | float, experiment: Experiment) -> float | None:
     """The rate that was asked for; None where all effects are wanted."""
-    if significant_only is None or significant_only is False:
+    if significant_only is False:
         return None
     if experiment.design.exact and experiment.n_draws == 1:
         hint = "Only random designs or a data set have sampling error: use RandomMask(...), or leave it out."
@@ -204,11 +205,6 @@ def as_inputs(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         raise InputError(expected("inputs", "one tensor or more", "an empty tuple"))
     # What is computed here is no function of the user's graph.
     return tuple(map(Tensor.detach, tensors))
-
-
-def as_args(args: Any) -> tuple[object, ...]:
-    """Additional forward arguments as a tuple; None means none."""
-    return () if args is None else args if isinstance(args, tuple) else (args,)
 
 
 def as_ids(ids: Ids, n: int) -> tuple[int, ...]:

@@ -172,7 +172,7 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
     def _run(self, call: Call, significant_only: bool | float | None) -> tuple[Estimate, Tensor]:
         """Contributions of every class, zero where they are not significant, and the units' weights (N, U, h, w)."""
         experiment = self.effects._experiment(call)
-        rate = false_discovery_rate(significant_only, experiment)
+        rate = None if significant_only is None else false_discovery_rate(significant_only, experiment)
         estimates = experiment.run()
         if len(estimates) > 1:
             hint = "Name one with `output=`."

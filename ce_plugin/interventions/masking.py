@@ -68,11 +68,11 @@ class PixelMask(Intervention):
         sigma: float | None = None,
     ) -> None:
         given = fill if isinstance(fill, tuple) else (fill,)
+        if not given:
+            raise ArgumentError(expected("fill", "at least one fill", "an empty tuple"))
         # numpy's numbers are numbers, too.
         self.fills: tuple[Fill, ...] = tuple(float(one) if isinstance(one, Real) else one for one in given)
-        if not self.fills:
-            raise ArgumentError(expected("fill", "at least one fill", "an empty tuple"))
-        self.per_trial = False
+        self.n_variants, self.per_trial = len(given), False
         for one in self.fills:
             if isinstance(one, str) and one not in _NAMES:
                 raise unknown_name("fill", one, _NAMES)
@@ -86,7 +86,6 @@ class PixelMask(Intervention):
         self.normalization = Normalization.of(normalization)
         self.region = None if region is None else _checked_region(region)
         self.sigma = sigma
-        self.n_variants = len(self.fills)
 
     def values(self, clean: Tensor, context: Context) -> Tensor:
         """x' for the whole input: the fill inside the region, the input itself outside.
