@@ -177,48 +177,40 @@ class WindowUnits(Units):
         self, inputs: tuple[Tensor, ...], windows: tuple[tuple[int, ...], ...], strides: tuple[tuple[int, ...], ...]
     ) -> None:
         self.shapes = [tuple(x.shape) for x in inputs]
-        self.starts: list[list[tuple[int, ...]]] = []
-        self.windows = windows
         labels: list[str] = []
+        # For each input which unit comes first, and the part of an example that each unit is.
+        self.parts: list[tuple[int, list[tuple[slice, ...]]]] = []
         for position, (x, window, stride) in enumerate(zip(inputs, windows, strides, strict=True)):
             counts = [-(-(size - w) // s) + 1 for size, w, s in zip(x.shape[1:], window, stride, strict=True)]
             index = torch.cartesian_prod(*[torch.arange(c) for c in counts]).reshape(-1, len(counts))
-            starts = [tuple(row) for row in (index * torch.tensor(stride)).tolist()]
-            self.starts.append(starts)
+            starts = (index * torch.tensor(stride)).tolist()
+            slices = [tuple(slice(a, a + w) for a, w in zip(start, window, strict=True)) for start in starts]
+            self.parts.append((len(labels), slices))
             prefix = f"{position}:" if len(inputs) > 1 else ""
             labels += [prefix + ",".join(map(str, start)) for start in starts]
-        self.labels = labels
+        self.windows, self.labels = windows, labels
         self.n_units = torch.tensor(len(labels)).expand(len(inputs[0]))
-
-    def _slices(self, position: int, unit: int) -> tuple[slice, ...]:
-        start, window = self.starts[position][unit], self.windows[position]
-        return tuple(slice(a, a + w) for a, w in zip(start, window, strict=True))
 
     def masks(self, assignments: Tensor, examples: Tensor) -> tuple[Tensor, ...]:
         out = []
-        offset = 0
-        for position, shape in enumerate(self.shapes):
+        for (first, parts), window, shape in zip(self.parts, self.windows, self.shapes, strict=True):
             # Dimensions that every window covers whole (the channels, mostly) stay of size 1 and broadcast.
-            size = [1 if w >= s else s for w, s in zip(self.windows[position], shape[1:], strict=True)]
+            size = [1 if w >= s else s for w, s in zip(window, shape[1:], strict=True)]
             mask = torch.zeros(len(assignments), *size, dtype=torch.bool)
-            here = assignments[:, offset : offset + len(self.starts[position])]
-            for row, unit in here.nonzero().tolist():
-                mask[row][self._slices(position, unit)] = True
+            for row, unit in assignments[:, first : first + len(parts)].nonzero().tolist():
+                mask[row][parts[unit]] = True
             out.append(mask)
-            offset += len(self.starts[position])
         return tuple(out)
 
     def spread(self, values: Tensor) -> tuple[Tensor, ...]:
         out = []
-        offset = 0
-        for position, shape in enumerate(self.shapes):
+        for (first, parts), shape in zip(self.parts, self.shapes, strict=True):
             total, count = values.new_zeros((len(values), *shape[1:])), values.new_zeros((1, *shape[1:]))
-            for unit in range(len(self.starts[position])):
-                slices = (slice(None), *self._slices(position, unit))
-                total[slices] += values[:, offset + unit].reshape(-1, *[1] * (len(shape) - 1))
-                count[slices] += 1
+            for unit, part in enumerate(parts, first):
+                where = (slice(None), *part)
+                total[where] += values[:, unit].reshape(-1, *[1] * (len(shape) - 1))
+                count[where] += 1
             out.append(total / count.clamp(min=1))
-            offset += len(self.starts[position])
         return tuple(out)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ce_plugin.attribution._estimation import Target
-from ce_plugin.attribution._experiment import Ids
+from ce_plugin.attribution._experiment import Call, Ids
 from ce_plugin.attribution._explainer import Options, as_ids, as_inputs
 from ce_plugin.attribution.layer_effect import LayerCausalEffect
 from ce_plugin.designs import Design, Joint
@@ -100,16 +101,21 @@ class CausalMediation:
             (0,)
         """
         (x,) = as_inputs(inputs)
+        design = None if sets is None else Joint(sets)
         x1 = self._counterparts(x, ids)
-        design = None if sets is None else Joint([tuple(chosen) for chosen in sets])
-        options: dict[str, Any] = {"additional_forward_args": additional_forward_args, "ids": ids}
-        options["show_progress"] = show_progress
-        through = self._run(x, Patch(x1), design, target, options)
+        call = Call(
+            inputs=x,
+            target=target,
+            additional_forward_args=additional_forward_args,
+            ids=ids,
+            show_progress=show_progress,
+        )
+        through = self._run(call, Patch(x1), design)
         # Both ways about the same classes, though the intervention may change which one is predicted.
-        around = self._run(x1, Patch(x), design, target, options)
+        around = self._run(replace(call, inputs=x1), Patch(x), design)
         total = around.reference - through.reference
         every = through.settings["units_of_site"]
-        alone = [(u,) for u in range(every)] if sets is None else [tuple(chosen) for chosen in sets]
+        groups = [(u,) for u in range(every)] if design is None else design.groups
         return Mediation(
             total=total,
             indirect=through.effect,
@@ -122,7 +128,7 @@ class CausalMediation:
             intervention=repr(self.intervention) if isinstance(self.intervention, Intervention) else "counterparts",
             site=repr(self.effects.site),
             cut=through.settings["cut"],
-            whole=tuple(k for k, chosen in enumerate(alone) if len(chosen) == every),
+            whole=tuple(k for k, group in enumerate(groups) if len(group) == every),
             settings={"seed": self.seed, "route": through.settings["route"]},
         )
 
@@ -161,10 +167,10 @@ class CausalMediation:
         first = attacked.estimate(x, targets[1], sets=[(0,)], ids=ids[1])
         total, _, _ = first.column()
         target = first.predicted if targets[1] is None and first.target is None else targets[1]
-        patch = Patch(attacked.intervention)
+        call, patch = Call(inputs=x, target=target, ids=ids[1]), Patch(attacked.intervention)
 
         def run(sets: list[tuple[int, ...]]) -> Tensor:
-            return self._run(x, patch, Joint(sets), target, {"ids": ids[1]}).effect[..., 0]
+            return self._run(call, patch, Joint(sets)).effect[..., 0]
 
         return carriers(choose, run, total, levels=levels, level=level, n_boot=n_boot, seed=self.seed)
 
@@ -179,11 +185,11 @@ class CausalMediation:
         with state_guard(forward.forward_func, *forward.modules, self.intervention):
             return self.intervention.perturb(x, ids=as_ids(ids, len(x)), seed=self.seed)
 
-    def _run(self, x: Tensor, patch: Patch, design: Design | None, target: Target, options: dict[str, Any]) -> Estimate:
+    def _run(self, call: Call, patch: Patch, design: Design | None) -> Estimate:
         # A copy shares what was learned about the network's structure.
         explainer = copy.copy(self.effects)
         explainer.intervention, explainer.design = patch, design
-        found: Estimate | dict[str, Estimate] = explainer.estimate(x, target=target, **options)
+        found: Estimate | dict[str, Estimate] = explainer._estimates(call)
         if isinstance(found, dict):
             wanted = "a model with one output head"
             raise ModelError(expected("forward_func", wanted, sorted(found), "Name one with `output=`."))
