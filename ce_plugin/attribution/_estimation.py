@@ -27,7 +27,7 @@ _FEW = 20
 
 @dataclass(frozen=True)
 class Answer:
-    """The effects on one head's outcomes, of all examples: what an :class:`~ce_plugin.effects.Estimate` is made of."""
+    """The effects on one head's outcomes, under the names they have in :class:`~ce_plugin.effects.Estimate`."""
 
     effect: Tensor
     std_error: Tensor | None
@@ -39,7 +39,7 @@ class Answer:
     n_trials: Tensor
     assignments: Tensor | None = None
     outcomes: Tensor | None = None
-    insertion: Tensor | None = None
+    insertion_effect: Tensor | None = None
 
 
 def answers(
@@ -110,14 +110,14 @@ def average(draws: list[Answer]) -> Answer:
     """The mean over two or more draws of random evidence, with errors from the spread between draws."""
     first, k = draws[0], len(draws)
     effects = torch.stack([draw.effect for draw in draws])
-    insertions = [draw.insertion for draw in draws if draw.insertion is not None]
+    insertions = [draw.insertion_effect for draw in draws if draw.insertion_effect is not None]
     return replace(
         first,
         effect=effects.mean(0),
         std_error=effects.std(0) / k**0.5,
         dof=torch.full_like(first.effect, k - 1),
         reference=torch.stack([draw.reference for draw in draws]).mean(0),
-        insertion=torch.stack(insertions).mean(0) if insertions else None,
+        insertion_effect=torch.stack(insertions).mean(0) if insertions else None,
         assignments=None,
         outcomes=None,
     )
@@ -264,9 +264,8 @@ def flat_target(target: Target, shape: tuple[int, ...]) -> Tensor | None:
     if any(len(index) != len(dims) for index in every) and not (dims == (1,) and all(i in ((), (0,)) for i in every)):
         wanted = f"{len(dims)} ind{'ex' if len(dims) == 1 else 'ices'} per example for outputs {shape}"
         hint = "" if dims else "The model returns one number per example: leave the target out."
-        raise TargetError(
-            expected("target", wanted, repr(target) if not isinstance(target, Tensor) else target.tolist(), hint)
-        )
+        got = target.tolist() if isinstance(target, Tensor) else repr(target)
+        raise TargetError(expected("target", wanted, got, hint))
     flat = []
     for index in every:
         position = 0

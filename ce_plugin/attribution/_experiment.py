@@ -320,9 +320,9 @@ class Experiment:
         """The answers with what inserting the autoencoder does by itself."""
         plain = self._measured(captured_site.outputs or heads)
         inserted = plain(heads, torch.arange(self.n, device=captured_site.values[0].device))
-        return {
-            name: replace(answer, insertion=inserted[name] - plain.reference[name]) for name, answer in found.items()
-        }
+        for name in found:
+            found[name] = replace(found[name], insertion_effect=inserted[name] - plain.reference[name])
+        return found
 
     def _aggregated(self, spec: TrialSpec, runner: Runner) -> dict[str, Answer]:
         """A network that returns one value for the batch makes the batch one example.
@@ -359,17 +359,10 @@ class Experiment:
             labels = ["+".join(map(str, group)) for group in groups]
             counts = torch.full((n,), len(groups))
         return Estimate(
-            effect=answer.effect,
-            std_error=answer.std_error,
-            dof=answer.dof,
-            reference=answer.reference,
-            target=answer.target,
-            predicted=answer.predicted,
-            class_shape=answer.class_shape,
+            **vars(answer) | {"n_trials": int(answer.n_trials.max())},
             n_units=counts,
             unit_labels=labels,
             groups=groups,
-            n_trials=int(answer.n_trials.max()),
             outcome=self.outcome.name,
             design=repr(self.design),
             intervention=repr(self.intervention),
@@ -377,7 +370,6 @@ class Experiment:
             seed=self.seed,
             cost=self.runner.passes if self.route == "full" else round(seconds / self.seconds, 1),
             peeked=self.call.until is not None,
-            insertion_effect=answer.insertion,
             site=repr(self.site),
             settings={
                 "seconds": seconds,
@@ -387,8 +379,6 @@ class Experiment:
                 "units_of_site": units.width,
             },
             p=self.design.flip_probability(),
-            assignments=answer.assignments,
-            outcomes=answer.outcomes,
             blocks=None if answer.outcomes is None else self.design.blocks(answer.outcomes.shape[1]),
         )
 

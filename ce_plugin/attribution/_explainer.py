@@ -237,10 +237,8 @@ def as_evidences(given: Given) -> list[Evidence]:
     every: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
     for one in every:
         if not isinstance(one, (Intervention, Evidence)):
-            wanted = "an intervention, an Evidence, or a list of them"
-            raise ArgumentError(
-                expected("given", wanted, type(one).__name__, "Write Evidence(intervention, units=...).")
-            )
+            wanted, hint = "an intervention, an Evidence, or a list of them", "Write Evidence(intervention, units=...)."
+            raise ArgumentError(expected("given", wanted, type(one).__name__, hint))
     evidences = [one if isinstance(one, Evidence) else Evidence(one) for one in every]
     draws = sorted({one.n_draws for one in evidences if one.is_random})
     if len(draws) > 1:
