@@ -273,7 +273,7 @@ class RandomMask(_Random):
         self.balanced, self.antithetic, self.estimator = balanced, antithetic, estimator
 
     def flip_probability(self) -> float | None:
-        """p, or for a balanced design the share that is exactly held."""
+        """p, or for a balanced design the share of trials in which each unit flips."""
         return round(self.p * self.n_trials) / self.n_trials if self.balanced else self.p
 
     def blocks(self, n_trials: int) -> Tensor | None:
@@ -382,7 +382,7 @@ class RandomRegions(_OverGrid):
     White noise is averaged with a Gaussian of standard deviation ``length`` cells, scaled to unit variance, and a unit
     is set where it exceeds the normal quantile of 1 - p. Every unit, at the border too, flips with probability exactly
     p; neighbours tend to flip together; no direction or position is preferred. How many units flip differs between
-    trials: with a fixed number the level that all effects share could not be told from the intercept.
+    trials: with a fixed number the level that all effects share could not be separated from the intercept.
 
     Args:
         p: probability that a unit flips, in (0, 1).

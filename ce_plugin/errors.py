@@ -69,7 +69,7 @@ class DesignError(CEPluginError, ValueError):
 
 
 class InferenceError(CEPluginError, ValueError):
-    """A question of inference (p-values, significance) was put to a result without sampling error."""
+    """p-values, intervals or significance were asked of a result that has no sampling error."""
 
 
 class UnknownNameError(CEPluginError, ValueError):

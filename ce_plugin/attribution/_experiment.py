@@ -478,7 +478,7 @@ def donated(
 def _values_at_site(
     capture: CapturingForward, donors: tuple[Tensor, ...], args: tuple[object, ...], n: int
 ) -> Iterator[Tensor]:
-    # One row at a time first would say nothing here: a layer's value takes no more memory than a pass to it.
+    # No single row is measured first: a layer's value takes no more memory than the pass that computes it.
     for start in range(0, len(donors[0]), _DONORS):
         rows = torch.arange(start, min(start + _DONORS, len(donors[0])))
         some = tuple(donor[rows.to(donor.device)] for donor in donors)
@@ -488,14 +488,14 @@ def _values_at_site(
 
 
 def warn_unchanged(spec: TrialSpec) -> None:
-    """Say so where an intervention changes nothing in an example.
+    """Warn of examples in which an intervention changes nothing.
 
     Warns:
-        NoChangeWarning: it does not.
+        NoChangeWarning: there are such examples.
     """
     intervention = spec.intervention
     if intervention.per_trial or intervention.forward_equivalents:
-        return  # unknown before the trials, or too dear to ask for twice (attacks warn by themselves)
+        return  # unknown before the trials, or too expensive to compute twice (attacks warn by themselves)
     unchanged = torch.ones(spec.n, dtype=torch.bool)
     for variant in range(intervention.n_variants):
         for position, x in enumerate(spec.inputs):

@@ -218,7 +218,7 @@ def as_ids(ids: Ids, n: int) -> tuple[int, ...]:
     try:
         names = tuple(operator.index(i) for i in (ids.tolist() if isinstance(ids, Tensor) else ids))
     except TypeError as error:
-        hint = "Take the examples' places in the data set."
+        hint = "Take the examples' indices in the data set."
         raise InputError(expected("ids", "one integer per example", repr(ids), hint)) from error
     if len(names) != n:
         raise InputError(expected("ids", f"{n} ids, one per example", len(names)))

@@ -51,12 +51,12 @@ class CausalEffect(Explainer):
     **Defaults for images** (one tensor (N, C, H, W), no mask, no windows): the patches of a 14 x 14 grid are set in
     random coherent regions, half of the image in each of 399 trials, to black, the image's mean and a blur in turn
     (:class:`~ce_plugin.designs.RandomRegions`); effects come from a regression with a smooth prior. This was chosen by
-    insertion and deletion on photographs that the benchmark does not report: a trial that sets half of the image tells
-    more than one that sets 30 % of it, and a smooth prior more than 196 separate effects. On the 100 reported ones it
-    scored 0.441; Grad-CAM, SmoothGrad, RISE and the best Occlusion 0.313 to 0.286, RandomMask(0.1) 0.216
-    (``benchmarks/results/faithfulness.md``). Its errors belong to that smooth picture: 95 % intervals cover that much
-    or more on average, but next to nothing where a single patch stands out alone (``coverage_smooth.md``). Where each
-    patch must be judged by itself, take RandomMask, whose intervals cover 95 % (``coverage.md``).
+    insertion and deletion on photographs that the benchmark does not report: a trial that sets half of the image is
+    more informative than one that sets 30 % of it, and a smooth prior more than 196 separate effects. On the 100
+    reported ones it scored 0.441; Grad-CAM, SmoothGrad, RISE and the best Occlusion 0.313 to 0.286, RandomMask(0.1)
+    0.216 (``benchmarks/results/faithfulness.md``). Its errors belong to that smooth picture: 95 % intervals cover that
+    much or more on average, but next to nothing where a single patch stands out alone (``coverage_smooth.md``). Where
+    you need the effect of each patch by itself, take RandomMask, whose intervals cover 95 % (``coverage.md``).
 
     **For anything else** each scalar (or unit of the mask) is set to zero by itself, exactly: FeatureAblation.
 

@@ -143,7 +143,7 @@ class CausalMediation:
         targets: tuple[Target, Target] = (None, None),
         ids: tuple[Sequence[int] | None, Sequence[int] | None] = (None, None),
     ) -> Carriers:
-        """How many units carry 50 % and 90 % of the effect: ranked on some images, tried on others.
+        """How many units carry 50 % and 90 % of the effect: ranked on some images, tested on others.
 
         Args:
             choosing: images that rank the units by their natural indirect effect, (N, ...).
@@ -161,7 +161,7 @@ class CausalMediation:
         """
         choose = self.estimate(choosing, targets[0], ids=ids[0])
         (x,) = as_inputs(testing)
-        # Made once: an attack is dear.
+        # Made once, because attacks are expensive.
         attacked = copy.copy(self)
         attacked.intervention = self._counterparts(x, ids[1])
         first = attacked.estimate(x, targets[1], sets=[(0,)], ids=ids[1])

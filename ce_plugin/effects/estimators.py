@@ -16,7 +16,7 @@ from torch import Tensor
 from ce_plugin.errors import ArgumentError, DesignError, UnitError, expected
 
 SKEW = 4.27
-"""What squared skewness counts in degrees of freedom, beside excess kurtosis counting 1.
+"""Weight of squared skewness in the degrees of freedom, where that of excess kurtosis is 1.
 
 The tail of a studentized mean is lifted by skewness g as by an excess of 8 / (x^2 + 1) (x^4 + 2 x^2 - 3) / 18 g^2 in
 2 n / (2 + excess) (second-order Edgeworth expansion, Hall 1992, section 2.6); this is its value at x = 3, where
@@ -274,7 +274,7 @@ def exact_difference(outcomes: Tensor, reference: Tensor) -> Effects:
     if outcomes.dim() != 2 or reference.shape not in (outcomes.shape, outcomes.shape[1:]):
         wanted = f"of shape (C,) or (R, C) for outcomes {tuple(outcomes.shape)}"
         raise UnitError(expected("reference", wanted, f"shape {tuple(reference.shape)}"))
-    # In place on a copy: with thousands of units and classes another one would be felt.
+    # In place on a copy: with thousands of units and classes another one would take noticeable memory.
     return Effects(outcomes.to(torch.float64, copy=True).sub_(double(reference)))
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-# Units whose resamples are held at once: 2,000 resamples of 256 units are 4 MB each for a handful of tensors.
+# Units whose resamples are in memory at once: 2,000 resamples of 256 units are 4 MB each for a handful of tensors.
 _CHUNK = 256
 
 
@@ -48,7 +48,7 @@ class Shares:
     Attributes:
         indirect: mean NIE / mean TE, (U,): what the unit carries by itself.
         indirect_low, indirect_high: its interval, (U,).
-        direct: 1 - mean NDE / mean TE, (U,): what is lost when the unit alone does not learn of the intervention.
+        direct: 1 - mean NDE / mean TE, (U,): what is lost when the unit alone keeps its clean value.
         direct_low, direct_high: its interval, (U,).
         total, total_low, total_high: mean TE and its interval.
         n_images: number of images.
@@ -284,9 +284,9 @@ class MediationEffects(NamedTuple):
 
     Attributes:
         total: TE = Y(x') - Y(x), (N, C).
-        indirect: NIE = Y(x, M(x')) - Y(x), (N, U, C): only the mediator learns of the intervention.
-        direct: NDE = Y(x', M(x)) - Y(x), (N, U, C): all but the mediator learn of it.
-        interaction: TE - NDE - NIE, (N, U, C): what takes both.
+        indirect: NIE = Y(x, M(x')) - Y(x), (N, U, C): only the mediator has its value under the intervention.
+        direct: NDE = Y(x', M(x)) - Y(x), (N, U, C): only the mediator keeps its clean value.
+        interaction: TE - NDE - NIE, (N, U, C): what needs both.
     """
 
     total: Tensor
@@ -352,7 +352,7 @@ class Mediation:
         outcome, intervention: what was measured and done, as text.
         site: where the units are, as text: ``"features.28"``.
         cut: True where everything passes through the site's layer: the share of all its units together is 1 by
-            construction and tells nothing; proper subsets do.
+            construction; only the shares of proper subsets are informative.
         whole: the rows of ``indirect`` that stand for the whole layer.
         settings: what else reproduces the run, JSON-able.
 
@@ -411,7 +411,7 @@ class Mediation:
 
     @property
     def interaction(self) -> Tensor:
-        """TE - NDE - NIE, (N, U, C): what takes both the mediator's change and that of the rest."""
+        """TE - NDE - NIE, (N, U, C): what needs both the mediator's change and that of the rest."""
         return self.total[:, None] - self.direct - self.indirect
 
     def share(
@@ -421,8 +421,8 @@ class Mediation:
 
             indirect share = mean NIE / mean TE,   direct share = 1 - mean NDE / mean TE
 
-        The first is what the unit carries by itself, the second what is lost when it alone does not learn of the
-        intervention; they differ by the interaction's share. Intervals: see :class:`~ce_plugin.effects.Shares`.
+        The first is what the unit carries by itself, the second what is lost when it alone keeps its clean
+        value; they differ by the interaction's share. Intervals: see :class:`~ce_plugin.effects.Shares`.
 
         Args:
             class_index: the class whose outcome is meant, one for all images or (N,); None takes the target, the

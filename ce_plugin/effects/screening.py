@@ -101,8 +101,8 @@ def screen(
         A_uv = dY/da_v (u flipped) - dY/da_v (idle),   B_uv = dY/da_v (u flipped) - [Y(v) - Y()]
         score_uv = max(m_uv, m_vu),   m_uv = min(|A_uv|, |B_uv|), or |A_uv| where single effects are not given
 
-    Both are exact for products. B alone takes the curvature of v's own response for an interaction with *every* u
-    (of the 20 largest of 4,950 interactions of random ReLU networks, 1 to 4 layers deep, the first 100 pairs held: A
+    Both are exact for products. B alone takes the curvature of v's own response for an interaction with *every* u (of
+    the 20 largest of 4,950 interactions of random ReLU networks, 1 to 4 layers deep, the first 100 pairs contained: A
     0.72-0.76, B 0.43-0.55, the smaller of the two 0.76-0.82); A alone exaggerates where v's response saturates.
 
     A ReLU gate may be closed, and its gradient 0, exactly at the flipped state (``relu(a_u + a_v - 1)``): all other

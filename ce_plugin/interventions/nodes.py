@@ -54,7 +54,7 @@ class _FromReference(Intervention):
 
 
 class MeanOut(_FromReference):
-    """The node is set to its mean over a reference set, so that it says what it says on average, and nothing of x.
+    """The node is set to its mean over a reference set, which carries no information about x.
 
     Args:
         reference: inputs of the network, (R, ...), or a tuple of such.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 POSITIVE = "#e8590c"
 """Colour of what supports the class: orange."""
 NEGATIVE = "#1c6fd1"
-"""Colour of what speaks against the class: blue. The pair stays apart for colour-blind readers."""
+"""Colour of what opposes the class: blue. Colour-blind readers can distinguish the two."""
 
 _DPI = 100
 Pixels = npt.NDArray[np.float64]
