@@ -9,7 +9,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from ce_plugin.randomness import generator
 
 __all__ = [
     "Design",
-    "EveryUnit",
     "Joint",
     "LeaveOneIn",
     "OneAtATime",
@@ -86,17 +85,6 @@ class Design(ABC):
         other = copy.copy(self)
         other.seed = seed
         return other
-
-
-def check_n_trials(n_trials: object) -> None:
-    """Whether a number of trials is a whole number, 2 or more."""
-    if not isinstance(n_trials, Integral) or int(n_trials) < 2:
-        raise DesignError(expected("n_trials", "a whole number, 2 or more", n_trials))
-
-
-def is_share(p: object) -> bool:
-    """Whether this is a number in (0, 1)."""
-    return isinstance(p, Real) and 0 < float(p) < 1
 
 
 class OneAtATime(Design):
@@ -224,7 +212,24 @@ class Joint(Design):
         return f"Joint([{shown}])"
 
 
-class RandomMask(Design):
+class _Random(Design):
+    """Designs that set a share p of the units, drawn anew for each of a number of trials."""
+
+    _p = ("a probability in (0, 1)", "Write 0.1 for ten per cent.")
+
+    def __init__(self, p: Any, n_trials: Any, seed: int) -> None:
+        if not isinstance(p, Real) or not 0 < float(p) < 1:
+            wanted, hint = self._p
+            raise DesignError(expected("p", wanted, p, hint))
+        if not isinstance(n_trials, Integral) or int(n_trials) < 2:
+            raise DesignError(expected("n_trials", "a whole number, 2 or more", n_trials))
+        self.p, self.n_trials, self.seed = float(p), int(n_trials), int(seed)
+
+    def n_trials_for(self, n_units: int) -> int:
+        return self.n_trials
+
+
+class RandomMask(_Random):
     """Each unit flips with probability p in each trial, independently: effects are averaged over the others' flips.
 
     Args:
@@ -257,9 +262,7 @@ class RandomMask(Design):
         estimator: str = "adjusted",
         seed: int = 0,
     ) -> None:
-        if not is_share(p):
-            raise DesignError(expected("p", "a probability in (0, 1)", p, "Write 0.1 for ten per cent."))
-        check_n_trials(n_trials)
+        super().__init__(p, n_trials, seed)
         if antithetic and n_trials % 2:
             raise DesignError(expected("n_trials", "even for antithetic pairs", n_trials))
         if balanced and not 0 < round(p * n_trials) < n_trials:
@@ -267,14 +270,10 @@ class RandomMask(Design):
             raise DesignError(expected("n_trials", f"so large that units flip and idle at p={p}", n_trials, hint))
         if estimator not in ("adjusted", "difference_in_means"):
             raise DesignError(expected("estimator", "'adjusted' or 'difference_in_means'", repr(estimator)))
-        self.p, self.n_trials, self.seed = float(p), int(n_trials), int(seed)
         self.balanced, self.antithetic, self.estimator = balanced, antithetic, estimator
 
-    def n_trials_for(self, n_units: int) -> int:
-        return self.n_trials
-
     def flip_probability(self) -> float | None:
-        """p, or for a balanced design the share that is exactly held."""
+        """p, or for a balanced design the share of trials in which each unit flips."""
         return round(self.p * self.n_trials) / self.n_trials if self.balanced else self.p
 
     def blocks(self, n_trials: int) -> Tensor | None:
@@ -308,19 +307,11 @@ class RandomMask(Design):
         return f"RandomMask({self.p}, n_trials={self.n_trials}{flags}, estimator={self.estimator!r}, seed={self.seed})"
 
 
-class _OverGrid(Design):
+class _OverGrid(_Random):
     """Random designs whose trials set coherent parts of a grid; neighbours flip together, so a regression is needed."""
 
     estimator = "smooth"
-
-    def __init__(self, p: float, n_trials: int, seed: int) -> None:
-        if not is_share(p):
-            raise DesignError(expected("p", "a share of the area in (0, 1)", p, "Write 0.5 for a half."))
-        check_n_trials(n_trials)
-        self.p, self.n_trials, self.seed = float(p), int(n_trials), int(seed)
-
-    def n_trials_for(self, n_units: int) -> int:
-        return self.n_trials
+    _p = ("a share of the area in (0, 1)", "Write 0.5 for a half.")
 
     def _grid(self, n_units: int, grid: Grid | None) -> Grid:
         if grid is None or grid[0] * grid[1] != n_units:
@@ -391,7 +382,7 @@ class RandomRegions(_OverGrid):
     White noise is averaged with a Gaussian of standard deviation ``length`` cells, scaled to unit variance, and a unit
     is set where it exceeds the normal quantile of 1 - p. Every unit, at the border too, flips with probability exactly
     p; neighbours tend to flip together; no direction or position is preferred. How many units flip differs between
-    trials: with a fixed number the level that all effects share could not be told from the intercept.
+    trials: with a fixed number the level that all effects share could not be separated from the intercept.
 
     Args:
         p: probability that a unit flips, in (0, 1).

@@ -69,7 +69,7 @@ class DesignError(CEPluginError, ValueError):
 
 
 class InferenceError(CEPluginError, ValueError):
-    """A question of inference (p-values, significance) was put to a result without sampling error."""
+    """p-values, intervals or significance were asked of a result that has no sampling error."""
 
 
 class UnknownNameError(CEPluginError, ValueError):
@@ -106,8 +106,8 @@ def expected(argument: str, wanted: str, got: object, hint: str = "") -> str:
     Args:
         argument: name of the argument as the user wrote it.
         wanted: what it should have been ("a float in (0, 1)").
-        got: what came; printed as it is.
-        todo: a sentence that says what to do, where that is not plain.
+        got: what came instead; printed as it is.
+        hint: a sentence that says what to do, where that is not plain.
 
     Example:
         >>> expected("p", "a float in (0, 1)", 1.5, "Write 0.1 for ten per cent.")

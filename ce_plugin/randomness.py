@@ -11,9 +11,11 @@ __all__ = ["derived_seed", "generator", "numpy_generator"]
 
 
 def _sequence(seed: int, keys: tuple[int | str, ...]) -> np.random.SeedSequence:
-    words = [zlib.crc32(key.encode()) if isinstance(key, str) else key for key in keys]
-    # SeedSequence takes non-negative words only; a sign is carried as a word of its own.
-    entropy = [word for value in (seed, *words) for word in (abs(int(value)), int(value < 0))]
+    entropy = []
+    for key in (seed, *keys):
+        value = zlib.crc32(key.encode()) if isinstance(key, str) else int(key)
+        # SeedSequence takes non-negative words only; a sign is carried as a word of its own.
+        entropy += [abs(value), int(value < 0)]
     # Up to four words numpy fills with zeros, so that (1,) and (1, 0) would be the same name.
     return np.random.SeedSequence([*entropy, len(entropy)] if len(entropy) <= 4 else entropy)
 

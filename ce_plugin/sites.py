@@ -6,7 +6,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, Union, cast
+from typing import Any, Literal, TypeAlias, Union, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,8 @@ __all__ = [
     "InputSite",
     "LayerSite",
     "MaskUnits",
-    "Masks",
-    "Strides",
     "Units",
     "WindowUnits",
-    "Windows",
     "patch_grid",
 ]
 
@@ -110,28 +107,29 @@ class MaskUnits(Units):
         self.shapes = [tuple(x.shape) for x in inputs]
         self.grid = grid
         self.open = False
-        rows = n if any(len(mask) > 1 for mask in checked) else 1
-        names: list[Tensor] = []
-        ids: list[list[Tensor]] = []
-        for row in range(rows):
-            flat = [mask[row if len(mask) > 1 else 0] for mask in checked]
-            name, index = torch.unique(torch.cat([mask.reshape(-1) for mask in flat]), return_inverse=True)
+        rows = max(map(len, checked))
+        # Equal ids are one unit, in whichever input they are.
+        flat = torch.cat([mask.expand(rows, *mask.shape[1:]).reshape(rows, -1) for mask in checked], dim=1)
+        names: list[list[int]] = []
+        numbers = []
+        for row in flat:
+            name, number = torch.unique(row, return_inverse=True)
             if none is not None and bool((name == none).any()):
                 # What belongs to no unit points behind the last one, at the column that `masks` and `spread` append.
                 place = int((name == none).nonzero())
                 name = name[name != none]
-                index = torch.where(index == place, len(name), index - (index > place).long())
+                number = torch.where(number == place, len(name), number - (number > place).long())
                 self.open = True
-            names.append(name)
-            parts = index.split([mask.numel() for mask in flat])
-            ids.append([part.reshape(mask.shape) for part, mask in zip(parts, flat, strict=True)])
-        self.ids = tuple(torch.stack(column) for column in zip(*ids, strict=True))
-        self.n_units = torch.tensor([len(name) for name in names]).expand(n)
+            names.append(name.tolist())
+            numbers.append(number)
+        columns = torch.split(torch.stack(numbers), [mask[0].numel() for mask in checked], dim=1)
+        self.ids = tuple(own.reshape(rows, *mask.shape[1:]) for own, mask in zip(columns, checked, strict=True))
+        self.n_units = torch.tensor(list(map(len, names))).expand(n)
         if labels is not None:
             self.labels = labels
             return
-        every = [[str(int(value)) for value in name] for name in names]
-        self.labels = every[0] if all(one == every[0] for one in every) else every
+        every = [list(map(str, name)) for name in names]
+        self.labels = every[0] if every.count(every[0]) == len(every) else every
 
     def masks(self, assignments: Tensor, examples: Tensor) -> tuple[Tensor, ...]:
         out = []
@@ -180,48 +178,40 @@ class WindowUnits(Units):
         self, inputs: tuple[Tensor, ...], windows: tuple[tuple[int, ...], ...], strides: tuple[tuple[int, ...], ...]
     ) -> None:
         self.shapes = [tuple(x.shape) for x in inputs]
-        self.starts: list[list[tuple[int, ...]]] = []
-        self.windows = windows
         labels: list[str] = []
+        # For each input which unit comes first, and the part of an example that each unit is.
+        self.parts: list[tuple[int, list[tuple[slice, ...]]]] = []
         for position, (x, window, stride) in enumerate(zip(inputs, windows, strides, strict=True)):
             counts = [-(-(size - w) // s) + 1 for size, w, s in zip(x.shape[1:], window, stride, strict=True)]
             index = torch.cartesian_prod(*[torch.arange(c) for c in counts]).reshape(-1, len(counts))
-            starts = [tuple(row) for row in (index * torch.tensor(stride)).tolist()]
-            self.starts.append(starts)
+            starts = (index * torch.tensor(stride)).tolist()
+            slices = [tuple(slice(a, a + w) for a, w in zip(start, window, strict=True)) for start in starts]
+            self.parts.append((len(labels), slices))
             prefix = f"{position}:" if len(inputs) > 1 else ""
             labels += [prefix + ",".join(map(str, start)) for start in starts]
-        self.labels = labels
+        self.windows, self.labels = windows, labels
         self.n_units = torch.tensor(len(labels)).expand(len(inputs[0]))
-
-    def _slices(self, position: int, unit: int) -> tuple[slice, ...]:
-        start, window = self.starts[position][unit], self.windows[position]
-        return tuple(slice(a, a + w) for a, w in zip(start, window, strict=True))
 
     def masks(self, assignments: Tensor, examples: Tensor) -> tuple[Tensor, ...]:
         out = []
-        offset = 0
-        for position, shape in enumerate(self.shapes):
+        for (first, parts), window, shape in zip(self.parts, self.windows, self.shapes, strict=True):
             # Dimensions that every window covers whole (the channels, mostly) stay of size 1 and broadcast.
-            size = [1 if w >= s else s for w, s in zip(self.windows[position], shape[1:], strict=True)]
+            size = [1 if w >= s else s for w, s in zip(window, shape[1:], strict=True)]
             mask = torch.zeros(len(assignments), *size, dtype=torch.bool)
-            here = assignments[:, offset : offset + len(self.starts[position])]
-            for row, unit in here.nonzero().tolist():
-                mask[row][self._slices(position, unit)] = True
+            for row, unit in assignments[:, first : first + len(parts)].nonzero().tolist():
+                mask[row][parts[unit]] = True
             out.append(mask)
-            offset += len(self.starts[position])
         return tuple(out)
 
     def spread(self, values: Tensor) -> tuple[Tensor, ...]:
         out = []
-        offset = 0
-        for position, shape in enumerate(self.shapes):
+        for (first, parts), shape in zip(self.parts, self.shapes, strict=True):
             total, count = values.new_zeros((len(values), *shape[1:])), values.new_zeros((1, *shape[1:]))
-            for unit in range(len(self.starts[position])):
-                slices = (slice(None), *self._slices(position, unit))
-                total[slices] += values[:, offset + unit].reshape(-1, *[1] * (len(shape) - 1))
-                count[slices] += 1
+            for unit, part in enumerate(parts, first):
+                where = (slice(None), *part)
+                total[where] += values[:, unit].reshape(-1, *[1] * (len(shape) - 1))
+                count[where] += 1
             out.append(total / count.clamp(min=1))
-            offset += len(self.starts[position])
         return tuple(out)
 
 
@@ -257,10 +247,11 @@ def _checked_masks(inputs: tuple[Tensor, ...], masks: tuple[Tensor, ...]) -> lis
         if mask.is_complex():
             raise UnitError(expected("feature_mask", "integer ids", "complex ones"))
         full = mask.detach().to("cpu", torch.int64).reshape([1] * (x.dim() - mask.dim()) + list(mask.shape))
-        fits = full.dim() == x.dim() and all(m in (1, s) for m, s in zip(full.shape, x.shape, strict=True))
-        if not fits:
+        try:
+            full.expand(x.shape)
+        except RuntimeError as error:
             wanted = f"a mask that broadcasts to the input's shape {tuple(x.shape)}"
-            raise UnitError(expected("feature_mask", wanted, f"shape {tuple(mask.shape)}"))
+            raise UnitError(expected("feature_mask", wanted, f"shape {tuple(mask.shape)}")) from error
         out.append(full)
     return out
 
@@ -294,10 +285,12 @@ class InputSite:
     cells: int = 14
 
     def __repr__(self) -> str:
-        given: list[tuple[str, object]] = [("feature_mask", self.feature_mask)]
-        given += [("sliding_window_shapes", self.sliding_window_shapes)]
-        given += [("strides", self.strides), ("cells", None if self.cells == 14 else self.cells)]
-        return f"InputSite({', '.join(f'{name}={_shown(value)}' for name, value in given if value is not None)})"
+        given: dict[str, object] = {"feature_mask": self.feature_mask}
+        given |= {"sliding_window_shapes": self.sliding_window_shapes, "strides": self.strides}
+        given["cells"] = None if self.cells == 14 else self.cells
+        return (
+            f"InputSite({', '.join(f'{name}={_shown(value)}' for name, value in given.items() if value is not None)})"
+        )
 
     def is_grid(self, inputs: tuple[Tensor, ...]) -> bool:
         """Whether the units are the cells of a grid: one tensor of images (N, C, H, W), no mask and no windows."""
@@ -337,23 +330,22 @@ def _window_units(inputs: tuple[Tensor, ...], windows: Windows, strides: Strides
     nested = cast("tuple[tuple[int, ...], ...]", (windows,) if one_shape else windows)
     if len(nested) != len(inputs):
         raise UnitError(expected("sliding_window_shapes", f"{len(inputs)} shape(s), one per input", windows))
-    one_stride = strides is None or isinstance(strides, int)
-    if (
-        isinstance(strides, (tuple, list))
-        and len(inputs) == 1
-        and not any(isinstance(s, (tuple, list)) for s in strides)
-    ):
-        strides = (cast("tuple[int, ...]", tuple(strides)),)
-    elif not one_stride and not isinstance(strides, (tuple, list)):
+    steps: tuple[Any, ...]
+    if strides is None or isinstance(strides, int):
+        steps = (1 if strides is None else strides,) * len(inputs)
+    elif not isinstance(strides, (tuple, list)):
         raise UnitError(expected("strides", "None, a number of steps, or a tuple of them", strides))
-    steps = cast("tuple[int | tuple[int, ...] | None, ...]", (strides,) * len(inputs) if one_stride else strides)
+    elif len(inputs) == 1 and not any(isinstance(step, (tuple, list)) for step in strides):
+        steps = (tuple(strides),)
+    else:
+        steps = tuple(strides)
     if len(steps) != len(inputs):
         raise UnitError(expected("strides", f"{len(inputs)} stride(s), one per input", strides))
     all_windows, all_strides = [], []
     for x, window, step in zip(inputs, nested, steps, strict=True):
         n = x.dim() - 1
         sizes = _whole("sliding_window_shapes", window)
-        stride = _whole("strides", step if isinstance(step, (tuple, list)) else (1 if step is None else step,) * n)
+        stride = _whole("strides", step if isinstance(step, (tuple, list)) else (step,) * n)
         if len(sizes) != n or not all(0 < w <= s for w, s in zip(sizes, x.shape[1:], strict=True)):
             wanted = f"sizes from 1 to the input's {tuple(x.shape[1:])}"
             raise UnitError(expected("sliding_window_shapes", wanted, sizes))
@@ -536,6 +528,9 @@ class ConceptSite:
         layer: a module of the network, its dotted name, or a :class:`LayerSite` that says more.
         autoencoder: trained on this layer of this network.
 
+    Attributes:
+        place: where the autoencoder is inserted.
+
     Raises:
         ArgumentError: ``autoencoder`` is none.
 
@@ -549,23 +544,18 @@ class ConceptSite:
 
     layer: nn.Module | str | LayerSite
     autoencoder: ConceptAutoencoder
-    _layer: LayerSite = field(init=False, repr=False, compare=False)
+    place: LayerSite = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         given: object = self.autoencoder
         if not isinstance(given, ConceptAutoencoder):
             raise ArgumentError(expected("autoencoder", "a ConceptAutoencoder", type(given).__name__))
         layer = self.layer if isinstance(self.layer, LayerSite) else LayerSite(self.layer)
-        object.__setattr__(self, "_layer", layer)
+        object.__setattr__(self, "place", layer)
 
     def __repr__(self) -> str:
         shown = repr(self.layer) if isinstance(self.layer, (str, LayerSite)) else type(self.layer).__name__
         return f"ConceptSite({shown}, {self.autoencoder.concepts} concepts)"
-
-    @property
-    def place(self) -> LayerSite:
-        """Where the autoencoder is inserted."""
-        return self._layer
 
     def module(self, networks: Sequence[nn.Module]) -> tuple[str, nn.Module]:
         """The layer's dotted name and the layer itself; see :meth:`LayerSite.module`."""

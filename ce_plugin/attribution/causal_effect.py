@@ -2,62 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from captum.log import log_usage
-from torch import Tensor
+from torch import Tensor, nn
 
-from ce_plugin.attribution.estimation import Target
-from ce_plugin.attribution.experiment import Experiment, cost_of
-from ce_plugin.attribution.explainer import (
-    Baselines,
-    Explainer,
-    Given,
-    as_args,
-    as_baseline,
-    as_evidences,
-    as_ids,
-    as_inputs,
-)
+from ce_plugin.attribution._estimation import Target
+from ce_plugin.attribution._experiment import Baselines, Call, Given, Ids
+from ce_plugin.attribution._explainer import Engine, Explainer, as_baseline
 from ce_plugin.designs import Design, OneAtATime, RandomRegions
 from ce_plugin.effects import Outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
-from ce_plugin.errors import ArgumentError, expected
+from ce_plugin.errors import ArgumentError, NormalizationWarning, expected
 from ce_plugin.interventions import Intervention, Normalization, PixelMask
 from ce_plugin.interventions.base import NormalizationLike
 from ce_plugin.networks.forward import OutputSelector
 from ce_plugin.sites import InputSite, Masks, Strides, Windows
 from ce_plugin.trials import Cost
 
-__all__ = [
-    "CausalEffect",
-    "default_design",
-    "default_mask",
-    "on_grid",
-]
-
+Inputs = TypeVar("Inputs", bound="Tensor | tuple[Tensor, ...]")
 
 # Below this many pixels a side there are so few units that each can be asked for by itself.
 _SMALLEST_GRID = 5
-
-
-def on_grid(site: InputSite, inputs: tuple[Tensor, ...]) -> bool:
-    """Whether these inputs are images whose patches can be set region by region."""
-    return site.is_grid(inputs) and min(inputs[0].shape[2:]) >= _SMALLEST_GRID
-
-
-def default_mask(grid: bool, normalization: Normalization) -> PixelMask:
-    """Black, mean and blur in turn for images: no single fill then passes for evidence; zero for anything else."""
-    return PixelMask(("zero", "mean", "blur") if grid else "zero", normalization=normalization)
-
-
-def default_design(grid: bool) -> Design:
-    """Random regions, 400 passes with the reference, for images; each unit by itself for anything else."""
-    return RandomRegions() if grid else OneAtATime()
-
-
-Inputs = TypeVar("Inputs", bound="Tensor | tuple[Tensor, ...]")
 
 
 class CausalEffect(Explainer):
@@ -83,12 +51,12 @@ class CausalEffect(Explainer):
     **Defaults for images** (one tensor (N, C, H, W), no mask, no windows): the patches of a 14 x 14 grid are set in
     random coherent regions, half of the image in each of 399 trials, to black, the image's mean and a blur in turn
     (:class:`~ce_plugin.designs.RandomRegions`); effects come from a regression with a smooth prior. This was chosen by
-    insertion and deletion on photographs that the benchmark does not report: a trial that sets half of the image tells
-    more than one that sets 30 % of it, and a smooth prior more than 196 separate effects. On the 100 reported ones it
-    scored 0.441; Grad-CAM, SmoothGrad, RISE and the best Occlusion 0.313 to 0.286, RandomMask(0.1) 0.216
-    (``benchmarks/results/faithfulness.md``). Its errors belong to that smooth picture: 95 % intervals cover that much
-    or more on average, but next to nothing where a single patch stands out alone (``coverage_smooth.md``). Where each
-    patch must be judged by itself, take RandomMask, whose intervals cover 95 % (``coverage.md``).
+    insertion and deletion on photographs that the benchmark does not report: a trial that sets half of the image is
+    more informative than one that sets 30 % of it, and a smooth prior more than 196 separate effects. On the 100
+    reported ones it scored 0.441; Grad-CAM, SmoothGrad, RISE and the best Occlusion 0.313 to 0.286, RandomMask(0.1)
+    0.216 (``benchmarks/results/faithfulness.md``). Its errors belong to that smooth picture: 95 % intervals cover that
+    much or more on average, but next to nothing where a single patch stands out alone (``coverage_smooth.md``). Where
+    you need the effect of each patch by itself, take RandomMask, whose intervals cover 95 % (``coverage.md``).
 
     **For anything else** each scalar (or unit of the mask) is set to zero by itself, exactly: FeatureAblation.
 
@@ -122,12 +90,20 @@ class CausalEffect(Explainer):
         output: OutputSelector = None,
         seed: int = 0,
         memory_budget: int | None = None,
-        engine: Literal["auto", "suffix", "full"] = "auto",
+        engine: Engine = "auto",
     ) -> None:
         super().__init__(
-            forward_func, intervention, design, outcome=outcome, normalization=normalization, output=output,
-            seed=seed, memory_budget=memory_budget, engine=engine,
+            forward_func, intervention, design, outcome=outcome, output=output, seed=seed,
+            memory_budget=memory_budget, engine=engine,
         )  # fmt: skip
+        self.normalization = Normalization.of(normalization)
+        if not self.normalization.is_identity and _normalizes(self.forward.modules):
+            warnings.warn(
+                "The model holds a Normalize, and `normalization=` says that the inputs were normalised before it. "
+                "Leave `normalization` out unless both are true.",
+                NormalizationWarning,
+                stacklevel=2,
+            )
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
@@ -143,7 +119,7 @@ class CausalEffect(Explainer):
         sliding_window_shapes: Windows = None,
         strides: Strides = None,
         given: Given = None,
-        ids: Sequence[int] | Tensor | None = None,
+        ids: Ids = None,
         significant_only: bool | float | None = None,
     ) -> Inputs:
         """The contribution of each unit (minus its effect: positive supports the class), as a map.
@@ -180,11 +156,12 @@ class CausalEffect(Explainer):
             >>> CausalEffect(net).attribute(torch.rand(2, 1, 2, 2)).shape
             torch.Size([2, 1, 2, 2])
         """
-        experiment = self._experiment(
-            inputs, baselines, target, additional_forward_args, feature_mask, perturbations_per_eval, show_progress,
-            sliding_window_shapes, strides, given, ids, predicted_only=True,
+        call = Call(
+            inputs=inputs, baselines=baselines, target=target, additional_forward_args=additional_forward_args,
+            mask=feature_mask, perturbations_per_eval=perturbations_per_eval, show_progress=show_progress,
+            windows=sliding_window_shapes, strides=strides, given=given, ids=ids, predicted_only=True,
         )  # fmt: skip
-        maps = self._maps(experiment, significant_only)
+        maps = self._maps(call, significant_only)
         return maps if isinstance(inputs, tuple) else maps[0]  # type: ignore[return-value]
 
     def estimate(
@@ -200,7 +177,7 @@ class CausalEffect(Explainer):
         sliding_window_shapes: Windows = None,
         strides: Strides = None,
         given: Given = None,
-        ids: Sequence[int] | Tensor | None = None,
+        ids: Ids = None,
         until: float | None = None,
         keep_trials: bool = False,
     ) -> Any:
@@ -227,25 +204,13 @@ class CausalEffect(Explainer):
             >>> CausalEffect(net, outcome="logit").estimate(torch.ones(1, 3)).effect.shape
             torch.Size([1, 3, 2])
         """
-        experiment = self._experiment(
-            inputs, baselines, target, additional_forward_args, feature_mask, perturbations_per_eval, show_progress,
-            sliding_window_shapes, strides, given, ids, until=until, keep_trials=keep_trials,
+        call = Call(
+            inputs=inputs, baselines=baselines, target=target, additional_forward_args=additional_forward_args,
+            mask=feature_mask, perturbations_per_eval=perturbations_per_eval, show_progress=show_progress,
+            windows=sliding_window_shapes, strides=strides, given=given, ids=ids, until=until,
+            keep_trials=keep_trials,
         )  # fmt: skip
-        return self._estimates(experiment)
-
-    def _of_pairs(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        target: Target,
-        additional_forward_args: Any,
-        mask: Masks,
-        given: Given,
-        ids: Sequence[int] | Tensor | None,
-    ) -> Experiment:
-        return self._experiment(
-            inputs, None, target, additional_forward_args, mask, None, False, None, None, given, ids,
-            predicted_only=True,
-        )  # fmt: skip
+        return self._estimates(call)
 
     def estimate_cost(
         self,
@@ -266,49 +231,28 @@ class CausalEffect(Explainer):
             >>> CausalEffect(nn.Linear(3, 2)).estimate_cost(torch.ones(2, 3)).trials
             6
         """
-        experiment = self._experiment(
-            inputs, None, target, additional_forward_args, feature_mask, None, False,
-            sliding_window_shapes, strides, given, None,
+        call = Call(
+            inputs=inputs, target=target, additional_forward_args=additional_forward_args, mask=feature_mask,
+            windows=sliding_window_shapes, strides=strides, given=given,
         )  # fmt: skip
-        return cost_of(experiment)
+        return self._experiment(call).cost()
 
-    def _experiment(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        baselines: Baselines,
-        target: Target,
-        additional_forward_args: Any,
-        feature_mask: Masks,
-        perturbations_per_eval: int | None,
-        show_progress: bool,
-        sliding_window_shapes: Windows,
-        strides: Strides,
-        given: Given,
-        ids: Sequence[int] | Tensor | None,
-        **options: Any,
-    ) -> Experiment:
-        tensors = as_inputs(inputs)
-        site = InputSite(feature_mask, sliding_window_shapes, strides)
-        grid = on_grid(site, tensors)
-        if baselines is not None and self.intervention is not None and not isinstance(self.intervention, PixelMask):
-            hint = "Baselines replace the fill of a mask; leave them out."
-            raise ArgumentError(expected("baselines", f"None with {self.intervention!r}", "baselines", hint))
-        intervention = self.intervention or default_mask(grid, self.normalization)
-        return Experiment(
-            forward=self.forward,
-            inputs=tensors,
-            args=as_args(additional_forward_args),
-            site=site,
-            intervention=intervention if baselines is None else as_baseline(baselines, tensors),
-            design=self.design or default_design(grid),
-            outcome=self.outcome,
-            evidences=as_evidences(given),
-            ids=as_ids(ids, len(tensors[0])),
-            seed=self.seed,
-            target=target,
-            perturbations_per_eval=perturbations_per_eval,
-            show_progress=show_progress,
-            memory_budget=self.memory_budget,
-            router=self._router,
-            **options,
-        )
+    def _setup(self, call: Call, inputs: tuple[Tensor, ...]) -> tuple[InputSite, Intervention, Design]:
+        site = InputSite(call.mask, call.windows, call.strides)
+        grid = site.is_grid(inputs) and min(inputs[0].shape[2:]) >= _SMALLEST_GRID
+        intervention = self.intervention
+        if intervention is None:
+            # For images black, mean and blur in turn: no single fill then passes for evidence.
+            fills = ("zero", "mean", "blur") if grid else "zero"
+            intervention = PixelMask(fills, normalization=self.normalization)
+        if call.baselines is not None:
+            if not isinstance(intervention, PixelMask):
+                hint = "Baselines replace the fill of a mask; leave them out."
+                raise ArgumentError(expected("baselines", f"None with {intervention!r}", "baselines", hint))
+            intervention = as_baseline(call.baselines, inputs)
+        return site, intervention, self.design or (RandomRegions() if grid else OneAtATime())
+
+
+def _normalizes(networks: list[nn.Module]) -> bool:
+    """Whether a network normalises its inputs itself, as far as the names of its modules say."""
+    return any(type(module).__name__ == "Normalize" for network in networks for module in network.modules())

@@ -10,25 +10,225 @@ import torch
 from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from ce_plugin.attribution.estimation import Target, flat_target
-from ce_plugin.attribution.explainer import Given, false_discovery_rate
-from ce_plugin.attribution.layer_effect import ConceptCausalEffect, Engine, LayerCausalEffect
+from ce_plugin.attribution._estimation import Target, flat_target
+from ce_plugin.attribution._experiment import Call, Given, Ids
+from ce_plugin.attribution._explainer import Options, Site, false_discovery_rate
+from ce_plugin.attribution.layer_effect import ConceptCausalEffect, LayerCausalEffect
 from ce_plugin.designs import Design
 from ce_plugin.effects import Estimate, Outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
 from ce_plugin.errors import ArgumentError, OutcomeError, TargetError, expected, unknown_name
 from ce_plugin.interventions import Intervention
-from ce_plugin.networks.forward import OutputSelector
 from ce_plugin.sites import ConceptSite, InputSite, LayerSite, MaskUnits
 from ce_plugin.trials.batches import TrialSpec, checked_values
 
-__all__ = [
-    "CausalEffectMap",
-    "activation_weights",
-    "change_weights",
-    "effect_map",
-]
+Contrast: TypeAlias = "Sequence[int] | Tensor | Literal['others'] | None"
+_WEIGHTINGS = ("change", "activation")
+
+
+class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
+    """The causal effect map (CEM) of a layer: where the units are that support a class, with their sign.
+
+        CEM_c(s) = sum_u contribution_{u,c} |d_u(s)| / sum_s' |d_u(s')|
+
+    with d_u the change that the intervention makes to unit u at position s, so that a map sums to the contributions.
+
+    Args:
+        forward_func: as in :class:`CausalEffect`.
+        layer: with maps (N, C, h, w): a module, its dotted name, a :class:`LayerSite` (transformers need its
+            ``reshape_transform``), or a :class:`ConceptSite`, whose map is made of concepts.
+        intervention: what units are set to; None means :class:`~ce_plugin.interventions.ZeroOut`.
+        design: None means each unit by itself, exactly.
+        weighting: ``"change"`` as above; ``"activation"`` is the plain product of the paper's sentence,
+            ``sum_u contribution_{u,c} A_u(s)`` with the clean activation A, which favours what is strongly active.
+        device_ids, outcome, output, seed, memory_budget, engine: as in :class:`LayerCausalEffect`; the outcome is the
+            logit here, because probabilities hide every class but the winner.
+
+    Raises:
+        UnknownNameError: ``weighting`` of unknown name; see also :class:`LayerCausalEffect`.
+        OutcomeError: an outcome that is one number for all classes.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+        >>> cem = CausalEffectMap(net, "1").attribute(torch.rand(2, 1, 8, 8))
+        >>> cem.shape, CausalEffectMap.interpolate(cem, (8, 8)).shape
+        (torch.Size([2, 1, 6, 6]), torch.Size([2, 1, 8, 8]))
+
+    Source: Yang et al., ICIP 2019 (arXiv 1902.03380), Figure 3 (II), which gives no formula; the interface is that of
+        captum's LayerGradCam.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | str | LayerSite | ConceptSite,
+        intervention: Intervention | None = None,
+        design: Design | None = None,
+        *,
+        weighting: Literal["change", "activation"] = "change",
+        device_ids: list[int] | None = None,
+        outcome: str | Outcome | OutcomeFunction | None = "logit",
+        **options: Unpack[Options],
+    ) -> None:
+        if weighting not in _WEIGHTINGS:
+            raise unknown_name("weighting", weighting, _WEIGHTINGS)
+        self.effects: LayerCausalEffect
+        if isinstance(layer, ConceptSite):
+            self.effects = ConceptCausalEffect(
+                forward_func, layer.place, layer.autoencoder, intervention, design, outcome=outcome, **options
+            )
+        else:
+            self.effects = LayerCausalEffect(forward_func, layer, intervention, design, outcome=outcome, **options)
+        super().__init__(forward_func, self.effects.layer, device_ids)
+        self.weighting = weighting
+        if not self.effects.outcome.per_class:
+            hint = "Take 'logit', 'log_odds' or 'probability'."
+            raise OutcomeError(expected("outcome", "one with a value for each class", f"{outcome!r}", hint))
+
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False,
+        relu_attributions: bool = False,
+        *,
+        contrast: Contrast = None,
+        given: Given = None,
+        ids: Ids = None,
+        significant_only: bool | float | None = None,
+        show_progress: bool = False,
+    ) -> Tensor:
+        """The map of one class.
+
+        Args:
+            inputs: of the network, (N, ...), or a tuple of such.
+            target: as in captum; None means each example's predicted class.
+            additional_forward_args, given, ids, show_progress: as in :meth:`CausalEffect.attribute`.
+            attribute_to_layer_input: the layer's input is the site.
+            relu_attributions: negative values become zero.
+            contrast: "why A and not B": the mean contribution to these classes is subtracted. Indices for all
+                examples, a tensor with a row for each, or ``"others"`` (all but the target).
+            significant_only: only units whose effect is significant, at this false discovery rate (True: 0.05); for
+                random designs.
+
+        Returns:
+            (N, 1, h, w), signed: positive supports the class (rather than those of the contrast).
+
+        Raises:
+            As :meth:`CausalEffect.attribute`; InputError where the layer has no maps; TargetError for a contrast
+            out of range.
+
+        Example:
+            >>> import torch
+            >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+            >>> CausalEffectMap(net, "1").attribute(torch.rand(1, 1, 4, 4), target=0, contrast=[1]).shape
+            torch.Size([1, 1, 2, 2])
+        """
+        call = Call(
+            inputs=inputs, additional_forward_args=additional_forward_args, at_input=attribute_to_layer_input,
+            show_progress=show_progress, given=given, ids=ids, keep_values=True,
+        )  # fmt: skip
+        estimate, weights = self._run(call, significant_only)
+        chosen = _target_of(estimate, target)
+        values = estimate.contribution
+        own = values.gather(2, chosen.reshape(-1, 1, 1).expand(-1, values.shape[1], 1))
+        if contrast is not None:
+            own = own - _contrasted(values, chosen, contrast)
+        found = effect_map(own, weights)
+        return found.clamp(min=0) if relu_attributions else found
+
+    def maps(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False,
+        *,
+        given: Given = None,
+        ids: Ids = None,
+        significant_only: bool | float | None = None,
+        show_progress: bool = False,
+    ) -> Tensor:
+        """The maps of every class from one run, (N, C, h, w).
+
+        Example:
+            >>> import torch
+            >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+            >>> CausalEffectMap(net, "1").maps(torch.rand(1, 1, 4, 4)).shape
+            torch.Size([1, 3, 2, 2])
+        """
+        call = Call(
+            inputs=inputs, additional_forward_args=additional_forward_args, at_input=attribute_to_layer_input,
+            show_progress=show_progress, given=given, ids=ids, keep_values=True,
+        )  # fmt: skip
+        estimate, weights = self._run(call, significant_only)
+        return effect_map(estimate.contribution, weights)
+
+    def _run(self, call: Call, significant_only: bool | float | None) -> tuple[Estimate, Tensor]:
+        """Contributions of every class, zero where they are not significant, and the units' weights (N, U, h, w)."""
+        experiment = self.effects._experiment(call)
+        rate = None if significant_only is None else false_discovery_rate(significant_only, experiment)
+        estimates = experiment.run()
+        if len(estimates) > 1:
+            hint = "Name one with `output=`."
+            raise ArgumentError(expected("forward_func", "a model with one output head", sorted(estimates), hint))
+        (estimate,) = estimates.values()
+        if rate is not None:
+            estimate.effect = estimate.effect.where(estimate.significant(rate), 0.0)
+        return estimate, torch.stack([self._weights(experiment.site, spec) for spec in experiment.kept]).mean(0)
+
+    def _weights(self, site: Site, spec: TrialSpec) -> Tensor:
+        """Where the units are, (N, U, h, w)."""
+        (clean,), units = spec.inputs, spec.units
+        if isinstance(site, InputSite) or not isinstance(units, MaskUnits):
+            raise TypeError("maps are made at layers")
+        numbers = units.ids[0].to(clean.device, torch.float64).expand(len(units.ids[0]), *clean.shape[1:])
+        unit_of = site.map(numbers).round().long()
+        if self.weighting == "activation":
+            return activation_weights(site.map(clean), unit_of, units.width)
+        parts = []
+        for variant in range(spec.intervention.n_variants):
+            do = checked_values(spec.intervention, clean, replace(spec.context, variant=variant))
+            parts.append(change_weights(site.map(do - clean), unit_of, units.width))
+        return torch.stack(parts).mean(0)
+
+
+def _target_of(estimate: Estimate, target: Target) -> Tensor:
+    """Each example's class, as an index into the C classes, (N,)."""
+    n, classes = len(estimate.effect), estimate.effect.shape[2]
+    chosen = flat_target(target, (n, *estimate.class_shape))
+    if chosen is None:
+        if classes == 1:
+            return torch.zeros(n, dtype=torch.int64, device=estimate.effect.device)
+        if estimate.predicted is None:
+            wanted = f"an index into outputs {(n, *estimate.class_shape)}"
+            hint = "Only for outputs (N, C) the predicted class is the default."
+            raise TargetError(expected("target", wanted, "None", hint))
+        chosen = estimate.predicted
+    return chosen.to(estimate.effect.device)
+
+
+def _contrasted(values: Tensor, chosen: Tensor, contrast: Sequence[int] | Tensor | str) -> Tensor:
+    """The mean contribution to the contrasting classes, (N, U, 1)."""
+    n, _, classes = values.shape
+    if isinstance(contrast, str):
+        if contrast != "others":
+            raise unknown_name("contrast", contrast, ["others"])
+        own = values.gather(2, chosen.reshape(-1, 1, 1).expand(-1, values.shape[1], 1))
+        return (values.sum(2, keepdim=True) - own) / max(classes - 1, 1)
+    index = torch.as_tensor(contrast)
+    if index.is_floating_point() or index.dim() not in (1, 2) or not index.numel() or index.dtype == torch.bool:
+        raise TargetError(expected("contrast", "class indices, one row for all examples or for each", contrast))
+    if int(index.min()) < -classes or int(index.max()) >= classes:
+        raise TargetError(expected("contrast", f"indices in 0 ... {classes - 1}", index.tolist()))
+    if index.dim() == 2 and len(index) != n:
+        raise TargetError(expected("contrast", f"one row for each of {n} examples", f"{len(index)} rows"))
+    rows = (index % classes).to(values.device).expand(n, -1)
+    return values.gather(2, rows[:, None].expand(-1, values.shape[1], -1)).mean(2, keepdim=True)
 
 
 def change_weights(change: Tensor, unit_of: Tensor, n_units: int) -> Tensor:
@@ -91,223 +291,3 @@ def _by_unit(values: Tensor, unit_of: Tensor, n_units: int) -> Tensor:
     index = unit_of.to(values.device).expand_as(values)
     # One row more, for what belongs to no unit.
     return values.new_zeros(n, n_units + 1, height, width).scatter_add_(1, index, values)[:, :n_units]
-
-
-Contrast: TypeAlias = "Sequence[int] | Tensor | Literal['others'] | None"
-_WEIGHTINGS = ("change", "activation")
-
-
-class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
-    """The causal effect map (CEM) of a layer: where the units are that support a class, with their sign.
-
-        CEM_c(s) = sum_u contribution_{u,c} |d_u(s)| / sum_s' |d_u(s')|
-
-    with d_u the change that the intervention makes to unit u at position s, so that a map sums to the contributions.
-
-    Args:
-        forward_func: as in :class:`CausalEffect`.
-        layer: with maps (N, C, h, w): a module, its dotted name, a :class:`LayerSite` (transformers need its
-            ``reshape_transform``), or a :class:`ConceptSite`, whose map is made of concepts.
-        intervention: what units are set to; None means :class:`~ce_plugin.interventions.ZeroOut`.
-        design: None means each unit by itself, exactly.
-        weighting: ``"change"`` as above; ``"activation"`` is the plain product of the paper's sentence,
-            ``sum_u contribution_{u,c} A_u(s)`` with the clean activation A, which favours what is strongly active.
-        device_ids, outcome, output, seed, memory_budget, engine: as in :class:`LayerCausalEffect`; the outcome is the
-            logit here, because probabilities hide every class but the winner.
-
-    Raises:
-        UnknownNameError: ``weighting`` of unknown name; see also :class:`LayerCausalEffect`.
-        OutcomeError: an outcome that is one number for all classes.
-
-    Example:
-        >>> import torch
-        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-        >>> cem = CausalEffectMap(net, "1").attribute(torch.rand(2, 1, 8, 8))
-        >>> cem.shape, CausalEffectMap.interpolate(cem, (8, 8)).shape
-        (torch.Size([2, 1, 6, 6]), torch.Size([2, 1, 8, 8]))
-
-    Source: Yang et al., ICIP 2019 (arXiv 1902.03380), Figure 3 (II), which gives no formula; the interface is that of
-        captum's LayerGradCam.
-    """
-
-    def __init__(
-        self,
-        forward_func: Callable[..., Any],
-        layer: nn.Module | str | LayerSite | ConceptSite,
-        intervention: Intervention | None = None,
-        design: Design | None = None,
-        *,
-        weighting: Literal["change", "activation"] = "change",
-        device_ids: list[int] | None = None,
-        outcome: str | Outcome | OutcomeFunction | None = "logit",
-        output: OutputSelector = None,
-        seed: int = 0,
-        memory_budget: int | None = None,
-        engine: Engine = "auto",
-    ) -> None:
-        if weighting not in _WEIGHTINGS:
-            raise unknown_name("weighting", weighting, _WEIGHTINGS)
-        options: dict[str, Any] = {"device_ids": device_ids, "outcome": outcome, "output": output, "seed": seed}
-        options |= {"memory_budget": memory_budget, "engine": engine}
-        self.effects: LayerCausalEffect
-        if isinstance(layer, ConceptSite):
-            coder = layer.autoencoder
-            self.effects = ConceptCausalEffect(forward_func, layer.place, coder, intervention, design, **options)
-        else:
-            self.effects = LayerCausalEffect(forward_func, layer, intervention, design, **options)
-        super().__init__(forward_func, self.effects.layer, device_ids)
-        self.weighting = weighting
-        if not self.effects.outcome.per_class:
-            hint = "Take 'logit', 'log_odds' or 'probability'."
-            raise OutcomeError(expected("outcome", "one with a value for each class", f"{outcome!r}", hint))
-
-    @log_usage()  # type: ignore[untyped-decorator]
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        target: Target = None,
-        additional_forward_args: Any = None,
-        attribute_to_layer_input: bool = False,
-        relu_attributions: bool = False,
-        *,
-        contrast: Contrast = None,
-        given: Given = None,
-        ids: Sequence[int] | Tensor | None = None,
-        significant_only: bool | float | None = None,
-        show_progress: bool = False,
-    ) -> Tensor:
-        """The map of one class.
-
-        Args:
-            inputs: of the network, (N, ...), or a tuple of such.
-            target: as in captum; None means each example's predicted class.
-            additional_forward_args, given, ids, show_progress: as in :meth:`CausalEffect.attribute`.
-            attribute_to_layer_input: the layer's input is the site.
-            relu_attributions: negative values become zero.
-            contrast: "why A and not B": the mean contribution to these classes is subtracted. Indices for all
-                examples, a tensor with a row for each, or ``"others"`` (all but the target).
-            significant_only: only units whose effect is significant, at this false discovery rate (True: 0.05); for
-                random designs.
-
-        Returns:
-            (N, 1, h, w), signed: positive supports the class (rather than those of the contrast).
-
-        Raises:
-            As :meth:`CausalEffect.attribute`; InputError where the layer has no maps; TargetError for a contrast
-            out of range.
-
-        Example:
-            >>> import torch
-            >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
-            >>> CausalEffectMap(net, "1").attribute(torch.rand(1, 1, 4, 4), target=0, contrast=[1]).shape
-            torch.Size([1, 1, 2, 2])
-        """
-        estimate, weights = self._run(
-            inputs, additional_forward_args, attribute_to_layer_input, given, ids, show_progress, significant_only
-        )
-        chosen = _target_of(estimate, target)
-        values = estimate.contribution
-        own = values.gather(2, chosen.reshape(-1, 1, 1).expand(-1, values.shape[1], 1))
-        if contrast is not None:
-            own = own - _contrasted(values, chosen, contrast)
-        found = effect_map(own, weights)
-        return found.clamp(min=0) if relu_attributions else found
-
-    def maps(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        additional_forward_args: Any = None,
-        attribute_to_layer_input: bool = False,
-        *,
-        given: Given = None,
-        ids: Sequence[int] | Tensor | None = None,
-        significant_only: bool | float | None = None,
-        show_progress: bool = False,
-    ) -> Tensor:
-        """The maps of every class from one run, (N, C, h, w).
-
-        Example:
-            >>> import torch
-            >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
-            >>> CausalEffectMap(net, "1").maps(torch.rand(1, 1, 4, 4)).shape
-            torch.Size([1, 3, 2, 2])
-        """
-        estimate, weights = self._run(
-            inputs, additional_forward_args, attribute_to_layer_input, given, ids, show_progress, significant_only
-        )
-        return effect_map(estimate.contribution, weights)
-
-    def _run(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        args: Any,
-        at_input: bool,
-        given: Given,
-        ids: Sequence[int] | Tensor | None,
-        show_progress: bool,
-        significant_only: bool | float | None,
-    ) -> tuple[Estimate, Tensor]:
-        """Contributions of every class, zero where they are not significant, and the units' weights (N, U, h, w)."""
-        experiment = self.effects._experiment(
-            inputs, None, None, args, None, at_input, None, show_progress, given, ids, keep_values=True
-        )
-        rate = false_discovery_rate(significant_only, experiment)
-        estimates = experiment.run()
-        if len(estimates) > 1:
-            hint = "Name one with `output=`."
-            raise ArgumentError(expected("forward_func", "a model with one output head", sorted(estimates), hint))
-        estimate = next(iter(estimates.values()))
-        if rate is not None:
-            estimate.effect = estimate.effect.where(estimate.significant(rate), 0.0)
-        return estimate, torch.stack([self._weights(experiment.site, spec) for spec in experiment.kept]).mean(0)
-
-    def _weights(self, site: InputSite | LayerSite | ConceptSite, spec: TrialSpec) -> Tensor:
-        """Where the units are, (N, U, h, w)."""
-        (clean,), units = spec.inputs, spec.units
-        if isinstance(site, InputSite) or not isinstance(units, MaskUnits):
-            raise TypeError("maps are made at layers")
-        numbers = units.ids[0].to(clean.device, torch.float64).expand(len(units.ids[0]), *clean.shape[1:])
-        unit_of = site.map(numbers).round().long()
-        if self.weighting == "activation":
-            return activation_weights(site.map(clean), unit_of, units.width)
-        parts = []
-        for variant in range(spec.intervention.n_variants):
-            do = checked_values(spec.intervention, clean, replace(spec.context, variant=variant))
-            parts.append(change_weights(site.map(do - clean), unit_of, units.width))
-        return torch.stack(parts).mean(0)
-
-
-def _target_of(estimate: Estimate, target: Target) -> Tensor:
-    """Each example's class, as an index into the C classes, (N,)."""
-    n, classes = len(estimate.effect), estimate.effect.shape[2]
-    chosen = flat_target(target, (n, *estimate.class_shape))
-    if chosen is None:
-        if classes == 1:
-            return torch.zeros(n, dtype=torch.int64, device=estimate.effect.device)
-        if estimate.predicted is None:
-            wanted = f"an index into outputs {(n, *estimate.class_shape)}"
-            hint = "Only for outputs (N, C) the predicted class is the default."
-            raise TargetError(expected("target", wanted, "None", hint))
-        chosen = estimate.predicted
-    return chosen.to(estimate.effect.device)
-
-
-def _contrasted(values: Tensor, chosen: Tensor, contrast: Sequence[int] | Tensor | str) -> Tensor:
-    """The mean contribution to the contrasting classes, (N, U, 1)."""
-    n, _, classes = values.shape
-    if isinstance(contrast, str):
-        if contrast != "others":
-            raise unknown_name("contrast", contrast, ["others"])
-        own = values.gather(2, chosen.reshape(-1, 1, 1).expand(-1, values.shape[1], 1))
-        return (values.sum(2, keepdim=True) - own) / max(classes - 1, 1)
-    index = torch.as_tensor(contrast)
-    if index.is_floating_point() or index.dim() not in (1, 2) or not index.numel() or index.dtype == torch.bool:
-        raise TargetError(expected("contrast", "class indices, one row for all examples or for each", contrast))
-    if int(index.min()) < -classes or int(index.max()) >= classes:
-        raise TargetError(expected("contrast", f"indices in 0 ... {classes - 1}", index.tolist()))
-    if index.dim() == 2 and len(index) != n:
-        raise TargetError(expected("contrast", f"one row for each of {n} examples", f"{len(index)} rows"))
-    rows = (
-        (index % classes).to(values.device).expand(n, -1) if index.dim() == 1 else (index % classes).to(values.device)
-    )
-    return values.gather(2, rows[:, None].expand(-1, values.shape[1], -1)).mean(2, keepdim=True)

@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from ce_plugin.attribution.estimation import Target
-from ce_plugin.attribution.experiment import Experiment, cost_of
-from ce_plugin.attribution.explainer import (
-    Baselines,
-    Explainer,
-    Given,
-    as_args,
-    as_baseline,
-    as_evidences,
-    as_ids,
-    as_inputs,
-)
+from ce_plugin.attribution._estimation import Target
+from ce_plugin.attribution._experiment import Baselines, Call, Given, Ids
+from ce_plugin.attribution._explainer import Explainer, Options, as_baseline
 from ce_plugin.concepts import ConceptAutoencoder
 from ce_plugin.designs import Design, OneAtATime
 from ce_plugin.effects import Outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
 from ce_plugin.errors import ArgumentError, expected
 from ce_plugin.interventions import Intervention, ZeroOut
-from ce_plugin.networks.forward import OutputSelector
 from ce_plugin.sites import ConceptSite, LayerSite, Masks
 from ce_plugin.trials import Cost
-
-__all__ = [
-    "ConceptCausalEffect",
-    "LayerCausalEffect",
-]
-
-
-Engine = Literal["auto", "suffix", "full"]
 
 
 class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
@@ -84,16 +67,10 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
         *,
         device_ids: list[int] | None = None,
         outcome: str | Outcome | OutcomeFunction | None = "probability",
-        output: OutputSelector = None,
-        seed: int = 0,
-        memory_budget: int | None = None,
-        engine: Engine = "auto",
+        **options: Unpack[Options],
     ) -> None:
         self.site = layer if isinstance(layer, LayerSite) else LayerSite(layer)
-        Explainer.__init__(
-            self, forward_func, intervention, design, outcome=outcome, normalization=None, output=output,
-            seed=seed, memory_budget=memory_budget, engine=engine,
-        )  # fmt: skip
+        Explainer.__init__(self, forward_func, intervention, design, outcome=outcome, **options)
         _, self.layer = self.site.module(self.forward.modules)
         self.device_ids = device_ids
 
@@ -104,13 +81,13 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
         layer_baselines: Baselines = None,
         target: Target = None,
         additional_forward_args: Any = None,
-        layer_mask: Tensor | tuple[Tensor, ...] | None = None,
+        layer_mask: Masks = None,
         attribute_to_layer_input: bool = False,
         perturbations_per_eval: int | None = None,
         show_progress: bool = False,
         *,
         given: Given = None,
-        ids: Sequence[int] | Tensor | None = None,
+        ids: Ids = None,
         significant_only: bool | float | None = None,
     ) -> Tensor:
         """The contribution of each unit (minus its effect: positive supports the class), in the layer's shape.
@@ -137,11 +114,12 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
             >>> LayerCausalEffect(net, "1").attribute(torch.rand(2, 1, 4, 4)).shape
             torch.Size([2, 4, 2, 2])
         """
-        experiment = self._experiment(
-            inputs, layer_baselines, target, additional_forward_args, layer_mask, attribute_to_layer_input,
-            perturbations_per_eval, show_progress, given, ids, predicted_only=True,
+        call = Call(
+            inputs=inputs, baselines=layer_baselines, target=target, additional_forward_args=additional_forward_args,
+            mask=layer_mask, at_input=attribute_to_layer_input, perturbations_per_eval=perturbations_per_eval,
+            show_progress=show_progress, given=given, ids=ids, predicted_only=True,
         )  # fmt: skip
-        (contribution,) = self._maps(experiment, significant_only)
+        (contribution,) = self._maps(call, significant_only)
         return contribution
 
     def estimate(
@@ -150,13 +128,13 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
         layer_baselines: Baselines = None,
         target: Target = None,
         additional_forward_args: Any = None,
-        layer_mask: Tensor | tuple[Tensor, ...] | None = None,
+        layer_mask: Masks = None,
         attribute_to_layer_input: bool = False,
         perturbations_per_eval: int | None = None,
         show_progress: bool = False,
         *,
         given: Given = None,
-        ids: Sequence[int] | Tensor | None = None,
+        ids: Ids = None,
         until: float | None = None,
         keep_trials: bool = False,
     ) -> Any:
@@ -173,31 +151,19 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
             >>> LayerCausalEffect(net, "0").estimate(torch.rand(2, 1, 4, 4)).effect.shape
             torch.Size([2, 4, 2])
         """
-        experiment = self._experiment(
-            inputs, layer_baselines, target, additional_forward_args, layer_mask, attribute_to_layer_input,
-            perturbations_per_eval, show_progress, given, ids, until=until, keep_trials=keep_trials,
+        call = Call(
+            inputs=inputs, baselines=layer_baselines, target=target, additional_forward_args=additional_forward_args,
+            mask=layer_mask, at_input=attribute_to_layer_input, perturbations_per_eval=perturbations_per_eval,
+            show_progress=show_progress, given=given, ids=ids, until=until, keep_trials=keep_trials,
         )  # fmt: skip
-        return self._estimates(experiment)
-
-    def _of_pairs(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        target: Target,
-        additional_forward_args: Any,
-        mask: Masks,
-        given: Given,
-        ids: Sequence[int] | Tensor | None,
-    ) -> Experiment:
-        return self._experiment(
-            inputs, None, target, additional_forward_args, mask, False, None, False, given, ids, predicted_only=True
-        )
+        return self._estimates(call)
 
     def estimate_cost(
         self,
         inputs: Tensor | tuple[Tensor, ...],
         target: Target = None,
         additional_forward_args: Any = None,
-        layer_mask: Tensor | tuple[Tensor, ...] | None = None,
+        layer_mask: Masks = None,
         attribute_to_layer_input: bool = False,
         *,
         given: Given = None,
@@ -210,13 +176,22 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
             >>> LayerCausalEffect(net, "0").estimate_cost(torch.ones(2, 3)).trials
             8
         """
-        experiment = self._experiment(
-            inputs, None, target, additional_forward_args, layer_mask, attribute_to_layer_input, None, False, given,
-            None,
+        call = Call(
+            inputs=inputs, target=target, additional_forward_args=additional_forward_args, mask=layer_mask,
+            at_input=attribute_to_layer_input, given=given,
         )  # fmt: skip
-        return cost_of(experiment)
+        return self._experiment(call).cost()
 
-    def _site(self, layer_mask: Tensor | tuple[Tensor, ...] | None, at_input: bool) -> LayerSite | ConceptSite:
+    def _setup(self, call: Call, inputs: tuple[Tensor, ...]) -> tuple[LayerSite | ConceptSite, Intervention, Design]:
+        intervention = self.intervention or ZeroOut()
+        if call.baselines is not None:
+            if self.intervention is not None:
+                hint = "Baselines replace the intervention; leave one of them out."
+                raise ArgumentError(expected("layer_baselines", f"None with {intervention!r}", "baselines", hint))
+            intervention = as_baseline(call.baselines)
+        return self._site(call.mask, call.at_input), intervention, self.design or OneAtATime()
+
+    def _site(self, layer_mask: Masks, at_input: bool) -> LayerSite | ConceptSite:
         if isinstance(layer_mask, tuple):
             if len(layer_mask) != 1:
                 hint = "A layer's value is one tensor; `LayerSite(layer, element=...)` says which."
@@ -224,44 +199,6 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
             layer_mask = layer_mask[0]
         site = self.site if layer_mask is None else replace(self.site, layer_mask=layer_mask)
         return replace(site, at_input=True) if at_input else site
-
-    def _experiment(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        layer_baselines: Baselines,
-        target: Target,
-        additional_forward_args: Any,
-        layer_mask: Tensor | tuple[Tensor, ...] | None,
-        attribute_to_layer_input: bool,
-        perturbations_per_eval: int | None,
-        show_progress: bool,
-        given: Given,
-        ids: Sequence[int] | Tensor | None,
-        **options: Any,
-    ) -> Experiment:
-        tensors = as_inputs(inputs)
-        if layer_baselines is not None and self.intervention is not None:
-            hint = "Baselines replace the intervention; leave one of them out."
-            raise ArgumentError(expected("layer_baselines", f"None with {self.intervention!r}", "baselines", hint))
-        intervention = self.intervention or ZeroOut()
-        return Experiment(
-            forward=self.forward,
-            inputs=tensors,
-            args=as_args(additional_forward_args),
-            site=self._site(layer_mask, attribute_to_layer_input),
-            intervention=intervention if layer_baselines is None else as_baseline(layer_baselines),
-            design=self.design or OneAtATime(),
-            outcome=self.outcome,
-            evidences=as_evidences(given),
-            ids=as_ids(ids, len(tensors[0])),
-            seed=self.seed,
-            target=target,
-            perturbations_per_eval=perturbations_per_eval,
-            show_progress=show_progress,
-            memory_budget=self.memory_budget,
-            router=self._router,
-            **options,
-        )
 
 
 class ConceptCausalEffect(LayerCausalEffect):
@@ -303,21 +240,23 @@ class ConceptCausalEffect(LayerCausalEffect):
         min_fidelity: float = 0.9,
         device_ids: list[int] | None = None,
         outcome: str | Outcome | OutcomeFunction | None = "probability",
-        output: OutputSelector = None,
-        seed: int = 0,
-        memory_budget: int | None = None,
-        engine: Engine = "auto",
+        **options: Unpack[Options],
     ) -> None:
         self.concept_site = ConceptSite(layer, autoencoder)
         super().__init__(
-            forward_func, self.concept_site.place, intervention, design, device_ids=device_ids, outcome=outcome,
-            output=output, seed=seed, memory_budget=memory_budget, engine=engine,
-        )  # fmt: skip
+            forward_func,
+            self.concept_site.place,
+            intervention,
+            design,
+            device_ids=device_ids,
+            outcome=outcome,
+            **options,
+        )
         self.autoencoder = autoencoder
         root = next(network for network in self.forward.modules if self.layer in set(network.modules()))
         autoencoder.check(root, self.layer, min_fidelity)
 
-    def _site(self, layer_mask: Tensor | tuple[Tensor, ...] | None, at_input: bool) -> ConceptSite:
+    def _site(self, layer_mask: Masks, at_input: bool) -> ConceptSite:
         if layer_mask is not None:
             hint = "Joint groups of concepts: pass design=Joint(groups)."
             raise ArgumentError(expected("layer_mask", "None: the units are concepts", "a mask", hint))

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from ce_plugin.attribution.estimation import Target
-from ce_plugin.attribution.explainer import as_ids, as_inputs
-from ce_plugin.attribution.layer_effect import Engine, LayerCausalEffect
+from ce_plugin.attribution._estimation import Target
+from ce_plugin.attribution._experiment import Call, Ids
+from ce_plugin.attribution._explainer import Options, as_ids, as_inputs
+from ce_plugin.attribution.layer_effect import LayerCausalEffect
 from ce_plugin.designs import Design, Joint
 from ce_plugin.effects import Carriers, Estimate, Mediation, Outcome, carriers
 from ce_plugin.effects.outcomes import OutcomeFunction
 from ce_plugin.errors import ArgumentError, InputError, ModelError, expected
 from ce_plugin.interventions import Intervention, Patch
-from ce_plugin.networks.forward import OutputSelector
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.sites import LayerSite
-
-__all__ = ["CausalMediation"]
 
 Sets = Sequence[Sequence[int]]
 
@@ -61,20 +61,15 @@ class CausalMediation:
         intervention: Intervention | Tensor,
         *,
         outcome: str | Outcome | OutcomeFunction | None = "logit",
-        output: OutputSelector = None,
-        seed: int = 0,
-        memory_budget: int | None = None,
-        engine: Engine = "auto",
+        **options: Unpack[Options],
     ) -> None:
         given: object = intervention
         if not isinstance(given, (Intervention, Tensor)):
             wanted = "an Intervention on the input, or a tensor of counterparts"
             raise ArgumentError(expected("intervention", wanted, type(given).__name__))
         self.intervention = intervention
-        self.seed = int(seed)
-        self.effects = LayerCausalEffect(
-            forward_func, layer, outcome=outcome, output=output, seed=seed, memory_budget=memory_budget, engine=engine
-        )
+        self.effects = LayerCausalEffect(forward_func, layer, outcome=outcome, **options)
+        self.seed = self.effects.seed
 
     def estimate(
         self,
@@ -83,7 +78,7 @@ class CausalMediation:
         additional_forward_args: Any = None,
         *,
         sets: Sets | None = None,
-        ids: Sequence[int] | Tensor | None = None,
+        ids: Ids = None,
         show_progress: bool = False,
     ) -> Mediation:
         """The four quantities for every unit, or for every set of units.
@@ -106,16 +101,21 @@ class CausalMediation:
             (0,)
         """
         (x,) = as_inputs(inputs)
+        design = None if sets is None else Joint(sets)
         x1 = self._counterparts(x, ids)
-        design = None if sets is None else Joint([tuple(chosen) for chosen in sets])
-        options: dict[str, Any] = {"additional_forward_args": additional_forward_args, "ids": ids}
-        options["show_progress"] = show_progress
-        through = self._run(x, Patch(x1), design, target, options)
+        call = Call(
+            inputs=x,
+            target=target,
+            additional_forward_args=additional_forward_args,
+            ids=ids,
+            show_progress=show_progress,
+        )
+        through = self._run(call, Patch(x1), design)
         # Both ways about the same classes, though the intervention may change which one is predicted.
-        around = self._run(x1, Patch(x), design, target, options)
+        around = self._run(replace(call, inputs=x1), Patch(x), design)
         total = around.reference - through.reference
         every = through.settings["units_of_site"]
-        alone = [(u,) for u in range(every)] if sets is None else [tuple(chosen) for chosen in sets]
+        groups = [(u,) for u in range(every)] if design is None else design.groups
         return Mediation(
             total=total,
             indirect=through.effect,
@@ -128,7 +128,7 @@ class CausalMediation:
             intervention=repr(self.intervention) if isinstance(self.intervention, Intervention) else "counterparts",
             site=repr(self.effects.site),
             cut=through.settings["cut"],
-            whole=tuple(k for k, chosen in enumerate(alone) if len(chosen) == every),
+            whole=tuple(k for k, group in enumerate(groups) if len(group) == every),
             settings={"seed": self.seed, "route": through.settings["route"]},
         )
 
@@ -143,7 +143,7 @@ class CausalMediation:
         targets: tuple[Target, Target] = (None, None),
         ids: tuple[Sequence[int] | None, Sequence[int] | None] = (None, None),
     ) -> Carriers:
-        """How many units carry 50 % and 90 % of the effect: ranked on some images, tried on others.
+        """How many units carry 50 % and 90 % of the effect: ranked on some images, tested on others.
 
         Args:
             choosing: images that rank the units by their natural indirect effect, (N, ...).
@@ -161,20 +161,20 @@ class CausalMediation:
         """
         choose = self.estimate(choosing, targets[0], ids=ids[0])
         (x,) = as_inputs(testing)
-        # Made once: an attack is dear.
+        # Made once, because attacks are expensive.
         attacked = copy.copy(self)
         attacked.intervention = self._counterparts(x, ids[1])
         first = attacked.estimate(x, targets[1], sets=[(0,)], ids=ids[1])
         total, _, _ = first.column()
         target = first.predicted if targets[1] is None and first.target is None else targets[1]
-        patch = Patch(attacked.intervention)
+        call, patch = Call(inputs=x, target=target, ids=ids[1]), Patch(attacked.intervention)
 
         def run(sets: list[tuple[int, ...]]) -> Tensor:
-            return self._run(x, patch, Joint(sets), target, {"ids": ids[1]}).effect[..., 0]
+            return self._run(call, patch, Joint(sets)).effect[..., 0]
 
         return carriers(choose, run, total, levels=levels, level=level, n_boot=n_boot, seed=self.seed)
 
-    def _counterparts(self, x: Tensor, ids: Sequence[int] | Tensor | None) -> Tensor:
+    def _counterparts(self, x: Tensor, ids: Ids) -> Tensor:
         """The inputs under the intervention."""
         if isinstance(self.intervention, Tensor):
             if self.intervention.shape != x.shape:
@@ -184,11 +184,11 @@ class CausalMediation:
         with state_guard(self.intervention, networks=self.effects.forward.modules):
             return self.intervention.perturb(x, ids=as_ids(ids, len(x)), seed=self.seed)
 
-    def _run(self, x: Tensor, patch: Patch, design: Design | None, target: Target, options: dict[str, Any]) -> Estimate:
+    def _run(self, call: Call, patch: Patch, design: Design | None) -> Estimate:
         # A copy shares what was learned about the network's structure.
         explainer = copy.copy(self.effects)
         explainer.intervention, explainer.design = patch, design
-        found: Estimate | dict[str, Estimate] = explainer.estimate(x, target=target, **options)
+        found: Estimate | dict[str, Estimate] = explainer._estimates(call)
         if isinstance(found, dict):
             wanted = "a model with one output head"
             raise ModelError(expected("forward_func", wanted, sorted(found), "Name one with `output=`."))

@@ -1,4 +1,4 @@
-"""How many units carry an effect: nested sets of the best units, chosen on some images and tried on others."""
+"""How many units carry an effect: nested sets of the best units, chosen on some images and tested on others."""
 
 from __future__ import annotations
 
@@ -17,16 +17,6 @@ from ce_plugin.visualization.pictures import NEGATIVE, POSITIVE
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-
-__all__ = [
-    "Carriers",
-    "carried",
-    "carriers",
-    "nested_sets",
-    "next_sizes",
-    "plot_carriers",
-    "ranking",
-]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -137,7 +127,7 @@ def nested_sets(order: Sequence[int], sizes: Sequence[int] | None = None) -> lis
 def next_sizes(sizes: Sequence[int], share: Tensor, levels: Sequence[float] = (0.5, 0.9)) -> list[int]:
     """Which sizes to run next, to know for each level the smallest size that reaches it: bisection.
 
-    It takes the share to grow with the set where it has not been run; to know of ups and downs, run all sizes.
+    It takes the share to grow with the set where it has not been run; to see where it falls, run all sizes.
 
     Args:
         sizes: those that were run, ascending.
@@ -241,7 +231,7 @@ def carriers(
     n_boot: int = 2000,
     seed: int = 0,
 ) -> Carriers:
-    """How many units carry 50 % and 90 % of the effect: ranked on some images, tried on others.
+    """How many units carry 50 % and 90 % of the effect: ranked on some images, tested on others.
 
     Sets of the 1, 2, 4, ... best units are run, then bisection between two sizes finds the smallest that does, about
     log2(U) sets more for each level.

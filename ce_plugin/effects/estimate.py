@@ -33,83 +33,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = [
-    "Estimate",
-    "class_names",
-    "describe",
-    "plot_estimate",
-    "to_dataframe",
-]
-
-
-def class_names(estimate: Estimate, example: int) -> list[int | str]:
-    """What the columns of one example are: the target, the class index, or the index tuple of a larger output."""
-    if estimate.target is not None:
-        target = estimate.target[example].flatten().tolist()
-        return [target[0] if len(target) == 1 else str(tuple(target))]
-    if len(estimate.class_shape) > 1:
-        return [str(index) for index in np.ndindex(*estimate.class_shape)]
-    return list(range(estimate.effect.shape[2]))
-
-
-def to_dataframe(estimate: Estimate, level: float, fdr: float) -> pd.DataFrame:
-    """See :meth:`ce_plugin.effects.estimate.Estimate.to_dataframe`."""
-    import pandas as pd
-
-    n, units, classes = estimate.effect.shape
-    example, unit, column = np.indices((n, units, classes)).reshape(3, -1)
-    names = np.empty((n, classes), dtype=object)
-    labels = np.full((n, units), "", dtype=object)
-    for i in range(n):
-        names[i] = class_names(estimate, i)
-        own = estimate.labels_of(i)
-        labels[i, : len(own)] = own
-    data: dict[str, Any] = {
-        "example": example,
-        "unit": unit,
-        "label": labels[example, unit],
-        "class": names[example, column],
-        "effect": _flat(estimate.effect),
-    }
-    blank = np.full(len(example), np.nan)
-    data.update(std_error=blank, ci_low=blank, ci_high=blank, p_value=blank)
-    significant = pd.array([pd.NA] * len(example), dtype="boolean")
-    if estimate.std_error is not None:
-        low, high = estimate.confidence_interval(level)
-        found = _flat(estimate.significant(fdr))
-        data.update(std_error=_flat(estimate.std_error), ci_low=_flat(low), ci_high=_flat(high))
-        data.update(p_value=_flat(estimate.p_values()))
-        significant = pd.array(found, dtype="boolean")
-    data["significant"] = significant
-    data["reference"] = estimate.reference.detach().cpu().numpy()[example, column]
-    there = unit < estimate.n_units.cpu().numpy()[example]
-    frame: pd.DataFrame = pd.DataFrame(data).loc[there].reset_index(drop=True).infer_objects()
-    return frame
-
-
-def describe(estimate: Estimate) -> str:
-    """What was estimated and how, and the largest effect of the first examples."""
-    n, units, classes = estimate.effect.shape
-    what = "the target's output" if estimate.target is not None else f"{classes} class{'es' * (classes > 1)}"
-    lines = [
-        f"Estimate of {estimate.outcome or 'outcome'}: {n} example{'s' * (n > 1)}, {units} units, {what}",
-        f"  {estimate.intervention}, {estimate.design}, {estimate.n_trials} trials, evidence: {estimate.evidence}",
-    ]
-    for i in range(min(n, 3)):
-        values = estimate.effect[i].nan_to_num(0.0)
-        unit, column = divmod(int(values.abs().argmax()), classes)
-        errors = estimate.std_error
-        error = "" if errors is None else f" (standard error {float(errors[i, unit, column]):.2g})"
-        name = class_names(estimate, i)[column]
-        lines.append(f"  {i}: largest effect {float(values[unit, column]):+.4g}{error}, unit {unit}, class {name}")
-    return "\n".join(lines + ["  ..."] * (n > 3))
-
-
-def _flat(x: Tensor) -> np.ndarray[Any, Any]:
-    """All numbers in the order of the rows."""
-    values: np.ndarray[Any, Any] = x.detach().cpu().numpy().reshape(-1)
-    return values
-
 
 # One row per example; the rest belongs to all examples.
 _BY_EXAMPLE = (
@@ -281,9 +204,8 @@ class Estimate:
         """
         if self.assignments is None or self.outcomes is None or self.p is None:
             hint = "Run a RandomMask design with keep_trials=True, or read .interaction of a Joint design."
-            raise DesignError(
-                expected("design", "a random one whose trials were kept", self.design or "no trials", hint)
-            )
+            wanted = "a random one whose trials were kept"
+            raise DesignError(expected("design", wanted, self.design or "no trials", hint))
         found = []
         for i, (a, y) in enumerate(zip(self.assignments, self.outcomes, strict=True)):
             own = int((~y.isnan().all(dim=1)).sum())  # with `until=` examples may have fewer trials: the rest is NaN
@@ -307,7 +229,35 @@ class Estimate:
         Columns: example, unit, label, class, effect, std_error, ci_low, ci_high (at ``level``), p_value, significant
         (at ``fdr``), reference. What exact designs do not have is missing there (NaN, NA).
         """
-        return to_dataframe(self, level, fdr)
+        import pandas as pd
+
+        n, units, classes = self.effect.shape
+        example, unit, column = np.indices((n, units, classes)).reshape(3, -1)
+        names = np.empty((n, classes), dtype=object)
+        labels = np.full((n, units), "", dtype=object)
+        for i in range(n):
+            names[i] = self._class_names(i)
+            own = self.labels_of(i)
+            labels[i, : len(own)] = own
+        data: dict[str, Any] = {
+            "example": example,
+            "unit": unit,
+            "label": labels[example, unit],
+            "class": names[example, column],
+            "effect": _flat(self.effect),
+        }
+        if self.std_error is None:
+            data |= dict.fromkeys(("std_error", "ci_low", "ci_high", "p_value"), np.nan)
+            data["significant"] = pd.array([pd.NA] * len(example), dtype="boolean")
+        else:
+            low, high = self.confidence_interval(level)
+            data |= {"std_error": _flat(self.std_error), "ci_low": _flat(low), "ci_high": _flat(high)}
+            significant = pd.array(_flat(self.significant(fdr)), dtype="boolean")
+            data |= {"p_value": _flat(self.p_values()), "significant": significant}
+        data["reference"] = self.reference.detach().cpu().numpy()[example, column]
+        there = unit < self.n_units.cpu().numpy()[example]
+        frame: pd.DataFrame = pd.DataFrame(data).loc[there].reset_index(drop=True).infer_objects()
+        return frame
 
     def plot(self, *args: Any, **kwargs: Any) -> Any:
         """A picture; arguments and result are those of :func:`ce_plugin.visualization.plot_estimate`."""
@@ -328,17 +278,36 @@ class Estimate:
 
     def __getitem__(self, examples: int | slice | Sequence[int]) -> Estimate:
         """Some of the examples; N stays a dimension."""
-        if isinstance(examples, int) and not -len(self) <= examples < len(self):
-            raise IndexError(f"example {examples} of an estimate of {len(self)}")
-        index = range(len(self))[examples] if isinstance(examples, slice) else examples
-        chosen = [index] if isinstance(index, int) else [int(i) for i in index]
+        chosen = chosen_examples(examples, len(self), "an estimate")
         some: dict[str, Any] = {k: v[chosen] for k, v in vars(self).items() if k in _BY_EXAMPLE and torch.is_tensor(v)}
         if isinstance(self.unit_labels[0], list):
             some["unit_labels"] = [self.unit_labels[i] for i in chosen]
         return replace(self, **some)
 
     def __repr__(self) -> str:
-        return describe(self)
+        """What was estimated and how, and the largest effect of the first examples."""
+        n, units, classes = self.effect.shape
+        what = "the target's output" if self.target is not None else f"{classes} class{'es' * (classes > 1)}"
+        lines = [
+            f"Estimate of {self.outcome or 'outcome'}: {n} example{'s' * (n > 1)}, {units} units, {what}",
+            f"  {self.intervention}, {self.design}, {self.n_trials} trials, evidence: {self.evidence}",
+        ]
+        for i in range(min(n, 3)):
+            values = self.effect[i].nan_to_num(0.0)
+            unit, column = divmod(int(values.abs().argmax()), classes)
+            error = "" if self.std_error is None else f" (standard error {float(self.std_error[i, unit, column]):.2g})"
+            name = self._class_names(i)[column]
+            lines.append(f"  {i}: largest effect {float(values[unit, column]):+.4g}{error}, unit {unit}, class {name}")
+        return "\n".join(lines + ["  ..."] * (n > 3))
+
+    def _class_names(self, example: int) -> list[int | str]:
+        """What the columns are: the target, the class index, or the index tuple of a larger output."""
+        if self.target is not None:
+            target = self.target[example].flatten().tolist()
+            return [target[0] if len(target) == 1 else str(tuple(target))]
+        if len(self.class_shape) > 1:
+            return [str(index) for index in np.ndindex(*self.class_shape)]
+        return list(range(self.effect.shape[2]))
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Write everything into one file, whole or not at all.
@@ -395,6 +364,23 @@ def _same(mine: Any, theirs: Any) -> bool:
         return type(mine) is type(theirs) and bool(mine == theirs)
     same = mine.dtype == theirs.dtype and mine.shape == theirs.shape
     return same and bool(((mine == theirs) | (mine.isnan() & theirs.isnan())).all())
+
+
+def chosen_examples(examples: int | slice | Sequence[int], n: int, what: str) -> list[int]:
+    """The indices that ``result[examples]`` asks for, of what is about n examples."""
+    if isinstance(examples, slice):
+        return list(range(n)[examples])
+    if not isinstance(examples, int):
+        return [int(i) for i in examples]
+    if not -n <= examples < n:
+        raise IndexError(f"example {examples} of {what} of {n}")
+    return [examples]
+
+
+def _flat(x: Tensor) -> np.ndarray[Any, Any]:
+    """All numbers in the order of the rows of a frame."""
+    values: np.ndarray[Any, Any] = x.detach().cpu().numpy().reshape(-1)
+    return values
 
 
 def plot_estimate(
@@ -487,14 +473,7 @@ def _column(estimate: Estimate, example: int, target: int | None) -> tuple[int, 
 
 
 def _bars(
-    values: Tensor,
-    half: Tensor | None,
-    found: Tensor | None,
-    labels: list[str],
-    *,
-    top: int,
-    width: int,
-    title: str,
+    values: Tensor, half: Tensor | None, found: Tensor | None, labels: list[str], *, top: int, width: int, title: str
 ) -> Figure:
     from matplotlib.figure import Figure
 
@@ -513,8 +492,7 @@ def _bars(
     axes.set_yticks(range(len(order)), [labels[unit] for unit in order])
     axes.invert_yaxis()
     axes.axvline(0, color="#555555", linewidth=0.8)
-    axes.set_xlabel(
-        "contribution (positive supports the class)" + ("; filled: significant" if found is not None else "")
-    )
+    note = "" if found is None else "; filled: significant"
+    axes.set_xlabel(f"contribution (positive supports the class){note}")
     axes.set_title(title, fontsize=10)
     return figure

@@ -15,30 +15,8 @@ from torch import Tensor
 
 from ce_plugin.errors import ArgumentError, DesignError, UnitError, expected
 
-__all__ = [
-    "RIDGE",
-    "SKEW",
-    "Effects",
-    "adjusted",
-    "arm_mean",
-    "arms_dof",
-    "block_index",
-    "block_sizes",
-    "block_square_sum",
-    "difference_in_means",
-    "exact_difference",
-    "gathered",
-    "interactions",
-    "joint_interaction",
-    "leave_out_fit",
-    "paired_variance",
-    "score_mean",
-    "with_rounding",
-]
-
-
 SKEW = 4.27
-"""What squared skewness counts in degrees of freedom, beside excess kurtosis counting 1.
+"""Weight of squared skewness in the degrees of freedom, where that of excess kurtosis is 1.
 
 The tail of a studentized mean is lifted by skewness g as by an excess of 8 / (x^2 + 1) (x^4 + 2 x^2 - 3) / 18 g^2 in
 2 n / (2 + excess) (second-order Edgeworth expansion, Hall 1992, section 2.6); this is its value at x = 3, where
@@ -296,8 +274,8 @@ def exact_difference(outcomes: Tensor, reference: Tensor) -> Effects:
     if outcomes.dim() != 2 or reference.shape not in (outcomes.shape, outcomes.shape[1:]):
         wanted = f"of shape (C,) or (R, C) for outcomes {tuple(outcomes.shape)}"
         raise UnitError(expected("reference", wanted, f"shape {tuple(reference.shape)}"))
-    # In place on a copy: with thousands of units and classes another one would be felt.
-    return Effects(outcomes.to(torch.float64, copy=True).sub_(_double(reference)))
+    # In place on a copy: with thousands of units and classes another one would take noticeable memory.
+    return Effects(outcomes.to(torch.float64, copy=True).sub_(double(reference)))
 
 
 def difference_in_means(assignments: Tensor, outcomes: Tensor, blocks: Tensor | None = None) -> Effects:
@@ -491,7 +469,7 @@ def joint_interaction(effect: Tensor, groups: Sequence[tuple[int, ...]]) -> Tens
     return effect - parts @ effect
 
 
-def _double(x: Tensor) -> Tensor:
+def double(x: Tensor) -> Tensor:
     """Float64 on the tensor's device, or on the CPU where the device has no such numbers."""
     return (x.cpu() if x.device.type == "mps" else x).double()
 
@@ -504,9 +482,9 @@ def _checked(assignments: Tensor, outcomes: Tensor) -> tuple[Tensor, Tensor]:
     if len(outcomes) < 2:
         raise DesignError(expected("n_trials", "at least 2", len(outcomes), "Errors need repeated trials."))
     # The first row goes first: the mean of equal numbers need not be that number in floating point.
-    y = _double(outcomes)
+    y = double(outcomes)
     y = y - y[0]
-    return _double(assignments), y - y.mean(dim=0)
+    return double(assignments), y - y.mean(dim=0)
 
 
 def _standardised(a: Tensor, p: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ce_plugin.errors import ArgumentError, expected
 
-__all__ = ["benjamini_hochberg", "half_width", "p_values", "t_interval"]
-
 Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 
 

@@ -11,25 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ce_plugin.effects.estimate import chosen_examples
+from ce_plugin.effects.estimators import double
 from ce_plugin.errors import ArgumentError, InferenceError, TargetError, UnitError, expected
 from ce_plugin.randomness import generator
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "Mediation",
-    "MediationEffects",
-    "Ratio",
-    "Shares",
-    "check_bootstrap",
-    "mediation_effects",
-    "ratio_of_means",
-    "refuse_without_total",
-]
 
-
-# Units whose resamples are held at once: 2,000 resamples of 256 units are 4 MB each for a handful of tensors.
+# Units whose resamples are in memory at once: 2,000 resamples of 256 units are 4 MB each for a handful of tensors.
 _CHUNK = 256
 
 
@@ -57,7 +48,7 @@ class Shares:
     Attributes:
         indirect: mean NIE / mean TE, (U,): what the unit carries by itself.
         indirect_low, indirect_high: its interval, (U,).
-        direct: 1 - mean NDE / mean TE, (U,): what is lost when the unit alone does not learn of the intervention.
+        direct: 1 - mean NDE / mean TE, (U,): what is lost when the unit alone keeps its clean value.
         direct_low, direct_high: its interval, (U,).
         total, total_low, total_high: mean TE and its interval.
         n_images: number of images.
@@ -293,9 +284,9 @@ class MediationEffects(NamedTuple):
 
     Attributes:
         total: TE = Y(x') - Y(x), (N, C).
-        indirect: NIE = Y(x, M(x')) - Y(x), (N, U, C): only the mediator learns of the intervention.
-        direct: NDE = Y(x', M(x)) - Y(x), (N, U, C): all but the mediator learn of it.
-        interaction: TE - NDE - NIE, (N, U, C): what takes both.
+        indirect: NIE = Y(x, M(x')) - Y(x), (N, U, C): only the mediator has its value under the intervention.
+        direct: NDE = Y(x', M(x)) - Y(x), (N, U, C): only the mediator keeps its clean value.
+        interaction: TE - NDE - NIE, (N, U, C): what needs both.
     """
 
     total: Tensor
@@ -339,7 +330,7 @@ def mediation_effects(clean: Tensor, intervened: Tensor, mediated: Tensor, block
     if not good or shapes[2][:1] != n or shapes[2][2:] != classes:
         wanted = "four tensors of shapes (N, C), (N, C), (N, U, C) and (N, U, C)"
         raise UnitError(expected("clean, intervened, mediated, blocked", wanted, ", ".join(map(str, shapes))))
-    y, y1, through, around = map(_double, (clean, intervened, mediated, blocked))
+    y, y1, through, around = map(double, (clean, intervened, mediated, blocked))
     total, indirect, direct = y1 - y, through - y[:, None], around - y[:, None]
     return MediationEffects(total, indirect, direct, total[:, None] - direct - indirect)
 
@@ -361,7 +352,7 @@ class Mediation:
         outcome, intervention: what was measured and done, as text.
         site: where the units are, as text: ``"features.28"``.
         cut: True where everything passes through the site's layer: the share of all its units together is 1 by
-            construction and tells nothing; proper subsets do.
+            construction; only the shares of proper subsets are informative.
         whole: the rows of ``indirect`` that stand for the whole layer.
         settings: what else reproduces the run, JSON-able.
 
@@ -420,22 +411,18 @@ class Mediation:
 
     @property
     def interaction(self) -> Tensor:
-        """TE - NDE - NIE, (N, U, C): what takes both the mediator's change and that of the rest."""
+        """TE - NDE - NIE, (N, U, C): what needs both the mediator's change and that of the rest."""
         return self.total[:, None] - self.direct - self.indirect
 
     def share(
-        self,
-        class_index: int | Tensor | None = None,
-        level: float = 0.95,
-        n_boot: int = 2000,
-        seed: int = 0,
+        self, class_index: int | Tensor | None = None, level: float = 0.95, n_boot: int = 2000, seed: int = 0
     ) -> Shares:
         """Which share of the total effect passes through each unit: ratios of means over the images.
 
             indirect share = mean NIE / mean TE,   direct share = 1 - mean NDE / mean TE
 
-        The first is what the unit carries by itself, the second what is lost when it alone does not learn of the
-        intervention; they differ by the interaction's share. Intervals: see :class:`~ce_plugin.effects.Shares`.
+        The first is what the unit carries by itself, the second what is lost when it alone keeps its clean
+        value; they differ by the interaction's share. Intervals: see :class:`~ce_plugin.effects.Shares`.
 
         Args:
             class_index: the class whose outcome is meant, one for all images or (N,); None takes the target, the
@@ -519,10 +506,7 @@ class Mediation:
 
     def __getitem__(self, examples: int | slice | Sequence[int]) -> Mediation:
         """Some of the examples; N stays a dimension."""
-        if isinstance(examples, int) and not -len(self) <= examples < len(self):
-            raise IndexError(f"example {examples} of a mediation of {len(self)}")
-        index = range(len(self))[examples] if isinstance(examples, slice) else examples
-        chosen = [index] if isinstance(index, int) else [int(i) for i in index]
+        chosen = chosen_examples(examples, len(self), "a mediation")
         some: dict[str, Any] = {k: v[chosen] for k, v in vars(self).items() if k in _BY_EXAMPLE and torch.is_tensor(v)}
         return replace(self, **some)
 
@@ -532,9 +516,8 @@ class Mediation:
         cut = " (a cut: everything passes through it, the share of the whole layer is 1 by construction)" * self.cut
         lines = [
             f"Mediation of {self.outcome or 'outcome'} through {self.site or 'a site'}{cut}",
-            f"  {n} example{'s' * (n != 1)}, {units} unit{'s' * (units != 1)}, {what}; {self.intervention}".rstrip(
-                "; "
-            ),
+            f"  {n} example{'s' * (n != 1)}, {units} unit{'s' * (units != 1)}, {what}"
+            + f"; {self.intervention}" * bool(self.intervention),
         ]
         for i in range(min(n, 3) if units and classes else 0):
             unit, column = divmod(int(self.indirect[i].nan_to_num(0.0).abs().argmax()), classes)
@@ -544,8 +527,3 @@ class Mediation:
                 f"{float(self.indirect[i, unit, column]):+.4g} through {self.unit_labels[unit]}"
             )
         return "\n".join(lines + ["  ..."] * (n > 3))
-
-
-def _double(x: Tensor) -> Tensor:
-    """Float64 on the tensor's device, or on the CPU where the device has no such numbers."""
-    return (x.cpu() if x.device.type == "mps" else x).double()

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ce_plugin.errors import OutcomeError, ProbabilityWarning, expected, unknown_name
 
-__all__ = ["OUTCOMES", "Outcome", "OutcomeFunction", "check_outcome", "resolve_outcome"]
-
 OutcomeFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -205,7 +203,15 @@ def check_outcome(outcome: Outcome, output: Tensor) -> None:
             "outcome=None to take it as it is."
         )
         raise OutcomeError(expected("outcome", "one for a single output ('sigmoid' or None)", got, hint))
-    layer = _already_probability(outcome, output)
+    if OUTCOMES.get(outcome.name) is not outcome or output.numel() == 0:
+        return
+    values, layer = _widen(output.detach()), ""
+    if outcome.name in _SOFTMAX:
+        coarse = output.dtype in (torch.float16, torch.bfloat16)
+        sums_to_one = (values.sum(dim=1) - 1).abs().max() < (3e-2 if coarse else 1e-3)
+        layer = "softmax" if bool((values >= 0).all() & sums_to_one) else ""
+    elif outcome.name == "sigmoid" and bool(((values >= 0) & (values <= 1)).all()):
+        layer = "sigmoid"
     if layer:
         warnings.warn(
             f"The model's outputs already seem to be probabilities, and outcome={outcome.name!r} puts a {layer} on "
@@ -214,17 +220,3 @@ def check_outcome(outcome: Outcome, output: Tensor) -> None:
             ProbabilityWarning,
             stacklevel=3,
         )
-
-
-def _already_probability(outcome: Outcome, output: Tensor) -> str:
-    """The layer that would be put on top of probabilities, or nothing."""
-    if OUTCOMES.get(outcome.name) is not outcome or output.numel() == 0:
-        return ""
-    values = _widen(output.detach())
-    coarse = output.dtype in (torch.float16, torch.bfloat16)
-    if outcome.name in _SOFTMAX:
-        sums_to_one = (values.sum(dim=1) - 1).abs().max() < (3e-2 if coarse else 1e-3)
-        return "softmax" if bool((values >= 0).all() & sums_to_one) else ""
-    if outcome.name == "sigmoid":
-        return "sigmoid" if bool(((values >= 0) & (values <= 1)).all()) else ""
-    return ""

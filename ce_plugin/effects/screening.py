@@ -15,7 +15,6 @@ from ce_plugin.errors import ArgumentError, OutcomeError, UnitError, expected
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["FlipOutcome", "Interactions", "pairwise", "screen"]
 
 FlipOutcome: TypeAlias = Callable[[Tensor], Tensor]
 """``outcome(a)`` for a (B, U) in [0, 1], 0 idle and 1 flipped, to (B,) or (B, C); rows must not mix."""
@@ -102,8 +101,8 @@ def screen(
         A_uv = dY/da_v (u flipped) - dY/da_v (idle),   B_uv = dY/da_v (u flipped) - [Y(v) - Y()]
         score_uv = max(m_uv, m_vu),   m_uv = min(|A_uv|, |B_uv|), or |A_uv| where single effects are not given
 
-    Both are exact for products. B alone takes the curvature of v's own response for an interaction with *every* u
-    (of the 20 largest of 4,950 interactions of random ReLU networks, 1 to 4 layers deep, the first 100 pairs held: A
+    Both are exact for products. B alone takes the curvature of v's own response for an interaction with *every* u (of
+    the 20 largest of 4,950 interactions of random ReLU networks, 1 to 4 layers deep, the first 100 pairs contained: A
     0.72-0.76, B 0.43-0.55, the smaller of the two 0.76-0.82); A alone exaggerates where v's response saturates.
 
     A ReLU gate may be closed, and its gradient 0, exactly at the flipped state (``relu(a_u + a_v - 1)``): all other
@@ -231,7 +230,7 @@ class _Runner:
         """Outcomes (R, C) in float64 where each row's units, (R, k), are flipped."""
         found = []
         with torch.no_grad():
-            for units in _batches(flipped, self.batch_size):
+            for units in torch.split(flipped, self.batch_size):
                 found.append(self._outcome(self._states(units, 0.0)).double())
                 self.n_trials += len(units)
         values = torch.cat(found)
@@ -277,18 +276,13 @@ def _screen(runner: _Runner, idle: Sequence[tuple[float, Tensor]], single: Tenso
     n = runner.n_units
     scores = torch.zeros(n, n, dtype=torch.float64, device=runner.device)
     for nudge, at_rest in idle:
-        for units in _batches(torch.arange(n), runner.batch_size):
+        for units in torch.split(torch.arange(n), runner.batch_size):
             slopes = runner.gradients(units[:, None], nudge)
             size = (slopes - at_rest).abs()
             if single is not None:
                 size = torch.minimum(size, (slopes - single.T).abs())
             scores[units] = torch.maximum(scores[units], size.amax(dim=1))
     return torch.maximum(scores, scores.T).fill_diagonal_(0.0)
-
-
-def _batches(rows: Tensor, size: int) -> list[Tensor]:
-    """The rows, some at a time."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _best_pairs(scores: Tensor, top: int) -> Tensor:

@@ -10,8 +10,6 @@ from torch import Tensor
 from ce_plugin.effects.estimators import Effects
 from ce_plugin.errors import DesignError, UnitError, expected
 
-__all__ = ["LENGTHS", "smooth"]
-
 LENGTHS = (0.03, 0.1, 0.2, 0.3, 0.5, 0.8)
 """Length scales that are tried, as shares of the grid's longer side; the shortest is less than a cell of 14."""
 

@@ -16,15 +16,6 @@ from torch import Tensor
 from ce_plugin.errors import ArgumentError, expected
 from ce_plugin.randomness import generator
 
-__all__ = [
-    "Context",
-    "Inputs",
-    "Intervention",
-    "Normalization",
-    "NormalizationLike",
-]
-
-
 Inputs = TypeVar("Inputs", bound="Tensor | tuple[Tensor, ...]")
 
 
@@ -209,9 +200,8 @@ class Normalization:
 
     def _shaped(self, numbers: tuple[float, ...], like: Tensor) -> Tensor:
         if len(numbers) > 1 and (like.dim() < 2 or like.shape[1] != len(numbers)):
-            raise ArgumentError(
-                expected("normalization", f"of one number or one per channel of {tuple(like.shape)}", f"{len(numbers)}")
-            )
+            wanted = f"of one number or one per channel of {tuple(like.shape)}"
+            raise ArgumentError(expected("normalization", wanted, f"{len(numbers)}"))
         shape = [1, len(numbers)] + [1] * max(like.dim() - 2, 0)
         return torch.tensor(numbers, dtype=like.dtype, device=like.device).reshape(shape[: max(like.dim(), 1)])
 

@@ -14,8 +14,6 @@ from torch import Tensor
 from ce_plugin.errors import ArgumentError, UnitError, expected, unknown_name
 from ce_plugin.interventions.base import Context, Inputs, Intervention, Normalization, NormalizationLike
 
-__all__ = ["PixelMask"]
-
 Infill = Callable[..., Tensor]
 Fill = Union[str, float, Tensor, Infill]
 Region = Union[Tensor, "tuple[int, int, int, int]"]
@@ -70,10 +68,11 @@ class PixelMask(Intervention):
         sigma: float | None = None,
     ) -> None:
         given = fill if isinstance(fill, tuple) else (fill,)
+        if not given:
+            raise ArgumentError(expected("fill", "at least one fill", "an empty tuple"))
         # numpy's numbers are numbers, too.
         self.fills: tuple[Fill, ...] = tuple(float(one) if isinstance(one, Real) else one for one in given)
-        if not self.fills:
-            raise ArgumentError(expected("fill", "at least one fill", "an empty tuple"))
+        self.n_variants, self.per_trial = len(given), False
         for one in self.fills:
             if isinstance(one, str) and one not in _NAMES:
                 raise unknown_name("fill", one, _NAMES)
@@ -81,13 +80,12 @@ class PixelMask(Intervention):
                 raise ArgumentError(expected("fill", "a name, number, tensor or callable", type(one).__name__))
             if isinstance(one, (float, Tensor)) and not bool(torch.isfinite(torch.as_tensor(one)).all()):
                 raise ArgumentError(expected("fill", "finite", "NaN or infinity"))
+            self.per_trial |= callable(one) and _wants_mask(one)
         if sigma is not None and not sigma > 0:
             raise ArgumentError(expected("sigma", "a positive number of pixels", sigma))
         self.normalization = Normalization.of(normalization)
-        self.region = _checked_region(region)
+        self.region = None if region is None else _checked_region(region)
         self.sigma = sigma
-        self.n_variants = len(self.fills)
-        self.per_trial = any(callable(one) and _wants_mask(one) for one in self.fills)
 
     def values(self, clean: Tensor, context: Context) -> Tensor:
         """x' for the whole input: the fill inside the region, the input itself outside.
@@ -100,9 +98,10 @@ class PixelMask(Intervention):
             A tensor like ``clean``.
         """
         fill = self.fills[context.variant]
-        if self.region is not None and context.mask is not None:
+        inside = None if self.region is None else _as_mask(self.region, clean, context)
+        if inside is not None and context.mask is not None:
             # What lies outside the region is no hole, whatever the trial says.
-            context = replace(context, mask=context.mask & self._region_mask(clean, context))
+            context = replace(context, mask=context.mask & inside)
         with torch.no_grad():
             filled = self.normalization.to_model(self._fill(fill, self.normalization.to_image(clean), context))
         try:
@@ -110,13 +109,7 @@ class PixelMask(Intervention):
         except RuntimeError as error:
             wanted = f"a fill that broadcasts to the input's shape {tuple(clean.shape)}"
             raise ArgumentError(expected("fill", wanted, f"shape {tuple(filled.shape)}")) from error
-        if self.region is None:
-            return filled
-        return torch.where(self._region_mask(clean, context), filled, clean)
-
-    def _region_mask(self, clean: Tensor, context: Context) -> Tensor:
-        region = self.region
-        return _as_mask(context.own(region, clean) if isinstance(region, Tensor) else region, clean)
+        return filled if inside is None else torch.where(inside, filled, clean)
 
     def _fill(self, fill: Fill, image: Tensor, context: Context) -> Tensor:
         if isinstance(fill, Tensor):
@@ -179,8 +172,13 @@ class PixelMask(Intervention):
         return cast(Inputs, tuple(out) if isinstance(inputs, tuple) else out[0])
 
     def __repr__(self) -> str:
-        shown = [_describe(f) for f in self.fills]
-        parts = [shown[0] if len(shown) == 1 else "(" + ", ".join(shown) + ")"]
+        shown = []
+        for fill in self.fills:
+            if isinstance(fill, Tensor):
+                shown.append(f"tensor{tuple(fill.shape)}")
+            else:
+                shown.append(getattr(fill, "__name__", type(fill).__name__) if callable(fill) else repr(fill))
+        parts = [shown[0] if len(shown) == 1 else f"({', '.join(shown)})"]
         if not self.normalization.is_identity:
             parts.append(f"normalization=({self.normalization.mean}, {self.normalization.std})")
         if self.region is not None:
@@ -188,14 +186,6 @@ class PixelMask(Intervention):
         if self.sigma is not None:
             parts.append(f"sigma={self.sigma}")
         return f"PixelMask({', '.join(parts)})"
-
-
-def _describe(fill: Fill) -> str:
-    if isinstance(fill, (str, int, float)):
-        return repr(fill)
-    if isinstance(fill, Tensor):
-        return f"tensor{tuple(fill.shape)}"
-    return str(getattr(fill, "__name__", type(fill).__name__))
 
 
 def _wants_mask(infill: Infill) -> bool:
@@ -221,6 +211,7 @@ def _blur(image: Tensor, sigma: float | None) -> Tensor:
         raise ArgumentError(
             expected("fill", "'zero', 'mean' or a number for inputs that are not images (N, C, H, W)", "'blur'")
         )
+
     height, width = image.shape[-2:]
     if min(height, width) < 2:
         return image.clone()
@@ -231,9 +222,7 @@ def _blur(image: Tensor, sigma: float | None) -> Tensor:
     return blurred
 
 
-def _checked_region(region: Region | None) -> Region | None:
-    if region is None:
-        return None
+def _checked_region(region: Region) -> Region:
     if isinstance(region, Tensor):
         if region.dtype != torch.bool:
             raise UnitError(expected("region", "a boolean mask", f"dtype {region.dtype}", "Write `mask > 0`."))
@@ -244,15 +233,15 @@ def _checked_region(region: Region | None) -> Region | None:
     return (left, top, right, bottom)
 
 
-def _as_mask(region: Region | None, clean: Tensor) -> Tensor:
+def _as_mask(region: Region, clean: Tensor, context: Context) -> Tensor:
+    """Where the region is, a boolean mask of the input's shape."""
     if isinstance(region, Tensor):
+        region = context.own(region, clean)
         try:
             return region.to(clean.device).expand_as(clean)
         except RuntimeError as error:
             wanted = f"a mask that broadcasts to the input's shape {tuple(clean.shape)}"
             raise UnitError(expected("region", wanted, f"shape {tuple(region.shape)}")) from error
-    if region is None:
-        return torch.ones_like(clean, dtype=torch.bool)
     left, top, right, bottom = region
     if clean.dim() < 3 or left < 0 or top < 0 or right > clean.shape[-1] or bottom > clean.shape[-2]:
         raise UnitError(expected("region", f"a box inside the input's shape {tuple(clean.shape)}", region))

@@ -11,8 +11,6 @@ from torch import Tensor
 from ce_plugin.errors import ArgumentError, InputError, expected
 from ce_plugin.interventions.base import Context, Intervention
 
-__all__ = ["MeanOut", "Patch", "Resample", "ZeroOut"]
-
 
 class ZeroOut(Intervention):
     """Z0 of the paper: the node is set to zero.
@@ -56,7 +54,7 @@ class _FromReference(Intervention):
 
 
 class MeanOut(_FromReference):
-    """The node is set to its mean over a reference set, so that it says what it says on average, and nothing of x.
+    """The node is set to its mean over a reference set, which carries no information about x.
 
     Args:
         reference: inputs of the network, (R, ...), or a tuple of such.

@@ -1,4 +1,4 @@
-"""Ranked nodes as bars: what each contributes, clean and under attack, and what it carries of the attack."""
+"""Charts: ranked nodes as bars, a detector's scores as histograms, and its ROC curves."""
 
 from __future__ import annotations
 
@@ -13,12 +13,6 @@ from ce_plugin.visualization.pictures import NEGATIVE, POSITIVE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = [
-    "plot_nodes",
-    "plot_roc",
-    "plot_scores",
-]
 
 
 _GRAY = "#555555"
@@ -150,13 +144,17 @@ def plot_scores(
     edges: list[float] = spaced(everything.min(), everything.max() + 1e-9, _BINS + 1).tolist()
     figure = Figure(figsize=(5.6, 3.4), dpi=100, layout="constrained")
     axes = figure.subplots()
-    axes.hist(clean, edges, weights=_parts(clean), color=_LIGHT_GRAY, label=f"clean, calibration ({len(clean)})")
+    axes.hist(
+        clean,
+        edges,
+        weights=np.full(len(clean), 1 / len(clean)),
+        color=_LIGHT_GRAY,
+        label=f"clean, calibration ({len(clean)})",
+    )
     for number, (name, scores) in enumerate(sets.items()):
         if scores.size:
-            axes.hist(
-                scores, edges, weights=_parts(scores), histtype="step", linewidth=1.6, label=f"{name} ({len(scores)})",
-                **_line(number),
-            )  # fmt: skip
+            options = {"histtype": "step", "linewidth": 1.6, "label": f"{name} ({len(scores)})", **_line(number)}
+            axes.hist(scores, edges, weights=np.full(len(scores), 1 / len(scores)), **options)
     axes.axvline(threshold, color="#111111", linewidth=1.2, linestyle="--", label="threshold")
     if ratio > 20:
         axes.set_xscale("log")
@@ -218,10 +216,8 @@ def plot_roc(clean: npt.ArrayLike, attacked: Mapping[str, npt.ArrayLike], *, fpr
 
 
 def _line(number: int) -> dict[str, Any]:
-    return {
-        "color": _COLORS[number % len(_COLORS)],
-        "linestyle": _DASHES[number // len(_COLORS) % len(_DASHES)],
-    }
+    dashes = _DASHES[number // len(_COLORS) % len(_DASHES)]
+    return {"color": _COLORS[number % len(_COLORS)], "linestyle": dashes}
 
 
 def _finish_curves(axes: Any, title: str, legend: str) -> None:
@@ -229,10 +225,6 @@ def _finish_curves(axes: Any, title: str, legend: str) -> None:
     axes.legend(loc=legend, fontsize=8, frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-
-
-def _parts(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    return np.full(len(values), 1.0 / len(values))
 
 
 def _finite(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -19,23 +19,11 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-__all__ = [
-    "NEGATIVE",
-    "POSITIVE",
-    "contribution_colors",
-    "data_uri",
-    "magnify",
-    "outlines",
-    "overlay",
-    "sheet",
-    "spotlight",
-]
-
 
 POSITIVE = "#e8590c"
 """Colour of what supports the class: orange."""
 NEGATIVE = "#1c6fd1"
-"""Colour of what speaks against the class: blue. The pair stays apart for colour-blind readers."""
+"""Colour of what opposes the class: blue. Colour-blind readers can distinguish the two."""
 
 _DPI = 100
 Pixels = npt.NDArray[np.float64]
@@ -208,9 +196,16 @@ def data_uri(shown: Figure | Tensor) -> str:
         pixels = (_channels_last(shown) * 255).round().astype(np.uint8)
         image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
         return min((_encoded(image, "png"), _encoded(image, "jpeg")), key=len)
+    return _encoded(_drawn(shown, _DPI), "jpeg")
+
+
+def _drawn(figure: Figure, dpi: int) -> Any:
+    """The figure as an image of Pillow's."""
+    from PIL import Image
+
     buffer = io.BytesIO()
-    shown.savefig(buffer, format="png", dpi=_DPI)
-    return _encoded(Image.open(buffer).convert("RGB"), "jpeg")
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return Image.open(buffer).convert("RGB")
 
 
 def _encoded(image: Any, kind: str) -> str:
@@ -319,11 +314,7 @@ def _pixels(shown: Figure | Tensor) -> npt.NDArray[Any]:
             raise InputError(expected("rows", "pictures of shape (1 or 3, H, W)", tuple(shown.shape)))
         pixels: npt.NDArray[Any] = shown.detach().float().cpu().clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
         return pixels
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    shown.savefig(buffer, format="png", dpi=150)
-    return np.asarray(Image.open(buffer).convert("RGB"))
+    return np.asarray(_drawn(shown, 150))
 
 
 def spotlight(image: Tensor, box: tuple[int, int, int, int]) -> Tensor:

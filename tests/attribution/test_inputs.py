@@ -12,9 +12,10 @@ from captum._utils.common import _select_targets
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ce_plugin import Evidence
-from ce_plugin.attribution.estimation import flat_target
-from ce_plugin.attribution.explainer import as_args, as_baseline, as_evidences, as_ids, as_inputs
+from ce_plugin import CausalEffect, Evidence
+from ce_plugin.attribution._estimation import flat_target
+from ce_plugin.attribution._experiment import Call
+from ce_plugin.attribution._explainer import as_baseline, as_evidences, as_ids, as_inputs
 from ce_plugin.interventions import Context, PixelMask
 
 
@@ -30,10 +31,9 @@ def test_inputs_are_cut_off_from_the_users_graph() -> None:
 
 def test_args() -> None:
     tensor = torch.rand(2)
-    assert as_args(None) == ()
-    assert as_args(3) == (3,)
-    assert as_args((tensor, None)) == (tensor, None)
-    assert as_args([1, 2]) == ([1, 2],)
+    effect = CausalEffect(torch.nn.Flatten())
+    for args, wanted in ((None, ()), (3, (3,)), ((tensor, None), (tensor, None)), ([1, 2], ([1, 2],))):
+        assert effect._experiment(Call(inputs=tensor, additional_forward_args=args)).args == wanted
 
 
 def test_ids() -> None:
@@ -63,8 +63,6 @@ def test_baselines_keep_model_units_and_types() -> None:
 @pytest.mark.parametrize("bytes_", [1, 1 << 20])
 def test_baselines_of_each_examples_own_follow_their_example(bytes_: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The runner asks for the values of as many examples together as fit into memory."""
-    from ce_plugin import CausalEffect
-
     monkeypatch.setattr("ce_plugin.trials.batches._BYTES", bytes_)
     x, baselines = torch.rand(5, 4, dtype=torch.float64), torch.rand(5, 4, dtype=torch.float64)
     weight = torch.rand(4, dtype=torch.float64)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ce_plugin.effects import FlipOutcome, Interactions, pairwise, screen
+from ce_plugin.effects import Interactions, pairwise, screen
+from ce_plugin.effects.screening import FlipOutcome
 from ce_plugin.errors import ArgumentError, OutcomeError, UnitError
 from ce_plugin.evaluation import PlantedInteraction
 

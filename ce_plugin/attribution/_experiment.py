@@ -1,0 +1,611 @@
+"""One call of ``estimate``: from checked arguments through trials to an :class:`~ce_plugin.effects.Estimate`."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from ce_plugin.attribution._estimation import Answer, OutcomeMeasure, Target, answers, average, check_design
+from ce_plugin.designs import Design, EveryUnit, Joint
+from ce_plugin.effects import Estimate, Interactions, Outcome, half_width, pairwise
+from ce_plugin.errors import ArgumentError, ModelError, NoChangeWarning, UnitError, expected
+from ce_plugin.interventions import Context, Intervention
+from ce_plugin.networks.forward import Forward
+from ce_plugin.networks.guard import state_guard
+from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite, Masks, MaskUnits, Strides, Windows
+from ce_plugin.trials._routing import (
+    CapturedSite,
+    CapturingForward,
+    EvidenceForward,
+    ForwardFromSite,
+    LayerEvidence,
+    Router,
+    SiteHook,
+    hook_of,
+)
+from ce_plugin.trials._runner import AggregateError, Runner, as_one_row, run_aggregated
+from ce_plugin.trials.batches import Cost, TrialSpec, checked_values, free_memory, rows_of_args
+
+Baselines: TypeAlias = "Tensor | float | tuple[Tensor | float, ...] | None"
+Given: TypeAlias = "Intervention | Evidence | Sequence[Intervention | Evidence] | None"
+Ids: TypeAlias = "Sequence[int] | Tensor | None"
+
+# Trials before the first look at the intervals of a run that may stop early, and between two looks.
+_FIRST, _ROUND = 100, 50
+# Donors that pass through the network together.
+_DONORS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What a call of ``attribute``, ``estimate``, ``estimate_cost`` or ``interactions`` asks for, as the user wrote it.
+
+    Args:
+        inputs, target, additional_forward_args, perturbations_per_eval, show_progress, given, ids, until, keep_trials:
+            see :meth:`ce_plugin.CausalEffect.estimate`.
+        baselines: of the inputs or of the layer.
+        mask: ``feature_mask`` or ``layer_mask``.
+        windows, strides: ``sliding_window_shapes`` and their steps, of an input.
+        at_input: ``attribute_to_layer_input``.
+        predicted_only: without a target explain each example's predicted class only.
+        keep_values: keep the site's values under each draw of the evidence.
+    """
+
+    inputs: Tensor | tuple[Tensor, ...]
+    baselines: Baselines = None
+    target: Target = None
+    additional_forward_args: Any = None
+    mask: Masks = None
+    windows: Windows = None
+    strides: Strides = None
+    at_input: bool = False
+    perturbations_per_eval: int | None = None
+    show_progress: bool = False
+    given: Given = None
+    ids: Ids = None
+    until: float | None = None
+    keep_trials: bool = False
+    predicted_only: bool = False
+    keep_values: bool = False
+
+
+@dataclass(kw_only=True)
+class Experiment:
+    """Everything that one run needs, checked and resolved; making one checks all that needs no pass through the model.
+
+    Args:
+        call: how trials are run and what is kept of them.
+        inputs, args, evidences, ids: what the call says of them, in one form.
+        forward, router, outcome, seed, memory_budget: the explainer's.
+        site, intervention, design: the explainer's, or the defaults for these inputs.
+    """
+
+    call: Call
+    inputs: tuple[Tensor, ...]
+    args: tuple[object, ...]
+    evidences: list[Evidence]
+    ids: tuple[int, ...]
+    site: InputSite | LayerSite | ConceptSite
+    intervention: Intervention
+    design: Design
+    outcome: Outcome
+    forward: Forward
+    router: Router
+    seed: int
+    memory_budget: int | None
+
+    def __post_init__(self) -> None:
+        until, per_eval = self.call.until, self.call.perturbations_per_eval
+        if until is not None and (self.design.exact or not until > 0):
+            wanted = "a positive half-width, for a random design"
+            raise ArgumentError(expected("until", wanted, f"{until} for {self.design!r}"))
+        if per_eval is not None and (not isinstance(per_eval, int) or per_eval < 1):
+            raise ArgumentError(expected("perturbations_per_eval", "None or a positive integer", per_eval))
+        self.n = len(self.inputs[0])
+        self.target = self.call.target
+        self.context = Context(ids=self.ids, seed=self.seed)
+        rows = None if per_eval is None else per_eval * self.n
+        self.runner = Runner(self.forward, rows, self.memory_budget, self.call.show_progress)
+        self.route, self.cut, self.seconds = "full", False, 0.0
+        self.kept: list[TrialSpec] = []
+        self.n_draws, self.evidence_forwards, self.evidence_at_layers = 1, 0, False
+        for evidence in self.evidences:
+            self.n_draws = max(self.n_draws, evidence.n_draws)
+            self.evidence_forwards += evidence.intervention.forward_equivalents
+            self.evidence_at_layers |= not isinstance(evidence.site, InputSite)
+        self._example: CapturedSite | None = None
+        if isinstance(self.site, InputSite):
+            self._prepare(self.inputs)
+        else:
+            hook_of(self.site, self.forward.modules)
+
+    def run(self) -> dict[str, Estimate]:
+        """The estimates of all heads; the model and the random state are afterwards as they were."""
+        started = time.perf_counter()
+        draws: list[dict[str, Answer]] = []
+        with self._guard():
+            # Costly evidence is made only after one example has shown that the target and the outcome fit.
+            if self.evidence_forwards or self.n > 1:
+                self._look()
+            if self.evidence_forwards:
+                self._check_target(self._first_outputs())
+            for draw in range(self.n_draws):
+                draws.append(self._draw(draw))
+                if self.call.predicted_only and self.target is None:
+                    # One class for all draws: differences between classes are no effects.
+                    self.target = next(iter(draws[0].values())).target
+        seconds = time.perf_counter() - started
+        estimates = {}
+        for name, answer in draws[0].items():
+            several = average([draw[name] for draw in draws]) if self.n_draws > 1 else answer
+            estimates[name] = self._estimate(several, seconds)
+        return estimates
+
+    def interactions(self, **options: Any) -> list[Interactions]:
+        """Pairwise interactions of each example's units; options are those of :func:`~ce_plugin.effects.pairwise`."""
+        with self._guard():
+            self._look()
+            spec, captured_site = self._set(0)
+            captured_site, runner, heads = self.router.start(captured_site, self.runner, 1)
+            measure = self._measured(heads, captured_site.outputs)
+            options.setdefault("batch_size", runner.rows or 32)
+            options |= {"name": self.outcome.name, "device": spec.device, "dtype": spec.inputs[0].dtype}
+            labels, found = spec.units.labels, []
+            for i in range(self.n):
+                names = labels[i] if isinstance(labels[0], list) else labels
+                outcome = flip_outcome(spec, captured_site, measure, i)
+                found.append(pairwise(outcome, int(spec.units.n_units[i]), unit_labels=names, **options))
+        return found
+
+    def cost(self) -> Cost:
+        """Trials and passes of a run; one example passes once, to see how many outcomes it has."""
+        with self._guard():
+            self._look()
+            heads = self._first_outputs()
+            route, each, once = self._route()
+        # The outcome with all units set, which some designs compare with, is one more trial.
+        once += self.spec.repeats if self.design.reference == "all" else 0
+        once += self.intervention.forward_equivalents + self.evidence_forwards
+        passes = self.trials * each + self.n_draws * self.n * once + (self.evidence_forwards > 0)
+        if route == "full":
+            passes += self.runner.layout_passes(self.inputs, self.args, self.trials)
+        one = self.target is not None or self.call.predicted_only or not self.outcome.per_class
+        outcomes = len(heads) if one else sum(head.numel() for head in heads.values())
+        return Cost(self.trials, passes, route, 4 * outcomes * self.n * max(self.used))
+
+    def _route(self) -> tuple[str, float, float]:
+        """How trials will be run, what a trial costs, and what is run once for each example, in forward passes."""
+        captured_site = self._example or CapturedSite(self.forward, *self._first())
+        spec = replace(self.spec, inputs=captured_site.values)
+        # Evidence at a layer is set by hooks, which only whole passes meet.
+        if not self.evidence_at_layers:
+            captured_site = self.router.followed(captured_site, spec)
+        cut = captured_site.forward
+        if not isinstance(cut, ForwardFromSite) or cut.suffix is None or cut.captured is None:
+            return "full", 1, 1
+        share = cut.suffix.share(cut.captured)
+        # A clean pass, another for what by-passes the site, and the reference.
+        once = 1 + (not cut.suffix.is_cut) + share
+        each = share if captured_site.flips is None else captured_site.flips.cost(spec)
+        return captured_site.taken, each, once
+
+    @property
+    def trials(self) -> int:
+        """Trials of the whole run."""
+        return self.n_draws * self.spec.repeats * sum(self.used)
+
+    def _guard(self) -> AbstractContextManager[None]:
+        """Everything that may hold a network is left as it was."""
+        holders = [self.outcome.function, self.intervention]
+        if isinstance(self.site, ConceptSite):
+            holders.append(self.site.autoencoder)
+        for evidence in self.evidences:
+            holders.append(evidence.intervention)
+            if isinstance(evidence.site, ConceptSite):
+                holders.append(evidence.site.autoencoder)
+        return state_guard(*holders, networks=self.forward.modules)
+
+    def _prepare(self, values: tuple[Tensor, ...]) -> None:
+        """Units and trials of the site's values, (N, ...) each, and whether the design fits them."""
+        units = self.site.units_of(values)
+        self.spec = TrialSpec(values, self.args, units, self.design, self.intervention, self.context)
+        self.used = list(map(self.spec.n_trials, range(self.n)))
+        check_design(self.spec)
+
+    def _first(self) -> tuple[tuple[Tensor, ...], tuple[object, ...]]:
+        """The first example's inputs and additional arguments, without its evidence."""
+        first = torch.tensor([0])
+        return tuple(x[first.to(x.device)] for x in self.inputs), rows_of_args(self.args, self.n, first)
+
+    def _first_outputs(self) -> dict[str, Tensor]:
+        """The first example's outputs, without its evidence."""
+        known = None if self._example is None else self._example.outputs
+        return self.runner.evaluate(*self._first()) if known is None else known
+
+    def _look(self) -> None:
+        """At a layer the units are known only when one example has passed through it."""
+        if isinstance(self.site, InputSite) or self._example is not None:
+            return
+        self._example = self.router.at(self.site, *self._first(), self.runner)
+        self._prepare(tuple(value.expand(self.n, *value.shape[1:]) for value in self._example.values))
+
+    def _check_target(self, heads: dict[str, Tensor]) -> None:
+        """Errors of the target and the outcome, from the outputs of one example or of all."""
+        every = {}
+        for name, head in heads.items():
+            every[name] = head.expand(self.n, *head.shape[1:])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again, with the outputs under evidence
+            self._measured(every)
+
+    def _measured(self, heads: dict[str, Tensor], decided: dict[str, Tensor] | None = None) -> OutcomeMeasure:
+        return OutcomeMeasure(heads, self.outcome, self.target, self.call.predicted_only, decided)
+
+    def _draw(self, draw: int) -> dict[str, Answer]:
+        """The effects under one draw of the random evidence."""
+        spec, captured_site = self._set(draw)
+        try:
+            captured_site, runner, heads, measure = self._start(spec, captured_site)
+            check_memory(spec, measure, max(self.used))
+            if self.call.until is not None:
+                return answers_until(spec, runner, measure, self.used, self.call.until, self.call.keep_trials)
+            outcomes = runner.run(spec, 0, max(self.used), measure)
+            compared = measure.reference
+            if spec.design.reference == "all":
+                every = runner.run(replace(spec, design=EveryUnit()), 0, 1, measure)
+                compared = {name: outcome[:, 0] for name, outcome in every.items()}
+            self.route, self.cut, self.seconds = captured_site.taken, captured_site.is_cut, captured_site.seconds
+            found = answers(spec, outcomes, compared, measure, self.used, self.call.keep_trials)
+            return self._with_insertion(found, heads, captured_site) if isinstance(self.site, ConceptSite) else found
+        except AggregateError:
+            return self._aggregated(spec, self.runner.of(captured_site.forward))
+
+    def _set(self, draw: int) -> tuple[TrialSpec, CapturedSite]:
+        """The trials under one draw of the random evidence, and the site; assignments are drawn anew for each."""
+        context = replace(self.context, seed=self.seed + draw)
+        design = self.design if draw == 0 else self.design.reseeded(self.design.seed + draw)
+        inputs, forward, args = self.inputs, self.forward, self.args
+        if self.evidences:
+            inputs = with_evidence(inputs, self.evidences, context, draw)
+            forward, args = layers_with_evidence(forward, inputs, args, self.evidences, context, draw)
+        if isinstance(self.site, InputSite):
+            captured_site = CapturedSite(forward, inputs, args)
+        elif self._example is not None and self.n == 1 and not self.evidences:
+            captured_site = self._example
+        else:
+            runner = self.runner if forward is self.forward else self.runner.of(forward)
+            captured_site = self.router.at(self.site, inputs, args, runner)
+            if self._example is None:
+                self._prepare(captured_site.values)
+        at = captured_site.forward
+        if isinstance(at, ForwardFromSite):
+            donors = donated(self.intervention, at.inputs, context, self.forward, at.place, self.args)
+        else:
+            donors = donated(self.intervention, captured_site.values, context)
+        context = replace(context, donors=donors)
+        spec = replace(self.spec, inputs=captured_site.values, args=captured_site.args, context=context, design=design)
+        warn_unchanged(spec)
+        if self.call.keep_values:
+            self.kept.append(spec)
+        return spec, captured_site
+
+    def _start(
+        self, spec: TrialSpec, captured_site: CapturedSite
+    ) -> tuple[CapturedSite, Runner, dict[str, Tensor], OutcomeMeasure]:
+        """What runs the trials, the reference's outputs, and how trials are measured against them.
+
+        Whether flips can be followed takes passes to find out; the target and the outcome are checked before.
+        """
+        known = captured_site.outputs
+        if known is None:
+            captured_site, runner, known = self.router.start(captured_site, self.runner, self.trials)
+            measure = self._measured(known)
+            followed = self.router.followed(captured_site, spec)
+            if followed is captured_site:
+                return captured_site, runner, known, measure
+        else:
+            self._check_target(known)
+            followed = self.router.followed(captured_site, spec)
+        captured_site, runner, heads = self.router.start(followed, self.runner, self.trials)
+        with warnings.catch_warnings():
+            if captured_site.outputs is None:
+                warnings.simplefilter("ignore")  # they came with the outputs above
+            return captured_site, runner, heads, self._measured(heads, captured_site.outputs)
+
+    def _with_insertion(
+        self, found: dict[str, Answer], heads: dict[str, Tensor], captured_site: CapturedSite
+    ) -> dict[str, Answer]:
+        """The answers with what inserting the autoencoder does by itself."""
+        plain = self._measured(captured_site.outputs or heads)
+        inserted = plain(heads, torch.arange(self.n, device=captured_site.values[0].device))
+        for name in found:
+            found[name] = replace(found[name], insertion_effect=inserted[name] - plain.reference[name])
+        return found
+
+    def _aggregated(self, spec: TrialSpec, runner: Runner) -> dict[str, Answer]:
+        """A network that returns one value for the batch makes the batch one example.
+
+        Raises:
+            ModelError: the examples do not share what they must share, or some outputs have one value per example.
+        """
+        if self.call.until is not None or len(set(self.ids)) > 1 or not isinstance(spec.units.labels[0], str):
+            hint = "Leave out `until=`, `ids=` and masks that differ between examples."
+            wanted = "a model that returns one value per example for these options"
+            raise ModelError(expected("forward_func", wanted, "one value per batch", hint))
+        # Copies, because a network may write to its input.
+        raw = runner.evaluate(tuple(x.clone() for x in spec.inputs), spec.args)
+        heads = {name: as_one_row(head) for name, head in raw.items()}
+        if any(heads[name].shape != one.shape for name, one in self._first_outputs().items()):
+            shapes = [tuple(head.shape) for head in raw.values()]
+            wanted = "a model with one value per example in every output"
+            got = f"shapes {shapes} for {spec.n} examples, some not one for each"
+            raise ModelError(expected("forward_func", wanted, got, "Name the part to explain with `output=`."))
+        measure = self._measured(heads)
+        outcomes = run_aggregated(runner, spec, measure)
+        compared = measure.reference
+        if spec.design.reference == "all":
+            every = run_aggregated(runner, replace(spec, design=EveryUnit()), measure)
+            compared = {name: outcome[:, 0] for name, outcome in every.items()}
+        return answers(spec, outcomes, compared, measure, self.used[:1], self.call.keep_trials)
+
+    def _estimate(self, answer: Answer, seconds: float) -> Estimate:
+        units, n = self.spec.units, len(answer.effect)
+        labels: Any = units.labels
+        groups, counts = None, units.n_units[:n].clone()
+        if isinstance(self.design, Joint):
+            groups = self.design.groups
+            labels = ["+".join(map(str, group)) for group in groups]
+            counts = torch.full((n,), len(groups))
+        return Estimate(
+            **vars(answer) | {"n_trials": int(answer.n_trials.max())},
+            n_units=counts,
+            unit_labels=labels,
+            groups=groups,
+            outcome=self.outcome.name,
+            design=repr(self.design),
+            intervention=repr(self.intervention),
+            evidence=", ".join(map(repr, self.evidences)) or "none",
+            seed=self.seed,
+            cost=self.runner.passes if self.route == "full" else round(seconds / self.seconds, 1),
+            peeked=self.call.until is not None,
+            site=repr(self.site),
+            settings={
+                "seconds": seconds,
+                "trials_per_example": answer.n_trials.tolist(),
+                "route": self.route,
+                "cut": self.cut,
+                "units_of_site": units.width,
+            },
+            p=self.design.flip_probability(),
+            blocks=None if answer.outcomes is None else self.design.blocks(answer.outcomes.shape[1]),
+        )
+
+
+def with_evidence(
+    inputs: tuple[Tensor, ...], evidences: Sequence[Evidence], context: Context, draw: int
+) -> tuple[Tensor, ...]:
+    """The inputs with their evidence set, one evidence after the other; what is set at layers is passed over.
+
+    Args:
+        inputs: (N, ...) each.
+        evidences: in the order in which they are set.
+        context: ids and seed of this draw.
+        draw: which of the draws of random evidence.
+
+    Warns:
+        NoChangeWarning: an evidence changes nothing.
+    """
+    for order, evidence in enumerate(evidences):
+        if not isinstance(evidence.site, InputSite):
+            continue
+        units = evidence.site.units_of(inputs)
+        counts = units.n_units.tolist()
+        chosen = [evidence.assignment(counts[i], one, draw, order) for i, one in enumerate(context.ids)]
+        rows = pad_sequence(chosen, batch_first=True)
+        masks = [mask.to(inputs[0].device) for mask in units.masks(rows, torch.arange(len(rows)))]
+        donors = donated(evidence.intervention, inputs, context)
+        changed, new = False, []
+        for k, (x, mask) in enumerate(zip(inputs, masks, strict=True)):
+            do = checked_values(evidence.intervention, x, replace(context, position=k, mask=mask, donors=donors))
+            changed |= bool((x != do).any())
+            new.append(torch.where(mask, do, x))
+        if not changed:
+            warnings.warn(
+                f"The evidence {evidence.intervention!r} changes nothing in any example. Check its fill or region, and "
+                "`normalization=`.",
+                NoChangeWarning,
+                stacklevel=7,
+            )
+        inputs = tuple(new)
+    return inputs
+
+
+def layers_with_evidence(
+    forward: Forward,
+    inputs: tuple[Tensor, ...],
+    args: tuple[object, ...],
+    evidences: Sequence[Evidence],
+    context: Context,
+    draw: int,
+) -> tuple[Forward, tuple[object, ...]]:
+    """The network whose layers hold their evidence, and its additional arguments; itself where there is none."""
+    holds = []
+    for order, evidence in enumerate(evidences):
+        site = evidence.site
+        if isinstance(site, (LayerSite, ConceptSite)):
+            hook = hook_of(site, forward.modules)
+            donors = donated(evidence.intervention, inputs, context, forward, hook, args)
+
+            def chosen(n_units: int, evidence: Evidence = evidence, order: int = order) -> Tensor:
+                return torch.stack([evidence.assignment(n_units, i, draw, order) for i in context.ids])
+
+            holds.append(LayerEvidence(site, hook, evidence.intervention, replace(context, donors=donors), chosen))
+    if not holds:
+        return forward, args
+    return EvidenceForward(forward, holds), (*args, torch.arange(len(context.ids)))
+
+
+def donated(
+    intervention: Intervention,
+    inputs: tuple[Tensor, ...],
+    context: Context,
+    forward: Forward | None = None,
+    hook: SiteHook | None = None,
+    args: tuple[object, ...] = (),
+) -> tuple[Tensor, ...] | None:
+    """What ``context.donors`` is to be: the values at the site of the inputs that the intervention names.
+
+    Args:
+        intervention: names them.
+        inputs: the examples' own inputs, (N, ...) each.
+        context: ids and seed.
+        forward, hook, args: the network, the site and additional arguments; without a hook the site is the input.
+
+    Returns:
+        One tensor for each tensor of the site, or None where the intervention needs no donors.
+    """
+    donors = intervention.donors(inputs, context)
+    if donors is None:
+        return None
+    if hook is None or forward is None:
+        return tuple(intervention.collect([donor]) for donor in donors)
+    capture = CapturingForward(forward, hook, once=False)
+    return (intervention.collect(_values_at_site(capture, donors, args, len(inputs[0]))),)
+
+
+def _values_at_site(
+    capture: CapturingForward, donors: tuple[Tensor, ...], args: tuple[object, ...], n: int
+) -> Iterator[Tensor]:
+    # No single row is measured first: a layer's value takes no more memory than the pass that computes it.
+    for start in range(0, len(donors[0]), _DONORS):
+        rows = torch.arange(start, min(start + _DONORS, len(donors[0])))
+        some = tuple(donor[rows.to(donor.device)] for donor in donors)
+        # Arguments of the examples go with their counterparts; a reference set of another length takes them whole.
+        own = rows_of_args(args, n, rows) if len(donors[0]) == n else args
+        yield capture.at_site(some, own)
+
+
+def warn_unchanged(spec: TrialSpec) -> None:
+    """Warn of examples in which an intervention changes nothing.
+
+    Warns:
+        NoChangeWarning: there are such examples.
+    """
+    intervention = spec.intervention
+    if intervention.per_trial or intervention.forward_equivalents:
+        return  # unknown before the trials, or too expensive to compute twice (attacks warn by themselves)
+    unchanged = torch.ones(spec.n, dtype=torch.bool)
+    for variant in range(intervention.n_variants):
+        for position, x in enumerate(spec.inputs):
+            at = replace(spec.context, position=position, variant=variant)
+            unchanged &= (checked_values(intervention, x, at) == x).reshape(spec.n, -1).all(1).cpu()
+    if bool(unchanged.any()):
+        warnings.warn(
+            f"{intervention!r} changes nothing in example(s) {unchanged.nonzero()[:5, 0].tolist()}, so that their "
+            "effects are zero by construction. Check its fill or region, and `normalization=`.",
+            NoChangeWarning,
+            stacklevel=7,
+        )
+
+
+def check_memory(spec: TrialSpec, measure: OutcomeMeasure, trials: int) -> None:
+    """Whether the outcomes of all trials fit into memory.
+
+    Raises:
+        ArgumentError: they do not.
+    """
+    size = 0
+    for outcome in measure.reference.values():
+        size += outcome.shape[1] * outcome.element_size() * spec.n * trials
+    free = free_memory(spec.device)
+    if size > free:
+        got = f"{size / 2**30:.1f} GiB ({spec.n} examples x {trials} trials x all classes)"
+        hint = "Pass `target=`, fewer examples, or coarser units."
+        raise ArgumentError(expected("inputs", f"few enough for {free / 2**30:.1f} GiB of outcomes", got, hint))
+
+
+def answers_until(
+    spec: TrialSpec, runner: Runner, measure: OutcomeMeasure, most: list[int], until: float, keep: bool
+) -> dict[str, Answer]:
+    """Rounds of trials; an example leaves when all its intervals are at most ``until`` to either side.
+
+    Args:
+        spec, runner, measure: the experiment.
+        most: the largest number of trials of each example.
+        until: half-width of the 95 % intervals.
+        keep: keep the trials in the answers.
+    """
+    n, last = spec.n, max(most)
+    outcomes: dict[str, Tensor] = {}
+    active, used, done = list(range(n)), list(most), 0
+    found: dict[str, Answer] = {}
+    while active and done < last:
+        stop = min(last, _FIRST if done == 0 else done + _ROUND)
+        new = runner.run(spec, done, stop, measure, active)
+        outcomes = {name: torch.cat([outcomes[name], new[name]], 1) if outcomes else new[name] for name in new}
+        used = [min(stop, most[i]) if i in active else used[i] for i in range(n)]
+        done = stop
+        found = answers(spec, outcomes, measure.reference, measure, used, keep)
+        active = [i for i in active if used[i] == done and _widest(spec, found, i) > until]
+    return found
+
+
+def _widest(spec: TrialSpec, found: dict[str, Answer], example: int) -> float:
+    """Half the width of an example's widest interval; infinite where a unit's error is not known yet."""
+    widest = 0.0
+    for answer in found.values():
+        if answer.std_error is not None:
+            own = slice(int(spec.units.n_units[example]))
+            dof = None if answer.dof is None else answer.dof[example, own]
+            widths = half_width(answer.std_error[example, own], dof, 0.95)
+            widest = max(widest, float(widths.nan_to_num(torch.inf).max()))
+    return widest
+
+
+def flip_outcome(
+    spec: TrialSpec, captured_site: CapturedSite, measure: OutcomeMeasure, example: int
+) -> Callable[[Tensor], Tensor]:
+    """From states (B, U) in [0, 1] to outcomes (B, C) of one example, the site's value being h + a (do - h).
+
+    Args:
+        spec: the experiment; its units are those of a mask.
+        captured_site: runs the network from the site.
+        measure: from outputs to outcomes.
+        example: which one.
+
+    Raises:
+        UnitError: units that overlap.
+        ModelError: several output heads.
+    """
+    units = spec.units
+    if not isinstance(units, MaskUnits):
+        hint = "Pass `feature_mask=` instead of windows."
+        raise UnitError(expected("units", "units that do not overlap", "windows", hint))
+    if spec.intervention.n_variants > 1 or spec.intervention.per_trial:
+        raise UnitError(expected("intervention", "one with a single value for each unit", spec.intervention))
+    if len(measure.reference) > 1:
+        wanted, got = "a model with one output head", sorted(measure.reference)
+        raise ModelError(expected("forward_func", wanted, got, "Name one with `output=`."))
+    context = spec.context.select([example])
+    clean = [x[example : example + 1].detach() for x in spec.inputs]
+    do = [checked_values(spec.intervention, x, replace(context, position=position)) for position, x in enumerate(clean)]
+
+    def outcome(states: Tensor) -> Tensor:
+        examples = torch.full((len(states),), example)
+        padded = pad(states, (0, units.width - states.shape[1]))
+        weights = units.masks(padded, examples)
+        values = tuple(x + weight.to(x.device) * (x1 - x) for x, x1, weight in zip(clean, do, weights, strict=True))
+        heads = captured_site.forward(values, spec.args_of(examples))
+        (found,) = measure(heads, examples.to(states.device)).values()
+        return found
+
+    return outcome

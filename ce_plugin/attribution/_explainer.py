@@ -1,0 +1,295 @@
+"""What all attribution classes share: how they are set up, and from a call to a map or an estimate."""
+
+from __future__ import annotations
+
+import operator
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any, Literal, TypeAlias, TypedDict
+
+import torch
+from captum.attr import PerturbationAttribution
+from torch import Tensor
+
+from ce_plugin.attribution._estimation import Target
+from ce_plugin.attribution._experiment import Baselines, Call, Experiment, Given, Ids
+from ce_plugin.designs import Design, Joint
+from ce_plugin.effects import Interactions, Outcome, resolve_outcome
+from ce_plugin.effects.outcomes import OutcomeFunction
+from ce_plugin.errors import ArgumentError, InferenceError, InputError, expected, unknown_name
+from ce_plugin.interventions import Context, Intervention
+from ce_plugin.networks.forward import Forward, OutputSelector
+from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite, Masks
+from ce_plugin.trials._routing import Router
+
+Engine: TypeAlias = Literal["auto", "suffix", "full"]
+Site: TypeAlias = "InputSite | LayerSite | ConceptSite"
+
+
+class Options(TypedDict, total=False):
+    """The constructors' options that mean the same in every class; see :class:`ce_plugin.CausalEffect`."""
+
+    output: OutputSelector
+    seed: int
+    memory_budget: int | None
+    engine: Engine
+
+
+class Explainer(PerturbationAttribution):  # type: ignore[misc]
+    """A captum attribution whose maps and estimates come from an :class:`Experiment`.
+
+    Subclasses write :meth:`_setup`: where a call intervenes, by what, and in which trials.
+
+    Args: see :class:`ce_plugin.CausalEffect`.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        intervention: Intervention | None = None,
+        design: Design | None = None,
+        *,
+        outcome: str | Outcome | OutcomeFunction | None = "probability",
+        output: OutputSelector = None,
+        seed: int = 0,
+        memory_budget: int | None = None,
+        engine: Engine = "auto",
+    ) -> None:
+        for name, value, kind in (("intervention", intervention, Intervention), ("design", design, Design)):
+            if value is not None and not isinstance(value, kind):
+                raise ArgumentError(expected(name, f"a {kind.__name__} or None", type(value).__name__))
+        if engine not in ("auto", "suffix", "full"):
+            raise unknown_name("engine", engine, ("auto", "suffix", "full"))
+        self.forward = Forward(forward_func, output)
+        super().__init__(forward_func)
+        self.intervention = intervention
+        self.design = design
+        self.outcome = resolve_outcome(outcome)
+        self.seed = int(seed)
+        self.memory_budget = memory_budget
+        self.engine = engine
+        self._router = Router(self.forward, engine)
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """False: the map is a difference of outcomes, not a slope; captum's infidelity reads this."""
+        return False
+
+    def interactions(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: Any = None,
+        mask: Masks = None,
+        *,
+        top: int = 100,
+        exhaustive: int = 64,
+        nudges: Sequence[float] = (1e-3,),
+        given: Given = None,
+        ids: Ids = None,
+    ) -> list[Interactions]:
+        """How much more (or less) two units do together than the sum of what each does alone, for pairs of units.
+
+            interaction_uv = Y(do u, v) - Y(do u) - Y(do v) + Y
+
+        All pairs of up to ``exhaustive`` units; of more, the ``top`` pairs that the gradient at each single-flip state
+        points at are run exactly.
+
+        Args:
+            inputs, target, additional_forward_args, given, ids: as in ``attribute``.
+            mask: the units, ``feature_mask`` or ``layer_mask`` of ``attribute``.
+            top, exhaustive, nudges: see :func:`~ce_plugin.effects.pairwise`.
+
+        Returns:
+            One :class:`~ce_plugin.effects.Interactions` for each example.
+
+        Example:
+            >>> import torch
+            >>> from ce_plugin import CausalEffect
+            >>> effect = CausalEffect(lambda x: x[:, :1] * x[:, 1:2], outcome=None)
+            >>> found = effect.interactions(torch.ones(1, 3))[0]
+            >>> found.pairs[0].tolist(), round(found.interaction[0, 0].item(), 3)
+            ([0, 1], 1.0)
+        """
+        call = Call(
+            inputs=inputs, target=target, additional_forward_args=additional_forward_args, mask=mask, given=given,
+            ids=ids, predicted_only=True,
+        )  # fmt: skip
+        return self._experiment(call).interactions(top=top, exhaustive=exhaustive, nudges=nudges)
+
+    @abstractmethod
+    def _setup(self, call: Call, inputs: tuple[Tensor, ...]) -> tuple[Site, Intervention, Design]:
+        """Where the call intervenes on these inputs, by what, and in which trials."""
+
+    def _experiment(self, call: Call) -> Experiment:
+        """The experiment that answers the call; its arguments are checked."""
+        inputs = as_inputs(call.inputs)
+        site, intervention, design = self._setup(call, inputs)
+        args = call.additional_forward_args
+        return Experiment(
+            call=call,
+            inputs=inputs,
+            args=() if args is None else args if isinstance(args, tuple) else (args,),
+            evidences=as_evidences(call.given),
+            ids=as_ids(call.ids, len(inputs[0])),
+            site=site,
+            intervention=intervention,
+            design=design,
+            outcome=self.outcome,
+            forward=self.forward,
+            router=self._router,
+            seed=self.seed,
+            memory_budget=self.memory_budget,
+        )
+
+    def _estimates(self, call: Call) -> Any:
+        """The estimate, or a dict of them where the model has several heads."""
+        estimates = self._experiment(call).run()
+        return estimates[""] if list(estimates) == [""] else estimates
+
+    def _maps(self, call: Call, significant_only: bool | float | None) -> tuple[Tensor, ...]:
+        """The contributions of the call's units, each wherever its unit is."""
+        experiment = self._experiment(call)
+        rate = None if significant_only is None else false_discovery_rate(significant_only, experiment)
+        (estimate,) = experiment.run().values()
+        values = estimate.contribution[..., 0]
+        if rate is not None:
+            values = values.where(estimate.significant(rate)[..., 0], 0.0)
+        units = experiment.spec.units
+        if isinstance(experiment.design, Joint):
+            # Each unit gets the mean over the groups that it is in.
+            member = experiment.design.assignments(units.width).to(values)
+            values = values @ member / member.sum(0).clamp(min=1)
+        return units.spread(values)
+
+
+def false_discovery_rate(significant_only: bool | float, experiment: Experiment) -> float | None:
+    """The rate that was asked for; None where all effects are wanted."""
+    if significant_only is False:
+        return None
+    if experiment.design.exact and experiment.n_draws == 1:
+        hint = "Only random designs or a data set have sampling error: use RandomMask(...), or leave it out."
+        raise InferenceError(expected("significant_only", f"None for {experiment.design!r}", significant_only, hint))
+    rate = 0.05 if significant_only is True else significant_only
+    if not 0 < rate < 1:
+        hint = "Write 0.05 for five per cent."
+        raise ArgumentError(expected("significant_only", "True, or a false discovery rate in (0, 1)", rate, hint))
+    return float(rate)
+
+
+def as_inputs(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The inputs as a tuple.
+
+    Raises:
+        InputError: they are no tensors, empty, of unequal length, of integer type, or not finite.
+    """
+    tensors: tuple[Any, ...] = inputs if isinstance(inputs, tuple) else (inputs,)
+    for position, x in enumerate(tensors):
+        name = "inputs" if len(tensors) == 1 else f"inputs[{position}]"
+        if not isinstance(x, Tensor):
+            got, hint = type(x).__name__, "Write `torch.as_tensor(x)`."
+            raise InputError(expected(name, "a tensor, or a tuple of tensors", got, hint))
+        if x.dim() == 0 or x.numel() == 0:
+            raise InputError(expected(name, "one or more examples (N, ...), not empty", f"shape {tuple(x.shape)}"))
+        if not x.is_floating_point():
+            hint = "Write `images.float() / 255` if the model takes images in [0, 1]."
+            raise InputError(expected(name, "of a floating-point type", str(x.dtype), hint))
+        if len(x) != len(tensors[0]):
+            raise InputError(expected(name, f"as many examples as the first input, {len(tensors[0])}", len(x)))
+        if not bool(torch.isfinite(x).all()):
+            bad = [i for i in range(len(x)) if not bool(torch.isfinite(x[i]).all())]
+            raise InputError(expected(name, "finite everywhere", f"NaN or infinity in example(s) {bad[:5]}"))
+    if not tensors:
+        raise InputError(expected("inputs", "one tensor or more", "an empty tuple"))
+    # What is computed here is no function of the user's graph.
+    return tuple(map(Tensor.detach, tensors))
+
+
+def as_ids(ids: Ids, n: int) -> tuple[int, ...]:
+    """One id per example; None gives all the same one.
+
+    Raises:
+        InputError: another number of ids than examples, or something else than integers.
+    """
+    if ids is None:
+        return (0,) * n
+    try:
+        names = tuple(operator.index(i) for i in (ids.tolist() if isinstance(ids, Tensor) else ids))
+    except TypeError as error:
+        hint = "Take the examples' indices in the data set."
+        raise InputError(expected("ids", "one integer per example", repr(ids), hint)) from error
+    if len(names) != n:
+        raise InputError(expected("ids", f"{n} ids, one per example", len(names)))
+    return names
+
+
+def as_evidences(given: Given) -> list[Evidence]:
+    """Evidence in the order in which it is set.
+
+    Raises:
+        ArgumentError: something that is neither an intervention nor evidence; random evidences that are drawn
+            different numbers of times.
+    """
+    if given is None:
+        return []
+    every: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
+    for one in every:
+        if not isinstance(one, (Intervention, Evidence)):
+            wanted, hint = "an intervention, an Evidence, or a list of them", "Write Evidence(intervention, units=...)."
+            raise ArgumentError(expected("given", wanted, type(one).__name__, hint))
+    evidences = [one if isinstance(one, Evidence) else Evidence(one) for one in every]
+    draws = sorted({one.n_draws for one in evidences if one.is_random})
+    if len(draws) > 1:
+        wanted = "evidences that are drawn equally often (n_trials of their RandomMask)"
+        raise ArgumentError(expected("given", wanted, f"{draws} draws"))
+    return evidences
+
+
+def as_baseline(baselines: Baselines, inputs: tuple[Tensor, ...] | None = None) -> Baseline:
+    """Captum's baselines as an intervention.
+
+    Args:
+        baselines: a number or a tensor for each input.
+        inputs: what they belong to; None for a layer, whose value is one tensor that is not known yet.
+
+    Raises:
+        InputError: another number of baselines than inputs, or one that does not broadcast or is not finite.
+    """
+    every = baselines if isinstance(baselines, tuple) else (baselines,)
+    of: tuple[Tensor | None, ...] = (None,) if inputs is None else inputs
+    if len(every) != len(of):
+        raise InputError(expected("baselines", f"{len(of)} baseline(s), one per input", len(every)))
+    for value, x in zip(every, of, strict=True):
+        if not isinstance(value, (Real, Tensor, type(None))):
+            raise InputError(expected("baselines", "a number or a tensor for each input", type(value).__name__))
+        if value is not None and not bool(torch.isfinite(torch.as_tensor(value)).all()):
+            raise InputError(expected("baselines", "finite", "NaN or infinity"))
+        if isinstance(value, Tensor) and x is not None:
+            try:
+                value.expand_as(x)
+            except RuntimeError as error:
+                wanted = f"of a shape that broadcasts to the input's {tuple(x.shape)}"
+                raise InputError(expected("baselines", wanted, tuple(value.shape))) from error
+    return Baseline(tuple(0.0 if value is None else value for value in every))
+
+
+class Baseline(Intervention):
+    """Captum's ``baselines`` as an intervention: values in *model* units that replace the fill.
+
+    Args:
+        baselines: a number or tensor for each input.
+    """
+
+    def __init__(self, baselines: tuple[Tensor | float, ...]) -> None:
+        self.baselines = baselines
+
+    def values(self, clean: Tensor, context: Context) -> Tensor:
+        value = self.baselines[context.position]
+        if not isinstance(value, Tensor):
+            return torch.full_like(clean, float(value))
+        return context.own(value.detach(), clean).to(clean).expand_as(clean)
+
+    def __repr__(self) -> str:
+        shown = (f"tensor{tuple(b.shape)}" if isinstance(b, Tensor) else repr(b) for b in self.baselines)
+        return f"baselines({', '.join(shown)})"
