@@ -60,7 +60,7 @@ def fit(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     )
     size = _batch_size(net)
     if arguments.hardened:
-        detector.set_params(signature=Signature.hardened(detector.protected.clip_values))
+        detector.set_params(signature=Signature.adversarially_trained(detector.protected.clip_values))
     if arguments.attacks:
         detector.set_params(attacks=_teachers(detector, arguments, net))
     with progress(-(-len(pictures) // 32) + 1, quiet=arguments.quiet) as tell:

@@ -113,7 +113,7 @@ def _adaptive(detector: CausalEffectDetector, eps: float, batch_size: int, seed:
 
     protected, state = detector.protected, detector.learned()
     clip = protected.clip_values
-    n_classes = protected.probe(state.shape).shape[1]
+    n_classes = protected.test_logits(state.shape).shape[1]
     classifier = build_classifier(protected, state.shape, n_classes, clip, protected.like.device)
     attack = AdaptiveEvasion(classifier, detector, eps=eps * (clip[1] - clip[0]), batch_size=batch_size, seed=seed)
 

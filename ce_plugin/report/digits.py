@@ -73,5 +73,5 @@ def digits_trial(
 def _detector(network: DigitsCNN, steps: int, seed: int) -> CausalEffectDetector:
     from ce_plugin.detection import CausalEffectDetector, Denoising, Signature
 
-    groups = [one for one in Signature.small_images().groups if not isinstance(one, Denoising)]
+    groups = [one for one in Signature.small_images().probes if not isinstance(one, Denoising)]
     return CausalEffectDetector(network, Signature([Denoising(least_steps=steps), *groups]), seed=seed)
