@@ -46,7 +46,7 @@ def detector(lessons: ModuleType, net: nn.Module, folder: Path, code: str = "1",
 
 def test_what_was_learned_is_read_by_the_next_and_is_the_same(lessons: ModuleType, tmp_path: Path) -> None:
     net, x, new = network(), images(150, 0), images(20, 1)
-    options = {"seed": 4, "aggregate": "sum", "benign": None}
+    options = {"seed": 4, "aggregate": "sum", "augmentation": None}
     plain = CausalEffectDetector(net, detector(lessons, net, tmp_path).signature, **options)
     plain.fit(x)
     first = detector(lessons, net, tmp_path, **options)

@@ -85,12 +85,12 @@ def test_without_a_bound_nothing_is_hardened_and_no_draw_is_lost() -> None:
     assert not torch.equal(one.fine.weight, other.fine.weight)
 
 
-def test_the_group_keeps_its_bound() -> None:
-    group = Denoising(width=2, least_steps=2, eps=0.1, name="hardened denoising")
-    assert Signature.from_settings(Signature([group]).settings()) == Signature([group])
-    assert group.interventions() == ["hardened denoising"]
-    assert group.ranges() == []
-    old = {name: value for name, value in group.settings().items() if name != "eps"}
+def test_the_probe_keeps_its_bound() -> None:
+    probe = Denoising(width=2, least_steps=2, eps=0.1, name="hardened denoising")
+    assert Signature.from_settings(Signature([probe]).settings()) == Signature([probe])
+    assert probe.interventions() == ["hardened denoising"]
+    assert probe.ranges() == []
+    old = {name: value for name, value in probe.settings().items() if name != "eps"}
     assert Denoising(**old).eps == 0.0  # files that were written before there was a bound
 
 
