@@ -120,7 +120,9 @@ class View:
         if not runs:
             return Response(nothing, nothing, nothing.long(), nothing)
         logits = torch.stack(list(runs), 1)
-        effects = effects_on_logits(logits, self.logits).flatten(1) if "distance" in judged else nothing
+        effects = nothing
+        if "distance" in judged:
+            effects = torch.cat([effects_on_logits(run, self.logits) for run in runs], 1)
         margins = margin_under(logits, self.logits)
         reversal, left = "reversal" in judged, "margin" in judged
         answers = logits.argmax(2) if reversal or left else nothing.long()
@@ -128,35 +130,34 @@ class View:
 
 
 def effects_on_logits(do: Tensor, idle: Tensor) -> Tensor:
-    """What interventions do to the logits, in a form that images of one predicted class share.
+    """What an intervention does to the logits, in a form that images of one predicted class share.
 
     With up to 20 classes these are the effects on every logit. With more they are the effects on the predicted class's
     logit, on those of the next ``RANKS`` classes in the order of the idle run, on the largest logit of any class but
     the predicted one, and on the logarithm of the sum of exponentials over all of these.
 
     Args:
-        do: logits under S interventions, (N, S, K).
-        idle: logits without them, (N, K).
+        do: logits under the intervention, (N, K).
+        idle: logits without it, (N, K).
 
     Returns:
-        (N, S, F), outcome under do minus outcome when idle (Eq. 1): a negative effect on the predicted class means that
+        (N, F), outcome under do minus outcome when idle (Eq. 1): a negative effect on the predicted class means that
         the intervention takes away what supports it.
 
     Example:
-        >>> effects_on_logits(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[3.0, 0.0]]))
-        tensor([[[-2.,  2.]]])
+        >>> effects_on_logits(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0]]))
+        tensor([[-2.,  2.]])
 
     Source: Yang et al., ICIP 2019 (arXiv 1902.03380), Eq. 1.
     """
-    idle = idle[:, None].expand_as(do)
-    if idle.shape[2] <= FEW:
+    if idle.shape[1] <= FEW:
         return do - idle
-    order = idle.detach().topk(RANKS + 1, dim=2).indices
-    ranked = do.gather(2, order) - idle.gather(2, order)
-    others_do, others_idle = (logits.scatter(2, order[..., :1], -torch.inf) for logits in (do, idle))
-    strongest = others_do.amax(2) - others_idle.amax(2)
-    together = others_do.logsumexp(2) - others_idle.logsumexp(2)
-    return torch.cat([ranked, strongest[..., None], together[..., None]], 2)
+    order = idle.detach().topk(RANKS + 1, dim=1).indices
+    ranked = do.gather(1, order) - idle.gather(1, order)
+    others_do, others_idle = (logits.scatter(1, order[:, :1], -torch.inf) for logits in (do, idle))
+    strongest = others_do.amax(1) - others_idle.amax(1)
+    together = others_do.logsumexp(1) - others_idle.logsumexp(1)
+    return torch.cat([ranked, strongest[:, None], together[:, None]], 1)
 
 
 def margin_under(do: Tensor, idle: Tensor) -> Tensor:
@@ -500,10 +501,10 @@ class PixelMasking(Probe):
             masked = torch.rand(view.images.shape[-2:], generator=random) < self.share
             runs.append(view.run(torch.where(masked.to(view.images.device), filled, view.images)))
         logits = torch.stack(runs, 1)
-        effects = effects_on_logits(logits, view.logits)
+        effects = torch.stack([effects_on_logits(run, view.logits) for run in runs])
         margins = margin_under(logits, view.logits).mean(1, keepdim=True)
         answers = logits.mean(1).argmax(1, keepdim=True)
-        return Response(torch.cat([effects.mean(1), effects.std(1)], 1), margins, answers, margins[:, :0])
+        return Response(torch.cat([effects.mean(0), effects.std(0)], 1), margins, answers, margins[:, :0])
 
     def labels(self, n_classes: int) -> list[str]:
         """Of the means, then of the standard deviations."""

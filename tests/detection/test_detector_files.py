@@ -68,7 +68,7 @@ def test_the_default_signature_is_a_default_again(tmp_path: Path) -> None:
     detector.restore(quick.learned())
     again = CausalEffectDetector.load(detector.save(tmp_path / "detector.pt"), net)
     assert again.signature is None
-    assert again.benign is None
+    assert again.augmentation is None
     np.testing.assert_array_equal(again.score(NEW), quick.score(NEW))
 
 

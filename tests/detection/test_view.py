@@ -67,14 +67,14 @@ def test_the_gradient_is_computed_once_and_answers_are_widened() -> None:
 @pytest.mark.parametrize("n_classes", [2, 20])
 def test_with_few_classes_effects_are_differences(n_classes: int) -> None:
     do, idle = drawn(4, n_classes), drawn(4, n_classes, seed=1)
-    assert torch.equal(effects_on_logits(do[:, None], idle)[:, 0], do - idle)
+    assert torch.equal(effects_on_logits(do, idle), do - idle)
     assert torch.equal(leading_logits(idle), idle)
 
 
 def test_with_many_classes_effects_are_those_of_the_leading_ones() -> None:
     """Each column once more, image by image in numpy."""
     do, idle = drawn(6, 30) * 3, drawn(6, 30, seed=1) * 3
-    found = effects_on_logits(do[:, None], idle)[:, 0].numpy()
+    found = effects_on_logits(do, idle).numpy()
     for row, after, before in zip(found, do.numpy(), idle.numpy(), strict=True):
         order = np.argsort(-before)
         np.testing.assert_allclose(row[:9], (after - before)[order[:9]])
@@ -87,14 +87,13 @@ def test_with_many_classes_effects_are_those_of_the_leading_ones() -> None:
 
 def test_effects_of_many_classes_do_not_ask_what_classes_are_called() -> None:
     do, idle, order = drawn(3, 25), drawn(3, 25, seed=1), torch.randperm(25, generator=torch.Generator().manual_seed(0))
-    renamed = effects_on_logits(do[:, None, order], idle[:, order])
-    torch.testing.assert_close(renamed, effects_on_logits(do[:, None], idle))
+    torch.testing.assert_close(effects_on_logits(do[:, order], idle[:, order]), effects_on_logits(do, idle))
 
 
 @pytest.mark.parametrize("n_classes", [2, 20, 21, 30])
 def test_every_column_has_a_name(n_classes: int) -> None:
     names = outcome_names(n_classes, "class {}".format)
-    assert len(names) == effects_on_logits(drawn(1, 1, n_classes), drawn(1, n_classes)).shape[2]
+    assert len(names) == effects_on_logits(drawn(1, n_classes), drawn(1, n_classes)).shape[1]
     assert len(set(names)) == len(names)
 
 
