@@ -40,7 +40,7 @@ def images(n: int, seed: int) -> np.ndarray:
 def detector(lessons: ModuleType, net: nn.Module, folder: Path, code: str = "1", **options: Any) -> Any:
     signature = Signature([CounterAttack(), Smoothing("filters", [Smooth.median(2)])])
     made = CausalEffectDetector(net, signature, **options)
-    made._learner = lessons.KeptLearner(net, folder, code)
+    made._fitter = lessons.KeptFitter(net, folder, code)
     return made
 
 

@@ -1,4 +1,4 @@
-"""Hardened denoisers: worst neighbours of linear networks in closed form, bounds, and what hardening is for."""
+"""Adversarially trained denoisers: worst neighbours of linear networks in closed form, bounds, and what it is for."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def test_neighbours_stay_inside_bound_and_range() -> None:
 def test_bounds_grow_while_answers_hold_and_shrink_when_they_fall() -> None:
     bounds, rows = Bounds(4, 0.3), torch.tensor([3, 1])
     for _ in range(20):
-        bounds.learn(rows, torch.tensor([True, False]))
+        bounds.update(rows, torch.tensor([True, False]))
     torch.testing.assert_close(bounds.of(torch.arange(4)), torch.tensor([0.02, 0.0, 0.02, 0.3]))
-    bounds.learn(rows, torch.tensor([False, True]))
+    bounds.update(rows, torch.tensor([False, True]))
     torch.testing.assert_close(bounds.of(rows), torch.tensor([0.28, 0.02]))
 
 
