@@ -167,8 +167,8 @@ def train_denoiser(
     It minimises 10 |D(x~) - x|^2 + 0.1 |f(D(x~)) - f(x)|^2 / var f, means over pixels and logits f, where x~ is a clean
     image with Gaussian, sign or coarse noise of a random strength and, for half of them, with random pixels missing.
 
-    With ``eps`` it is adversarially trained: added is 10 |D(x^) - x|^2 - log p(k | D(x^)), where k is the class that f sees in x and
-    x^ the image within a bound that makes this greatest, as far as a few steps find it
+    With ``eps`` it is adversarially trained: added is 10 |D(x^) - x|^2 - log p(k | D(x^)), where k is the class that f
+    sees in x and x^ the image within a bound that makes this greatest, as far as a few steps find it
     (:func:`~ce_plugin.detection.denoiser.worst_nearby`). Each image has a bound of its own, which grows up to ``eps``
     while its answer holds (:class:`~ce_plugin.detection.denoiser.Bounds`).
 
@@ -200,17 +200,9 @@ def train_denoiser(
         # Not torch.manual_seed, which would seed the accelerators as well.
         torch.default_generator.manual_seed(derived_seed(seed, "denoiser", "weights"))
         denoiser = Denoiser(images.shape[1], width, (low, high)).to(images.device, torch.float32).train()
-        wants = [(parameter, parameter.requires_grad) for parameter in classifier.network.parameters()]
-        for parameter, _ in wants:
-            parameter.requires_grad_(False)
-        try:
-            _train(denoiser, classifier, images, random, n_steps, batch_size, eps)
-        finally:
-            for parameter, want in wants:
-                parameter.requires_grad_(want)
-    for parameter in denoiser.parameters():
-        parameter.requires_grad_(False)
-    return denoiser.eval()
+        classifier.network.requires_grad_(False)  # the guard gives it back
+        _train(denoiser, classifier, images, random, n_steps, batch_size, eps)
+    return denoiser.eval().requires_grad_(False)
 
 
 def _train(
