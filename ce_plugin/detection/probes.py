@@ -189,7 +189,12 @@ def outcome_names(n_classes: int, label: Callable[[int], str]) -> list[str]:
 
 
 def effect_labels(interventions: Sequence[str], n_classes: int) -> list[str]:
-    """One label for each intervention and outcome: what :meth:`Probe.labels` returns for effects on logits."""
+    """One label for each intervention and outcome: what :meth:`Probe.labels` returns for effects on logits.
+
+    Example:
+        >>> effect_labels(["mirroring"], n_classes=2)
+        ['mirroring on the logit of class 0', 'mirroring on the logit of class 1']
+    """
     outcomes = outcome_names(n_classes, "class {}".format)
     return [f"{one} on {outcome}" for one in interventions for outcome in outcomes]
 
