@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def lazy_names(
@@ -52,11 +55,44 @@ def deprecated_names(package: str, names: Mapping[str, str]) -> Callable[[str], 
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module, _, new = names[name].rpartition(".")
-        warnings.warn(
-            f"{package}.{name} is called {names[name]} now; the old name goes in the next version.",
-            FutureWarning,
-            stacklevel=2,
-        )
+        warn_renamed(f"{package}.{name}", names[name])
         return getattr(importlib.import_module(module), new)
 
     return get
+
+
+def renamed_keywords(**names: str) -> Callable[[_Function], _Function]:
+    """Decorator of a function some of whose keywords have changed: the old ones work, and warn.
+
+    Args:
+        names: old keyword = new keyword.
+
+    Example:
+        >>> @renamed_keywords(colour="color")
+        ... def paint(color):
+        ...     return color
+        >>> with warnings.catch_warnings(record=True):
+        ...     paint(colour="red")
+        'red'
+    """
+
+    def decorated(function: _Function) -> _Function:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old in names.keys() & kwargs.keys():
+                warn_renamed(f"Argument `{old}`", f"`{names[old]}`")
+                kwargs[names[old]] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorated
+
+
+def warn_renamed(old: str, new: str) -> None:
+    """Warn the caller's caller that a name has changed.
+
+    Warns:
+        FutureWarning: always.
+    """
+    warnings.warn(f"{old} is called {new} now; the old name goes in the next version.", FutureWarning, stacklevel=3)

@@ -27,13 +27,13 @@ def images(n: int, seed: int) -> np.ndarray:
 def detector(net: nn.Module, folder: Path, code: str = "1", **options: Any) -> Any:
     signature = Signature([CounterAttack(), Smoothing("filters", [Smooth.median(2)])])
     made = CausalEffectDetector(net, signature, **options)
-    made._learner = fitted.KeptLearner(net, folder, code)
+    made._fitter = fitted.KeptFitter(net, folder, code)
     return made
 
 
 def test_what_was_learned_is_read_by_the_next_and_is_the_same(tmp_path: Path) -> None:
     net, x, new = network(), images(150, 0), images(20, 1)
-    options = {"seed": 4, "aggregate": "sum", "benign": None}
+    options = {"seed": 4, "aggregate": "sum", "augmentation": None}
     plain = CausalEffectDetector(net, detector(net, tmp_path).signature, **options)
     plain.fit(x)
     first = detector(net, tmp_path, **options)

@@ -125,11 +125,11 @@ def test_fit_prepares_for_attackers_who_know_the_detector_where_asked_to(
 ) -> None:
     asked: list[tuple[float, float]] = []
 
-    def hardened(cls: type[Signature], value_range: tuple[float, float]) -> Signature:
+    def adversarially_trained(cls: type[Signature], value_range: tuple[float, float]) -> Signature:
         asked.append(value_range)
         return Signature([Denoising(width=2, least_steps=2, eps=0.2, name="hardened denoising")])
 
-    monkeypatch.setattr(Signature, "hardened", classmethod(hardened))
+    monkeypatch.setattr(Signature, "adversarially_trained", classmethod(adversarially_trained))
     words = ["detect", "fit", "clean", *NETWORK, "--grayscale", "--epochs", "1", "--quiet", "--force"]
     assert main([*words, "--out", "hardened.ce", "--hardened"]) == 0
     assert "--hardened is called --adversarial-training now" in capsys.readouterr().err
@@ -137,7 +137,7 @@ def test_fit_prepares_for_attackers_who_know_the_detector_where_asked_to(
     assert capsys.readouterr().err == ""
     assert asked == [(0.0, 1.0), (0.0, 1.0)]
     detector = CausalEffectDetector.load(folder / "hardened.ce", network(folder))
-    (group,) = detector.learned().signature.groups
+    (group,) = detector.learned().signature.probes
     assert group.settings()["eps"] == 0.2
 
 
@@ -149,7 +149,7 @@ def test_score_writes_a_table_a_page_and_a_manifest(folder: Path, capsys: pytest
     rows = rows_of(folder / "alarms" / "scores.csv")
     detector = CausalEffectDetector.load(folder / "d.ce", network(folder))
     assert list(rows[0])[:6] == ["file", "score", "p_value", "flagged", "predicted", "class_name"]
-    assert list(rows[0])[6:] == detector.learned().signature.verdicts(detector.learned().fitted)
+    assert list(rows[0])[6:] == detector.learned().columns
     clean = digits()[0][list(TEST)].numpy()
     report, flags = detector.detect(clean)
     first = rows[: len(clean)]

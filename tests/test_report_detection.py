@@ -41,7 +41,7 @@ from ce_plugin.report.evaluation import EvaluationSection, rounded
 
 NAMES = ("dark & <low>", "bright")
 ALARM = Alarm(
-    verdicts={"filters": 5.0, "filters: Smooth.gauss(1.0)": -1.0},
+    deviations={"filters": 5.0, "filters: Smooth.gauss(1.0)": -1.0},
     effects=(UnusualEffect("Smooth.gauss(1.0) on the logit of class 1", -2.0, 0.5, -7.0),),
     turned_to=0,
     intervention="Smooth.gauss(1.0)",

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks.detection._classifiers import cache_folder, checksum
-from benchmarks.detection._fitted import KeptLearner, RememberingMLLOO
+from benchmarks.detection._fitted import KeptFitter, RememberingMLLOO
 from benchmarks.detection._problems import Problem
 from benchmarks.detection._selfsupervised import PRETRAINING, simsiam
 from benchmarks.detectors import PEERS, Beyond, Mahalanobis, Peer
@@ -53,7 +53,7 @@ _WATCHED = (
     "ce_plugin.interventions.smoothing",
     "ce_plugin.interventions._filters",
 )
-_IRRELEVANT = tuple(f"ce_plugin.detection.{name}" for name in ("adaptive", "explanation", "stored"))
+_IRRELEVANT = tuple(f"ce_plugin.detection.{name}" for name in ("adaptive", "explanation"))
 
 
 def names() -> tuple[str, ...]:
@@ -79,9 +79,9 @@ def build(name: str, problem: Problem, cache: str | Path | None = None) -> Detec
 @functools.lru_cache(maxsize=len(OWN))
 def _own(network: nn.Module, name: str, cache: str | Path | None) -> CausalEffectDetector:
     """One detector for all protocols: what it learns from clean images is not learnt anew for every attack."""
-    detector = CausalEffectDetector(network, None if name == OURS else Signature.hardened())
+    detector = CausalEffectDetector(network, None if name == OURS else Signature.adversarially_trained())
     # No user has a reason to exchange it; here hours depend on it.
-    detector._learner = KeptLearner(network, cache_folder(cache) / "fitted", version(detector))
+    detector._fitter = KeptFitter(network, cache_folder(cache) / "fitted", version(detector))
     return detector
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.detectors import MLLOO
 from ce_plugin.detection import CausalEffectDetector
 from ce_plugin.detection.classifier import ClassifierWrapper
-from ce_plugin.detection.fitting import Learner, Lesson, Recipe, State
+from ce_plugin.detection.fitting import FitConfig, Fitter, Split, State
 from ce_plugin.errors import CEPluginError
 
 
@@ -29,8 +29,8 @@ class RememberingMLLOO(MLLOO):
         return self._read[key]
 
 
-class KeptLearner(Learner):
-    """A learner that reads what it has learned before from a file, and writes what is new.
+class KeptFitter(Fitter):
+    """A fitter that reads what it has fitted before from a file, and writes what is new.
 
     Args:
         network: the classifier.
@@ -42,28 +42,28 @@ class KeptLearner(Learner):
         super().__init__()
         self.network, self.folder, self.code = network, folder, code
 
-    def file(self, protected: ClassifierWrapper, recipe: Recipe, lesson: Lesson) -> Path:
-        """Where it is kept what this lesson teaches."""
-        clean = (lesson.holdout, sorted(lesson.names), protected.fingerprint(), self.code)
-        words = repr((repr(replace(recipe, batch_size=1)), clean))
-        return self.folder / f"{hashlib.blake2b(words.encode(), digest_size=8).hexdigest()}.ce"
+    def file(self, classifier: ClassifierWrapper, config: FitConfig, split: Split) -> Path:
+        """Where the state of this split is kept."""
+        clean = (split.holdout, sorted(split.hashes), classifier.fingerprint(), self.code)
+        text = repr((repr(replace(config, batch_size=1)), clean))
+        return self.folder / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.ce"
 
-    def learn(self, protected: ClassifierWrapper, recipe: Recipe, lesson: Lesson) -> State:
-        """What the lesson's clean images teach."""
-        file = self.file(protected, recipe, lesson)
+    def fit(self, classifier: ClassifierWrapper, config: FitConfig, split: Split) -> State:
+        """What the clean images of a split show."""
+        file = self.file(classifier, config, split)
         if file.is_file():
             try:
                 return CausalEffectDetector.load(file, self.network).learned()
             except CEPluginError as error:
                 print(f"{file.name} is not used: {error}", flush=True)
-        state = super().learn(protected, recipe, lesson)
+        state = super().fit(classifier, config, split)
         detector = CausalEffectDetector(
             self.network,
-            recipe.signature,
-            holdout=lesson.holdout,
-            benign=recipe.benign,
-            aggregate=recipe.aggregate,
-            seed=recipe.seed,
+            config.signature,
+            holdout=split.holdout,
+            augmentation=config.augmentation,
+            aggregate=config.aggregate,
+            seed=config.seed,
         )
         detector.restore(state)
         file.parent.mkdir(parents=True, exist_ok=True)

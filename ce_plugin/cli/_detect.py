@@ -74,7 +74,7 @@ def _unfitted(options: FitOptions, net: VisionModel) -> CausalEffectDetector:
         old, new = "--hardened", "--adversarial-training"
         warnings.warn(f"{old} is called {new} now; the old name goes in the next version.", FutureWarning, stacklevel=1)
     if options.adversarial_training or options.hardened:
-        detector.set_params(signature=Signature.hardened(detector.protected.clip_values))
+        detector.set_params(signature=Signature.adversarially_trained(detector.classifier.clip_values))
     if options.attacks:
         planned = _planned(options.attacks, options.eps, net)
         learned = [attack_to_learn(detector, name, eps, batch_size=_batch_size(net)) for name, eps in planned]
@@ -141,8 +141,8 @@ def _loaded(
     if size != net.framing.size:
         hint = f"Add --size {size}." if options.size is None else "Give the size that detect fit was given."
         raise ArgumentError(expected("size", f"{size}, as the detector was fitted", net.framing.size, hint))
-    if detector.protected.clip_values != tuple(map(float, net.value_range)):
-        wanted = f"{detector.protected.clip_values}, as the detector was fitted"
+    if detector.classifier.clip_values != tuple(map(float, net.value_range)):
+        wanted = f"{detector.classifier.clip_values}, as the detector was fitted"
         raise ArgumentError(expected("value_range", wanted, net.value_range))
     if options.layer is not None:
         find_layer(net.model, options.layer)

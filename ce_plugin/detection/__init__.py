@@ -1,11 +1,23 @@
 """Detectors of adversarial examples, and the attack on them: the face to the Adversarial Robustness Toolbox."""
 
+from ce_plugin._lazy import deprecated_names
 from ce_plugin.detection.adaptive import AdaptiveEvasion, AdaptiveReport
-from ce_plugin.detection.benign import Benign
+from ce_plugin.detection.augmentation import Augmentation
 from ce_plugin.detection.calibration import Calibration, Rate, rate, realised_interval
 from ce_plugin.detection.detector import CausalEffectDetector
 from ce_plugin.detection.explanation import Alarm, UnusualEffect
-from ce_plugin.detection.probes import CounterAttack, Denoising, Interchange, NodeZeroing, PixelMasking, Smoothing
+from ce_plugin.detection.probes import (
+    CounterAttack,
+    Denoising,
+    Interchange,
+    NodeZeroing,
+    PixelMasking,
+    Probe,
+    Response,
+    Smoothing,
+    View,
+    effect_labels,
+)
 from ce_plugin.detection.protocol import Detector, DifferentiableDetector
 from ce_plugin.detection.signature import Signature
 
@@ -13,7 +25,7 @@ __all__ = [
     "AdaptiveEvasion",
     "AdaptiveReport",
     "Alarm",
-    "Benign",
+    "Augmentation",
     "Calibration",
     "CausalEffectDetector",
     "CounterAttack",
@@ -23,10 +35,15 @@ __all__ = [
     "Interchange",
     "NodeZeroing",
     "PixelMasking",
+    "Probe",
     "Rate",
+    "Response",
     "Signature",
     "Smoothing",
     "UnusualEffect",
+    "View",
+    "effect_labels",
     "rate",
     "realised_interval",
 ]
+__getattr__ = deprecated_names(__name__, {"Benign": "ce_plugin.detection.Augmentation"})

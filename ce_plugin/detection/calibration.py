@@ -11,8 +11,6 @@ import numpy.typing as npt
 
 from ce_plugin.errors import ArgumentError, InputError, expected
 
-__all__ = ["Calibration", "Rate", "rate", "realised_interval"]
-
 Scores = npt.NDArray[np.float64]
 
 

@@ -1,10 +1,9 @@
-"""The classifier that a detector protects: one network from images in image units to logits, and its fingerprint."""
+"""The classifier that a detector looks at: one network from images in image units to logits, and its fingerprint."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +17,9 @@ from ce_plugin.networks.guard import state_guard
 from ce_plugin.networks.layers import find_layer, fingerprint
 from ce_plugin.randomness import generator
 
-__all__ = ["ClassifierWrapper"]
-
 
 class ClassifierWrapper(nn.Module):
-    """The protected classifier: images in image units to logits (N, K).
+    """A classifier: images in image units to logits (N, K).
 
     Args:
         classifier: an ART ``PyTorchClassifier`` (its preprocessing and clip values are used) or a network.
@@ -38,8 +35,8 @@ class ClassifierWrapper(nn.Module):
         ArgumentError: an empty range of values.
 
     Example:
-        >>> protected = ClassifierWrapper(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
-        >>> protected(torch.zeros(2, 1, 2, 2)).shape
+        >>> classifier = ClassifierWrapper(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
+        >>> classifier(torch.zeros(2, 1, 2, 2)).shape
         torch.Size([2, 3])
     """
 
@@ -68,8 +65,10 @@ class ClassifierWrapper(nn.Module):
     @property
     def like(self) -> Tensor:
         """A tensor of the network's device and dtype."""
-        tensors = (*self.network.parameters(), *self.network.buffers())
-        return next((one for one in tensors if one.is_floating_point()), torch.zeros(()))
+        for tensor in (*self.network.parameters(), *self.network.buffers()):
+            if tensor.is_floating_point():
+                return tensor
+        return torch.zeros(())
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, K) of images in image units."""
@@ -86,31 +85,43 @@ class ClassifierWrapper(nn.Module):
         with state_guard(self.network):
             yield
 
-    def images(self, x: object, argument: str = "x") -> Tensor:
+    def images(self, x: object, shape: tuple[int, ...] | None = None) -> Tensor:
         """The user's images as a tensor of the network's device and dtype, checked.
 
+        Args:
+            x: an array, also one that is reversed, read-only or of the other byte order, as files have them; or a
+                tensor.
+            shape: of an image, (C, H, W), where that is known.
+
         Raises:
-            InputError: not images (N, C, H, W), none, not finite, or outside the clip values.
+            InputError: not images (N, C, H, W), none, not finite, of another shape, or outside the clip values.
         """
         if not isinstance(x, (np.ndarray, Tensor)) or x.ndim != 4 or not len(x):
             got = f"shape {tuple(x.shape)}" if isinstance(x, (np.ndarray, Tensor)) else type(x).__name__
-            raise InputError(expected(argument, "images (N, C, H, W), N >= 1, as an array or a tensor", got))
+            raise InputError(expected("x", "images (N, C, H, W), N >= 1, as an array or a tensor", got))
         # What is made in inference mode could have no gradient later on.
         with torch.inference_mode(False):
-            return self._checked(_as_tensor(x), argument)
+            if isinstance(x, np.ndarray):
+                native = np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
+                x = torch.from_numpy(native if native.flags.writeable else native.copy())
+            images = x.clone() if x.is_inference() else x.detach()
+            if not images.is_floating_point():
+                hint = f"Convert it to float32 in image units {self.clip_values}."
+                raise InputError(expected("x", "of floating point", str(images.dtype).removeprefix("torch."), hint))
+            low, high = self.clip_values
+            least, greatest = float(images.min()), float(images.max())
+            if not (least >= low - 1e-6 and greatest <= high + 1e-6):
+                hint = "Pass images in image units (normalization= says what the network wants), or other clip_values=."
+                got = f"values from {least:g} to {greatest:g}"
+                raise InputError(expected("x", f"finite and inside the clip values [{low:g}, {high:g}]", got, hint))
+            if shape is not None and tuple(images.shape[1:]) != shape:
+                raise InputError(expected("x", f"images of shape {shape}", f"shape {tuple(images.shape[1:])}"))
+            return images.to(self.like)
 
-    def _checked(self, images: Tensor, argument: str) -> Tensor:
-        if not images.is_floating_point():
-            hint = f"Convert it to float32 in image units {self.clip_values}."
-            raise InputError(expected(argument, "of floating point", str(images.dtype).removeprefix("torch."), hint))
-        images = images.detach()
-        low, high = self.clip_values
-        least, greatest = float(images.min()), float(images.max())
-        if not (least >= low - 1e-6 and greatest <= high + 1e-6):
-            hint = "Pass images in image units (normalization= says what the network wants), or other clip_values=."
-            got = f"values from {least:g} to {greatest:g}"
-            raise InputError(expected(argument, f"finite and inside the clip values [{low:g}, {high:g}]", got, hint))
-        return images.to(self.like)
+    def predict(self, images: Tensor, batch_size: int) -> Tensor:
+        """Predicted classes of images, (N,); the network and the random state stay as they are."""
+        with self.guarded(), torch.no_grad():
+            return torch.cat([self(batch).argmax(1) for batch in torch.split(images, batch_size)])
 
     def fingerprint(self) -> str:
         """A digest of the network's parameters and buffers: another network has another one."""
@@ -121,10 +132,10 @@ class ClassifierWrapper(nn.Module):
 
         Only what is written past autograd, through ``parameter.data``, is not seen.
         """
-        state = self.network.state_dict(keep_vars=True).values()
-        return tuple((id(value), value._version, value.data_ptr()) for value in state)
+        values = self.network.state_dict(keep_vars=True).values()
+        return tuple([(id(value), value._version, value.data_ptr()) for value in values])
 
-    def probe(self, shape: tuple[int, ...]) -> Tensor:
+    def test_logits(self, shape: tuple[int, ...]) -> Tensor:
         """Logits (1, K) of one fixed image of a shape (C, H, W), float32, on the CPU: other units, other logits."""
         low, high = self.clip_values
         noise = torch.rand((1, *shape), generator=generator(0, "probe")) * (high - low) + low
@@ -139,11 +150,3 @@ class ClassifierWrapper(nn.Module):
             UnknownNameError: there is none.
         """
         return find_layer(self._named[0], layer)[1]
-
-
-def _as_tensor(x: Tensor | np.ndarray[Any, Any]) -> Tensor:
-    """An array as a tensor: also one that is reversed, read-only or of the other byte order, as files have them."""
-    if isinstance(x, Tensor):
-        return x.clone() if x.is_inference() else x
-    native = np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
-    return torch.from_numpy(native if native.flags.writeable else native.copy())

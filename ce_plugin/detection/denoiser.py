@@ -12,22 +12,14 @@ from torch import Tensor, nn
 from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.randomness import derived_seed, generator
 
-__all__ = [
-    "Bounds",
-    "Denoiser",
-    "train_denoiser",
-    "worst_nearby",
-]
-
-
 _STEPS = 2
 # All steps together reach two and a half times as far as the bound.
 _REACH = 2.5
-_RUNGS = 15
+_INCREMENTS = 15
 
 
 class Bounds:
-    """How far each image is moved while something is hardened: farther after its answer held, less far after it fell.
+    """How far each image is moved in adversarial training: farther after its answer held, less far after it fell.
 
     Some images lie next to another class, and what is asked of all would be too much for these and too little for the
     others.
@@ -38,7 +30,7 @@ class Bounds:
 
     Example:
         >>> bounds = Bounds(3, 0.3)
-        >>> bounds.learn(torch.tensor([0, 1]), torch.tensor([True, False]))
+        >>> bounds.update(torch.tensor([0, 1]), torch.tensor([True, False]))
         >>> bounds.of(torch.tensor([0, 1, 2]))
         tensor([0.0400, 0.0000, 0.0200])
 
@@ -47,16 +39,16 @@ class Bounds:
     """
 
     def __init__(self, n: int, greatest: float) -> None:
-        self.greatest, self._rung = greatest, greatest / _RUNGS
-        self._bounds = torch.full((n,), self._rung)
+        self.greatest, self._increment = greatest, greatest / _INCREMENTS
+        self._bounds = torch.full((n,), self._increment)
 
     def of(self, rows: Tensor) -> Tensor:
         """Those of some images, (n,)."""
         return self._bounds[rows]
 
-    def learn(self, rows: Tensor, held: Tensor) -> None:
+    def update(self, rows: Tensor, held: Tensor) -> None:
         """Which of some images kept their answers when they were moved as far as they may be, (n,)."""
-        change = torch.where(held.cpu(), self._rung, -self._rung)
+        change = torch.where(held.cpu(), self._increment, -self._increment)
         # An image may be among them twice.
         self._bounds = self._bounds.index_add(0, rows, change).clamp(0, self.greatest)
 
@@ -175,8 +167,8 @@ def train_denoiser(
     It minimises 10 |D(x~) - x|^2 + 0.1 |f(D(x~)) - f(x)|^2 / var f, means over pixels and logits f, where x~ is a clean
     image with Gaussian, sign or coarse noise of a random strength and, for half of them, with random pixels missing.
 
-    With ``eps`` it is hardened: added is 10 |D(x^) - x|^2 - log p(k | D(x^)), where k is the class that f sees in x and
-    x^ the image within a bound that makes this greatest, as far as a few steps find it
+    With ``eps`` it is adversarially trained: added is 10 |D(x^) - x|^2 - log p(k | D(x^)), where k is the class that f
+    sees in x and x^ the image within a bound that makes this greatest, as far as a few steps find it
     (:func:`~ce_plugin.detection.denoiser.worst_nearby`). Each image has a bound of its own, which grows up to ``eps``
     while its answer holds (:class:`~ce_plugin.detection.denoiser.Bounds`).
 
@@ -185,7 +177,7 @@ def train_denoiser(
         images: clean ones, (N, C, H, W), image units.
         width: see :class:`Denoiser`.
         n_steps: of Adam, with a learning rate that rises and falls.
-        eps: greatest change of a value against which the denoiser is hardened, in image units; 0: it is not.
+        eps: greatest change of a value in adversarial training, in image units; 0: plain training.
         batch_size: images per step.
         seed: of the weights and of everything drawn.
 
@@ -199,8 +191,8 @@ def train_denoiser(
         False
 
     Source: the loss on the classifier's logits is that of Liao et al., CVPR 2018 (arXiv 1712.02976), Eq. 4, which they
-    train on attacked images; here the noise is random. Hardening is the adversarial training of Madry et al., ICLR 2018
-    (arXiv 1706.06083), Eq. 2.1, of D with f held fixed.
+    train on attacked images; here the noise is random. Adversarial training is that of Madry et al., ICLR 2018 (arXiv
+    1706.06083), Eq. 2.1, of D with f held fixed.
     """
     low, high = classifier.clip_values
     random = generator(seed, "denoiser")
@@ -208,17 +200,9 @@ def train_denoiser(
         # Not torch.manual_seed, which would seed the accelerators as well.
         torch.default_generator.manual_seed(derived_seed(seed, "denoiser", "weights"))
         denoiser = Denoiser(images.shape[1], width, (low, high)).to(images.device, torch.float32).train()
-        wants = [(parameter, parameter.requires_grad) for parameter in classifier.network.parameters()]
-        for parameter, _ in wants:
-            parameter.requires_grad_(False)
-        try:
-            _train(denoiser, classifier, images, random, n_steps, batch_size, eps)
-        finally:
-            for parameter, want in wants:
-                parameter.requires_grad_(want)
-    for parameter in denoiser.parameters():
-        parameter.requires_grad_(False)
-    return denoiser.eval()
+        classifier.network.requires_grad_(False)  # the guard gives it back
+        _train(denoiser, classifier, images, random, n_steps, batch_size, eps)
+    return denoiser.eval().requires_grad_(False)
 
 
 def _train(
@@ -258,7 +242,7 @@ def _train(
                 worst = worst_nearby(lambda x: run(denoiser(x)), clean, seen, bounds.of(rows), (low, high), random)
                 restored = denoiser(worst)
                 logits = run(restored)
-                bounds.learn(rows, logits.argmax(1) == seen)
+                bounds.update(rows, logits.argmax(1) == seen)
                 loss = loss + _PIXELS * distance(restored, clean) + F.cross_entropy(logits, seen)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -1,9 +1,9 @@
-"""The detector: an `EvasionDetector` of ART that judges an image by what interventions do to the network's answer."""
+"""The detector: an `EvasionDetector` of ART that looks at what interventions do to the network's answer."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,169 +14,30 @@ import torch
 from art.defences.detector.evasion import EvasionDetector
 from torch import Tensor
 
+from ce_plugin._lazy import renamed_keywords
 from ce_plugin._version import __version__
-from ce_plugin.detection.benign import Benign
+from ce_plugin.detection.augmentation import Augmentation
 from ce_plugin.detection.calibration import Calibration
 from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.detection.explanation import Alarm, explained
-from ce_plugin.detection.fitting import Learner, Lesson, Recipe, State, attacked, check_enough
+from ce_plugin.detection.fitting import FitConfig, Fitter, Split, State, attacked_versions
 from ce_plugin.detection.protocol import Array
-from ce_plugin.detection.scorers import AGGREGATES, Fitted
-from ce_plugin.detection.signature import Signature, checked_count
+from ce_plugin.detection.scorers import AGGREGATES, Scorer
+from ce_plugin.detection.signature import Signature
 from ce_plugin.errors import ArgumentError, FileError, InferenceError, ModelError, expected, unknown_name
 from ce_plugin.files import load, save
 from ce_plugin.interventions.base import NormalizationLike
 from ce_plugin.networks.forward import load_art
 
-__all__ = [
-    "CausalEffectDetector",
-    "check_options",
-    "check_ranges",
-    "read_detector",
-    "same_option",
-    "write_detector",
-]
+load_art()
 
+Scores = npt.NDArray[np.float64]
 
 _KIND = "CausalEffectDetector"
 # Changes when a file of an older version can no longer be read.
-_FORMAT = 2
-
-
-def write_detector(path: str | os.PathLike[str], detector: CausalEffectDetector, *, force: bool = False) -> Path:
-    """Write what a fitted detector has learned; see :meth:`CausalEffectDetector.save`."""
-    state = detector.learned()
-    values: dict[str, Any] = {
-        "file_format": _FORMAT,
-        "versions": {"ce_plugin": __version__, "torch": str(torch.__version__)},
-        "fingerprint": state.fingerprint,
-        "shape": list(state.shape),
-        "clip_values": list(detector.protected.clip_values),
-        "groups": state.signature.settings(),
-        "own_signature": detector.signature is not None,
-        "aggregate": detector.aggregate,
-        "fpr": float(detector.fpr),
-        "holdout": float(detector.holdout),
-        "seed": int(detector.seed),  # JSON knows no number of numpy
-        "benign": asdict(detector.benign) if isinstance(detector.benign, Benign) else detector.benign,
-        "attacks": _named(detector.attacks),
-        "held": state.held,
-        "traits": state.traits,
-        "seen": torch.tensor(sorted(state.seen), dtype=torch.int64),
-        "probe": detector.protected.probe(state.shape),
-        **{f"fitted/{key}": value for key, value in state.fitted.tensors().items()},
-        **{f"signature/{key}": value for key, value in state.signature.tensors().items()},
-    }
-    return save(path, _KIND, 1, values, force=force)
-
-
-def read_detector(
-    path: str | os.PathLike[str], kind: type[CausalEffectDetector], classifier: object, normalization: NormalizationLike
-) -> CausalEffectDetector:
-    """The detector in a file; see :meth:`CausalEffectDetector.load`."""
-    values = load(path, _KIND, 1)
-    if values["file_format"] != _FORMAT:
-        hint = f"Fit again, or use ce_plugin {values['versions']['ce_plugin']}."
-        got = f"format {values['file_format']}"
-        raise FileError(expected("path", f"a file of format {_FORMAT}", got, hint))
-    signature = Signature.from_settings(values["groups"])
-    benign = values["benign"]
-    detector = kind(
-        classifier,
-        signature if values["own_signature"] else None,
-        clip_values=tuple(values["clip_values"]),
-        normalization=normalization,
-        fpr=values["fpr"],
-        holdout=values["holdout"],
-        benign=Benign(**{**benign, "value_range": tuple(benign["value_range"])})
-        if isinstance(benign, dict)
-        else benign,
-        aggregate=values["aggregate"],
-        attacks=values.get("attacks"),  # files of older versions have none
-        seed=values["seed"],
-    )
-    _check_network(detector, values)
-    learned = signature.with_tensors(_inside("signature/", values))
-    fitted = Fitted.from_tensors(signature.names, _inside("fitted/", values), values["aggregate"])
-    shape, seen = tuple(values["shape"]), frozenset(values["seen"].tolist())
-    held = values["held"], values["traits"]
-    detector.restore(State(fitted, learned, *held, shape, seen, values["fingerprint"], values["seed"]))
-    return detector
-
-
-def _check_network(detector: CausalEffectDetector, values: dict[str, Any]) -> None:
-    """Whether the classifier is the one that the detector was fitted on, its normalisation included."""
-    wanted = "the network that the detector was fitted on"
-    if detector.protected.fingerprint() != values["fingerprint"]:
-        hint = "Fit again: what is usual changes with the network."
-        raise ModelError(expected("classifier", wanted, "one with other parameters", hint))
-    here, there = detector.protected.probe(tuple(values["shape"])), values["probe"]
-    if here.shape != there.shape or not torch.allclose(here, there, rtol=1e-2, atol=1e-2 * float(there.abs().max())):
-        hint = "Pass the same normalization= and the same preprocessing."
-        raise ModelError(expected("classifier", wanted, "one that answers a test image otherwise", hint))
-
-
-def _named(attacks: Sequence[Any] | None) -> list[str] | None:
-    """Attacks that :meth:`CausalEffectDetector.fit` would run again, where they are names: no file holds an attack."""
-    if attacks is None or not all(isinstance(one, str) for one in attacks):
-        return None
-    return list(attacks)
-
-
-def _inside(start: str, values: dict[str, Any]) -> dict[str, Any]:
-    return {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Whether the options of :class:`CausalEffectDetector` can be.
-
-    Args:
-        options: by name.
-
-    Raises:
-        ArgumentError, UnknownNameError: the first that cannot.
-    """
-    for name in ("fpr", "holdout"):
-        value = options[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-            raise ArgumentError(expected(name, "a float in (0, 1)", repr(value)))
-    if options["aggregate"] not in AGGREGATES:
-        raise unknown_name("aggregate", options["aggregate"], AGGREGATES)
-    signature, benign, seed, attacks = (options[name] for name in ("signature", "benign", "seed", "attacks"))
-    if signature is not None and not isinstance(signature, Signature):
-        raise ArgumentError(expected("signature", "a Signature or None", type(signature).__name__))
-    if benign not in (None, "default") and not isinstance(benign, Benign):
-        raise ArgumentError(expected("benign", 'a Benign, "default" or None', repr(benign)))
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-        raise ArgumentError(expected("seed", "a whole number", repr(seed)))
-    if attacks is not None and (not isinstance(attacks, (list, tuple)) or not attacks):
-        raise ArgumentError(expected("attacks", "a list of attacks, or None", repr(attacks)))
-
-
-def check_ranges(signature: Signature, benign: Benign | None, clip_values: tuple[float, float]) -> None:
-    """Whether what alters images was made for images in this range of values.
-
-    Raises:
-        ArgumentError: a group's interventions, or the harmless alterations, were made for another one.
-    """
-    made_for = [("signature", values) for group in signature.groups for values in group.ranges()]
-    if benign is not None:
-        made_for.append(("benign", benign.value_range))
-    for name, values in made_for:
-        if tuple(values) != clip_values:
-            hint = "Pass its `value_range=`, and sizes in the same units; or leave it out for the default."
-            raise ArgumentError(expected(name, f"made for the clip values, {clip_values}", tuple(values), hint))
-
-
-def same_option(mine: object, theirs: object) -> bool:
-    """Whether an option keeps its value."""
-    return mine is theirs or bool(mine == theirs)
-
-
-load_art()
-
-
-Scores = npt.NDArray[np.float64]
+_FORMAT = 3
+_STATE = "state."  # before the names of the state's tensors in a file
+_REFIT = "Fit again: what is usual changes with the network."
 
 
 class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
@@ -184,10 +45,10 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
 
     An attack moves the network's answer with what it put into the image; interventions that take it out, or push back,
     then have effects that they do not have on clean images. The detector measures the effects of a
-    :class:`~ce_plugin.detection.Signature` on the logits and asks for each group of interventions how far they lie
-    from those of clean images of the same predicted class (a Mahalanobis distance of effects standardised by class),
-    how much more than usual an intervention takes from the predicted class's margin, and how little it leaves. What is
-    unusual is added up. The threshold is split-conformal: it holds its false-alarm rate on clean images whatever their
+    :class:`~ce_plugin.detection.Signature` on the logits and asks for each of its probes how far they lie from those of
+    clean images of the same predicted class (a Mahalanobis distance of effects standardised by class), how much more
+    than usual an intervention takes from the predicted class's margin, and how little it leaves. What is unusual is
+    added up. The threshold is split-conformal: it holds its false-alarm rate on clean images whatever their
     distribution. No adversarial images are needed.
 
     Args:
@@ -197,14 +58,15 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         normalization: what is done to an image before a network that does not do it itself.
         fpr: false-alarm rate on clean images at which :meth:`detect` flags, in (0, 1).
         holdout: share of the clean images that :meth:`fit` keeps for calibration.
-        benign: harmless alterations that are no reason for an alarm; "default" fits their strength to the kind of
+        augmentation: harmless alterations that are no reason for an alarm; "default" fits their strength to the kind of
             images, None leaves them out.
-        aggregate: how groups become one score, see :func:`~ce_plugin.detection.scorers.aggregate`.
+        aggregate: how deviations become one score, see :func:`~ce_plugin.detection.scorers.aggregate`.
         attacks: attacks that :meth:`fit` runs on its images to learn from: presets ("fgsm", "bim", "pgd", "jsma"),
             :class:`~ce_plugin.interventions.Adversarial` interventions, or attacks of ART.
         seed: of everything random.
 
     Attributes:
+        classifier: the classifier, from images in image units to logits.
         state: what was learned; None before :meth:`fit`.
 
     Raises:
@@ -230,8 +92,9 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
     """
 
     name = "CausalEffectDetector"
-    defence_params = ["aggregate", "attacks", "benign", "fpr", "holdout", "seed", "signature"]  # noqa: RUF012
+    defence_params = ["aggregate", "attacks", "augmentation", "fpr", "holdout", "seed", "signature"]  # noqa: RUF012
 
+    @renamed_keywords(benign="augmentation")
     def __init__(
         self,
         classifier: object,
@@ -241,29 +104,49 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         normalization: NormalizationLike = None,
         fpr: float = 0.05,
         holdout: float = 0.3,
-        benign: Benign | str | None = "default",
+        augmentation: Augmentation | str | None = "default",
         aggregate: str = "soft_square",
         attacks: Sequence[Any] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.protected = ClassifierWrapper(classifier, clip_values, normalization)
+        self.classifier = ClassifierWrapper(classifier, clip_values, normalization)
         self.signature = signature
         self.fpr = fpr
         self.holdout = holdout
-        self.benign = benign
+        self.augmentation = augmentation
         self.aggregate = aggregate
         self.attacks = attacks
         self.seed = seed
         self._check_params()
         self.state: State | None = None
         self._version: tuple[tuple[int, ...], ...] = ()
-        self._learner = Learner()
+        self._fitter = Fitter()
 
     def _check_params(self) -> None:
         """Whether the options can be; ART calls it after `set_params`."""
-        check_options(self.get_params())
+        for name in ("fpr", "holdout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+                raise ArgumentError(expected(name, "a float in (0, 1)", repr(value)))
+        if self.aggregate not in AGGREGATES:
+            raise unknown_name("aggregate", self.aggregate, AGGREGATES)
+        if self.signature is not None and not isinstance(self.signature, Signature):
+            raise ArgumentError(expected("signature", "a Signature or None", type(self.signature).__name__))
+        if self.augmentation not in (None, "default") and not isinstance(self.augmentation, Augmentation):
+            wanted = 'an Augmentation, "default" or None'
+            raise ArgumentError(expected("augmentation", wanted, repr(self.augmentation)))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)):
+            raise ArgumentError(expected("seed", "a whole number", repr(self.seed)))
+        if self.attacks is not None and (not isinstance(self.attacks, (list, tuple)) or not self.attacks):
+            raise ArgumentError(expected("attacks", "a list of attacks, or None", repr(self.attacks)))
 
+    @property
+    def protected(self) -> ClassifierWrapper:
+        """The old name of :attr:`classifier`; it goes in the next version."""
+        return self.classifier
+
+    @renamed_keywords(benign="augmentation")
     def set_params(self, **kwargs: Any) -> None:
         """Change options; a change of any but ``fpr`` undoes the fit.
 
@@ -289,8 +172,9 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         except (ArgumentError, ValueError):
             self.__dict__.update(before)
             raise
-        if any(name != "fpr" and not same_option(before[name], value) for name, value in kwargs.items()):
-            self.state = None
+        for name, value in kwargs.items():
+            if name != "fpr" and value is not before[name] and not bool(value == before[name]):
+                self.state = None
 
     @property
     def passes(self) -> float:
@@ -312,30 +196,33 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
 
         Raises:
             InputError: images or labels that cannot be used, too few clean images, or all of one predicted class.
-            ArgumentError: too few images are held out for ``fpr``; ``signature`` or ``benign`` was made for images in
-                another range than the clip values.
+            ArgumentError: too few images are held out for ``fpr``; ``signature`` or ``augmentation`` was made for
+                images in another range than the clip values.
         """
-        images = self.protected.images(x)
-        lesson = Lesson.of(images, y, self.holdout, self.seed)
-        size, epochs = checked_count("batch_size", batch_size), checked_count("nb_epochs", nb_epochs)
-        shape, clip_values = tuple(images.shape[1:]), self.protected.clip_values
+        images = self.classifier.images(x)
+        split = Split.of(images, y, self.holdout, self.seed)
+        _check_count("batch_size", batch_size)
+        _check_count("nb_epochs", nb_epochs)
+        shape, clip_values = tuple(images.shape[1:]), self.classifier.clip_values
         signature = self.signature or Signature.of(shape, clip_values)
-        benign = Benign.of(shape, clip_values) if isinstance(self.benign, str) else self.benign
+        augmentation = self.augmentation
+        if isinstance(augmentation, str):
+            augmentation = Augmentation.of(shape, clip_values)
+        config = FitConfig(signature, augmentation, self.aggregate, self.seed, batch_size, nb_epochs)
         # Errors come before the work.
-        check_ranges(signature, benign, clip_values)
-        check_enough(self.protected, lesson.clean, lesson.kept, size)
-        Calibration(np.zeros(int(lesson.kept.sum()))).threshold(self.fpr)
-        recipe = Recipe(signature, benign, self.aggregate, self.seed, size, epochs)
-        state, taught = self._learner.learn(self.protected, recipe, lesson), lesson.adversarial
+        config.check(clip_values)
+        split.check(self.classifier, batch_size)
+        Calibration(np.zeros(int(split.held_out.sum()))).threshold(self.fpr)
+        state, attacked = self._fitter.fit(self.classifier, config, split), split.attacked
         if self.attacks is not None:
-            made = attacked(self.protected, self.attacks, lesson.fitted, size)
-            taught = made if taught is None else torch.cat([taught, made])
-        if taught is not None:
-            state = state.taught(self.protected, taught, size)
+            made = attacked_versions(self.classifier, self.attacks, split.to_fit, batch_size)
+            attacked = made if attacked is None else torch.cat([attacked, made])
+        if attacked is not None:
+            state = state.with_attacks(self.classifier, attacked, batch_size)
         self.restore(state)
 
     def teach(self, x: Array, batch_size: int = 128) -> None:
-        """Learn to recognise attacked images like these, after :meth:`fit`; what was taught before is forgotten.
+        """Learn to recognise attacked images like these, after :meth:`fit`; those of an earlier call are forgotten.
 
         They should be no versions of images that calibrate the detector; ``fit(x, y)`` leaves such out.
 
@@ -348,12 +235,12 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
             ModelError: the network has changed since.
             InputError: images that cannot be used.
         """
-        state, size = self.learned(), checked_count("batch_size", batch_size)
-        self.restore(state.taught(self.protected, state.checked(self.protected, x), size))
+        state, images = self._inputs(x, batch_size)
+        self.restore(state.with_attacks(self.classifier, images, batch_size))
 
     def restore(self, state: State) -> None:
         """Take over what was learned; :attr:`state` of this detector or of another one on the same network."""
-        self.state, self._version = state, self.protected.version()
+        self.state, self._version = state, self.classifier.version()
 
     def learned(self, *, quick: bool = False) -> State:
         """What was learned.
@@ -368,13 +255,19 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         if self.state is None:
             hint = "Call `fit(x)` with clean images first."
             raise InferenceError(expected("detector", "a fitted one", "one that is not fitted", hint))
-        version = self.protected.version()
+        version = self.classifier.version()
         if not quick or version != self._version:
-            if self.protected.fingerprint() != self.state.fingerprint:
-                hint = "Fit again: what is usual changes with the network."
-                raise ModelError(expected("classifier", "the network that the detector was fitted on", "another", hint))
+            if self.classifier.fingerprint() != self.state.fingerprint:
+                wanted = "the network that the detector was fitted on"
+                raise ModelError(expected("classifier", wanted, "another", _REFIT))
             self._version = version
         return self.state
+
+    def _inputs(self, x: Array, batch_size: int) -> tuple[State, Tensor]:
+        """What was learned, and the user's images, of the shape that it was learned on."""
+        state = self.learned()
+        _check_count("batch_size", batch_size)
+        return state, self.classifier.images(x, state.shape)
 
     def score(self, x: Array, batch_size: int = 128) -> Scores:
         """How adversarial images look: greater is more so.
@@ -391,9 +284,10 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
             ModelError: the network has changed since.
             InputError: images that cannot be used.
         """
-        state, size = self.learned(), checked_count("batch_size", batch_size)
-        images = state.checked(self.protected, x)
-        return state.scores(self.protected, images, size)
+        state, images = self._inputs(x, batch_size)
+        sample = state.measure(self.classifier, images, batch_size)
+        scores: Scores = state.scorer.score(state.scorer.deviations(sample)).numpy()
+        return scores
 
     def decision_function(self, x: Array) -> Scores:
         """Score minus threshold, (N,): above zero is flagged; ready for scikit-learn's metrics with 1 = adversarial."""
@@ -418,35 +312,36 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
 
         Returns:
             The report, and which images are flagged, (N,), bool. The report holds ``scores`` (N,), conformal
-            ``p_values`` (N,), ``threshold``, ``predictions`` (N,), ``groups`` {name: (N,)}, the groups' standardised
-            distances, and with ``explain`` ``explanations``, one :class:`~ce_plugin.detection.Alarm` or None for each.
+            ``p_values`` (N,), ``threshold``, ``predictions`` (N,), ``groups`` {name: (N,)}, what each probe found in
+            standard deviations of clean images, and with ``explain`` ``explanations``, one
+            :class:`~ce_plugin.detection.Alarm` or None for each.
 
         Raises:
             InferenceError: the detector is not fitted.
             ModelError: the network has changed since.
             InputError: images that cannot be used.
         """
-        state, size = self.learned(), checked_count("batch_size", batch_size)
-        images = state.checked(self.protected, x)
+        state, images = self._inputs(x, batch_size)
         if explain and layer is not None:
-            self.protected.module(layer)  # an unknown name is an error before the work
-        threshold = self.threshold
-        sample = state.measured(self.protected, images, size)
-        deviations = state.fitted.deviations(sample)
-        scores: Scores = state.fitted.score(deviations).numpy()
+            self.classifier.module(layer)  # an unknown name is an error before the work
+        threshold = state.calibration.threshold(self.fpr)
+        sample = state.measure(self.classifier, images, batch_size)
+        deviations = state.scorer.deviations(sample)
+        scores: Scores = state.scorer.score(deviations).numpy()
         flagged = scores > threshold
+        columns = state.by_column(deviations)
         report: dict[str, Any] = {
             "scores": scores,
             "p_values": state.calibration.p_values(scores),
             "threshold": threshold,
             "predictions": sample.predicted.numpy(),
-            "groups": state.groups(deviations),
+            "groups": columns,
         }
         if explain:
             alarms: list[Alarm | None] = [None] * len(images)
             for i in np.flatnonzero(flagged).tolist():
-                one = slice(i, i + 1)
-                alarms[i] = explained(self.protected, state, sample.select(one), images[one], deviations[i], layer)
+                one, found = slice(i, i + 1), {name: float(values[i]) for name, values in columns.items()}
+                alarms[i] = explained(self.classifier, state, sample.select(one), images[one], found, layer)
             report["explanations"] = alarms
         return report, flagged
 
@@ -465,8 +360,8 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
             InputError: an image is among those that the detector was fitted on.
             ArgumentError: these images are too few for the false-alarm rate.
         """
-        state, size = self.learned(), checked_count("batch_size", batch_size)
-        state = state.recalibrated(self.protected, state.checked(self.protected, x), size)
+        state, images = self._inputs(x, batch_size)
+        state = state.recalibrated(self.classifier, images, batch_size)
         rate = self.fpr if fpr is None else fpr
         state.calibration.threshold(rate)
         self.state, self.fpr = state, rate
@@ -480,9 +375,9 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
 
         Raises:
             InferenceError: not fitted.
-            ArgumentError: a group of the signature has no gradient.
+            ArgumentError: a probe of the signature has no gradient.
         """
-        return self.learned(quick=True).score_tensor(self.protected, images)
+        return self.learned(quick=True).score_tensor(self.classifier, images)
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Write what was learned to a file, without the network and without pickled code.
@@ -497,8 +392,30 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
             InferenceError: not fitted.
             FileError: the file exists, or cannot be written.
         """
-        self.learned()
-        return write_detector(path, self, force=force)
+        state, attacks, augmentation = self.learned(), self.attacks, self.augmentation
+        if attacks is not None and not all(isinstance(one, str) for one in attacks):
+            attacks = None  # no file holds an attack
+        content: dict[str, Any] = {
+            "file_format": _FORMAT,
+            "versions": {"ce_plugin": __version__, "torch": str(torch.__version__)},
+            "fingerprint": state.fingerprint,
+            "shape": list(state.shape),
+            "clip_values": list(self.classifier.clip_values),
+            "probes": state.signature.settings(),
+            "own_signature": self.signature is not None,
+            "columns": state.columns,
+            "sides": [scorer.sides for scorer in state.scorer.probes],
+            "aggregate": self.aggregate,
+            "fpr": float(self.fpr),
+            "holdout": float(self.holdout),
+            "seed": int(self.seed),  # JSON knows no number of numpy
+            "augmentation": asdict(augmentation) if isinstance(augmentation, Augmentation) else augmentation,
+            "attacks": attacks,
+            "seen": torch.tensor(sorted(state.seen), dtype=torch.int64),
+            "test_logits": self.classifier.test_logits(state.shape),
+            **state.state_dict(prefix=_STATE),
+        }
+        return save(path, _KIND, 1, content, force=force)
 
     @classmethod
     def load(
@@ -506,15 +423,40 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
     ) -> CausalEffectDetector:
         """The detector in a file, on the classifier that it was fitted on.
 
+        Probes of your own must be known: import the module that defines them first.
+
         Args:
             path: the file.
             classifier, normalization: as for the constructor.
 
         Raises:
-            FileError: no such file, or not one of a detector.
+            FileError: no such file, not one of a detector or of a format that this version does not read, or a probe
+                of a kind that is not defined.
             ModelError: another classifier.
         """
-        return read_detector(path, cls, classifier, normalization)
+        content = load(path, _KIND, 1)
+        if content["file_format"] != _FORMAT:
+            hint = f"Fit again, or use ce_plugin {content['versions']['ce_plugin']}."
+            got = f"format {content['file_format']}"
+            raise FileError(expected("path", f"a file of format {_FORMAT}", got, hint))
+        augmentation = content["augmentation"]
+        if isinstance(augmentation, dict):
+            augmentation = Augmentation(**{**augmentation, "value_range": tuple(augmentation["value_range"])})
+        detector = cls(
+            classifier,
+            Signature.from_settings(content["probes"]) if content["own_signature"] else None,
+            clip_values=tuple(content["clip_values"]),
+            normalization=normalization,
+            fpr=content["fpr"],
+            holdout=content["holdout"],
+            augmentation=augmentation,
+            aggregate=content["aggregate"],
+            attacks=content["attacks"],
+            seed=content["seed"],
+        )
+        _check_network(detector.classifier, content)
+        detector.restore(_stored_state(content))
+        return detector
 
     @property
     def calibration(self) -> Calibration | None:
@@ -524,3 +466,39 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
     def __repr__(self) -> str:
         state = "not fitted" if self.state is None else repr(self.calibration)
         return f"CausalEffectDetector({state}, fpr={self.fpr:g}, passes={self.passes:g})"
+
+
+def _stored_state(content: dict[str, Any]) -> State:
+    """The state in a file of :meth:`CausalEffectDetector.save`."""
+    signature, shape = Signature.from_settings(content["probes"]), tuple(content["shape"])
+    for probe in signature.probes:
+        probe.allocate(shape, tuple(content["clip_values"]))
+    tensors = {name.removeprefix(_STATE): value for name, value in content.items() if name.startswith(_STATE)}
+    attacks = tensors.get("scorer.attacks.mean")
+    state = State(
+        signature,
+        Scorer(content["aggregate"], content["sides"], None if attacks is None else len(attacks)),
+        columns=content["columns"],
+        shape=shape,
+        seen=frozenset(content["seen"].tolist()),
+        fingerprint=content["fingerprint"],
+        seed=content["seed"],
+    )
+    state.load_state_dict(tensors, assign=True)
+    return state.calibrate(state.held_out, state.features)
+
+
+def _check_network(classifier: ClassifierWrapper, content: dict[str, Any]) -> None:
+    """Whether the classifier is the one that the detector was fitted on, its normalisation included."""
+    wanted = "the network that the detector was fitted on"
+    if classifier.fingerprint() != content["fingerprint"]:
+        raise ModelError(expected("classifier", wanted, "one with other parameters", _REFIT))
+    here, there = classifier.test_logits(tuple(content["shape"])), content["test_logits"]
+    if here.shape != there.shape or not torch.allclose(here, there, rtol=1e-2, atol=1e-2 * float(there.abs().max())):
+        hint = "Pass the same normalization= and the same preprocessing."
+        raise ModelError(expected("classifier", wanted, "one that answers a test image otherwise", hint))
+
+
+def _check_count(name: str, count: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ArgumentError(expected(name, "a positive whole number", repr(count)))

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ce_plugin._lazy import warn_renamed
 from ce_plugin.attribution import CausalEffect, LayerCausalEffect
 from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.detection.fitting import State
-from ce_plugin.detection.probes import Smoothing, View
-from ce_plugin.detection.scorers import Fitted, Sample
+from ce_plugin.detection.probes import View
+from ce_plugin.detection.scorers import EffectDistance, Sample
 from ce_plugin.detection.signature import Signature, digests
-from ce_plugin.interventions import Patch, Smooth
-
-__all__ = ["Alarm", "UnusualEffect", "explained"]
+from ce_plugin.interventions import Patch
+from ce_plugin.interventions.base import Intervention
 
 _SHOWN = 5
 # Windows of a seventh of the side, half overlapping.
@@ -47,26 +47,32 @@ class Alarm:
     """What raised the alarm for one image.
 
     Args:
-        verdicts: name of a group or intervention -> its standardised distance, the most unusual first.
-        effects: the most unusual effects, at most five from each group.
+        deviations: name of a probe or intervention -> how unusual it is, in standard deviations, most unusual first.
+        effects: the most unusual effects, at most five from each probe.
         turned_to: class that the intervention with the smallest margin leaves as the answer.
         intervention: that intervention.
-        channels: channel -> contribution to the predicted class's margin of its departure from the smoothed run, the
-            largest first; empty where no layer was named.
-        regions: (H, W): how much smoothing each place alone takes from the margin; positive: the answer rests on what
-            smoothing removes there. None where the signature smooths nothing.
+        channels: channel -> contribution to the predicted class's margin of its departure from the run under the
+            strongest intervention on the input (a filter), the largest first; empty where no layer was named.
+        regions: (H, W): how much this intervention on each place alone takes from the margin; positive: the answer
+            rests on what it removes there. None where no probe intervenes on the input like that.
     """
 
-    verdicts: dict[str, float]
+    deviations: dict[str, float]
     effects: tuple[UnusualEffect, ...]
     turned_to: int
     intervention: str
     channels: dict[int, float] = field(repr=False)
     regions: Tensor | None = field(repr=False)
 
+    @property
+    def verdicts(self) -> dict[str, float]:
+        """The old name of :attr:`deviations`; it goes in the next version."""
+        warn_renamed("Alarm.verdicts", "Alarm.deviations")
+        return self.deviations
+
     def __str__(self) -> str:
         lines = [f"{self.intervention} leaves class {self.turned_to}"]
-        lines += [f"{name}: {value:+.1f}" for name, value in list(self.verdicts.items())[:3]]
+        lines += [f"{name}: {value:+.1f}" for name, value in list(self.deviations.items())[:3]]
         return "; ".join([*lines, *map(str, self.effects[:2])])
 
 
@@ -75,7 +81,7 @@ def explained(
     state: State,
     sample: Sample,
     image: Tensor,
-    deviations: Tensor,
+    deviations: dict[str, float],
     layer: str | None,
 ) -> Alarm:
     """Why one image, (1, C, H, W), raised an alarm.
@@ -85,20 +91,15 @@ def explained(
         state: what is measured, and what is usual.
         sample: the image's responses.
         image: the image.
-        deviations: its verdicts, (D,).
+        deviations: its own, by the names of their columns.
         layer: dotted name of the layer whose channels are wanted, or None.
     """
-    signature, fitted = state.signature, state.fitted
-    names = signature.verdicts(fitted)
-    order = deviations.argsort(descending=True).tolist()
-    verdicts = {names[i]: float(deviations[i]) for i in order}
-    effects = tuple(sorted(_effects(signature, fitted, sample), key=lambda one: -abs(one.deviations)))
-    filters = [one for group in signature.groups if isinstance(group, Smoothing) for one in group.filters]
-    what, turned_to = _turned(signature, sample)
-    strongest = _strongest(classifier, filters, image) if filters else None
+    interventions = [one for probe in state.signature.probes for one in probe.input_interventions()]
+    strongest = _strongest(classifier, interventions, image) if interventions else None
+    what, turned_to = _turned(state.signature, sample)
     return Alarm(
-        verdicts=verdicts,
-        effects=effects,
+        deviations=dict(sorted(deviations.items(), key=lambda one: -one[1])),
+        effects=tuple(sorted(_effects(state, sample), key=lambda one: -abs(one.deviations))),
         turned_to=turned_to,
         intervention=what,
         channels={} if layer is None or strongest is None else _channels(classifier, layer, strongest, image, sample),
@@ -106,20 +107,19 @@ def explained(
     )
 
 
-def _effects(signature: Signature, fitted: Fitted, sample: Sample) -> list[UnusualEffect]:
-    """The most unusual effects of each group."""
+def _effects(state: State, sample: Sample) -> list[UnusualEffect]:
+    """The most unusual effects of each probe."""
     found = []
-    for group in signature.groups:
-        distance = fitted.judges[group.name].distance
-        labels = group.labels(sample.idle.shape[1])
-        if distance is None or not labels:
+    for probe, scorer in zip(state.signature.probes, state.scorer.probes, strict=True):
+        labels = probe.labels(sample.idle.shape[1])
+        distance = scorer.distance
+        if not isinstance(distance, EffectDistance) or not labels:
             continue
-        effect = sample.responses[group.name].effects[0]
-        n, predicted = len(labels), sample.predicted
-        scale = distance.scale
-        center = scale.center[predicted[0], :n]
-        away = (effect.to(center) - center) / scale.scale[predicted[0], :n]
-        most = away.abs().topk(min(_SHOWN, n)).indices.tolist()
+        effect, k = sample.responses[probe.name].effects[0], int(sample.predicted)
+        classes = distance.classes
+        center = classes.center[k, : len(labels)]
+        away = (effect.to(center) - center) / classes.scale[k, : len(labels)]
+        most = away.abs().topk(min(_SHOWN, len(labels))).indices.tolist()
         found += [UnusualEffect(labels[i], float(effect[i]), float(center[i]), float(away[i])) for i in most]
     return found
 
@@ -127,32 +127,32 @@ def _effects(signature: Signature, fitted: Fitted, sample: Sample) -> list[Unusu
 def _turned(signature: Signature, sample: Sample) -> tuple[str, int]:
     """The intervention that leaves the smallest margin, and the answer under it."""
     found = []
-    for group in signature.groups:
-        response = sample.responses[group.name]
+    for probe in signature.probes:
+        response = sample.responses[probe.name]
         if response.margins.shape[1]:
             i = int(response.margins[0].argmin())
-            found.append((float(response.margins[0, i]), group.interventions()[i], int(response.answers[0, i])))
+            found.append((float(response.margins[0, i]), probe.interventions()[i], int(response.answers[0, i])))
     if not found:
-        return "no intervention", int(sample.predicted[0])
+        return "no intervention", int(sample.predicted)
     _, what, answer = min(found, key=lambda one: one[0])
     return what, answer
 
 
-def _strongest(classifier: ClassifierWrapper, filters: list[Smooth], image: Tensor) -> Smooth:
-    """The filter that takes most from the predicted class."""
+def _strongest(classifier: ClassifierWrapper, interventions: list[Intervention], image: Tensor) -> Intervention:
+    """The intervention that takes most from the predicted class."""
     with classifier.guarded(), torch.no_grad():
         view = View(classifier, image, digests(image))
         k = int(view.predicted)
-        return min(filters, key=lambda one: float(view.do(one)[0, k]))
+        return min(interventions, key=lambda one: float(view.do(one)[0, k]))
 
 
-def _regions(classifier: ClassifierWrapper, smooth: Smooth, image: Tensor, sample: Sample) -> Tensor:
-    """Contribution to the margin of what smoothing removes, place by place."""
+def _regions(classifier: ClassifierWrapper, intervention: Intervention, image: Tensor, sample: Sample) -> Tensor:
+    """Contribution to the margin of what the intervention removes, place by place."""
     sides = image.shape[-2:]
     window = tuple(max(2, -(-side // _WINDOWS) * 2) for side in sides)
     stride = tuple(max(1, side // 2) for side in window)
     shape = (image.shape[1], *window)
-    explainer = CausalEffect(classifier, smooth, outcome="margin")
+    explainer = CausalEffect(classifier, intervention, outcome="margin")
     found = explainer.attribute(
         image, target=sample.predicted.to(image.device), sliding_window_shapes=shape, strides=(image.shape[1], *stride)
     )
@@ -161,10 +161,12 @@ def _regions(classifier: ClassifierWrapper, smooth: Smooth, image: Tensor, sampl
 
 
 def _channels(
-    classifier: ClassifierWrapper, layer: str, smooth: Smooth, image: Tensor, sample: Sample
+    classifier: ClassifierWrapper, layer: str, intervention: Intervention, image: Tensor, sample: Sample
 ) -> dict[int, float]:
-    """Channels by what setting each to its value in the smoothed run takes from the margin."""
-    explainer = LayerCausalEffect(classifier, classifier.module(layer), Patch(smooth.perturb(image)), outcome="margin")
+    """Channels by what setting each to its value under the intervention takes from the margin."""
+    explainer = LayerCausalEffect(
+        classifier, classifier.module(layer), Patch(intervention.perturb(image)), outcome="margin"
+    )
     effect = explainer.estimate(image, target=sample.predicted.to(image.device)).effect[0, :, 0]
     order = (-effect).topk(min(_SHOWN, len(effect))).indices.tolist()
     return {i: float(-effect[i]) for i in order}

@@ -1,40 +1,27 @@
-"""From the user's images to what a detector has learned: who is held out, who is attacked, and is it enough?"""
+"""From the user's images to a fitted state: which are held out, which are attacked, are they enough, what is kept."""
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ce_plugin.detection.benign import Benign
+from ce_plugin.detection.augmentation import Augmentation
 from ce_plugin.detection.calibration import Calibration
 from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.detection.probes import View
-from ce_plugin.detection.scorers import Fitted, Sample, learn
-from ce_plugin.detection.signature import Signature, digests, measured
+from ce_plugin.detection.scorers import FittedModule, Sample, Scorer
+from ce_plugin.detection.signature import Signature, digests
 from ce_plugin.errors import ArgumentError, InputError, expected
 from ce_plugin.interventions import Adversarial
 from ce_plugin.randomness import derived_seed
-
-__all__ = [
-    "Learner",
-    "Lesson",
-    "Recipe",
-    "State",
-    "adversarial_labels",
-    "attacked",
-    "check_enough",
-    "fit_to",
-    "held_out",
-]
-
 
 # With fewer, medians and covariances are noise; with 19 the smallest false-alarm rate is 5 %.
 LEAST_FIT = 50
@@ -43,132 +30,38 @@ _PRESETS = ("fgsm", "bim", "pgd", "jsma")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FitConfig:
     """How a detector is fitted.
 
     Args:
         signature: what is measured.
-        benign: harmless alterations that are no reason for an alarm; None: clean images only.
-        aggregate: how groups become one score.
+        augmentation: harmless alterations that are no reason for an alarm; None: clean images only.
+        aggregate: how deviations become one score.
         seed: of everything random.
         batch_size: images at a time.
-        n_epochs: of what groups train.
+        n_epochs: of what probes train.
     """
 
     signature: Signature
-    benign: Benign | None
+    augmentation: Augmentation | None
     aggregate: str
     seed: int
     batch_size: int
     n_epochs: int
 
+    def check(self, clip_values: tuple[float, float]) -> None:
+        """Whether what alters images was made for images in this range of values.
 
-def held_out(names: Sequence[int], share: float, seed: int) -> Tensor:
-    """Which images are kept for calibration, (N,), bool: by the images themselves, not by their order.
-
-    Equal images stay on one side.
-    """
-    distinct = sorted(set(names), key=lambda name: derived_seed(seed, "hold out", name))
-    kept = set(distinct[: round(share * len(distinct))])
-    return torch.tensor([name in kept for name in names])
-
-
-def attacked(classifier: ClassifierWrapper, attacks: Sequence[Any], images: Tensor, batch_size: int) -> Tensor:
-    """The images after each attack, those that the attack turned over: (M, C, H, W), in 256 levels.
-
-    Args:
-        classifier: the classifier.
-        attacks: names of presets ("fgsm", "bim", "pgd", "jsma"), :class:`Adversarial` interventions, or attacks of ART.
-        images: clean ones.
-        batch_size: images at a time.
-
-    Raises:
-        UnknownNameError: a preset of another name.
-        InputError: no attack turned any image over.
-    """
-    made = [_adversarial(classifier, one, batch_size) for one in attacks]
-    names = digests(images)
-    # In an order of their own: an attack may draw random numbers for one image after the other.
-    images = images[sorted(range(len(names)), key=names.__getitem__)]
-    with classifier.guarded(), torch.no_grad():
-        before = torch.cat([classifier(part).argmax(1) for part in torch.split(images, batch_size)])
-    successes = []
-    low, high = classifier.clip_values
-    for attack in made:
-        moved = attack.perturb(images, target=before).detach().clamp(low, high)
-        moved = ((moved - low) / (high - low) * 255).round() / 255 * (high - low) + low
-        with classifier.guarded(), torch.no_grad():
-            after = torch.cat([classifier(part).argmax(1) for part in torch.split(moved, batch_size)])
-        successes.append(moved[after != before])
-    found = torch.cat(successes)
-    if not len(found):
-        hint = "Take a stronger attack, or a larger eps."
-        raise InputError(expected("attacks", "attacks that turn some image over", f"none of {len(images)}", hint))
-    return found
-
-
-def _adversarial(classifier: ClassifierWrapper, attack: Any, batch_size: int) -> Adversarial:
-    if isinstance(attack, Adversarial):
-        return attack
-    if isinstance(attack, str) and attack in _PRESETS:
-        preset = getattr(Adversarial, attack)
-        made: Adversarial = preset(classifier, clip_values=classifier.clip_values, batch_size=batch_size)
-        return made
-    if isinstance(attack, str):
-        return Adversarial(attack, model=classifier, clip_values=classifier.clip_values, batch_size=batch_size)
-    return Adversarial(attack, batch_size=batch_size)
-
-
-def fit_to(classifier: ClassifierWrapper, recipe: Recipe, clean: Tensor) -> tuple[Signature, Fitted]:
-    """Learn from clean images.
-
-    Returns:
-        The signature with what its groups have learned, and what its effects are like.
-    """
-    names = digests(clean)
-    # In an order of their own, so that folds and batches are the same in whatever order the images came.
-    order = sorted(range(len(names)), key=names.__getitem__)
-    clean, names = clean[order], [names[i] for i in order]
-    signature = recipe.signature.prepared(classifier, clean, n_epochs=recipe.n_epochs, seed=recipe.seed)
-    sample = measured(classifier, signature, clean, batch_size=recipe.batch_size, seed=recipe.seed, ids=names)
-    altered = None
-    if recipe.benign is not None:
-        benign = recipe.benign
-
-        def alter(batch: Tensor, ids: list[int]) -> Tensor:
-            return benign(batch, ids, recipe.seed)
-
-        altered = measured(
-            classifier, signature, clean, batch_size=recipe.batch_size, seed=recipe.seed, altered=alter, ids=names
-        )
-    return signature, learn(sample, altered, how=recipe.aggregate, seed=recipe.seed, leading=signature.leading)
-
-
-def check_enough(classifier: ClassifierWrapper, clean: Tensor, kept: Tensor, batch_size: int) -> None:
-    """Whether clean images are enough to fit to and to calibrate on.
-
-    Args:
-        classifier: the classifier.
-        clean: clean images, (N, C, H, W).
-        kept: which of them are held out for calibration, (N,), bool.
-        batch_size: images at a time.
-
-    Raises:
-        InputError: too few clean images, or all of one predicted class.
-    """
-    with classifier.guarded(), torch.no_grad():
-        predicted = torch.cat([classifier(part).argmax(1) for part in torch.split(clean, batch_size)])
-    counts = Counter(predicted.tolist())
-    shown = ", ".join(f"{n} of class {k}" for k, n in sorted(counts.items())[:12]) + " ..." * (len(counts) > 12)
-    n_kept = int(kept.sum())
-    n_fit = len(kept) - n_kept
-    if n_fit < LEAST_FIT or n_kept < LEAST_CALIBRATION:
-        wanted = f"clean images, {LEAST_FIT} or more to fit to and {LEAST_CALIBRATION} or more to calibrate on"
-        hint = "About 50 of each predicted class are good; classes with fewer than 20 lean on the others."
-        raise InputError(expected("x", wanted, f"{n_fit} and {n_kept} ({shown})", hint))
-    if len(counts) < 2:
-        hint = "Pass images of all classes; about 50 of each are good."
-        raise InputError(expected("x", "clean images of two predicted classes or more", shown, hint))
+        Raises:
+            ArgumentError: a probe's interventions, or the augmentation, were made for another one.
+        """
+        made_for = [("signature", values) for probe in self.signature.probes for values in probe.ranges()]
+        if self.augmentation is not None:
+            made_for.append(("augmentation", self.augmentation.value_range))
+        for name, values in made_for:
+            if tuple(values) != clip_values:
+                hint = "Pass its `value_range=`, and sizes in the same units; or leave it out for the default."
+                raise ArgumentError(expected(name, f"made for the clip values, {clip_values}", tuple(values), hint))
 
 
 _FORMS = "None, or labels 0 (clean) and 1 (adversarial): (N,), (N, 1), or one-hot (N, 2)"
@@ -221,123 +114,29 @@ def adversarial_labels(y: npt.ArrayLike | None, n_images: int) -> npt.NDArray[np
 
 
 @dataclass(frozen=True)
-class State:
-    """What was learned, on which images and which network.
-
-    Args:
-        fitted: what clean images' effects are like.
-        signature: what is measured, with what its groups have trained.
-        held: deviations of the images that calibrate it, (n, D).
-        traits: of the same images, (n, P).
-        shape: of an image, (C, H, W).
-        seen: digests of the images that it was fitted on.
-        fingerprint: of the network.
-        seed: of interventions that draw random numbers.
-    """
-
-    fitted: Fitted
-    signature: Signature
-    held: Tensor = field(repr=False)
-    traits: Tensor = field(repr=False)
-    shape: tuple[int, ...]
-    seen: frozenset[int] = field(repr=False)
-    fingerprint: str
-    seed: int
-
-    @cached_property
-    def calibration(self) -> Calibration:
-        """The scores of the images that calibrate it."""
-        return Calibration(self.fitted.score(self.held).numpy())
-
-    def deviations(self, classifier: ClassifierWrapper, images: Tensor, batch_size: int) -> Tensor:
-        """Every verdict on images, centred and scaled on clean ones, (N, D)."""
-        return self.fitted.deviations(self.measured(classifier, images, batch_size))
-
-    def taught(self, classifier: ClassifierWrapper, images: Tensor, batch_size: int) -> State:
-        """The same, having been shown these attacked images."""
-        names = digests(images)
-        # In an order of their own: training takes them in the order of their places.
-        order = sorted(range(len(names)), key=names.__getitem__)
-        fitted = self.fitted.taught(self.measured(classifier, images[order], batch_size), self.seed)
-        return replace(self, fitted=fitted, held=fitted.with_likeness(self.held, self.traits))
-
-    def checked(self, classifier: ClassifierWrapper, x: object) -> Tensor:
-        """The user's images, of the shape that the detector was fitted on."""
-        images = classifier.images(x)
-        if tuple(images.shape[1:]) != self.shape:
-            raise InputError(expected("x", f"images of shape {self.shape}", f"shape {tuple(images.shape[1:])}"))
-        return images
-
-    def measured(self, classifier: ClassifierWrapper, images: Tensor, batch_size: int) -> Sample:
-        """What the signature finds in images."""
-        return measured(classifier, self.signature, images, batch_size=batch_size, seed=self.seed)
-
-    def scores(self, classifier: ClassifierWrapper, images: Tensor, batch_size: int) -> npt.NDArray[np.float64]:
-        """Scores (N,) of images."""
-        scores: npt.NDArray[np.float64] = self.fitted.score(self.deviations(classifier, images, batch_size)).numpy()
-        return scores
-
-    def score_tensor(self, classifier: ClassifierWrapper, images: Tensor) -> Tensor:
-        """Scores (N,) with a gradient.
-
-        Raises:
-            ArgumentError: a group of the signature has none.
-        """
-        if not self.signature.differentiable:
-            names = [group.name for group in self.signature.groups if not group.differentiable]
-            raise ArgumentError(expected("signature", "groups that have a gradient", f"{names}, which have none"))
-        with classifier.guarded():
-            view = View(classifier, images, digests(images), self.seed)
-            sample = Sample(self.signature.measure(view), view.logits)
-            fitted = self.fitted.to(images.device)
-            return fitted.score(fitted.deviations(sample)).to(images.dtype)
-
-    def recalibrated(self, classifier: ClassifierWrapper, images: Tensor, batch_size: int) -> State:
-        """The same, calibrated on other images.
-
-        Raises:
-            InputError: an image is among those that the detector was fitted on.
-        """
-        again = sum(name in self.seen for name in digests(images))
-        if again:
-            hint = "On its own images every distance is too small, and the threshold would be, too."
-            raise InputError(expected("x", "images that the detector was not fitted on", f"{again} that it was", hint))
-        sample = self.measured(classifier, images, batch_size)
-        return replace(self, held=self.fitted.deviations(sample), traits=sample.traits())
-
-    def groups(self, deviations: Tensor) -> dict[str, npt.NDArray[np.float64]]:
-        """The columns of the verdicts (N, D) by name."""
-        names: Sequence[str] = self.signature.verdicts(self.fitted)
-        return {name: deviations[:, i].numpy() for i, name in enumerate(names)}
-
-
-_TOGETHER = 256
-
-
-@dataclass(frozen=True)
-class Lesson:
+class Split:
     """The user's images, sorted.
 
     Args:
         clean: (N, C, H, W).
-        adversarial: those that may teach, (M, C, H, W), or None.
-        names: digests of the clean ones.
-        kept: which clean ones are held out to calibrate, (N,), bool.
+        attacked: the attacked examples to learn from, (M, C, H, W), or None.
+        hashes: of the clean images.
+        held_out: which clean images are kept for calibration, (N,), bool.
         holdout: their share.
     """
 
     clean: Tensor = field(repr=False)
-    adversarial: Tensor | None = field(repr=False)
-    names: tuple[int, ...] = field(repr=False)
-    kept: Tensor = field(repr=False)
+    attacked: Tensor | None = field(repr=False)
+    hashes: tuple[int, ...] = field(repr=False)
+    held_out: Tensor = field(repr=False)
     holdout: float
 
     @classmethod
-    def of(cls, images: Tensor, y: npt.ArrayLike | None, holdout: float, seed: int) -> Lesson:
-        """Sort images by their labels and hold some out.
+    def of(cls, images: Tensor, y: npt.ArrayLike | None, holdout: float, seed: int) -> Split:
+        """Sort images by their labels and hold some out: by the images themselves, not by their order.
 
-        An adversarial image whose nearest clean one is held out does not teach, unless there are no others: a threshold
-        is to come from images of which nothing was learned, not even that what is nearly the same is an attack.
+        An attacked image whose nearest clean one is held out is left out, unless there are no others: a threshold is to
+        come from images of which nothing was learned, not even that what is nearly the same is an attack.
 
         Raises:
             InputError: labels that cannot be used, or without a clean image.
@@ -346,29 +145,186 @@ class Lesson:
         if bool(adversarial.all()):
             hint = "The detector learns what clean images are like; adversarial ones are optional."
             raise InputError(expected("y", "labels with clean images (0) among them", "adversarial ones only", hint))
-        clean = images[~adversarial]
-        names = digests(clean)
-        kept = held_out(names, holdout, seed)
-        taught = images[adversarial]
-        free = ~kept[_nearest(taught, clean)]
-        taught = taught[free] if bool(free.any()) else taught
-        return cls(clean, taught if len(taught) else None, tuple(names), kept, holdout)
+        clean, attacked = images[~adversarial], images[adversarial]
+        hashes = digests(clean)
+        # Equal images stay on one side.
+        order = {one: derived_seed(seed, "hold out", one) for one in set(hashes)}
+        distinct = sorted(order, key=order.__getitem__)
+        kept = set(distinct[: round(holdout * len(distinct))])
+        held_out = torch.tensor(list(map(kept.__contains__, hashes)))
+        if len(attacked):
+            free = ~held_out[_nearest(attacked, clean)]
+            attacked = attacked[free] if bool(free.any()) else attacked
+        return cls(clean, attacked if len(attacked) else None, tuple(hashes), held_out, holdout)
 
     @property
-    def fitted(self) -> Tensor:
+    def to_fit(self) -> Tensor:
         """The clean images that are not held out."""
-        return self.clean[~self.kept]
+        return self.clean[~self.held_out]
+
+    def check(self, classifier: ClassifierWrapper, batch_size: int) -> None:
+        """Whether there are enough clean images to fit to and to calibrate on.
+
+        Raises:
+            InputError: too few clean images, or all of one predicted class.
+        """
+        counts = Counter(classifier.predict(self.clean, batch_size).tolist())
+        shown = ", ".join(f"{n} of class {k}" for k, n in sorted(counts.items())[:12]) + " ..." * (len(counts) > 12)
+        n_held_out = int(self.held_out.sum())
+        n_fit = len(self.held_out) - n_held_out
+        if n_fit < LEAST_FIT or n_held_out < LEAST_CALIBRATION:
+            wanted = f"clean images, {LEAST_FIT} or more to fit to and {LEAST_CALIBRATION} or more to calibrate on"
+            hint = "About 50 of each predicted class are good; classes with fewer than 20 lean on the others."
+            raise InputError(expected("x", wanted, f"{n_fit} and {n_held_out} ({shown})", hint))
+        if len(counts) < 2:
+            hint = "Pass images of all classes; about 50 of each are good."
+            raise InputError(expected("x", "clean images of two predicted classes or more", shown, hint))
 
 
 def _nearest(images: Tensor, clean: Tensor) -> Tensor:
-    """Place of the nearest clean image, Euclidean, (M,)."""
+    """Index of the nearest clean image, Euclidean, (M,)."""
     among = clean.flatten(1).float()
-    parts = [torch.cdist(part.flatten(1).float(), among).argmin(1) for part in torch.split(images, _TOGETHER)]
+    parts = [torch.cdist(part.flatten(1).float(), among).argmin(1) for part in torch.split(images, 256)]
     return torch.cat(parts).cpu()
 
 
-class Learner:
-    """Learns from clean images, and remembers the last lesson.
+def _in_own_order(images: Tensor) -> Tensor:
+    """Images sorted by their hashes, so that folds, batches and random draws do not depend on the user's order."""
+    hashes = digests(images)
+    return images[sorted(range(len(hashes)), key=hashes.__getitem__)]
+
+
+def attacked_versions(classifier: ClassifierWrapper, attacks: Sequence[Any], images: Tensor, batch_size: int) -> Tensor:
+    """The images after each attack, those whose answer the attack changed: (M, C, H, W), in 256 levels.
+
+    Args:
+        classifier: the classifier.
+        attacks: names of presets ("fgsm", "bim", "pgd", "jsma"), :class:`Adversarial` interventions, or attacks of ART.
+        images: clean ones.
+        batch_size: images at a time.
+
+    Raises:
+        UnknownNameError: a preset of another name.
+        InputError: no attack changed any answer.
+    """
+    made = [_adversarial(classifier, one, batch_size) for one in attacks]
+    images = _in_own_order(images)
+    before = classifier.predict(images, batch_size)
+    successes = []
+    low, high = classifier.clip_values
+    for attack in made:
+        moved = attack.perturb(images, target=before).detach().clamp(low, high)
+        moved = ((moved - low) / (high - low) * 255).round() / 255 * (high - low) + low
+        successes.append(moved[classifier.predict(moved, batch_size) != before])
+    found = torch.cat(successes)
+    if not len(found):
+        hint = "Take a stronger attack, or a larger eps."
+        raise InputError(expected("attacks", "attacks that turn some image over", f"none of {len(images)}", hint))
+    return found
+
+
+def _adversarial(classifier: ClassifierWrapper, attack: Any, batch_size: int) -> Adversarial:
+    if isinstance(attack, Adversarial):
+        return attack
+    if isinstance(attack, str) and attack in _PRESETS:
+        preset = getattr(Adversarial, attack)
+        made: Adversarial = preset(classifier, clip_values=classifier.clip_values, batch_size=batch_size)
+        return made
+    if isinstance(attack, str):
+        return Adversarial(attack, model=classifier, clip_values=classifier.clip_values, batch_size=batch_size)
+    return Adversarial(attack, batch_size=batch_size)
+
+
+class State(FittedModule):
+    """What was learned, on which images and which network; its state dict holds all tensors.
+
+    Args:
+        signature: what is measured, its probes fitted.
+        scorer: how unusual that is.
+        columns: what each column of the deviations is, but for known attacks.
+        shape: of an image, (C, H, W).
+        seen: hashes of the images that it was fitted on.
+        fingerprint: of the network.
+        seed: of interventions that draw random numbers.
+
+    Attributes:
+        held_out: deviations of the images that calibrate it, (n, D).
+        features: of the same images, (n, P).
+        calibration: their scores.
+    """
+
+    held_out: Tensor
+    features: Tensor
+    calibration: Calibration
+
+    def __init__(
+        self,
+        signature: Signature,
+        scorer: Scorer,
+        *,
+        columns: Sequence[str],
+        shape: tuple[int, ...],
+        seen: frozenset[int],
+        fingerprint: str,
+        seed: int,
+    ) -> None:
+        super().__init__("held_out", "features")
+        self.signature, self.scorer, self.columns = signature, scorer, list(columns)
+        self.shape, self.seen, self.fingerprint, self.seed = shape, seen, fingerprint, seed
+        self.probes = nn.ModuleList(signature.probes)
+        self.eval()
+
+    def calibrate(self, deviations: Tensor, features: Tensor) -> State:
+        """Calibrate it on these images."""
+        self.held_out, self.features = deviations, features
+        self.calibration = Calibration(self.scorer.score(deviations).numpy())
+        return self
+
+    def measure(self, classifier: ClassifierWrapper, images: Tensor, batch_size: int) -> Sample:
+        """What the signature finds in images."""
+        return self.signature.measure(classifier, images, batch_size=batch_size, seed=self.seed)
+
+    def by_column(self, deviations: Tensor) -> dict[str, npt.NDArray[np.float64]]:
+        """Deviations (N, D) by the names of their columns."""
+        names = self.columns + ["known attacks"] * (self.scorer.attacks is not None)
+        return dict(zip(names, deviations.numpy().T, strict=True))
+
+    def score_tensor(self, classifier: ClassifierWrapper, images: Tensor) -> Tensor:
+        """Scores (N,) with a gradient.
+
+        Raises:
+            ArgumentError: a probe of the signature has none.
+        """
+        if not self.signature.differentiable:
+            names = [probe.name for probe in self.signature.probes if not probe.differentiable]
+            raise ArgumentError(expected("signature", "probes that have a gradient", f"{names}, which have none"))
+        with classifier.guarded():
+            sample = self.signature.respond(View(classifier, images, digests(images), self.seed))
+            return self.scorer.score(self.scorer.deviations(sample)).to(images.dtype)
+
+    def with_attacks(self, classifier: ClassifierWrapper, images: Tensor, batch_size: int) -> State:
+        """A copy that has learned from these attacked images."""
+        again = copy.deepcopy(self)
+        again.scorer = self.scorer.with_attacks(self.measure(classifier, _in_own_order(images), batch_size), self.seed)
+        return again.calibrate(again.scorer.with_likeness(self.held_out, self.features), self.features)
+
+    def recalibrated(self, classifier: ClassifierWrapper, images: Tensor, batch_size: int) -> State:
+        """A copy that is calibrated on other images.
+
+        Raises:
+            InputError: an image is among those that the detector was fitted on.
+        """
+        again = sum(map(self.seen.__contains__, digests(images)))
+        if again:
+            hint = "On its own images every distance is too small, and the threshold would be, too."
+            raise InputError(expected("x", "images that the detector was not fitted on", f"{again} that it was", hint))
+        sample = self.measure(classifier, images, batch_size)
+        deviations = self.scorer.deviations(sample)
+        return copy.deepcopy(self).calibrate(deviations, sample.features())
+
+
+class Fitter:
+    """Fits states, and remembers the last one.
 
     Fitting again to the same clean images with other attacked ones beside them, as comparisons of attacks do, then
     takes no time.
@@ -377,19 +333,28 @@ class Learner:
     def __init__(self) -> None:
         self._last: tuple[object, State] | None = None
 
-    def learn(self, classifier: ClassifierWrapper, recipe: Recipe, lesson: Lesson) -> State:
-        """What the lesson's clean images teach; its adversarial ones are left aside."""
+    def fit(self, classifier: ClassifierWrapper, config: FitConfig, split: Split) -> State:
+        """What the clean images of a split show; its attacked ones are left aside."""
         fingerprint = classifier.fingerprint()
-        key = (repr(replace(recipe, batch_size=1)), lesson.holdout, tuple(sorted(lesson.names)), fingerprint)
+        key = (repr(replace(config, batch_size=1)), split.holdout, tuple(sorted(split.hashes)), fingerprint)
         if self._last is not None and self._last[0] == key:
             return self._last[1]
-        signature, fitted = fit_to(classifier, recipe, lesson.fitted)
-        held = measured(
-            classifier, signature, lesson.clean[lesson.kept], batch_size=recipe.batch_size, seed=recipe.seed
+        clean, size, seed = _in_own_order(split.to_fit), config.batch_size, config.seed
+        signature = config.signature.fit(classifier, clean, n_epochs=config.n_epochs, seed=seed)
+        sample = signature.measure(classifier, clean, batch_size=size, seed=seed)
+        altered = None
+        if config.augmentation is not None:
+            altered = signature.measure(classifier, clean, batch_size=size, seed=seed, augmentation=config.augmentation)
+        scorer = Scorer(config.aggregate).fit(sample, altered, seed=seed, leading=signature.leading)
+        state = State(
+            signature,
+            scorer,
+            columns=signature.columns(sample),
+            shape=tuple(split.clean.shape[1:]),
+            seen=frozenset(digests(clean)),
+            fingerprint=fingerprint,
+            seed=seed,
         )
-        seen = frozenset(name for name, keep in zip(lesson.names, lesson.kept.tolist(), strict=True) if not keep)
-        shape = tuple(lesson.clean.shape[1:])
-        deviations, traits = fitted.deviations(held), held.traits()
-        state = State(fitted, signature, deviations, traits, shape, seen, fingerprint, recipe.seed)
-        self._last = (key, state)
+        held_out = state.measure(classifier, split.clean[split.held_out], size)
+        self._last = (key, state.calibrate(scorer.deviations(held_out), held_out.features()))
         return state

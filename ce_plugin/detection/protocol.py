@@ -8,8 +8,6 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-__all__ = ["Array", "Detector", "DifferentiableDetector"]
-
 Array = npt.NDArray[Any]
 
 

@@ -1,61 +1,49 @@
-"""The signature of an image: effects of named groups of interventions on the network's logits."""
+"""The signature of an image: the effects of probes, named interventions on the network's input or nodes."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ce_plugin.detection.benign import SMALL
+from ce_plugin._lazy import renamed_keywords, warn_renamed
+from ce_plugin.detection.augmentation import SMALL, Augmentation
 from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.detection.probes import (
     SIDES,
     CounterAttack,
     Denoising,
-    Group,
-    Interchange,
-    NodeZeroing,
-    PixelMasking,
-    Response,
+    Probe,
     Smoothing,
     View,
+    probe_from_settings,
 )
-from ce_plugin.detection.scorers import Fitted, Sample
-from ce_plugin.errors import ArgumentError, FileError, expected, unknown_name
+from ce_plugin.detection.scorers import Sample
+from ce_plugin.errors import ArgumentError, expected, unknown_name
 from ce_plugin.interventions import Smooth
-
-__all__ = [
-    "Signature",
-    "checked_count",
-    "digests",
-    "measured",
-]
-
-
-_KINDS: dict[str, type[Group]] = {
-    one.__name__: one for one in (Smoothing, CounterAttack, Denoising, PixelMasking, NodeZeroing, Interchange)
-}
 
 
 class Signature:
-    """Which interventions a detector looks at, in groups.
+    """Which probes a detector looks at.
 
     Args:
-        groups: their names differ.
-        leading: names of the groups that count in full; of the others counts only what is beyond two standard
+        probes: their names differ.
+        leading: names of the probes that count in full; of the others counts only what is beyond two standard
             deviations, so that nothing is won by looking very usual to them. None: all count in full.
 
     Attributes:
-        groups, leading: as given.
+        probes, leading: as given.
+        names: the probes' names.
         passes: forward passes for one image, the idle run included; a backward pass counts as two.
-        differentiable: whether every group is.
+        differentiable: whether the effects of every probe have a gradient.
 
     Raises:
-        ArgumentError: no group, or two of one name.
-        UnknownNameError: no group of a name in ``leading``.
+        ArgumentError: no probe, or two of one name.
+        UnknownNameError: no probe of a name in ``leading``.
 
     Example:
         >>> signature = Signature([Smoothing("blur", [Smooth.gauss(1.0)]), CounterAttack()])
@@ -65,18 +53,18 @@ class Signature:
         ('denoising', 'counter-attack', 'filters', 'threshold')
     """
 
-    def __init__(self, groups: Sequence[Group], *, leading: Sequence[str] | None = None) -> None:
-        self.groups = tuple(groups)
+    @renamed_keywords(groups="probes")
+    def __init__(self, probes: Sequence[Probe], *, leading: Sequence[str] | None = None) -> None:
+        self.probes = tuple(probes)
         self.leading = None if leading is None else tuple(leading)
-        if not self.groups or not all(isinstance(group, Group) for group in self.groups):
-            got = [type(group).__name__ for group in self.groups]
-            raise ArgumentError(expected("groups", "at least one Group, and nothing else", got))
-        # With a stroke in it, a group's tensors could be taken for those of another one when they are read from a file.
-        if len(set(self.names)) < len(self.names) or any("/" in name for name in self.names):
-            wanted = "groups of different names without '/'"
-            raise ArgumentError(expected("groups", wanted, list(self.names), "Pass `name=`."))
+        if not self.probes or not all(isinstance(probe, Probe) for probe in self.probes):
+            got = [type(probe).__name__ for probe in self.probes]
+            raise ArgumentError(expected("probes", "at least one Probe, and nothing else", got))
+        self.names = tuple(probe.name for probe in self.probes)
+        if len(set(self.names)) < len(self.names):
+            raise ArgumentError(expected("probes", "probes of different names", list(self.names), "Pass `name=`."))
         if isinstance(leading, str) or self.leading == ():
-            raise ArgumentError(expected("leading", "one or more names of groups, or None", repr(leading)))
+            raise ArgumentError(expected("leading", "one or more names of probes, or None", repr(leading)))
         for name in self.leading or ():
             if name not in self.names:
                 raise unknown_name("leading", name, self.names)
@@ -111,27 +99,35 @@ class Signature:
         )
 
     @classmethod
-    def hardened(cls, value_range: tuple[float, float] = (0.0, 1.0), *, eps: float | None = None) -> Signature:
-        """For small pictures, where attackers may know the detector: a hardened denoiser leads.
+    def adversarially_trained(
+        cls, value_range: tuple[float, float] = (0.0, 1.0), *, eps: float | None = None
+    ) -> Signature:
+        """For small pictures, where attackers may know the detector: an adversarially trained denoiser leads.
 
         An attacker who knows :meth:`small_images` makes an image look usual to each of its interventions; those that
-        nobody prepared give way first, and what looks very usual to many makes up for the rest. Here the margin that a
-        hardened denoiser leaves counts in full, and what the others say only where an image is clearly unusual: there
-        is nothing to make up with. Attackers who do not know the detector are seen a little less well, and fitting
-        takes several times as long, for the denoiser is attacked at each step of its training.
+        nobody prepared give way first, and what looks very usual to many makes up for the rest. Here the margin that an
+        adversarially trained denoiser leaves counts in full, and what the others say only where an image is clearly
+        unusual: there is nothing to make up with. Attackers who do not know the detector are seen a little less well,
+        and fitting takes several times as long, for the denoiser is attacked at each step of its training.
 
         Args:
             value_range: least and greatest value of an image.
-            eps: greatest change of a value that the denoiser is hardened against; None: three tenths of the range.
+            eps: greatest change of a value in adversarial training; None: three tenths of the range.
 
         Example:
-            >>> Signature.hardened().names
+            >>> Signature.adversarially_trained().names
             ('denoising', 'hardened denoising')
         """
         bound = 0.3 * (value_range[1] - value_range[0]) if eps is None else eps
-        name = "hardened denoising"
+        name = "hardened denoising"  # as reports and files have called it
         hard = Denoising(least_steps=3000, eps=bound, judged=("margin",), name=name)
         return cls([Denoising(), hard], leading=[name])
+
+    @classmethod
+    def hardened(cls, value_range: tuple[float, float] = (0.0, 1.0), *, eps: float | None = None) -> Signature:
+        """The old name of :meth:`adversarially_trained`; it goes in the next version."""
+        warn_renamed("Signature.hardened", "Signature.adversarially_trained")
+        return cls.adversarially_trained(value_range, eps=eps)
 
     @classmethod
     def photographs(cls, value_range: tuple[float, float] = (0.0, 1.0)) -> Signature:
@@ -154,75 +150,103 @@ class Signature:
         )
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The groups' names."""
-        return tuple(group.name for group in self.groups)
+    def groups(self) -> tuple[Probe, ...]:
+        """The old name of :attr:`probes`; it goes in the next version."""
+        warn_renamed("Signature.groups", "Signature.probes")
+        return self.probes
 
     @property
     def passes(self) -> float:
         """Forward passes for one image."""
-        return 1 + sum(group.passes for group in self.groups)
+        return 1 + sum(probe.passes for probe in self.probes)
 
     @property
     def differentiable(self) -> bool:
-        """Whether the effects of every group have a gradient."""
-        return all(group.differentiable for group in self.groups)
+        """Whether the effects of every probe have a gradient."""
+        return all(probe.differentiable for probe in self.probes)
 
-    def measure(self, view: View) -> dict[str, Response]:
-        """What every group does to a batch of images."""
-        return {group.name: group.respond(view) for group in self.groups}
+    def fit(self, classifier: ClassifierWrapper, images: Tensor, *, n_epochs: int, seed: int) -> Signature:
+        """A copy whose probes have learned what they need from clean images (N, C, H, W)."""
+        probes = copy.deepcopy(self.probes)
+        for probe in probes:
+            probe.fit(classifier, images, n_epochs=n_epochs, seed=seed)
+        return Signature(probes, leading=self.leading)
 
-    def prepared(self, classifier: ClassifierWrapper, images: Tensor, *, n_epochs: int, seed: int) -> Signature:
-        """The signature, its groups having learned what they need from clean images (N, C, H, W)."""
-        groups = [one.prepared(classifier, images, n_epochs=n_epochs, seed=seed) for one in self.groups]
-        return Signature(groups, leading=self.leading)
+    def respond(self, view: View) -> Sample:
+        """What every probe does to a batch of images, with gradients where the view has them."""
+        responses = {}
+        for probe in self.probes:
+            responses[probe.name] = probe.respond(view)
+        return Sample(responses, view.logits)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What the groups have learned."""
-        return {f"{one.name}/{key}": value for one in self.groups for key, value in one.tensors().items()}
+    def measure(
+        self,
+        classifier: ClassifierWrapper,
+        images: Tensor,
+        *,
+        batch_size: int,
+        seed: int,
+        augmentation: Augmentation | None = None,
+    ) -> Sample:
+        """What every probe does to every image; the network and the random state stay as they are.
 
-    def with_tensors(self, tensors: dict[str, Tensor]) -> Signature:
-        """The signature with what :meth:`tensors` gave."""
-        groups = []
-        for one in self.groups:
-            start = f"{one.name}/"
-            own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
-            groups.append(one.with_tensors(own))
-        return Signature(groups, leading=self.leading)
+        Args:
+            classifier: the classifier.
+            images: (N, C, H, W), image units, checked.
+            batch_size: images at a time.
+            seed: of interventions that draw random numbers.
+            augmentation: applied to the images first.
 
-    def verdicts(self, fitted: Fitted) -> list[str]:
-        """What each column of :meth:`Fitted.deviations` is: a group, or one of its interventions by its margin."""
+        Returns:
+            The responses, without gradients, on the CPU.
+        """
+        parts = []
+        # Inside inference mode no probe could ask for a gradient.
+        with classifier.guarded(), torch.inference_mode(False), torch.no_grad():
+            for batch in torch.split(images, batch_size):
+                # Random numbers belong to the image, so that nothing depends on its place.
+                ids = digests(batch)
+                altered = batch if augmentation is None else augmentation(batch, ids, seed)
+                parts.append(self.respond(View(classifier, altered, ids, seed)).detached())
+        return Sample.joined(parts)
+
+    def columns(self, sample: Sample) -> list[str]:
+        """What each column of :meth:`Scorer.deviations` is: a probe, or one of its interventions by its margin.
+
+        Raises:
+            ArgumentError: a probe does not name each of the interventions whose margins it gives.
+        """
         names = []
-        for one in self.groups:
-            judge = fitted.judges[one.name]
-            names += [one.name] * (judge.distance is not None)
-            names += [f"{one.name}: {what}" for what in one.interventions()] * (judge.reversal is not None)
-            names += [f"{one.name}: {what}, margin left" for what in one.interventions()] * (judge.left is not None)
-        return names + ["known attacks"] * (fitted.known is not None)
+        for probe in self.probes:
+            response, interventions = sample.responses[probe.name], probe.interventions()
+            n_margins = max(response.margins.shape[1], response.left.shape[1])
+            if n_margins > len(interventions):
+                got = f"{len(interventions)} names"
+                raise ArgumentError(expected("interventions", f"{n_margins} names, one for each margin", got))
+            names += [probe.name] * ("distance" in response.sides)
+            for side, suffix in (("reversal", ""), ("margin", ", margin left")):
+                if side in response.sides:
+                    names += [f"{probe.name}: {one}{suffix}" for one in interventions]
+        return names
 
     def settings(self) -> list[dict[str, Any]]:
         """What :meth:`from_settings` makes the signature of again, as JSON takes it."""
-        leading = () if self.leading is None else self.leading
-        return [
-            {"kind": type(one).__name__, **({"leading": True} if one.name in leading else {}), **one.settings()}
-            for one in self.groups
-        ]
+        settings = []
+        for one in self.probes:
+            about = {"kind": one.kind, "module": type(one).__module__, "settings": one.settings()}
+            settings.append({**about, "leading": one.name in (self.leading or ())})
+        return settings
 
     @classmethod
     def from_settings(cls, settings: Sequence[dict[str, Any]]) -> Signature:
         """The signature whose :meth:`settings` these are.
 
         Raises:
-            FileError: a group of a kind that this version does not know.
+            FileError: a probe of a kind that is not defined here.
         """
-        groups = []
-        for one in settings:
-            kind = one["kind"]
-            if kind not in _KINDS:
-                raise FileError(expected("path", f"a signature of groups among {sorted(_KINDS)}", repr(kind)))
-            groups.append(_KINDS[kind](**{name: one[name] for name in one if name not in ("kind", "leading")}))
-        leading = [group.name for group, one in zip(groups, settings, strict=True) if one.get("leading")]
-        return cls(groups, leading=leading or None)
+        probes = [probe_from_settings(one["kind"], one["module"], one["settings"]) for one in settings]
+        leading = [probe.name for probe, one in zip(probes, settings, strict=True) if one["leading"]]
+        return cls(probes, leading=leading or None)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Signature) and self.settings() == other.settings()
@@ -232,60 +256,19 @@ class Signature:
 
     def __repr__(self) -> str:
         leading = "" if self.leading is None else f", leading={self.leading!r}"
-        return f"Signature([{', '.join(map(repr, self.groups))}]{leading})"
+        return f"Signature([{', '.join(map(repr, self.probes))}]{leading})"
 
 
 def digests(images: Tensor) -> list[int]:
-    """A number for each image that only an equal image has: 63 bits of a hash of its values in float32.
+    """A hash of each image: 63 bits of BLAKE2 of its values in float32.
 
     Example:
         >>> one, two = digests(torch.stack([torch.zeros(1, 2, 2), torch.ones(1, 2, 2)]))
         >>> one == two
         False
     """
-    values = images.detach().float().cpu().contiguous().numpy()
-    return [int.from_bytes(hashlib.blake2b(value.tobytes(), digest_size=8).digest(), "big") >> 1 for value in values]
-
-
-def measured(
-    classifier: ClassifierWrapper,
-    signature: Signature,
-    images: Tensor,
-    *,
-    batch_size: int,
-    seed: int,
-    altered: Callable[[Tensor, list[int]], Tensor] | None = None,
-    ids: Sequence[int] | None = None,
-) -> Sample:
-    """What every group does to every image; the network and the random state stay as they are.
-
-    Args:
-        classifier: the classifier.
-        signature: what is measured.
-        images: (N, C, H, W), image units, checked.
-        batch_size: images at a time.
-        seed: of interventions that draw random numbers.
-        altered: applied to each batch first, with the images' ids.
-        ids: one per image; None takes their digests, so that nothing depends on an image's place.
-    """
-    names = list(ids) if ids is not None else digests(images)
-    parts = []
-    # Inside inference mode no group could ask for a gradient.
-    with classifier.guarded(), torch.inference_mode(False), torch.no_grad():
-        for start in range(0, len(images), batch_size):
-            batch, own = images[start : start + batch_size], names[start : start + batch_size]
-            view = View(classifier, batch if altered is None else altered(batch, own), own, seed)
-            responses = {name: one.detached() for name, one in signature.measure(view).items()}
-            parts.append(Sample(responses, view.logits.detach().cpu()))
-    return Sample.joined(parts)
-
-
-def checked_count(name: str, count: int) -> int:
-    """A positive whole number that the user gave.
-
-    Raises:
-        ArgumentError: something else.
-    """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ArgumentError(expected(name, "a positive whole number", repr(count)))
-    return count
+    hashes = []
+    for value in images.detach().float().cpu().contiguous().numpy():
+        digest = hashlib.blake2b(value.tobytes(), digest_size=8).digest()
+        hashes.append(int.from_bytes(digest, "big") >> 1)
+    return hashes

@@ -167,7 +167,7 @@ def explained(
     truth: int | None = None,
 ) -> AlarmShown:
     """A picture (1, C, H, W) with the reason for its alarm, where there was one; ``before`` is (C, H, W)."""
-    low, high = detector.protected.clip_values
+    low, high = detector.classifier.clip_values
     alarm: Alarm | None = None
     if row.flagged:
         report: dict[str, Any] = detector.detect(image.numpy(), explain=True, layer=layer)[0]

@@ -86,7 +86,7 @@ def detector_attack(
     attack = attack_to_learn(detector, name, eps, batch_size=batch_size)
 
     def craft(images: Tensor, classes: Tensor, ids: Sequence[int]) -> Tensor:
-        like = detector.protected.like
+        like = detector.classifier.like
         found: Tensor = attack.perturb(images.to(like), target=classes.to(like.device), ids=ids, seed=seed)
         return found
 
@@ -113,12 +113,12 @@ def attack_to_learn(detector: CausalEffectDetector, name: str, eps: float, *, ba
         >>> attack_to_learn(detector, "fgsm", 8 / 255).perturb(torch.rand(2, 1, 2, 2)).shape
         torch.Size([2, 1, 2, 2])
     """
-    clip = detector.protected.clip_values
+    clip = detector.classifier.clip_values
     unit = clip[1] - clip[0]
     options: dict[str, Any] = {"eps": unit, "max_iter": _PAIRS} if name == "jsma" else {"eps": eps * unit}
     if name in ("bim", "pgd"):
         options["max_iter"] = _ITERATIONS
-    return Adversarial.preset(name, detector.protected, clip_values=clip, batch_size=batch_size, **options)
+    return Adversarial.preset(name, detector.classifier, clip_values=clip, batch_size=batch_size, **options)
 
 
 def _adaptive(detector: CausalEffectDetector, eps: float, batch_size: int, seed: int) -> DetectorAttack:
@@ -126,11 +126,11 @@ def _adaptive(detector: CausalEffectDetector, eps: float, batch_size: int, seed:
     from ce_plugin.detection import AdaptiveEvasion
     from ce_plugin.networks.art import build_classifier
 
-    protected, state = detector.protected, detector.learned()
-    clip = protected.clip_values
-    n_classes = protected.probe(state.shape).shape[1]
-    classifier = build_classifier(protected, state.shape, n_classes, clip, protected.like.device)
-    attack = AdaptiveEvasion(classifier, detector, eps=eps * (clip[1] - clip[0]), batch_size=batch_size, seed=seed)
+    classifier, state = detector.classifier, detector.learned()
+    clip = classifier.clip_values
+    n_classes = classifier.test_logits(state.shape).shape[1]
+    art_classifier = build_classifier(classifier, state.shape, n_classes, clip, classifier.like.device)
+    attack = AdaptiveEvasion(art_classifier, detector, eps=eps * (clip[1] - clip[0]), batch_size=batch_size, seed=seed)
 
     def craft(images: Tensor, classes: Tensor, ids: Sequence[int]) -> Tensor:
         found = attack.generate(images.float().cpu().numpy(), classes.cpu().numpy(), ids=ids)
@@ -322,7 +322,7 @@ def _attacked(
     index = np.flatnonzero(data.right)
     before, truth = data.images[index], data.truth[index]
     start = time.perf_counter()
-    moved = rounded(attack.craft(before, truth, index.tolist()), before, attack.bound, detector.protected.clip_values)
+    moved = rounded(attack.craft(before, truth, index.tolist()), before, attack.bound, detector.classifier.clip_values)
     seconds = time.perf_counter() - start
     won = np.flatnonzero((_answers(detector, moved) != truth).numpy())
     rows = scored(detector, [data.names[i] for i in index[won]], moved[won]) if len(won) else []
@@ -349,9 +349,9 @@ def _examples(rows: Sequence[Screened], n: int) -> list[int]:
 
 
 def _answers(detector: CausalEffectDetector, images: Tensor, batch_size: int = 128) -> Tensor:
-    protected = detector.protected
-    with protected.guarded(), torch.no_grad():
-        parts = [protected(part.to(protected.like)).argmax(1).cpu() for part in torch.split(images, batch_size)]
+    classifier = detector.classifier
+    with classifier.guarded(), torch.no_grad():
+        parts = [classifier(part.to(classifier.like)).argmax(1).cpu() for part in torch.split(images, batch_size)]
     return torch.cat(parts)
 
 
@@ -399,7 +399,7 @@ def digits_trial(
     announce("digits: training the network")
     network = DigitsCNN.trained(images[train], labels[train], seed=seed)
     announce("digits: fitting the detector on clean images")
-    groups = [one for one in Signature.small_images().groups if not isinstance(one, Denoising)]
+    groups = [one for one in Signature.small_images().probes if not isinstance(one, Denoising)]
     detector = CausalEffectDetector(network, Signature([Denoising(least_steps=steps), *groups]), seed=seed)
     detector.fit(images[fit].numpy(), nb_epochs=1)
     return try_detector(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ce_plugin.detection.adaptive import LOSSES, AdaptiveEvasion, AdaptiveReport
-from ce_plugin.detection.adaptive.objective import Ball, Judgement
-from ce_plugin.detection.adaptive.search import Pool
+from ce_plugin.detection.adaptive.objective import Ball, Evaluation
+from ce_plugin.detection.adaptive.search import Archive
 from ce_plugin.errors import AttackError, InputError, ModelError, TargetError, UnknownNameError
 from ce_plugin.networks.art import build_classifier
 from ce_plugin.randomness import generator
@@ -232,10 +232,10 @@ def test_several_starts_leave_the_valley_that_one_stays_in() -> None:
 def test_the_best_of_several_starts() -> None:
     margin = torch.tensor([-1.0, 0.5, 2.0, -3.0, -2.0, -4.0, 1.0, -9.0, 3.0])
     score = torch.tensor([0.0, 7.0, 5.0, 1.0, 9.0, 0.0, torch.inf, 0.0, torch.inf], dtype=torch.float64)
-    judged = Judgement(margin, margin > 0, score, torch.arange(9))
-    first = judged.foremost(3)
+    evaluated = Evaluation(margin, margin > 0, score, torch.arange(9))
+    first = evaluated.foremost(3)
     assert first.tolist() == [2, 4, 8], "least score of the wrong ones; greatest margin where none has a score"
-    assert judged.select(first).predicted.tolist() == [2, 4, 8]
+    assert evaluated.select(first).predicted.tolist() == [2, 4, 8]
 
 
 def test_the_pool_keeps_the_best_finds_that_differ() -> None:
@@ -244,7 +244,7 @@ def test_the_pool_keeps_the_best_finds_that_differ() -> None:
     finds[0, 7] = finds[0, 2] + 0.01
     scores = torch.arange(10.0, 0, -1, dtype=torch.float64).repeat(2, 1)
     scores[0, 4] = torch.inf
-    pool = Pool(clean)
+    pool = Archive(clean)
     pool.offer(finds, scores, torch.arange(2))
     assert pool.scores[0].tolist() == [1, 2, 3, 4, 5, 7, 9, 10], "8 repeats 3, and 6 is none"
     assert pool.scores[1].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -257,7 +257,7 @@ def test_the_pool_keeps_the_best_finds_that_differ() -> None:
 def test_partners_are_other_finds_than_the_best() -> None:
     clean = torch.zeros(3, *SHAPE)
     otherwise = torch.full_like(clean, 7)
-    pool, rows = Pool(clean), torch.arange(3)
+    pool, rows = Archive(clean), torch.arange(3)
     assert torch.equal(pool.partners(rows, torch.zeros(3), otherwise), otherwise)
     finds = torch.eye(SIZE)[:3].reshape(1, 3, *SHAPE).repeat(3, 1, 1, 1, 1)
     scores = torch.tensor([[1, 2, 3], [2, torch.inf, 1], [1, torch.inf, torch.inf]], dtype=torch.float64)

@@ -34,7 +34,7 @@ def alarmed() -> tuple[Alarm, CausalEffectDetector]:
     level = random.uniform(0.3, 0.7, (200, 1, 1, 1)) * np.ones((1, 1, 8, 8))
     x = (level + 0.01 * random.standard_normal(level.shape)).clip(0, 1)
     net = spotted()
-    detector = CausalEffectDetector(net, Signature([Smoothing("blur", [Smooth.clip(0.2, 0.8)])]), benign=None)
+    detector = CausalEffectDetector(net, Signature([Smoothing("blur", [Smooth.clip(0.2, 0.8)])]), augmentation=None)
     detector.fit(x)
     odd = np.full((1, 1, 8, 8), 0.35)
     odd[0, 0][SPOT] = 0.2
@@ -67,8 +67,8 @@ def test_the_alarm_names_the_place_the_channel_and_the_effect() -> None:
     assert strongest.what == "Smooth.clip(0.2, 0.8) on the logit of class 1"
     assert strongest.effect == pytest.approx(-0.8)
     assert strongest.deviations < -5
-    assert list(alarm.verdicts.values()) == sorted(alarm.verdicts.values(), reverse=True)
-    assert set(alarm.verdicts) == {"blur", "blur: Smooth.clip(0.2, 0.8)"}
+    assert list(alarm.deviations.values()) == sorted(alarm.deviations.values(), reverse=True)
+    assert set(alarm.deviations) == {"blur", "blur: Smooth.clip(0.2, 0.8)"}
     assert str(alarm).startswith("Smooth.clip(0.2, 0.8) leaves class 0; blur")
     assert "on the logit of class 1: -0.8, usual" in str(alarm)
     assert detector.learned().signature.names == ("blur",)
@@ -86,7 +86,7 @@ def test_effects_are_the_most_unusual_ones_of_each_group_in_order() -> None:
         away = [abs(effect.deviations) for effect in alarm.effects]
         assert away == sorted(away, reverse=True)
         assert len(away) == 10
-        assert alarm.verdicts == {name: pytest.approx(values[i]) for name, values in report["groups"].items()}
+        assert alarm.deviations == {name: pytest.approx(values[i]) for name, values in report["groups"].items()}
         assert alarm.channels == {}
         x = torch.as_tensor(1 - NEW[i : i + 1] * 0.9).double()
         first = next(effect for effect in alarm.effects if effect.what.startswith("Smooth.gauss(1.0) on"))
@@ -111,7 +111,7 @@ def test_a_signature_without_filters_explains_what_it_can() -> None:
     assert alarm.channels == {}
     assert alarm.intervention == "no intervention"
     assert alarm.turned_to == report["predictions"][int(np.flatnonzero(flagged)[0])]
-    assert list(alarm.verdicts) == ["node zeroing"]
+    assert list(alarm.deviations) == ["node zeroing"]
 
 
 def test_explaining_changes_no_score_and_needs_no_batch() -> None:

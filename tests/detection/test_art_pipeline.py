@@ -104,7 +104,7 @@ def test_attacks_of_the_toolbox_can_be_learned_from() -> None:
     attack = ProjectedGradientDescent(protected, eps=0.3, eps_step=0.05, max_iter=5, num_random_init=1, verbose=False)
     detector = CausalEffectDetector(protected, quick_signature(), attacks=[attack, "fgsm"])
     detector.fit(X)
-    assert detector.learned().fitted.known is not None
+    assert detector.learned().scorer.attacks is not None
     attacked = attack.generate(NEW)
     fooled = protected.predict(attacked).argmax(1) != ANSWERS
     assert fooled.sum() > 20

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from ce_plugin.detection import (
-    Benign,
+    Augmentation,
     CausalEffectDetector,
     CounterAttack,
     Denoising,
@@ -25,7 +25,7 @@ from ce_plugin.detection import (
     Smoothing,
     realised_interval,
 )
-from ce_plugin.detection.fitting import Lesson
+from ce_plugin.detection.fitting import Split
 from ce_plugin.errors import ArgumentError, InferenceError, InputError, ModelError, UnknownNameError
 from ce_plugin.interventions import Adversarial, Smooth
 
@@ -49,9 +49,9 @@ def noisy(x: np.ndarray, amount: float = 0.3, seed: int = 0) -> np.ndarray:
     return np.clip(x + noise, 0, 1).astype(np.float32)
 
 
-def lesson(x: np.ndarray, y: np.ndarray | None) -> Lesson:
+def split(x: np.ndarray, y: np.ndarray | None) -> Split:
     detector = made()
-    return Lesson.of(torch.as_tensor(x), y, detector.holdout, detector.seed)
+    return Split.of(torch.as_tensor(x), y, detector.holdout, detector.seed)
 
 
 # --- the same whatever the order
@@ -126,7 +126,7 @@ def test_the_network_and_the_random_state_stay_as_they_are() -> None:
     net.net[3].weight.grad = torch.ones_like(net.net[3].weight)
     net.net[0].bias.requires_grad_(False)
     before = snapshot(net)
-    signature = Signature([Denoising(width=2, least_steps=2), *quick_signature().groups, NodeZeroing("net.1")])
+    signature = Signature([Denoising(width=2, least_steps=2), *quick_signature().probes, NodeZeroing("net.1")])
     detector = fitted(net, signature)
     assert same(before, snapshot(net))
     detector.score(NEW)
@@ -188,10 +188,10 @@ def test_false_alarms_are_as_many_as_promised() -> None:
 
 def test_harmless_alterations_are_no_reason_for_an_alarm_where_they_were_learned() -> None:
     x, new = (patterns(n, seed=seed, noise=0.01)[0] for n, seed in ((240, 0), (60, 1)))
-    altered = Benign()(torch.as_tensor(new), list(range(60)), seed=9).numpy()
+    altered = Augmentation()(torch.as_tensor(new), list(range(60)), seed=9).numpy()
     shares = []
-    for benign in (None, "default"):
-        detector = made(benign=benign, fpr=0.1)
+    for augmentation in (None, "default"):
+        detector = made(augmentation=augmentation, fpr=0.1)
         detector.fit(x)
         shares.append(detector.detect(altered)[1].mean())
     assert shares[0] > 0.5
@@ -220,7 +220,7 @@ def test_calibration_on_other_images() -> None:
 # --- attacked images
 
 
-def test_labels_of_all_forms_teach_the_same() -> None:
+def test_labels_of_all_forms_mean_the_same() -> None:
     x, y = np.concatenate([X, noisy(X[:80])]), np.repeat([0, 1], [240, 80])
     plain = fitted()
     scores = []
@@ -232,7 +232,7 @@ def test_labels_of_all_forms_teach_the_same() -> None:
     for other in scores[1:]:
         np.testing.assert_array_equal(other, scores[0])
     assert "known attacks" not in plain.detect(NEW)[0]["groups"]
-    plain.teach(lesson(x, y).adversarial.numpy()[::-1].copy())
+    plain.teach(split(x, y).attacked.numpy()[::-1].copy())
     np.testing.assert_allclose(plain.score(NEW), scores[0], rtol=1e-9)
     # The threshold is that of the scores with what was taught.
     np.testing.assert_allclose(plain.threshold, detector.threshold, rtol=1e-9)
@@ -242,16 +242,16 @@ def test_labels_of_all_forms_teach_the_same() -> None:
     np.testing.assert_array_equal(clean.score(NEW), fitted().score(NEW))
 
 
-def test_attacked_versions_of_images_that_are_held_out_do_not_teach() -> None:
+def test_attacked_versions_of_images_that_are_held_out_are_left_out() -> None:
     changed = noisy(X, 0.02)
-    some = lesson(np.concatenate([X, changed]), np.repeat([0, 1], 240))
-    assert torch.equal(some.adversarial, torch.as_tensor(changed)[~some.kept])
-    assert some.kept.sum() == 72
-    kept = some.kept.numpy()
+    some = split(np.concatenate([X, changed]), np.repeat([0, 1], 240))
+    assert torch.equal(some.attacked, torch.as_tensor(changed)[~some.held_out])
+    assert some.held_out.sum() == 72
+    kept = some.held_out.numpy()
     # ... unless there are no others.
-    few = lesson(np.concatenate([X, changed[kept]]), np.repeat([0, 1], [240, 72]))
-    assert torch.equal(few.adversarial, torch.as_tensor(changed[kept]))
-    assert lesson(X, None).adversarial is None
+    few = split(np.concatenate([X, changed[kept]]), np.repeat([0, 1], [240, 72]))
+    assert torch.equal(few.attacked, torch.as_tensor(changed[kept]))
+    assert split(X, None).attacked is None
 
 
 def test_it_makes_attacked_images_itself() -> None:
@@ -263,10 +263,10 @@ def test_it_makes_attacked_images_itself() -> None:
     named.fit(X)
     other.fit(X)
     assert same(before, snapshot(net))
-    assert detector.learned().fitted.known is not None
+    assert detector.learned().scorer.attacks is not None
     plain = fitted(net)
     # What clean images are like was learned from clean images alone.
-    assert torch.equal(detector.learned().fitted.center, plain.learned().fitted.center)
+    assert torch.equal(detector.learned().scorer.center, plain.learned().scorer.center)
     attacked = attack.perturb(torch.as_tensor(NEW), target=net(torch.as_tensor(NEW)).argmax(1)).numpy()
     images, labels = np.concatenate([NEW, attacked]), np.repeat([0, 1], 60)
     assert roc_auc_score(labels, detector.decision_function(images)) > 0.8
@@ -297,7 +297,7 @@ def test_fitting_again_takes_up_what_is_known_only_where_nothing_has_changed() -
 def test_options_go_out_and_in_again() -> None:
     detector = fitted()
     options = detector.get_params()
-    assert set(options) == {"aggregate", "attacks", "benign", "fpr", "holdout", "seed", "signature"}
+    assert set(options) == {"aggregate", "attacks", "augmentation", "fpr", "holdout", "seed", "signature"}
     state = detector.learned()
     detector.set_params(**options)
     assert detector.learned() is state
@@ -305,12 +305,12 @@ def test_options_go_out_and_in_again() -> None:
     detector.set_params(fpr=0.2)
     assert detector.learned() is state
     other = made()
-    other.set_params(**{**options, "seed": 3, "benign": None})
-    assert other.get_params() == {**options, "seed": 3, "benign": None}
+    other.set_params(**{**options, "seed": 3, "augmentation": None})
+    assert other.get_params() == {**options, "seed": 3, "augmentation": None}
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"aggregate": "max"}, {"holdout": 0.4}, {"benign": None}, {"signature": None}]
+    "change", [{"seed": 1}, {"aggregate": "max"}, {"holdout": 0.4}, {"augmentation": None}, {"signature": None}]
 )
 def test_a_change_of_what_was_learned_undoes_the_fit(change: dict[str, Any]) -> None:
     detector = fitted()
@@ -328,7 +328,7 @@ def test_a_change_of_what_was_learned_undoes_the_fit(change: dict[str, Any]) -> 
         ({"holdout": 0}, r"`holdout` to be a float in \(0, 1\), but got 0"),
         ({"aggregate": "mean"}, "`aggregate` to be one of 'max', 'soft_square', 'sum', but got 'mean'"),
         ({"signature": [CounterAttack()]}, "`signature` to be a Signature or None, but got list"),
-        ({"benign": "none"}, "`benign` to be a Benign, \"default\" or None, but got 'none'"),
+        ({"augmentation": "none"}, "`augmentation` to be an Augmentation, \"default\" or None, but got 'none'"),
         ({"attacks": "fgsm"}, "`attacks` to be a list of attacks, or None, but got 'fgsm'"),
         ({"attacks": []}, r"`attacks` to be a list of attacks, or None, but got \[\]"),
         ({"attacks": 5}, "`attacks` to be a list of attacks, or None, but got 5"),
@@ -403,14 +403,14 @@ def test_a_rate_that_cannot_be_resolved_leaves_the_previous_fit() -> None:
 @pytest.mark.parametrize(
     ("name", "option"),
     [
-        ("benign", Benign(noise=0.1)),
+        ("augmentation", Augmentation(noise=0.1)),
         ("signature", Signature([Smoothing("filters", [Smooth.bits(1)])])),
         ("signature", Signature([CounterAttack(steps=(0.1,))])),
         ("signature", Signature([Interchange("0", Smooth.gauss(1.0))])),
     ],
 )
 def test_what_was_made_for_another_range_of_values_is_refused(name: str, option: Any) -> None:
-    bytes_ = {"signature": Signature([CounterAttack()]), "benign": None, "clip_values": (0.0, 255.0)}
+    bytes_ = {"signature": Signature([CounterAttack()]), "augmentation": None, "clip_values": (0.0, 255.0)}
     CausalEffectDetector(classifier(), **bytes_).fit(255 * X)  # nothing here depends on the range
     detector = CausalEffectDetector(classifier(), **{**bytes_, name: option})
     with pytest.raises(ArgumentError, match=rf"`{name}` to be made for .*\(0\.0, 255\.0\), but got \(0\.0, 1\.0\)"):
@@ -476,7 +476,7 @@ def test_the_score_has_the_gradient_of_finite_differences() -> None:
     assert isinstance(detector, DifferentiableDetector)
 
 
-def test_a_group_without_a_gradient_says_so() -> None:
+def test_a_probe_without_a_gradient_says_so() -> None:
     detector = fitted(signature=Signature([NodeZeroing("1")]))
     with pytest.raises(ArgumentError, match=r"have a gradient, but got \['node zeroing'\], which have"):
         detector.score_tensor(torch.as_tensor(NEW))
@@ -484,7 +484,7 @@ def test_a_group_without_a_gradient_says_so() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
-    signature = Signature([*quick_signature().groups, Denoising(width=2, least_steps=2)])
+    signature = Signature([*quick_signature().probes, Denoising(width=2, least_steps=2)])
     half, single = fitted(classifier(dtype=dtype), signature), fitted(classifier(dtype=torch.float32), signature)
     report, _ = half.detect(np.concatenate([NEW, noisy(NEW)]), explain=True)
     assert np.isfinite(report["scores"]).all()

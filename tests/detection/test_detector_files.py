@@ -10,7 +10,7 @@ import torch
 from _toy import classifier, patterns, quick_signature
 from torch import nn
 
-from ce_plugin.detection import Benign, CausalEffectDetector, Denoising, NodeZeroing, PixelMasking, Signature
+from ce_plugin.detection import Augmentation, CausalEffectDetector, Denoising, NodeZeroing, PixelMasking, Signature
 from ce_plugin.errors import FileError, ModelError
 from ce_plugin.files import load, save
 from ce_plugin.interventions import Adversarial
@@ -21,7 +21,7 @@ X, NEW = patterns(240)[0], patterns(40, seed=1)[0]
 def fitted(
     net: nn.Module, *groups: object, leading: tuple[str, ...] | None = None, **options: object
 ) -> CausalEffectDetector:
-    signature = Signature([*quick_signature().groups, *groups], leading=leading)  # type: ignore[list-item]
+    signature = Signature([*quick_signature().probes, *groups], leading=leading)  # type: ignore[list-item]
     detector = CausalEffectDetector(net, signature, **options)  # type: ignore[arg-type]
     detector.fit(X, nb_epochs=1)
     return detector
@@ -31,7 +31,12 @@ def fitted(
 def test_it_comes_back_bit_by_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     net = classifier(dtype=dtype)
     groups = Denoising(width=2, least_steps=2), PixelMasking(n_draws=2), NodeZeroing("1")
-    options = {"fpr": np.float64(0.1), "seed": np.int64(4), "benign": Benign(noise=0.05), "aggregate": "sum"}
+    options = {
+        "fpr": np.float64(0.1),
+        "seed": np.int64(4),
+        "augmentation": Augmentation(noise=0.05),
+        "aggregate": "sum",
+    }
     detector = fitted(net, *groups, leading=("denoising",), **options)
     detector.teach(1 - NEW)
     path = detector.save(tmp_path / "detector.pt")
@@ -44,8 +49,8 @@ def test_it_comes_back_bit_by_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     np.testing.assert_array_equal(other["p_values"], report["p_values"])
     assert list(other["groups"]) == list(report["groups"])
     mine, theirs = detector.get_params(), again.get_params()
-    assert {name: theirs[name] for name in ("fpr", "seed", "benign", "aggregate", "holdout")} == {
-        name: mine[name] for name in ("fpr", "seed", "benign", "aggregate", "holdout")
+    assert {name: theirs[name] for name in ("fpr", "seed", "augmentation", "aggregate", "holdout")} == {
+        name: mine[name] for name in ("fpr", "seed", "augmentation", "aggregate", "holdout")
     }
     assert again.learned().seen == detector.learned().seen
     second = again.save(tmp_path / "again.pt")
@@ -57,17 +62,17 @@ def test_it_comes_back_bit_by_bit(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_the_default_signature_is_a_default_again(tmp_path: Path) -> None:
     net = classifier(dtype=torch.float32)
-    detector = CausalEffectDetector(net, benign=None)
+    detector = CausalEffectDetector(net, augmentation=None)
     # What the default trains takes too long here; it has learned with a quick one.
-    quick = fitted(net, benign=None)
+    quick = fitted(net, augmentation=None)
     detector.restore(quick.learned())
     again = CausalEffectDetector.load(detector.save(tmp_path / "detector.pt"), net)
     assert again.signature is None
-    assert again.benign is None
+    assert again.augmentation is None
     np.testing.assert_array_equal(again.score(NEW), quick.score(NEW))
 
 
-def test_attacks_that_have_names_come_back_as_options_and_others_leave_what_they_taught(tmp_path: Path) -> None:
+def test_attacks_that_have_names_come_back_as_options_and_others_leave_what_was_learned(tmp_path: Path) -> None:
     net = classifier()
     named = fitted(net, attacks=["fgsm"])
     again = CausalEffectDetector.load(named.save(tmp_path / "named.pt"), net)
@@ -146,5 +151,5 @@ def test_what_is_no_detector_is_refused(tmp_path: Path) -> None:
         CausalEffectDetector.load(tmp_path / "other.pt", net)
     future = load(fitted(net).save(tmp_path / "detector.pt"), "CausalEffectDetector", 1)
     save(tmp_path / "future.pt", "CausalEffectDetector", 1, {**future, "file_format": 99})
-    with pytest.raises(FileError, match=r"a file of format 2, but got format 99. Fit again, or use ce_plugin "):
+    with pytest.raises(FileError, match=r"a file of format 3, but got format 99. Fit again, or use ce_plugin "):
         CausalEffectDetector.load(tmp_path / "future.pt", net)

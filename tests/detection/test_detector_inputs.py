@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ce_plugin.detection import Benign, Denoising, Signature
+from ce_plugin.detection import Augmentation, CausalEffectDetector, Denoising, Signature
 from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.detection.denoiser import Denoiser, train_denoiser
 from ce_plugin.detection.fitting import adversarial_labels
 from ce_plugin.detection.probes import View
-from ce_plugin.detection.signature import checked_count, digests, measured
+from ce_plugin.detection.signature import digests
 from ce_plugin.errors import ArgumentError, InferenceError, InputError, ModelError, UnknownNameError
 from ce_plugin.networks.art import build_classifier
 
@@ -144,12 +144,12 @@ def test_images_that_cannot_be_are_refused(x: object, message: str) -> None:
         ClassifierWrapper(classifier()).images(x)
 
 
-def test_the_probe_sees_the_normalisation_and_leaves_no_trace() -> None:
+def test_the_test_logits_see_the_normalisation_and_leaves_no_trace() -> None:
     net = classifier().train()
     before = snapshot(net)
-    first = ClassifierWrapper(net).probe((1, 8, 8))
-    assert torch.equal(ClassifierWrapper(net).probe((1, 8, 8)), first)
-    assert not torch.allclose(ClassifierWrapper(net, normalization=(0.5, 0.5)).probe((1, 8, 8)), first)
+    first = ClassifierWrapper(net).test_logits((1, 8, 8))
+    assert torch.equal(ClassifierWrapper(net).test_logits((1, 8, 8)), first)
+    assert not torch.allclose(ClassifierWrapper(net, normalization=(0.5, 0.5)).test_logits((1, 8, 8)), first)
     assert same(before, snapshot(net))
 
 
@@ -174,23 +174,23 @@ def test_measuring_does_not_depend_on_batches_and_leaves_no_trace() -> None:
     net[0].bias.requires_grad_(False)
     protected, signature, x = ClassifierWrapper(net), quick_signature(), torch.as_tensor(patterns(11)[0]).double()
     before = snapshot(net)
-    whole = measured(protected, signature, x, batch_size=64, seed=0)
+    whole = signature.measure(protected, x, batch_size=64, seed=0)
     order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
-    parts = measured(protected, signature, x[order], batch_size=3, seed=0)
+    parts = signature.measure(protected, x[order], batch_size=3, seed=0)
     assert same(before, snapshot(net))
     for name, response in whole.responses.items():
         torch.testing.assert_close(parts.responses[name].effects, response.effects[order], atol=1e-11, rtol=0)
         torch.testing.assert_close(parts.responses[name].margins, response.margins[order], atol=1e-11, rtol=0)
         assert not response.effects.requires_grad
     with torch.inference_mode():
-        again = measured(protected, signature, protected.images(x * 1.0), batch_size=64, seed=0)
+        again = signature.measure(protected, protected.images(x * 1.0), batch_size=64, seed=0)
     assert torch.equal(again.idle, whole.idle)
 
 
 @pytest.mark.parametrize("count", [0, -1, 2.0, True, "8"])
 def test_counts_are_positive_whole_numbers(count: object) -> None:
     with pytest.raises(ArgumentError, match="`batch_size` to be a positive whole number, but got"):
-        checked_count("batch_size", count)  # type: ignore[arg-type]
+        CausalEffectDetector(classifier(), quick_signature()).fit(patterns(120)[0], batch_size=count)  # type: ignore[arg-type]
 
 
 # --- harmless alterations
@@ -199,13 +199,13 @@ def test_counts_are_positive_whole_numbers(count: object) -> None:
 def test_alterations_belong_to_the_image_and_are_stored_in_256_levels() -> None:
     x = torch.as_tensor(patterns(60)[0])
     ids = list(range(60))
-    altered = Benign()(x, ids, seed=0)
+    altered = Augmentation()(x, ids, seed=0)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist()
-    assert torch.equal(Benign()(x[order], [ids[i] for i in order], seed=0), altered[order])
-    assert not torch.equal(Benign()(x, ids, seed=1), altered)
+    assert torch.equal(Augmentation()(x[order], [ids[i] for i in order], seed=0), altered[order])
+    assert not torch.equal(Augmentation()(x, ids, seed=1), altered)
     torch.testing.assert_close((altered * 255).round() / 255, altered)
     assert 0 <= float(altered.min()) <= float(altered.max()) <= 1
-    in_bytes = Benign(noise=0.15 * 255, value_range=(0, 255))(x * 255, ids, seed=0)
+    in_bytes = Augmentation(noise=0.15 * 255, value_range=(0, 255))(x * 255, ids, seed=0)
     torch.testing.assert_close(in_bytes / 255, altered, atol=1.01 / 255, rtol=0)
 
 
@@ -213,38 +213,38 @@ def test_each_kind_does_what_it_is_called() -> None:
     """Alone, against its own closed form: no noise at all, a shift by one pixel, a loss of contrast."""
     x, ids = torch.as_tensor(patterns(200)[0]).double(), list(range(200))
     stored = (x * 255).round() / 255
-    nothing = Benign(noise=0, shift=0, contrast=0)(x, ids, seed=0)
+    nothing = Augmentation(noise=0, shift=0, contrast=0)(x, ids, seed=0)
     torch.testing.assert_close(nothing, stored)
-    darker = Benign(noise=0, shift=0, contrast=0.5)(x, ids, seed=0)
+    darker = Augmentation(noise=0, shift=0, contrast=0.5)(x, ids, seed=0)
     share = (darker.flatten(1) @ torch.ones(64).double()) / x.flatten(1).sum(1)
     assert 0.49 < float(share.min()) < 0.6
     assert 0.05 < float((share < 0.99).double().mean()) < 0.35  # one kind of six
-    moved = Benign(noise=0, shift=1, contrast=0)(x, ids, seed=0)
+    moved = Augmentation(noise=0, shift=1, contrast=0)(x, ids, seed=0)
     rows = (moved - stored).flatten(1).abs().amax(1) > 1e-9
     assert 0.05 < float(rows.double().mean()) < 0.35
     for image, other in zip(moved[rows], stored[rows], strict=True):
         padded = np.pad(other[0].numpy(), 1, mode="edge")
         shifts = [padded[dy : dy + 8, dx : dx + 8] for dy in range(3) for dx in range(3)]
         assert min(np.abs(image[0].numpy() - shifted).max() for shifted in shifts) < 1e-9
-    noisy = (Benign(noise=0.1, shift=0, contrast=0)(x, ids, seed=0) - stored).flatten(1)
+    noisy = (Augmentation(noise=0.1, shift=0, contrast=0)(x, ids, seed=0) - stored).flatten(1)
     assert 0.5 < float((noisy.abs().amax(1) > 1e-9).double().mean()) < 0.85  # four of six
     assert float(noisy.std(1).max()) < 0.13
 
 
 def test_photographs_bear_less_noise() -> None:
-    assert Benign.of((3, 224, 224)).noise < Benign.of((1, 28, 28)).noise
-    assert Benign.of((1, 28, 28), (0, 255)).noise == pytest.approx(255 * Benign.of((1, 28, 28)).noise)
+    assert Augmentation.of((3, 224, 224)).noise < Augmentation.of((1, 28, 28)).noise
+    assert Augmentation.of((1, 28, 28), (0, 255)).noise == pytest.approx(255 * Augmentation.of((1, 28, 28)).noise)
 
 
 def test_bad_alterations_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"`noise` to be a number in image units, 0 or more, but got -0\.1"):
-        Benign(noise=-0.1)
+        Augmentation(noise=-0.1)
     with pytest.raises(ArgumentError, match="`shift` to be a number of pixels, 0 or more, but got -1"):
-        Benign(shift=-1)
+        Augmentation(shift=-1)
     with pytest.raises(ArgumentError, match=r"`contrast` to be a share in \[0, 1\], but got 2"):
-        Benign(contrast=2)
+        Augmentation(contrast=2)
     with pytest.raises(ArgumentError, match=r"`value_range` to be a pair .* but got \(1\.0, 1\.0\)"):
-        Benign(value_range=(1.0, 1.0))
+        Augmentation(value_range=(1.0, 1.0))
 
 
 # --- the denoiser
@@ -307,18 +307,23 @@ def test_an_error_while_training_leaves_no_trace() -> None:
     assert same(before, snapshot(net))
 
 
-def test_the_group_of_the_denoiser_is_trained_before_it_is_used_and_comes_back() -> None:
+def test_a_denoiser_is_trained_before_it_is_used_and_comes_back() -> None:
     protected, x = ClassifierWrapper(classifier(dtype=torch.float32)), torch.as_tensor(patterns(40)[0])
-    group = Denoising(width=3, least_steps=2)
+    probe = Denoising(width=3, least_steps=2)
     with pytest.raises(InferenceError, match="one whose denoiser is trained, but got one before `fit`"):
-        group.respond(View(protected, x))
-    assert group.tensors() == {}
-    signature = Signature([group])
-    ready = signature.prepared(protected, x, n_epochs=1, seed=0)
+        probe.respond(View(protected, x))
+    signature = Signature([probe])
+    (ready,) = signature.fit(protected, x, n_epochs=1, seed=0).probes
+    assert isinstance(ready, Denoising)
+    assert ready.denoiser is not None
+    state = torch.random.get_rng_state()
+    probe.allocate((1, 8, 8), (0.0, 1.0))
+    probe.load_state_dict(ready.state_dict(), assign=True)
+    assert torch.equal(torch.random.get_rng_state(), state)
     with torch.no_grad():
-        found = ready.measure(View(protected, x))["denoising"]
-        denoised = ready.groups[0]._denoiser(x)  # type: ignore[attr-defined]
-        torch.testing.assert_close(found.effects, protected(denoised) - protected(x))
-        again = signature.with_tensors(ready.tensors()).measure(View(protected, x))["denoising"]
+        found = ready.respond(View(protected, x))
+        torch.testing.assert_close(found.effects, protected(ready.denoiser(x)) - protected(x))
+        again = probe.respond(View(protected, x))
     assert torch.equal(again.effects, found.effects)
-    assert signature.tensors() == {}  # preparing makes a new one
+    assert Denoising(width=3).denoiser is None
+    assert not any(value.requires_grad for value in probe.parameters())

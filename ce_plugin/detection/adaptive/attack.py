@@ -16,24 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ce_plugin.detection.adaptive.objective import LOSSES, Ball, TargetModel
-from ce_plugin.detection.adaptive.results import AdaptiveReport, Best, Curves, distances
-from ce_plugin.detection.adaptive.search import Batch, Others, Plan, search
+from ce_plugin.detection.adaptive.results import AdaptiveReport, Curves, Incumbent, distances
+from ce_plugin.detection.adaptive.search import Candidates, SearchBatch, SearchConfig, search
 from ce_plugin.detection.protocol import DifferentiableDetector
 from ce_plugin.errors import AttackError, InputError, ModelError, TargetError, expected, unknown_name
 from ce_plugin.networks.forward import load_art, unwrap
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.randomness import derived_seed
-
-__all__ = [
-    "AdaptiveEvasion",
-    "Job",
-    "check_detector",
-    "check_images",
-    "check_settings",
-    "norm_name",
-    "whole_labels",
-]
-
 
 Array = npt.NDArray[Any]
 _WRITE = "Give the class `score_tensor(images: Tensor) -> Tensor (N,)`, with a gradient, or use an attack without one."
@@ -133,7 +122,7 @@ def _check_count(name: str, value: object, least: int) -> None:
         raise AttackError(expected(name, f"a whole number from {least}", repr(value)))
 
 
-class Job:
+class AttackRun:
     """One call of ``generate``, with everything checked that can be checked without running the network."""
 
     def __init__(
@@ -143,7 +132,7 @@ class Job:
         clip: tuple[float, float],
         images: Array,
         starts: Array | None,
-        pool: Array | None,
+        candidates: Array | None,
         ids: list[int],
     ) -> None:
         self.attack = attack
@@ -153,7 +142,7 @@ class Job:
         self.starts = starts
         self.ids = ids
         self.device = torch.device(attack.estimator.device)
-        self.plan = Plan(
+        self.config = SearchConfig(
             losses=tuple(attack.losses),
             restarts=attack.restarts,
             width=attack.width,
@@ -162,17 +151,17 @@ class Job:
             seed=attack.seed,
             threshold=attack.threshold,
         )
-        self.curves = Curves(self.plan.losses, attack.restarts, attack.steps)
-        self.others = None if pool is None else Others(model, self._tensor(pool), attack.batch_size)
+        self.curves = Curves(self.config.losses, attack.restarts, attack.steps)
+        self.candidates = None if candidates is None else Candidates(model, self._tensor(candidates), attack.batch_size)
 
     def run(self, y: Array | None) -> tuple[Array, AdaptiveReport]:
         """Attack all images, batch by batch."""
-        size, n = max(1, self.attack.batch_size // self.plan.width), len(self.images)
+        size, n = max(1, self.attack.batch_size // self.config.width), len(self.images)
         slices = [slice(begin, min(begin + size, n)) for begin in range(0, n, size)]
         logits = torch.cat([self.model.predict(self._tensor(self.images[rows])) for rows in slices])
         labels = whole_labels(y, logits.argmax(dim=1).cpu().numpy(), logits.shape[1])
         balls = [self._ball(rows) for rows in slices]
-        ticks = len(slices) * self.plan.restarts * len(self.plan.losses)
+        ticks = len(slices) * self.config.restarts * len(self.config.losses)
         parts = []
         with tqdm(total=ticks, desc="AdaptiveEvasion", disable=not self.attack.verbose) as bar:
             for rows, ball in zip(slices, balls, strict=True):
@@ -180,7 +169,7 @@ class Job:
                 parts.append(self._attack(ball, whole, logits[rows], rows, bar))
         found = np.concatenate([part[0] for part in parts])
         columns = {key: np.concatenate([part[1][key] for part in parts]) for key in parts[0][1]}
-        return found, AdaptiveReport(**columns, curves=self.curves.means(), threshold=self.plan.threshold)
+        return found, AdaptiveReport(**columns, curves=self.curves.means(), threshold=self.config.threshold)
 
     def _tensor(self, images: Array) -> Tensor:
         like = np.float64 if self.images.dtype == np.float64 else np.float32
@@ -199,26 +188,28 @@ class Job:
         self, ball: Ball, labels: Tensor, logits: Tensor, rows: slice, bar: Any
     ) -> tuple[Array, dict[str, Array]]:
         stored = ball.store(ball.clean)
-        best = Best(stored, self.model.judge(stored, labels), "clean")
+        incumbent = Incumbent(stored, self.model.evaluate(stored, labels), "clean")
         everything = torch.arange(len(stored), device=self.device)
         if self.starts is not None:
             stored = ball.store(ball.project(self._tensor(self.starts[rows])))
-            best.offer(stored, self.model.judge(stored, labels), everything, ("start", -1))
+            incumbent.offer(stored, self.model.evaluate(stored, labels), everything, ("start", -1))
         ids = self.ids[rows]
         none = ball.clean[:, None][:, :0]
-        others = none if self.others is None else self.others.near(ball, labels, ids, self.plan, best)
-        search(self.model, Batch(ball, labels, ids, logits, others), self.plan, best, self.curves, bar.update)
-        judged = self.model.judge(best.images, labels)
+        near = none if self.candidates is None else self.candidates.near(ball, labels, ids, self.config, incumbent)
+        search(
+            self.model, SearchBatch(ball, labels, ids, logits, near), self.config, incumbent, self.curves, bar.update
+        )
+        evaluated = self.model.evaluate(incumbent.images, labels)
         columns = {
-            "success": best.success.cpu().numpy(),
-            "score": judged.score.double().cpu().numpy(),
-            "margin": judged.margin.double().cpu().numpy(),
-            "norm": distances(ball.clean, best.images, ball.norm),
-            "prediction": judged.predicted.cpu().numpy(),
-            "loss": np.array([name for name, _ in best.origin], dtype=object),
-            "restart": np.array([restart for _, restart in best.origin]),
+            "success": incumbent.success.cpu().numpy(),
+            "score": evaluated.score.double().cpu().numpy(),
+            "margin": evaluated.margin.double().cpu().numpy(),
+            "norm": distances(ball.clean, incumbent.images, ball.norm),
+            "prediction": evaluated.predicted.cpu().numpy(),
+            "loss": np.array([name for name, _ in incumbent.origin], dtype=object),
+            "restart": np.array([restart for _, restart in incumbent.origin]),
         }
-        return best.images.cpu().numpy().astype(self.images.dtype), columns
+        return incumbent.images.cpu().numpy().astype(self.images.dtype), columns
 
 
 load_art()
@@ -240,14 +231,14 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
     * ``"lagrangian"``: both at once, the margin's weighted by what each image needs to stay misclassified;
     * ``"targeted"``: the same towards one class: each point another, or the one that a candidate or a find shows.
 
-    Every image on the way is rounded to ``levels`` before it is judged, and gradients are those at the rounded image,
-    so that one pass serves for both. The lead that is asked of the wrong class differs between points: large at first,
-    or negative (the score falls first); it goes to zero over the first half of the steps. The first and the third
-    restart start near the clean image, a share of its values replaced by random ones, the second at candidates, and
-    all others between the best image so far and other good finds of the runs before: where two valleys are known, the
-    way between them leads to lower ones. Each runs from ``width`` points at once. What is returned is the best image
-    of all: misclassified with the least score, or, where none is misclassified, that with the greatest margin, which
-    counts as a failure. A restart knows only of those before it, so that more restarts never weaken the attack.
+    Every image on the way is rounded to ``levels`` before it is evaluated, and gradients are those at the rounded
+    image, so that one pass serves for both. The lead that is asked of the wrong class differs between points: large at
+    first, or negative (the score falls first); it goes to zero over the first half of the steps. The first and the
+    third restart start near the clean image, a share of its values replaced by random ones, the second at candidates,
+    and all others between the best image so far and other good finds of the runs before: where two valleys are known,
+    the way between them leads to lower ones. Each runs from ``width`` points at once. What is returned is the best
+    image of all: misclassified with the least score, or, where none is misclassified, that with the greatest margin,
+    which counts as a failure. A restart knows only of those before it, so that more restarts never weaken the attack.
 
     Only two things are asked of what is attacked: the network inside the classifier, and
     ``detector.score_tensor(images)``. Roundings inside a detector are its own affair (it passes gradients straight
@@ -414,11 +405,11 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
         given = None if starts is None else check_images("starts", starts, clip, shape)
         if given is not None and len(given) != len(images):
             raise InputError(expected("starts", f"one image for each of `x`, {len(images)}", len(given)))
-        pool = None if self.candidates is None else check_images("candidates", self.candidates, clip, shape)
+        candidates = None if self.candidates is None else check_images("candidates", self.candidates, clip, shape)
         names = check_ids(ids, len(images))
         with state_guard(network, self.detector, seed=derived_seed(self.seed, "adaptive")):
-            job = Job(self, TargetModel(network, self.detector, self.eot), clip, images, given, pool, names)
-            found, self.report = job.run(y)
+            run = AttackRun(self, TargetModel(network, self.detector, self.eot), clip, images, given, candidates, names)
+            found, self.report = run.run(y)
         return found
 
     def _check_params(self) -> None:

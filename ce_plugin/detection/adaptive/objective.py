@@ -12,18 +12,6 @@ from torch import Tensor, nn
 from ce_plugin.detection.protocol import DifferentiableDetector
 from ce_plugin.errors import ModelError, expected
 
-__all__ = [
-    "LOSSES",
-    "Ball",
-    "Course",
-    "Gradients",
-    "Judgement",
-    "TargetModel",
-    "flat_norm",
-    "margin_of",
-    "per_image",
-]
-
 
 def margin_of(logits: Tensor, labels: Tensor) -> Tensor:
     """Best other logit minus that of the label, (N,): positive where the label lost."""
@@ -33,7 +21,7 @@ def margin_of(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Evaluation:
     """What classifier and detector say to images, values only.
 
     Attributes:
@@ -48,9 +36,9 @@ class Judgement:
     score: Tensor
     predicted: Tensor
 
-    def select(self, rows: Tensor) -> Judgement:
+    def select(self, rows: Tensor) -> Evaluation:
         """What they say to some of the images."""
-        return Judgement(self.margin[rows], self.wrong[rows], self.score[rows], self.predicted[rows])
+        return Evaluation(self.margin[rows], self.wrong[rows], self.score[rows], self.predicted[rows])
 
     def foremost(self, width: int) -> Tensor:
         """Of every ``width`` images side by side the place of the best, (N / width,): misclassified with the least
@@ -64,16 +52,16 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Gradients:
-    """A judgement, and the gradients at the same images.
+    """An evaluation, and the gradients at the same images.
 
     Attributes:
-        judged: the judgement.
+        evaluated: what both say.
         lead: what is climbed: the margin against the label, or of the target over all others, (N,).
         classifier: gradient of ``lead``, (N, ...).
         detector: gradient of the score, (N, ...); zero where it was not asked for.
     """
 
-    judged: Judgement
+    evaluated: Evaluation
     lead: Tensor
     classifier: Tensor
     detector: Tensor
@@ -93,11 +81,11 @@ class TargetModel:
         self.detector = detector
         self.eot = eot
 
-    def judge(self, images: Tensor, labels: Tensor) -> Judgement:
+    def evaluate(self, images: Tensor, labels: Tensor) -> Evaluation:
         """What both say to images (N, ...) with these labels (N,)."""
         with torch.no_grad():
             logits = self.network(images)
-            return _judgement(logits, labels, self._score(images))
+            return _evaluation(logits, labels, self._score(images))
 
     def predict(self, images: Tensor) -> Tensor:
         """The classifier's logits (N, C)."""
@@ -108,7 +96,7 @@ class TargetModel:
     def differentiate(
         self, images: Tensor, labels: Tensor, targets: Tensor | None, selective: Tensor | None
     ) -> Gradients:
-        """Judgement and gradients at images (N, ...).
+        """Evaluation and gradients at images (N, ...).
 
         Args:
             images: stored images.
@@ -122,10 +110,10 @@ class TargetModel:
             logits = self.network(leaf)
             lead = margin_of(logits, labels) if targets is None else -margin_of(logits, targets)
             (climb,) = torch.autograd.grad(lead.sum(), leaf)
-        judged = _judgement(logits.detach(), labels, torch.full_like(lead, torch.inf, requires_grad=False))
+        evaluated = _evaluation(logits.detach(), labels, torch.full_like(lead, torch.inf, requires_grad=False))
         lead = lead.detach()
-        score, descent = judged.score, torch.zeros_like(images)
-        asked = torch.ones_like(judged.wrong) if selective is None else judged.wrong | (lead > selective)
+        score, descent = evaluated.score, torch.zeros_like(images)
+        asked = torch.ones_like(evaluated.wrong) if selective is None else evaluated.wrong | (lead > selective)
         if asked.any():
             some = images[asked].detach().requires_grad_()
             with torch.enable_grad():
@@ -135,7 +123,7 @@ class TargetModel:
                 (gradient,) = torch.autograd.grad(values.sum(), some)
             score[asked] = values.detach().double().nan_to_num(nan=torch.inf)
             descent[asked] = gradient.to(descent.dtype)
-        return Gradients(judged, lead, _finite(climb), _finite(descent))
+        return Gradients(evaluated, lead, _finite(climb), _finite(descent))
 
     def _score(self, images: Tensor) -> Tensor:
         draws = [self.detector.score_tensor(images) for _ in range(self.eot)]
@@ -146,11 +134,11 @@ class TargetModel:
         return draws[0] if self.eot == 1 else torch.stack(draws).mean(dim=0)
 
 
-def _judgement(logits: Tensor, labels: Tensor, score: Tensor) -> Judgement:
+def _evaluation(logits: Tensor, labels: Tensor, score: Tensor) -> Evaluation:
     margin = margin_of(logits, labels)
     # Ties that a batch of another size breaks otherwise are no misclassifications.
     ties = 100 * torch.finfo(logits.dtype).eps * (1 + logits.abs().amax(dim=1))
-    return Judgement(margin, margin > ties, score.double().nan_to_num(nan=torch.inf), logits.argmax(dim=1))
+    return Evaluation(margin, margin > ties, score.double().nan_to_num(nan=torch.inf), logits.argmax(dim=1))
 
 
 def _finite(gradient: Tensor) -> Tensor:
@@ -276,7 +264,7 @@ def _without(vector: Tensor, other: Tensor) -> Tensor:
     return vector - per_image(along, other) * other
 
 
-class Course:
+class Objective:
     """The direction of one run's steps on a batch; it keeps what a loss adapts on the way.
 
     Args:
@@ -321,9 +309,9 @@ class Course:
         return per_image(hinge, at.classifier) * _unit(at.classifier) - _unit(at.detector)
 
 
-LOSSES: dict[str, Callable[[Course, Gradients], Tensor]] = {
-    "selective": Course._selective,
-    "orthogonal": Course._orthogonal,
-    "lagrangian": Course._lagrangian,
-    "targeted": Course._lagrangian,
+LOSSES: dict[str, Callable[[Objective, Gradients], Tensor]] = {
+    "selective": Objective._selective,
+    "orthogonal": Objective._orthogonal,
+    "lagrangian": Objective._lagrangian,
+    "targeted": Objective._lagrangian,
 }

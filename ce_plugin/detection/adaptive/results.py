@@ -11,64 +11,64 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ce_plugin.detection.adaptive.objective import Judgement
-
-__all__ = ["AdaptiveReport", "Best", "Curves", "distances"]
+from ce_plugin.detection.adaptive.objective import Evaluation
 
 Floats = npt.NDArray[np.float64]
 
 
-class Best:
+class Incumbent:
     """The best image so far of each image of a batch: misclassified, with the least score; failing that, with the
     greatest margin.
 
     Args:
         images: (N, ...), where the search stands before it starts.
-        judged: what the victim says to them.
+        evaluated: what the target model says of them.
         origin: what they are called in the report.
     """
 
-    def __init__(self, images: Tensor, judged: Judgement, origin: str) -> None:
+    def __init__(self, images: Tensor, evaluated: Evaluation, origin: str) -> None:
         self.images = images.clone()
-        self.success = judged.wrong.clone()
-        self.score = torch.where(judged.wrong, judged.score, torch.inf)
-        self.margin = judged.margin.clone()
-        self.predicted = judged.predicted.clone()
+        self.success = evaluated.wrong.clone()
+        self.score = torch.where(evaluated.wrong, evaluated.score, torch.inf)
+        self.margin = evaluated.margin.clone()
+        self.predicted = evaluated.predicted.clone()
         self.origin = [(origin, -1)] * len(images)
 
     @classmethod
-    def nothing(cls, images: Tensor) -> Best:
+    def nothing(cls, images: Tensor) -> Incumbent:
         """What anything is better than."""
         worst = images.new_full((len(images),), -torch.inf)
         score = torch.full_like(worst, torch.inf, dtype=torch.float64)
-        return cls(images, Judgement(worst, worst > 0, score, torch.zeros_like(worst, dtype=torch.long)), "nothing")
+        return cls(images, Evaluation(worst, worst > 0, score, torch.zeros_like(worst, dtype=torch.long)), "nothing")
 
-    def offer(self, images: Tensor, judged: Judgement, rows: Tensor, origin: tuple[str, int]) -> None:
+    def offer(self, images: Tensor, evaluated: Evaluation, rows: Tensor, origin: tuple[str, int]) -> None:
         """Take over what is better.
 
         Args:
             images: (n, ...).
-            judged: what the victim says to them.
+            evaluated: what the target model says of them.
             rows: which images of the batch these are, (n,).
             origin: loss and restart.
         """
         won, score, margin = self.success[rows], self.score[rows], self.margin[rows]
         # An infinite score is no score: the first misclassified image counts all the same.
-        better = (judged.wrong & (~won | (judged.score < score))) | (~judged.wrong & ~won & (judged.margin > margin))
+        better = (evaluated.wrong & (~won | (evaluated.score < score))) | (
+            ~evaluated.wrong & ~won & (evaluated.margin > margin)
+        )
         if not better.any():
             return
         take = rows[better]
         self.images[take] = images[better]
-        self.success[take] = judged.wrong[better]
-        self.score[take] = torch.where(judged.wrong, judged.score, torch.inf)[better]
-        self.margin[take] = judged.margin[better]
-        self.predicted[take] = judged.predicted[better]
+        self.success[take] = evaluated.wrong[better]
+        self.score[take] = torch.where(evaluated.wrong, evaluated.score, torch.inf)[better]
+        self.margin[take] = evaluated.margin[better]
+        self.predicted[take] = evaluated.predicted[better]
         for row in take.tolist():
             self.origin[row] = origin
 
-    def judgement(self) -> Judgement:
-        """What the victim says to the best images."""
-        return Judgement(self.margin, self.success, self.score, self.predicted)
+    def evaluation(self) -> Evaluation:
+        """What the target model says of the best images."""
+        return Evaluation(self.margin, self.success, self.score, self.predicted)
 
     def open(self, threshold: float | None) -> Tensor:
         """Rows whose score still is to be lowered, (n,)."""

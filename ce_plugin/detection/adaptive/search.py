@@ -9,27 +9,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ce_plugin.detection.adaptive.objective import Ball, Course, Judgement, TargetModel, flat_norm, margin_of, per_image
-from ce_plugin.detection.adaptive.results import Best, Curves
+from ce_plugin.detection.adaptive.objective import (
+    Ball,
+    Evaluation,
+    Objective,
+    TargetModel,
+    flat_norm,
+    margin_of,
+    per_image,
+)
+from ce_plugin.detection.adaptive.results import Curves, Incumbent
 from ce_plugin.randomness import generator, numpy_generator
-
-__all__ = [
-    "Batch",
-    "Others",
-    "Plan",
-    "Pool",
-    "Starts",
-    "kind_of",
-    "search",
-]
-
 
 _KEPT = 8
 # Finds nearer to each other than this share of their change are one and the same.
 _SAME = 0.1
 
 
-class Pool:
+class Archive:
     """For each image of a batch the best finds so far that differ from each other.
 
     Args:
@@ -74,7 +71,7 @@ def _take(images: Tensor, order: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchConfig:
     """How the search is run.
 
     Attributes:
@@ -97,7 +94,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Batch:
+class SearchBatch:
     """What is attacked together; nothing in it depends on the others.
 
     Attributes:
@@ -105,14 +102,14 @@ class Batch:
         labels: classes to leave, (N,).
         ids: one for each image, which names its random numbers.
         logits: of the clean images, (N, C).
-        others: candidates in the ball, the most promising first, (N, K, ...).
+        candidates: in the ball, the most promising first, (N, K, ...).
     """
 
     ball: Ball
     labels: Tensor
     ids: Sequence[int]
     logits: Tensor
-    others: Tensor
+    candidates: Tensor
 
 
 _KINDS = ("clean", "candidate", "clean")
@@ -133,17 +130,19 @@ class Starts:
     Args:
         model: classifier and detector.
         batch: the images.
-        plan: how the search is run.
-        best: what was found so far.
-        pool: finds of different runs.
+        config: how the search is run.
+        incumbent: the best of what was found so far.
+        archive: finds of different runs.
     """
 
-    def __init__(self, model: TargetModel, batch: Batch, plan: Plan, best: Best, pool: Pool) -> None:
+    def __init__(
+        self, model: TargetModel, batch: SearchBatch, config: SearchConfig, incumbent: Incumbent, archive: Archive
+    ) -> None:
         self.model = model
         self.batch = batch
-        self.plan = plan
-        self.best = best
-        self.pool = pool
+        self.config = config
+        self.incumbent = incumbent
+        self.archive = archive
         # The least unlikely class first.
         likely = batch.logits.scatter(1, batch.labels[:, None], -torch.inf)
         self.classes = likely.argsort(dim=1, descending=True, stable=True)[:, : likely.shape[1] - 1]
@@ -151,9 +150,9 @@ class Starts:
     def __call__(self, loss: str, restart: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Points (n * width, ...) for some images (n,), each image's side by side, and the classes (n * width,)."""
         kind = kind_of(restart)
-        if kind == "candidate" and not self.batch.others.shape[1]:
+        if kind == "candidate" and not self.batch.candidates.shape[1]:
             kind = "clean"
-        ball, width = self.batch.ball.select(rows), range(self.plan.width)
+        ball, width = self.batch.ball.select(rows), range(self.config.width)
         points = [self._points(kind, loss, restart, copy, rows, ball) for copy in width]
         if loss != "targeted":
             return torch.stack(points, 1).flatten(0, 1), None
@@ -162,25 +161,25 @@ class Starts:
 
     def _points(self, kind: str, loss: str, restart: int, copy: int, rows: Tensor, ball: Ball) -> Tensor:
         """One point for each image, (n, ...)."""
-        number = self.plan.losses.index(loss)
+        number = self.config.losses.index(loss)
         if kind == "candidate":
-            others = self.batch.others[rows]
-            return others[:, (number * self.plan.width + copy) % others.shape[1]]
-        turn = restart * self.plan.width + copy + number
+            candidates = self.batch.candidates[rows]
+            return candidates[:, (number * self.config.width + copy) % candidates.shape[1]]
+        turn = restart * self.config.width + copy + number
         names = [self.batch.ids[row] for row in rows.tolist()]
-        draws = [generator(self.plan.seed, name, "start", loss, restart, copy) for name in names]
+        draws = [generator(self.config.seed, name, "start", loss, restart, copy) for name in names]
         point = ball.random(draws)
         if kind == "clean":
             place = torch.stack([torch.rand(ball.clean.shape[1:], generator=draw) for draw in draws]).to(point.device)
             return ball.project(torch.where(place < _DENSITIES[turn % len(_DENSITIES)], point, ball.clean))
         share = torch.stack([torch.rand((), generator=draw) for draw in draws]).to(point.device)
-        found = self.best.images[rows]
-        way = _WAYS[turn % len(_WAYS)] * (self.pool.partners(rows, share, point) - found)
-        return torch.where(per_image(self.best.success[rows], found), found + way, point)
+        found = self.incumbent.images[rows]
+        way = _WAYS[turn % len(_WAYS)] * (self.archive.partners(rows, share, point) - found)
+        return torch.where(per_image(self.incumbent.success[rows], found), found + way, point)
 
     def _aims(self, kind: str, restart: int, copy: int, rows: Tensor, points: Tensor) -> Tensor:
         """The class that each image is to reach, (n,): the one that a point shows, and else one after another."""
-        aims = self.classes[rows][:, (restart * self.plan.width + copy) % self.classes.shape[1]]
+        aims = self.classes[rows][:, (restart * self.config.width + copy) % self.classes.shape[1]]
         if kind not in ("candidate", "best"):
             return aims
         shown = self.model.predict(points).argmax(dim=1)
@@ -197,64 +196,75 @@ _LAST = 0.005
 _SOFT = 0.1
 
 
-def search(model: TargetModel, batch: Batch, plan: Plan, best: Best, curves: Curves, tick: Callable[[], None]) -> None:
-    """Better ``best`` by every loss from every start; a restart knows only of the restarts before it."""
-    pool = Pool(batch.ball.clean)
-    starts = Starts(model, batch, plan, best, pool)
-    for restart in range(plan.restarts):
-        for loss in plan.losses:
-            rows = best.open(plan.threshold)
+def search(
+    model: TargetModel,
+    batch: SearchBatch,
+    config: SearchConfig,
+    incumbent: Incumbent,
+    curves: Curves,
+    tick: Callable[[], None],
+) -> None:
+    """Better ``incumbent`` by every loss from every start; a restart knows only of the restarts before it."""
+    archive = Archive(batch.ball.clean)
+    starts = Starts(model, batch, config, incumbent, archive)
+    for restart in range(config.restarts):
+        for loss in config.losses:
+            rows = incumbent.open(config.threshold)
             if len(rows):
-                run = _Run(model, batch, plan, loss, restart, rows)
-                curves.add(loss, restart, run(*starts(loss, restart, rows), best, pool))
+                run = _Run(model, batch, config, loss, restart, rows)
+                curves.add(loss, restart, run(*starts(loss, restart, rows), incumbent, archive))
             tick()
 
 
 class _Run:
     """One loss from one start, or from several at once, of each image."""
 
-    def __init__(self, model: TargetModel, batch: Batch, plan: Plan, loss: str, restart: int, rows: Tensor) -> None:
+    def __init__(
+        self, model: TargetModel, batch: SearchBatch, config: SearchConfig, loss: str, restart: int, rows: Tensor
+    ) -> None:
         self.model = model
-        self.plan = plan
+        self.config = config
         self.loss = loss
         self.restart = restart
         self.rows = rows
-        many = rows.repeat_interleave(plan.width)
+        many = rows.repeat_interleave(config.width)
         self.ball = batch.ball.select(many)
         self.labels = batch.labels[many]
-        self.names = [(batch.ids[row], copy) for row in rows.tolist() for copy in range(plan.width)]
+        self.names = [(batch.ids[row], copy) for row in rows.tolist() for copy in range(config.width)]
         is_best = kind_of(restart) == "best"
         self.pace = _PACE_OF_BEST if is_best else 1.0
         shares = _KAPPAS_OF_BEST if is_best else _KAPPAS
-        first = restart * plan.width + plan.losses.index(loss)
-        some = [shares[(first + copy) % len(shares)] for copy in range(plan.width)]
+        first = restart * config.width + config.losses.index(loss)
+        some = [shares[(first + copy) % len(shares)] for copy in range(config.width)]
         clean = margin_of(batch.logits[many], self.labels).abs()
-        self.course = Course(loss, clean * torch.tensor(some, dtype=clean.dtype).repeat(len(rows)).to(clean.device))
+        self.objective = Objective(
+            loss, clean * torch.tensor(some, dtype=clean.dtype).repeat(len(rows)).to(clean.device)
+        )
 
-    def __call__(self, start: Tensor, targets: Tensor | None, best: Best, pool: Pool) -> Tensor:
-        """Run, offer the best image of every point to ``best`` and ``pool``, and return scores (steps + 1, n)."""
-        x, speed, width = start, torch.zeros_like(start), self.plan.width
+    def __call__(self, start: Tensor, targets: Tensor | None, incumbent: Incumbent, archive: Archive) -> Tensor:
+        """Run, offer each point's best image to ``incumbent`` and ``archive``, and return scores (steps + 1, n)."""
+        x, speed, width = start, torch.zeros_like(start), self.config.width
         points = torch.arange(len(start), device=start.device)
-        found = Best.nothing(start)
+        found = Incumbent.nothing(start)
         scores = []
-        for step in range(self.plan.steps + 1):
-            self.course.move_to(step / self.plan.steps)
+        for step in range(self.config.steps + 1):
+            self.objective.move_to(step / self.config.steps)
             stored = self.ball.store(x)
-            at = self.model.differentiate(stored, self.labels, targets, self.course.selective)
-            found.offer(stored, at.judged, points, (self.loss, self.restart))
+            at = self.model.differentiate(stored, self.labels, targets, self.objective.selective)
+            found.offer(stored, at.evaluated, points, (self.loss, self.restart))
             scores.append(found.score.reshape(-1, width).amin(dim=1))
-            speed = _MOMENTUM * speed + (1 - _MOMENTUM) * self._moving(self.course.direction(at), step)
+            speed = _MOMENTUM * speed + (1 - _MOMENTUM) * self._moving(self.objective.direction(at), step)
             x = self.ball.project(x + self._length(step) * self._shape(speed))
-        judged = found.judgement()
-        first = judged.foremost(width)
-        best.offer(found.images[first], judged.select(first), self.rows, (self.loss, self.restart))
-        pool.offer(found.images.reshape(-1, width, *start.shape[1:]), found.score.reshape(-1, width), self.rows)
+        evaluated = found.evaluation()
+        first = evaluated.foremost(width)
+        incumbent.offer(found.images[first], evaluated.select(first), self.rows, (self.loss, self.restart))
+        archive.offer(found.images.reshape(-1, width, *start.shape[1:]), found.score.reshape(-1, width), self.rows)
         return torch.stack(scores)
 
     def _length(self, step: int) -> float:
         """From the first step's length down to a small part of it, along a half cosine."""
-        falling = (1 + math.cos(math.pi * step / self.plan.steps)) / 2
-        return self.pace * self.plan.step * self.ball.radius * (_LAST + (1 - _LAST) * falling)
+        falling = (1 + math.cos(math.pi * step / self.config.steps)) / 2
+        return self.pace * self.config.step * self.ball.radius * (_LAST + (1 - _LAST) * falling)
 
     def _shape(self, speed: Tensor) -> Tensor:
         """Nearly one unit for each value in the box, the image by one unit in a Euclidean ball.
@@ -270,7 +280,7 @@ class _Run:
         """Random directions in the place of those that are zero, so that a plateau can be left."""
         stuck = flat_norm(direction) == 0
         for row in stuck.nonzero().flatten().tolist():
-            draw = generator(self.plan.seed, *self.names[row], "direction", self.loss, self.restart, step)
+            draw = generator(self.config.seed, *self.names[row], "direction", self.loss, self.restart, step)
             noise = torch.randn(direction.shape[1:], generator=draw, dtype=direction.dtype).to(direction.device)
             direction[row] = noise / noise.norm()
         return direction
@@ -280,13 +290,13 @@ _TRIED = 128
 _CANDIDATES_KEPT = 16
 
 
-class Others:
+class Candidates:
     """The candidates, with what the classifier takes them for.
 
     Args:
         model: classifier and detector.
         images: (M, ...).
-        batch_size: images judged together.
+        batch_size: images evaluated together.
     """
 
     def __init__(self, model: TargetModel, images: Tensor, batch_size: int) -> None:
@@ -296,11 +306,13 @@ class Others:
         parts = [model.predict(part).argmax(dim=1) for part in torch.split(images, batch_size)]
         self.predicted = torch.cat(parts).cpu().numpy()
 
-    def near(self, ball: Ball, labels: Tensor, ids: Sequence[int], plan: Plan, best: Best) -> Tensor:
+    def near(
+        self, ball: Ball, labels: Tensor, ids: Sequence[int], config: SearchConfig, incumbent: Incumbent
+    ) -> Tensor:
         """Some candidates of each image in its ball, the most promising first, (N, K, ...).
 
         First come those that are misclassified, by their score, then the others, by their margin. The first of all is
-        offered to ``best``.
+        offered to ``incumbent``.
         """
         rows = []
         for row, name in enumerate(ids):
@@ -308,28 +320,28 @@ class Others:
             if not len(usable):
                 rows.append(ball.clean[row].expand(_CANDIDATES_KEPT, *ball.clean.shape[1:]))
                 continue
-            order = numpy_generator(plan.seed, name, "candidates").permutation(len(usable))[:_TRIED]
+            order = numpy_generator(config.seed, name, "candidates").permutation(len(usable))[:_TRIED]
             chosen = self.images[torch.from_numpy(usable[order]).to(self.images.device)]
             some = torch.full((len(chosen),), row, device=chosen.device)
             near = ball.select(some)
             stored = near.store(near.project(chosen))
-            judged = self._judge(stored, labels[some])
-            ranks = _ranks(judged)
+            evaluated = self._evaluate(stored, labels[some])
+            ranks = _ranks(evaluated)
             rows.append(stored[ranks[torch.arange(_CANDIDATES_KEPT, device=ranks.device) % len(ranks)]])
             first = ranks[:1]
-            best.offer(stored[first], judged.select(first), some[:1], ("candidate", -1))
+            incumbent.offer(stored[first], evaluated.select(first), some[:1], ("candidate", -1))
         return torch.stack(rows)
 
-    def _judge(self, images: Tensor, labels: Tensor) -> Judgement:
+    def _evaluate(self, images: Tensor, labels: Tensor) -> Evaluation:
         parts = zip(torch.split(images, self.batch_size), torch.split(labels, self.batch_size), strict=True)
-        judged = [self.model.judge(some, own) for some, own in parts]
-        return Judgement(
-            *(torch.cat([getattr(j, f) for j in judged]) for f in ("margin", "wrong", "score", "predicted"))
+        evaluated = [self.model.evaluate(some, own) for some, own in parts]
+        return Evaluation(
+            *(torch.cat([getattr(j, f) for j in evaluated]) for f in ("margin", "wrong", "score", "predicted"))
         )
 
 
-def _ranks(judged: Judgement) -> Tensor:
+def _ranks(evaluated: Evaluation) -> Tensor:
     """Positions, the most promising first."""
-    by_margin = judged.margin.argsort(descending=True, stable=True)
-    key = torch.where(judged.wrong, judged.score, torch.inf)[by_margin]
+    by_margin = evaluated.margin.argsort(descending=True, stable=True)
+    key = torch.where(evaluated.wrong, evaluated.score, torch.inf)[by_margin]
     return by_margin[key.argsort(stable=True)]

@@ -1,4 +1,4 @@
-"""Hardened denoisers: worst neighbours of linear networks in closed form, bounds, and what hardening is for."""
+"""Adversarially trained denoisers: worst neighbours of linear networks in closed form, bounds, and what it is for."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def test_neighbours_stay_inside_bound_and_range() -> None:
 def test_bounds_grow_while_answers_hold_and_shrink_when_they_fall() -> None:
     bounds, rows = Bounds(4, 0.3), torch.tensor([3, 1])
     for _ in range(20):
-        bounds.learn(rows, torch.tensor([True, False]))
+        bounds.update(rows, torch.tensor([True, False]))
     torch.testing.assert_close(bounds.of(torch.arange(4)), torch.tensor([0.02, 0.0, 0.02, 0.3]))
-    bounds.learn(rows, torch.tensor([False, True]))
+    bounds.update(rows, torch.tensor([False, True]))
     torch.testing.assert_close(bounds.of(rows), torch.tensor([0.28, 0.02]))
 
 
@@ -85,12 +85,12 @@ def test_without_a_bound_nothing_is_hardened_and_no_draw_is_lost() -> None:
     assert not torch.equal(one.fine.weight, other.fine.weight)
 
 
-def test_the_group_keeps_its_bound() -> None:
-    group = Denoising(width=2, least_steps=2, eps=0.1, name="hardened denoising")
-    assert Signature.from_settings(Signature([group]).settings()) == Signature([group])
-    assert group.interventions() == ["hardened denoising"]
-    assert group.ranges() == []
-    old = {name: value for name, value in group.settings().items() if name != "eps"}
+def test_the_probe_keeps_its_bound() -> None:
+    probe = Denoising(width=2, least_steps=2, eps=0.1, name="hardened denoising")
+    assert Signature.from_settings(Signature([probe]).settings()) == Signature([probe])
+    assert probe.interventions() == ["hardened denoising"]
+    assert probe.ranges() == []
+    old = {name: value for name, value in probe.settings().items() if name != "eps"}
     assert Denoising(**old).eps == 0.0  # files that were written before there was a bound
 
 

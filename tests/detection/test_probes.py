@@ -1,4 +1,4 @@
-"""Groups of interventions: each effect against a forward pass of its own, closed forms, names, and JSON."""
+"""Probes: each effect against a forward pass of its own, closed forms, names, and JSON."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ce_plugin.detection import (
     Smoothing,
 )
 from ce_plugin.detection.classifier import ClassifierWrapper
-from ce_plugin.detection.probes import Group, View
-from ce_plugin.errors import ArgumentError, FileError, UnknownNameError
+from ce_plugin.detection.probes import Probe, View
+from ce_plugin.errors import ArgumentError, UnknownNameError
 from ce_plugin.interventions import Smooth
 
 FILTERS = [Smooth.gauss(1.0), Smooth.chain(Smooth.median(3), Smooth.bits(3)), Smooth.stretch(0.25, 0.75)]
-GROUPS: list[Group] = [
+PROBES: list[Probe] = [
     Smoothing("smoothing", FILTERS),
     Smoothing("distance only", FILTERS, judged=("distance",)),
     Smoothing("reversal only", FILTERS, judged=("reversal",)),
@@ -60,7 +60,7 @@ def margins(logits: Tensor, predicted: Tensor) -> Tensor:
 @torch.no_grad()
 def test_smoothing_is_a_run_for_each_filter() -> None:
     net, x = classifier(), images()
-    response = GROUPS[0].respond(View(net, x))
+    response = PROBES[0].respond(View(net, x))
     runs = [net(one(x)) for one in FILTERS]
     torch.testing.assert_close(response.effects, torch.cat([run - net(x) for run in runs], 1))
     predicted = net(x).argmax(1)
@@ -146,49 +146,49 @@ def test_channels_set_to_their_values_in_the_smoothed_run() -> None:
         torch.testing.assert_close(found[:, 4 + channel], margins(run, predicted) - margins(idle, predicted))
 
 
-@pytest.mark.parametrize("group", GROUPS, ids=lambda group: f"{group.name} {group.settings().get('judged')}")
+@pytest.mark.parametrize("probe", PROBES, ids=lambda probe: f"{probe.name} {probe.settings().get('judged')}")
 @pytest.mark.parametrize("n_classes", [3, 30])
 @torch.no_grad()
-def test_what_comes_out_is_named_finite_and_each_images_own(group: Group, n_classes: int) -> None:
+def test_what_comes_out_is_named_finite_and_each_images_own(probe: Probe, n_classes: int) -> None:
     net, x = classifier(n_classes), torch.as_tensor(patterns(5, n_classes)[0]).double()
     ids = [3, 1, 4, 15, 9]
-    together = group.respond(View(net, x, ids))
-    labels = group.labels(n_classes)
-    named = not isinstance(group, (NodeZeroing, Interchange))  # how many channels there are is not known beforehand
+    together = probe.respond(View(net, x, ids))
+    labels = probe.labels(n_classes)
+    named = not isinstance(probe, (NodeZeroing, Interchange))  # how many channels there are is not known beforehand
     assert len(labels) == len(set(labels)) == (together.effects.shape[1] if named else 0)
-    _, margins, answers, left = together.parts()
-    assert {margins.shape[1], left.shape[1], answers.shape[1]} <= {0, len(group.interventions())}
+    _, margins, answers, left = together
+    assert {margins.shape[1], left.shape[1], answers.shape[1]} <= {0, len(probe.interventions())}
     assert answers.shape[1] == max(margins.shape[1], left.shape[1])
     if margins.shape[1] and left.shape[1]:
         assert torch.equal(margins, left)
     assert bool(together.effects.isfinite().all() and together.margins.isfinite().all())
     order = [4, 2, 0, 3, 1]
-    alone = [group.respond(View(net, x[i : i + 1], [ids[i]])) for i in order]
+    alone = [probe.respond(View(net, x[i : i + 1], [ids[i]])) for i in order]
     torch.testing.assert_close(torch.cat([one.effects for one in alone]), together.effects[order], atol=1e-11, rtol=0)
     torch.testing.assert_close(torch.cat([one.margins for one in alone]), together.margins[order], atol=1e-11, rtol=0)
 
 
-@pytest.mark.parametrize("group", GROUPS, ids=lambda group: f"{group.name} {group.settings().get('judged')}")
+@pytest.mark.parametrize("probe", PROBES, ids=lambda probe: f"{probe.name} {probe.settings().get('judged')}")
 @torch.no_grad()
-def test_json_and_back_is_the_same_signature(group: Group) -> None:
-    signature = Signature([group])
+def test_json_and_back_is_the_same_signature(probe: Probe) -> None:
+    signature = Signature([probe])
     again = Signature.from_settings(json.loads(json.dumps(signature.settings())))
     assert again == signature
     assert hash(again) == hash(signature)
     assert again.names == signature.names
     assert again.passes == signature.passes
     view = View(classifier(), images())
-    assert torch.equal(again.groups[0].respond(view).effects, group.respond(view).effects)
-    assert torch.equal(again.groups[0].respond(view).margins, group.respond(view).margins)
+    assert torch.equal(again.probes[0].respond(view).effects, probe.respond(view).effects)
+    assert torch.equal(again.probes[0].respond(view).margins, probe.respond(view).margins)
 
 
 @pytest.mark.parametrize("value_range", [(0.0, 1.0), (0.0, 255.0), (-1.0, 1.0)])
 def test_default_signatures_cost_what_they_may_and_come_back(value_range: tuple[float, float]) -> None:
     small, large = Signature.of((1, 28, 28), value_range), Signature.of((3, 224, 224), value_range)
-    hardened = Signature.hardened(value_range)
-    assert hardened.leading == ("hardened denoising",)
-    assert hardened.groups[-1].settings()["eps"] == pytest.approx(0.3 * (value_range[1] - value_range[0]))
-    for signature in (small, large, hardened):
+    hard = Signature.adversarially_trained(value_range)
+    assert hard.leading == ("hardened denoising",)
+    assert hard.probes[-1].settings()["eps"] == pytest.approx(0.3 * (value_range[1] - value_range[0]))
+    for signature in (small, large, hard):
         assert signature.passes <= 12
         assert signature.differentiable
         assert Signature.from_settings(json.loads(json.dumps(signature.settings()))) == signature
@@ -213,20 +213,20 @@ class Scaled(nn.Module):
 
 
 @torch.no_grad()
-def test_groups_counted_in_passes_run_as_often() -> None:
+def test_probes_counted_in_passes_run_as_often() -> None:
     calls = []
     net = classifier()
     net.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
-    for group in (GROUPS[0], CounterAttack(steps=(0.1, 0.2)), PixelMasking(0.4, n_draws=3)):
+    for probe in (PROBES[0], CounterAttack(steps=(0.1, 0.2)), PixelMasking(0.4, n_draws=3)):
         view = View(net, images(1))
         calls.clear()
-        group.respond(view)
-        backward = 1 if isinstance(group, CounterAttack) else 0
+        probe.respond(view)
+        backward = 1 if isinstance(probe, CounterAttack) else 0
         # A gradient is a forward and a backward pass, of which the forward one is that of the idle run once more.
-        assert sum(calls) + backward == group.passes
+        assert sum(calls) + backward == probe.passes
 
 
-def test_bad_groups_are_refused() -> None:
+def test_bad_probes_are_refused() -> None:
     with pytest.raises(ArgumentError, match="`filters` to be at least one Smooth intervention, but got none"):
         Smoothing("empty", [])
     with pytest.raises(ArgumentError, match="`filters` to be filters that differ"):
@@ -252,20 +252,16 @@ def test_bad_groups_are_refused() -> None:
 
 
 def test_bad_signatures_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="`groups` to be at least one Group, and nothing else"):
+    with pytest.raises(ArgumentError, match="`probes` to be at least one Probe, and nothing else"):
         Signature([])
     with pytest.raises(ArgumentError, match=r"nothing else, but got \['Smooth'\]"):
         Signature([Smooth.gauss(1.0)])  # type: ignore[list-item]
-    with pytest.raises(ArgumentError, match=r"`groups` to be groups of different names.*Pass `name=`"):
+    with pytest.raises(ArgumentError, match=r"`probes` to be probes of different names.*Pass `name=`"):
         Signature([CounterAttack(), CounterAttack(steps=(0.1,))])
-    with pytest.raises(ArgumentError, match="without '/'"):
-        Signature([CounterAttack(name="a/b")])
-    with pytest.raises(FileError, match=r"a signature of groups among .*'Sorcery'"):
-        Signature.from_settings([{"kind": "Sorcery"}])
     with pytest.raises(UnknownNameError, match="`leading` to be one of 'counter-attack', but got 'denoising'"):
         Signature([CounterAttack()], leading=["denoising"])
     for leading in ((), "counter-attack"):
-        with pytest.raises(ArgumentError, match="`leading` to be one or more names of groups, or None"):
+        with pytest.raises(ArgumentError, match="`leading` to be one or more names of probes, or None"):
             Signature([CounterAttack()], leading=leading)
     assert Signature([CounterAttack()], leading=["counter-attack"]) != Signature([CounterAttack()])
     assert quick_signature() != Signature([CounterAttack()])

@@ -13,8 +13,6 @@ from ce_plugin.interventions import Smooth
 from ce_plugin.interventions.base import Context
 from ce_plugin.randomness import generator
 
-__all__ = ["SMALL", "Benign"]
-
 # Up to this many pixels on the shorter side an image counts as a small one.
 SMALL = 64
 
@@ -22,7 +20,7 @@ _KINDS = ("gauss", "gauss", "sign", "sign", "shift", "contrast")
 
 
 @dataclass(frozen=True)
-class Benign:
+class Augmentation:
     """Random harmless alterations: sensor noise, sign noise, a shift by a pixel, less contrast.
 
     A detector that is fitted to clean images alone flags most images with a little noise, for no clean image had
@@ -39,10 +37,10 @@ class Benign:
 
     Example:
         >>> images = torch.full((4, 1, 6, 6), 0.5)
-        >>> altered = Benign(noise=0.1)(images, ids=[10, 11, 12, 13], seed=0)
+        >>> altered = Augmentation(noise=0.1)(images, ids=[10, 11, 12, 13], seed=0)
         >>> altered.shape, bool((altered != images).any())
         (torch.Size([4, 1, 6, 6]), True)
-        >>> bool((Benign(noise=0.1)(images[2:], ids=[12, 13], seed=0) == altered[2:]).all())
+        >>> bool((Augmentation(noise=0.1)(images[2:], ids=[12, 13], seed=0) == altered[2:]).all())
         True
     """
 
@@ -64,7 +62,7 @@ class Benign:
             raise ArgumentError(expected("value_range", wanted, self.value_range))
 
     @classmethod
-    def of(cls, shape: Sequence[int], value_range: tuple[float, float] = (0.0, 1.0)) -> Benign:
+    def of(cls, shape: Sequence[int], value_range: tuple[float, float] = (0.0, 1.0)) -> Augmentation:
         """The default for images of a shape (C, H, W): photographs bear less noise than small pictures."""
         unit = value_range[1] - value_range[0]
         return cls(noise=(0.15 if min(shape[-2:]) <= SMALL else 0.06) * unit, value_range=value_range)
