@@ -1,12 +1,11 @@
-"""docs/architecture.md is true: its packages, their order, and every name on the way of a call are those of the code."""
+"""docs/architecture.md is true: packages, their order, and the names on the way of a call are those of the code."""
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -42,13 +41,7 @@ def test_the_order_is_the_one_that_is_enforced() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_on_the_page_exists(name: str) -> None:
-    parts = name.split(".")
-    thing: Any = importlib.import_module(parts[0])
-    for k, part in enumerate(parts[1:], 2):
-        try:
-            thing = importlib.import_module(".".join(parts[:k]))
-        except ImportError:
-            thing = getattr(thing, part)
+    assert pkgutil.resolve_name(name) is not None
 
 
 def test_every_path_on_the_page_exists() -> None:
