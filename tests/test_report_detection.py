@@ -64,7 +64,7 @@ class Stub:
     name, fpr, threshold, passes = "stub", 0.25, 0.5, 7.0
 
     def __init__(self, seen: Tensor | None = None) -> None:
-        self.protected = ClassifierWrapper(Brightness())
+        self.classifier = ClassifierWrapper(Brightness())
         names = frozenset() if seen is None else frozenset(digests(seen))
         self.state = SimpleNamespace(seen=names, calibration=Calibration([0.1, 0.2, 0.4, 0.6]), shape=(1, 4, 4))
         self.batches: list[int] = []
@@ -80,7 +80,7 @@ class Stub:
         report = {
             "scores": scores,
             "p_values": self.state.calibration.p_values(scores),
-            "predictions": self.protected(images).argmax(1).numpy(),
+            "predictions": self.classifier(images).argmax(1).numpy(),
             "groups": {"filters": scores * 2, "filters: Smooth.gauss(1.0)": scores},
             "explanations": [ALARM if flag else None for flag in flags],
         }
@@ -216,7 +216,7 @@ def test_attacks_go_by_name_and_know_the_range() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2, bias=False))
     with torch.no_grad():
         network[1].weight.copy_(torch.stack([torch.ones(16), -torch.ones(16)]) / 1e4)
-    detector = SimpleNamespace(protected=ClassifierWrapper(network, clip_values=(0.0, 255.0)))
+    detector = SimpleNamespace(classifier=ClassifierWrapper(network, clip_values=(0.0, 255.0)))
     x = torch.full((2, 1, 4, 4), 100.0)
     for name in ("fgsm", "bim", "pgd"):
         attack = detector_attack(detector, name, 0.1)  # type: ignore[arg-type]
