@@ -23,8 +23,8 @@ version = release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
-# A benchmark's result is a page of its own elsewhere; included here, its headings start one level too deep.
-# Two classes may have an attribute of one name; a bare name in a signature then means neither.
+# Each benchmark result is written as a page of its own; included in another page, its headings start one level too deep.
+# Two classes may have an attribute of the same name, so that a bare name in a signature is ambiguous.
 suppress_warnings = ["myst.header", "ref.python"]
 exclude_patterns = ["_build"]
 
@@ -42,11 +42,13 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+# Types stand in the signature; repeated below it, `np.bool_` would be read as a link.
+napoleon_attr_annotations = False
 napoleon_use_rtype = False
 
 
 def include_results(app: Any, docname: str, source: list[str]) -> None:
-    """Let the page on benchmarks end with every result that lies in benchmarks/results."""
+    """Append every result in benchmarks/results to the page on benchmarks."""
     if docname != "benchmarks":
         return
     results = sorted((HERE.parent / "benchmarks" / "results").glob("*.md"))
@@ -55,15 +57,15 @@ def include_results(app: Any, docname: str, source: list[str]) -> None:
 
 
 def plain_signs(app: Any, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
-    """Docstrings are written to be read as they are: |x| and (B, *K) are mathematics there, not markup."""
+    """Docstrings are plain text: |x| and (B, *K) are mathematics there, not markup."""
     text = re.sub(r"^( +[\w, ]+,)\n +([\w, ]+: )", r"\1 \2", "\n".join(lines), flags=re.M)
-    # "Raises: As :meth:`attribute`." names no error of its own, and is a sentence then.
+    # "Raises: As :meth:`attribute`." names no error, so it must stay a sentence.
     text = re.sub(r"^( *)Raises:\n +(As :meth:.*)$", r"\1Raises: \2", text, flags=re.M)
     lines[:] = [line if line.lstrip().startswith((">>>", "...")) else _escaped(line) for line in text.split("\n")]
 
 
 def _escaped(line: str) -> str:
-    """The line with its bars and lone stars escaped, outside of ``code``, `names` and *emphasis*."""
+    """The line with bars and single stars escaped, except inside ``code``, `names` and *emphasis*."""
     parts = re.split(r"(``.*?``|`.*?`|(?<![\w*])\*\w[^*]*(?<=\w)\*(?![\w*]))", line)
     return "".join(part if i % 2 else re.sub(r"(?<!\\)([*|])", r"\\\1", part) for i, part in enumerate(parts))
 
@@ -71,17 +73,17 @@ def _escaped(line: str) -> str:
 def short_names(
     app: Any, what: str, name: str, thing: object, options: object, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """Signatures without the names of modules, where a default such as <factory> keeps Sphinx from shortening them."""
+    """Remove module names from signatures that Sphinx cannot shorten itself, because of a default such as <factory>."""
     return re.sub(r"~(\w+\.)+", "", signature or "") or None, re.sub(r"~(\w+\.)+", "", returns or "") or None
 
 
 def skip_fields(app: Any, what: str, name: str, thing: object, skip: bool, options: object) -> bool | None:
-    """Fields of a named tuple are described where the class is."""
+    """Fields of a named tuple are documented with the class."""
     return True if str(getattr(thing, "__doc__", "")).startswith("Alias for field number") else None
 
 
 def inline_math(writer: Any, node: nodes.Element) -> None:
-    """Formulas as MathML, which browsers draw by themselves: the pages need no script from elsewhere."""
+    """Formulas as MathML, which browsers render without a script."""
     writer.body.append(tex2mathml(node.astext(), as_block=False))
     raise nodes.SkipNode
 
