@@ -1,4 +1,4 @@
-"""Readers: where images come from. Nothing here knows about effects."""
+"""Images and data sets to explain."""
 
 from ce_plugin.datasets.digits import digits
 from ce_plugin.datasets.fashion import FASHION_CLASSES, fashion_mnist

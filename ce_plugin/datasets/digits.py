@@ -1,4 +1,4 @@
-"""Handwritten digits of 8 x 8 pixels (Alpaydin and Kaynak 1998), which are installed with scikit-learn."""
+"""Handwritten digits of 8 x 8 pixels (Alpaydin and Kaynak 1998), which come with scikit-learn."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _SIDE = 8
 
 
 def digits(size: int = _SIDE) -> tuple[Tensor, Tensor]:
-    """The 1,797 handwritten digits that are installed with scikit-learn.
+    """The 1,797 handwritten digits that come with scikit-learn.
 
     Args:
-        size: height and width; more than 8 enlarges the pictures, bilinearly.
+        size: height and width; above 8 the pictures are enlarged bilinearly.
 
     Returns:
-        Pictures (1797, 1, size, size), float32 in [0, 1], multiples of 1/255 as a file of eight bits holds them, and
+        Pictures (1797, 1, size, size), float32 in [0, 1], multiples of 1/255 as in 8-bit image files, and
         labels (1797,), int64.
 
     Raises:

@@ -29,18 +29,18 @@ _SPLITS = {"train": "train", "test": "t10k"}
 
 
 def fashion_mnist(folder: str | PathLike[str], split: str = "train") -> tuple[Tensor, Tensor]:
-    """Read Fashion-MNIST from its four files as they are distributed, compressed or not.
+    """Read Fashion-MNIST from its four distributed files, compressed or not.
 
     Args:
-        folder: where ``train-images-idx3-ubyte.gz`` and the others lie.
+        folder: holds ``train-images-idx3-ubyte.gz`` and the others.
         split: ``"train"``, 60,000 pictures, or ``"test"``, 10,000.
 
     Returns:
-        Pictures (N, 1, 28, 28), float32 in [0, 1], and labels (N,), int64, by :data:`FASHION_CLASSES`.
+        Pictures (N, 1, 28, 28), float32 in [0, 1], and labels (N,), int64, indices of :data:`FASHION_CLASSES`.
 
     Raises:
-        UnknownNameError: another split.
-        FileError: a file is missing, damaged, or of another format.
+        UnknownNameError: an unknown split.
+        FileError: a file is missing, damaged, or in another format.
 
     Example:
         >>> import tempfile, pathlib
@@ -66,7 +66,7 @@ def fashion_mnist(folder: str | PathLike[str], split: str = "train") -> tuple[Te
 
 
 def _idx(folder: Path, name: str, dimensions: int) -> Tensor:
-    """The array of bytes in one file: two zeros, type 8, the number of dimensions, their sizes, the values."""
+    """The bytes of one file in IDX format: two zeros, type 8, the number of dimensions, their sizes, the values."""
     packed, plain = folder / f"{name}.gz", folder / name
     try:
         content = gzip.decompress(packed.read_bytes()) if packed.is_file() else plain.read_bytes()

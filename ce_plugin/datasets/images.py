@@ -1,4 +1,4 @@
-"""Photographs: from a file to pixels."""
+"""Photographs, read from files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ FilePath = Union[str, "PathLike[str]"]
 
 
 def read_image(path: FilePath) -> Tensor:
-    """Read one picture as eight-bit RGB, turned upright.
+    """Read one image as 8-bit RGB, turned upright.
 
-    The EXIF orientation is applied; grayscale and palettes become RGB; what is transparent is shown on white; 16-bit
-    pictures are scaled to eight bits; of an animation the first frame is read.
+    The EXIF orientation is applied; grayscale and palette images become RGB; transparent pixels are blended with white;
+    16-bit images are scaled to 8 bits; of an animation the first frame is read.
 
     Args:
         path: a file in any format that Pillow reads (JPEG, PNG, WebP, TIFF, BMP, GIF ...).
@@ -31,7 +31,7 @@ def read_image(path: FilePath) -> Tensor:
         (3, H, W), uint8, values 0 to 255.
 
     Raises:
-        FileError: there is no such file, it is a directory, it is not a picture, or it is truncated.
+        FileError: the file does not exist, is a directory, is not an image, or is truncated.
 
     Example:
         >>> import tempfile, pathlib
@@ -60,7 +60,7 @@ def _decode(file: Path) -> Image:
 
     try:
         with warnings.catch_warnings():
-            # Large photographs are welcome; what would exhaust memory still raises DecompressionBombError.
+            # No warning for large photographs; one that would exhaust memory still raises DecompressionBombError.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file) as opened:
                 opened.load()
@@ -82,7 +82,7 @@ def _to_rgb(image: Image) -> Image:
     if image.mode.startswith("I") or image.mode == "F":
         import numpy as np
 
-        # Pillow's own conversion clips 16-bit values at 255, which turns most pictures white.
+        # Pillow's own conversion clips 16-bit values at 255, which turns most images white.
         values = np.asarray(image, dtype=np.float64)
         top = 1.0 if image.mode == "F" and values.max(initial=0.0) <= 1.0 else 65535.0
         return Pillow.fromarray(np.clip(values / top * 255.0, 0, 255).round().astype(np.uint8)).convert("RGB")
@@ -94,7 +94,7 @@ def _to_rgb(image: Image) -> Image:
 
 
 def sample_photographs() -> dict[str, Tensor]:
-    """scikit-learn's two photographs, which are installed with it: a daisy and a Chinese palace.
+    """The two photographs that come with scikit-learn: a daisy and a Chinese palace.
 
     Returns:
         ``{"flower.jpg": (3, 427, 640), "china.jpg": (3, 427, 640)}``, uint8.

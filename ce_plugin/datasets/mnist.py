@@ -1,4 +1,4 @@
-"""A subset of MNIST (LeCun et al. 1998) that is installed as a package: 5,000 digits, 500 of each."""
+"""A subset of MNIST (LeCun et al. 1998) that comes with a Python package: 5,000 digits, 500 of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is an explanation right? Ground truth, and measures of faithfulness, localisation and stability."""
+"""How good is an explanation (known effects, faithfulness, pointing, stability) or a detector (AUROC, false alarms)?"""
 
 from ce_plugin.evaluation.detectors import (
     Alarms,

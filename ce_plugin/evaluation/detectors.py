@@ -1,4 +1,4 @@
-"""Figures of a detector: AUROC, detection at a false-alarm rate, their intervals, and the worst case over attacks."""
+"""How good is a detector? AUROC and detection rates with bootstrap intervals, and realised false-alarm rates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RATES = (0.01, 0.05)
 Floats = npt.NDArray[np.float64]
 Whole = npt.NDArray[np.int64]
 
-# About so many weights are held at a time.
+# Weights of bootstrap samples held in memory at a time, about.
 _BLOCK = 1 << 22
 
 
@@ -36,7 +36,7 @@ class Resampled(NamedTuple):
     tpr: Floats
 
     def interval(self, which: Floats, level: float) -> tuple[float, float]:
-        """Percentile interval; samples without clean or without attacked images, which have no figure, are left out."""
+        """Percentile interval, without the samples that hold no clean or no attacked images (their values are NaN)."""
         low, high = np.nanquantile(which, [(1 - level) / 2, (1 + level) / 2])
         return float(low), float(high)
 
@@ -50,16 +50,16 @@ def bootstrapped(
     n_resamples: int = 1000,
     seed: int = 0,
 ) -> Resampled:
-    """AUROC and detection rates of samples of the images, drawn with replacement; the threshold is found anew in each.
+    """AUROC and detection rates in bootstrap samples of the images; the threshold is computed again in each sample.
 
     Args:
         clean: scores, (n,).
         attacked: scores, (m,).
         fprs: false-alarm rates.
-        ids: ids of the clean images, (n,), and of the images that were attacked, (m,): an image is then drawn with all
-            that was made of it. None draws clean and attacked images separately.
+        ids: ids of the clean images, (n,), and of the images that were attacked, (m,): an image is then drawn
+            together with all its attacked versions. None draws clean and attacked images separately.
         n_resamples: number B of samples.
-        seed: of the draws. The order of the images does not matter.
+        seed: seed of the draws. The order of the images does not matter.
 
     Raises:
         InputError: no scores, NaN, or ids that are not one per score.
@@ -74,8 +74,8 @@ def bootstrapped(
 
     Source: Efron, Tibshirani 1993, ch. 13 (percentile interval).
     """
-    # scipy.stats.bootstrap draws each set by itself or both in pairs of equal number. Here an image is drawn with all
-    # that was made of it, in any number, and the threshold is found anew in each sample, for all figures at once.
+    # scipy.stats.bootstrap resamples the two sets independently, or in pairs. Here an image is drawn together with any
+    # number of attacked versions, and one threshold per sample serves all the statistics.
     below, above = checked_scores("clean", clean), checked_scores("attacked", attacked)
     if n_resamples < 1:
         raise ArgumentError(expected("n_resamples", "a number of samples, 1 or more", n_resamples))
@@ -94,7 +94,7 @@ def bootstrapped(
 
 
 def _shared(ids: tuple[npt.ArrayLike, npt.ArrayLike], first: Whole, second: Whole) -> tuple[list[Whole], list[int]]:
-    """The number of each score's image, scores in rising order; both sets take theirs from one draw."""
+    """Index of each score's image, with the scores in ascending order, when both sets are drawn together."""
     names = [np.asarray(one) for one in ids]
     for name, order in zip(names, (first, second), strict=True):
         if name.shape != order.shape:
@@ -106,7 +106,7 @@ def _shared(ids: tuple[npt.ArrayLike, npt.ArrayLike], first: Whole, second: Whol
 def _weights(
     images: list[Whole], sizes: list[int], n_resamples: int, generator: np.random.Generator
 ) -> Iterator[tuple[Whole, Whole]]:
-    """How often each clean and each attacked score was drawn, (b, n) and (b, m), some samples at a time."""
+    """How often each clean and each attacked score was drawn, (b, n) and (b, m), a few samples at a time."""
     each = max(1, _BLOCK // sum(sizes))
     for start in range(0, n_resamples, each):
         rows = min(each, n_resamples - start)
@@ -120,7 +120,7 @@ def _weights(
 def _of_weights(
     below: Floats, above: Floats, fprs: Sequence[float], clean_weights: Whole, attacked_weights: Whole
 ) -> Resampled:
-    """Figures of images counted so many times; scores in rising order."""
+    """Statistics when each image counts as often as it was drawn; scores in ascending order."""
     rows = len(clean_weights)
     start = np.zeros((rows, 1), dtype=np.int64)
     # Column i: how many of the drawn scores lie among the i lowest.
@@ -132,7 +132,7 @@ def _of_weights(
     )
     higher = np.searchsorted(above, below, "right")
     tpr = np.empty((len(fprs), rows))
-    with np.errstate(divide="ignore", invalid="ignore"):  # a sample may hold no attacked image at all: NaN
+    with np.errstate(divide="ignore", invalid="ignore"):  # NaN where a sample holds no attacked image
         area = (beaten * attacked_weights).sum(1) / (2.0 * n * m)
         for row, fpr in enumerate(fprs):
             place = (clean_up_to[:, 1:] < (n - allowed(n, fpr))[:, None]).sum(1)
@@ -142,7 +142,7 @@ def _of_weights(
 
 
 def checked_scores(name: str, scores: npt.ArrayLike) -> Floats:
-    """As float64, one number for each image."""
+    """The scores as float64, (n,)."""
     checked = np.asarray(scores, dtype=np.float64)
     if checked.ndim != 1 or not checked.size or np.isnan(checked).any():
         got = "NaN" if checked.ndim == 1 and checked.size else f"shape {checked.shape}"
@@ -151,7 +151,7 @@ def checked_scores(name: str, scores: npt.ArrayLike) -> Floats:
 
 
 def allowed(n: Whole, fpr: float) -> Whole:
-    """The greatest j with j / n <= fpr, and so below n."""
+    """The greatest j < n with j / n <= fpr: so many of n clean images may be flagged."""
     if not 0 <= fpr < 1:
         raise ArgumentError(expected("fpr", "a rate in [0, 1)", fpr, "Write 0.05 for 5 %."))
     j = np.floor(fpr * n).astype(np.int64)
@@ -160,7 +160,7 @@ def allowed(n: Whole, fpr: float) -> Whole:
 
 
 class Interval(NamedTuple):
-    """A figure with the ends of its interval."""
+    """A value with the ends of its confidence interval."""
 
     value: float
     low: float
@@ -171,11 +171,11 @@ def auroc(clean: npt.ArrayLike, attacked: npt.ArrayLike) -> float:
     """Probability that an attacked image scores higher than a clean one; equal scores count one half.
 
     Args:
-        clean: scores, (n,), greater means more adversarial; infinity is a score, NaN is none.
+        clean: scores, (n,), greater means more adversarial; infinity is allowed, NaN is not.
         attacked: scores, (m,).
 
     Returns:
-        In [0, 1]; 0.5 says nothing.
+        In [0, 1]; 0.5 is chance.
 
     Raises:
         InputError: no scores, or NaN.
@@ -189,15 +189,15 @@ def auroc(clean: npt.ArrayLike, attacked: npt.ArrayLike) -> float:
     from sklearn.metrics import roc_auc_score
 
     below, above = checked_scores("clean", clean), checked_scores("attacked", attacked)
-    # Places in the order of scores instead of scores: scikit-learn refuses infinity.
+    # Ranks instead of scores: scikit-learn raises an error on infinity.
     places = np.unique(np.concatenate([below, above]), return_inverse=True)[1]
     return float(roc_auc_score(np.repeat([0, 1], [len(below), len(above)]), places))
 
 
 def tpr_at_fpr(clean: npt.ArrayLike, attacked: npt.ArrayLike, fpr: float) -> float:
-    """Share of attacked images above the least clean score that no more than ``fpr`` of the clean images exceed.
+    """Share of attacked images that are detected when at most a share ``fpr`` of the clean images is flagged.
 
-    With equal scores fewer clean images are flagged, never more; with ``fpr`` below 1 / n none.
+    Tied clean scores make the realised rate lower, never higher; with ``fpr`` below 1 / n no clean image is flagged.
 
     Args:
         clean: scores, (n,).
@@ -222,16 +222,16 @@ def tpr_at_fpr(clean: npt.ArrayLike, attacked: npt.ArrayLike, fpr: float) -> flo
 
 @dataclass(frozen=True)
 class Figures:
-    """What a table says of one detector and one attack.
+    """Results of one detector on one attack.
 
     Attributes:
-        detector: its name.
-        attack: its name.
+        detector: name of the detector.
+        attack: name of the attack.
         n_clean: number of clean images.
         n_attacked: number of successful attacks.
-        auroc: with its interval; None where there are fewer attacks than were asked for.
-        tpr_1: share detected at 1 % false alarms; likewise.
-        tpr_5: share detected at 5 % false alarms; likewise.
+        auroc: with its interval; None if there are fewer attacks or clean images than ``needed``.
+        tpr_1: share detected at 1 % false alarms, with its interval; None likewise.
+        tpr_5: share detected at 5 % false alarms, with its interval; None likewise.
     """
 
     detector: str
@@ -244,7 +244,7 @@ class Figures:
 
     @property
     def evaluated(self) -> bool:
-        """Whether there were images enough."""
+        """Whether there were enough images."""
         return self.auroc is not None
 
     def to_dict(self) -> dict[str, Any]:
@@ -284,18 +284,18 @@ def figures(
     n_resamples: int = 1000,
     seed: int = 0,
 ) -> Figures:
-    """The figures of one detector and one attack, with bootstrap intervals.
+    """Results of one detector on one attack, with bootstrap intervals.
 
     Args:
         clean: scores of clean images, (n,).
-        attacked: scores of successful attacks, (m,); fewer than ``needed`` are not evaluated.
-        detector: its name.
-        attack: its name.
+        attacked: scores of successful attacks, (m,).
+        detector: name of the detector.
+        attack: name of the attack.
         ids: see :func:`bootstrapped`.
-        needed: how many attacks, and how many clean images, it takes.
+        needed: least number of attacks, and of clean images; with fewer nothing is evaluated.
         level: coverage of the intervals, in (0, 1).
         n_resamples: number of bootstrap samples.
-        seed: of the samples.
+        seed: seed of the samples.
 
     Raises:
         InputError: NaN, or ids that are not one per score.
@@ -332,8 +332,8 @@ class Alarms:
 
     Args:
         rates: set of images -> one :class:`~ce_plugin.detection.calibration.Rate` for each nominal rate.
-        due: the interval in which the rate on all clean images is to lie, for each nominal rate: what the number of
-            calibration and of test images allow.
+        due: for each nominal rate, the interval in which the rate on all clean images should lie, given the numbers of
+            calibration and of test images.
         n_calibration: number of calibration images.
     """
 
@@ -342,7 +342,7 @@ class Alarms:
     n_calibration: int
 
     def held(self) -> tuple[bool | None, ...]:
-        """Whether the rate on all clean images lies where it should, for each nominal rate."""
+        """Whether the rate on all clean images is inside ``due``, for each nominal rate."""
         shares = [one.share for one in self.rates["clean"]]
         return tuple(
             None if ends is None else ends[0] <= share <= ends[1] for share, ends in zip(shares, self.due, strict=True)
@@ -355,7 +355,7 @@ def false_alarms(calibration: Calibration, scores: Mapping[str, Floats], *, leve
     Args:
         calibration: scores of clean images that the detector was not fitted on.
         scores: of images that are not attacked, by set: "clean" are those that the classifier gets right;
-            "misclassified" counts among all clean images, which is what was calibrated on; others as they are named.
+            "misclassified" ones count as clean images too, since calibration includes them; other sets by their names.
         level: coverage of the intervals.
 
     Example:

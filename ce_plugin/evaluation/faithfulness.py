@@ -1,4 +1,4 @@
-"""Does the output fall and rise in the order that a map says? Insertion and deletion curves."""
+"""Insertion and deletion curves: how the output changes when pixels are inserted or deleted in the order of a map."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Target = Union[int, Sequence[int], Tensor]
 
 @dataclass(frozen=True)
 class FaithfulnessCurves:
-    """Probabilities along the way from a reference to the image (insertion) and back (deletion).
+    """Probabilities while the reference turns into the image (insertion) and the image into the reference (deletion).
 
     Args:
-        references: names, in the order of dimension 1 of the curves.
-        insertion: (N, R, steps + 1): the probability when the first 0, 1/steps, ..., all pixels of the map's order
-            show the image and the others the reference.
-        deletion: (N, R, steps + 1): when they show the reference and the others the image.
+        references: names of the references, R of them.
+        insertion: (N, R, steps + 1): the probability when the most important 0, 1/steps, ..., all pixels are those of
+            the image and the others those of the reference.
+        deletion: (N, R, steps + 1): the same with image and reference exchanged.
 
     Example:
         >>> straight = torch.linspace(0, 1, 5)[None, None]
@@ -43,17 +43,17 @@ class FaithfulnessCurves:
 
     @property
     def insertion_auc(self) -> Tensor:
-        """(N, R), large for a faithful map."""
+        """Area under the insertion curve, (N, R); large for a faithful map."""
         return area_under_curve(self.insertion)
 
     @property
     def deletion_auc(self) -> Tensor:
-        """(N, R), small for a faithful map."""
+        """Area under the deletion curve, (N, R); small for a faithful map."""
         return area_under_curve(self.deletion)
 
     @property
     def score(self) -> Tensor:
-        """Insertion minus deletion, (N, R): 0 is expected of a map that knows nothing where the two are mirrored."""
+        """Insertion minus deletion, (N, R). The expected score of a random order is 0 for mirrored curves."""
         return self.insertion_auc - self.deletion_auc
 
 
@@ -79,20 +79,20 @@ def area_under_curve(curve: Tensor) -> Tensor:
 
 
 def pixel_order(maps: Tensor, *, seed: int = 0) -> Tensor:
-    """Pixels from the most to the least important; ties in the order of one permutation, the same for all maps.
+    """Pixels from the most to the least important; ties are broken by one random permutation, the same for all maps.
 
-    Without it a map of patches, or one that is mostly zero, would have its ties broken from the top left to the bottom
-    right, which is an order with a centre of its own.
+    Otherwise ties, as in a map of patches or one that is mostly zero, would be ordered from the top left to the bottom
+    right, and that order is not neutral.
 
     Args:
-        maps: (N, H, W), or (N, C, H, W): a pixel is set in all its channels, so its channels are added.
-        seed: of the permutation.
+        maps: (N, H, W), or (N, C, H, W), whose channels are added, since a pixel is set in all its channels.
+        seed: seed of the permutation.
 
     Returns:
         (N, H * W), indices of the flattened pixels.
 
     Raises:
-        InputError: another number of dimensions, or values that are not finite.
+        InputError: the wrong number of dimensions, or values that are not finite.
 
     Example:
         >>> pixel_order(torch.tensor([[[0.1, 0.9], [0.5, 0.3]]])).tolist()
@@ -114,7 +114,7 @@ def reference_images(
     normalization: NormalizationLike = None,
     sigma: float = 10.0,
 ) -> dict[str, Tensor]:
-    """What pixels are set to: fills of :class:`~ce_plugin.PixelMask`, in image units.
+    """The images that pixels are taken from: fills of :class:`~ce_plugin.interventions.PixelMask`, in image units.
 
     Args:
         x: (N, C, H, W), model units.
@@ -126,7 +126,7 @@ def reference_images(
         A tensor like ``x`` for each name.
 
     Raises:
-        UnknownNameError: of another name.
+        UnknownNameError: an unknown name.
         ArgumentError: ``sigma`` is not positive.
 
     Example:
@@ -152,19 +152,19 @@ def insertion_deletion(
     batch_size: int = 64,
     seed: int = 0,
 ) -> FaithfulnessCurves:
-    """Insertion and deletion curves of maps: N images, one map for each, under every reference.
+    """Insertion and deletion curves of N images with one map each, for every reference.
 
-    Each example takes 1 + R (2 steps - 1) passes.
+    Each example costs 1 + R (2 steps - 1) forward passes.
 
     Args:
         predict: from (B, C, H, W) to probabilities (B, K); called without gradients.
         x: (N, C, H, W), model units.
-        maps: (N, H, W) or (N, C, H, W): larger is more important; only the order counts.
+        maps: (N, H, W) or (N, C, H, W): larger is more important; only the order of the values matters.
         target: class index, one for all examples or one for each.
         references: name to a tensor like ``x``; see :func:`reference_images`.
-        steps: number of parts in which the pixels are set, at most the number of pixels.
+        steps: number of equal parts in which the pixels are set, at most the number of pixels.
         batch_size: rows per call of ``predict``.
-        seed: of the order of ties.
+        seed: seed of the order of ties.
 
     Returns:
         The curves, on the device of ``x``.
@@ -207,12 +207,12 @@ def insertion_deletion(
     return _curves(values, tuple(references), n, steps)
 
 
-# (example, reference, direction, step): with direction 0 the first `step` parts show the image, with 1 the reference.
+# (example, reference, direction, step): with direction 0 the first `step` parts are the image, with 1 the reference.
 _Job = tuple[int, int, int, int]
 
 
 def _jobs(n: int, references: int, steps: int) -> Iterator[_Job]:
-    """Each image once, each reference once, and the mixtures: the ends of the two curves are the same pictures."""
+    """Each image once, each reference once, and the mixtures: the two curves share their ends."""
     for example in range(n):
         yield example, 0, 0, steps
         for reference in range(references):

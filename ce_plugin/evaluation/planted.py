@@ -1,4 +1,4 @@
-"""Planted networks: networks whose causal effects are known, so that an estimate can be held against the truth."""
+"""Planted networks: networks whose causal effects are known, so that estimates can be compared with the truth."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 
-# 2^16 evaluations are a matter of milliseconds; each further unit doubles them.
+# 2^16 evaluations take milliseconds; each further unit doubles them.
 _MOST_UNITS = 16
 
 
@@ -30,14 +30,14 @@ class PlantedNetwork(nn.Module):
 
         z(x) = bias + (x - centre) main + sum_{(u, v)} (x_u - centre) (x_v - centre) strength_uv + relu((x - 1/2) W) V
 
-    Where x_u is 1 when idle and 0 under ``do`` with probability p, a ``centre`` of 1 - p makes interactions that have
-    no main effect: a network without ``main`` then is an interaction-only null.
+    If x_u is 1 when idle and 0 under ``do``, which has probability p, a ``centre`` of 1 - p makes interactions without
+    main effects: a network with ``main`` zero is then a null case with interactions only.
 
     Args:
         main: (U, C).
         pairs: unit indices of the interactions.
         strength: (P, C), one row for each pair.
-        centre: what inputs are compared with.
+        centre: subtracted from the inputs.
         hidden: (U, H) and (H, C), weights into and out of the hidden units.
         bias: (C,).
 
@@ -97,7 +97,7 @@ class PlantedNetwork(nn.Module):
 def expected_effects(network: PlantedNetwork, p: float, outcome: str | Outcome | None = None) -> Tensor:
     """The exact effect of setting each unit from 1 to 0, averaged over the others, each set with probability p.
 
-    All assignments of the units that matter are enumerated in float64. p = 0 is the effect with all others idle
+    All assignments of the active units are enumerated in float64. p = 0 is the effect with all others idle
     (OneAtATime), p = 1 that with all others set (LeaveOneIn).
 
     Args:
@@ -109,7 +109,7 @@ def expected_effects(network: PlantedNetwork, p: float, outcome: str | Outcome |
         (U, C).
 
     Raises:
-        ArgumentError: for too many active units, or p outside [0, 1].
+        ArgumentError: too many active units, or p outside [0, 1].
 
     Example:
         >>> import torch
@@ -142,7 +142,7 @@ def expected_effects(network: PlantedNetwork, p: float, outcome: str | Outcome |
 
 
 def _doubled(network: PlantedNetwork) -> PlantedNetwork:
-    """A copy in float64; the given network stays as it is."""
+    """A copy in float64; the network itself is not changed."""
     copy = PlantedNetwork(
         network.main, network.pairs, network.strength, centre=network.centre,
         hidden=(network.inner, network.outer), bias=network.bias,
@@ -151,7 +151,7 @@ def _doubled(network: PlantedNetwork) -> PlantedNetwork:
 
 
 class PlantedMediation(nn.Module):
-    """A network with a hidden layer ``mediator`` of K channels, a path around it, and interactions of known size.
+    """A network with a hidden layer ``mediator`` of K channels, a bypass around it, and interactions of known size.
 
         Y(x) = bias + m main + sum_{(k, l)} m_k m_l strength_kl + d(x) + b(x) (m gate)
 
@@ -168,7 +168,7 @@ class PlantedMediation(nn.Module):
         seed: of the weights.
 
     Raises:
-        ArgumentError: for a number below 1, or fewer than two channels.
+        ArgumentError: a number below 1, or fewer than two channels.
 
     Example:
         >>> import torch
@@ -205,7 +205,7 @@ class PlantedMediation(nn.Module):
         self.bypass = bypass
         self.pairs = tuple((k, k + 1) for k in range(0, channels - 1, 2))
         weight = torch.randn(channels, in_channels, generator=stream)
-        # Biases are positive, so that few channels are dead.
+        # Positive biases, so that few channels are dead.
         bias = torch.randn(channels, generator=stream).abs() + 0.5
         self.mediator = nn.Sequential(_convolution(weight, bias), nn.ReLU())
         for name, shape, scale in (
@@ -240,7 +240,7 @@ def mediation_truth(
         NDE = TE - NIE - interaction
 
     Args:
-        network: in any precision; it stays as it is.
+        network: in any precision; it is not changed.
         clean: x, (N, in_channels, size, size).
         intervened: x', of the same shape.
         sets: channel indices of each set; None means each channel by itself.
@@ -249,7 +249,7 @@ def mediation_truth(
         Total (N, C), indirect, direct and interaction (N, U, C).
 
     Raises:
-        UnitError: for a channel that is not there, or twice in a set.
+        UnitError: a channel that does not exist, or is twice in a set.
 
     Example:
         >>> import torch
@@ -279,7 +279,7 @@ def mediation_truth(
         total = every + (flat1 - flat) @ net.around
         total = total + (lever + lever_step) * (m1 @ net.gate) - lever * (m @ net.gate)
         first, second = (list(side) for side in zip(*net.pairs, strict=True))
-        split = inside[:, first] != inside[:, second]  # pairs of which one channel is in the set
+        split = inside[:, first] != inside[:, second]  # pairs with exactly one channel in the set
         both = (step[:, first] * step[:, second])[:, None] * split
         interaction = lever_step[:, None] * (moved @ net.gate) + both @ net.strength
     return MediationEffects(total, indirect, total[:, None] - indirect - interaction, interaction)
@@ -290,22 +290,22 @@ class PlantedInteraction(nn.Module):
 
         Y_0(x) = h(z) + strength g(1 - z_u, 1 - z_v),   z_k = mean over space of channel k
 
-    On every input z_u = z_v = 1, and zeroing one of the channels (``ZeroOut``) makes its z 0: g is 0 as long as one
-    of them is left and 1 when both are gone. The other channels have effects h, linear plus ``hidden`` units whose
-    interactions are a good deal smaller; they are the haystack. Class 1 knows nothing of the pair.
+    On every input z_u = z_v = 1, and zeroing one of the channels (``ZeroOut``) makes its z 0: g is 0 if at least one
+    of them is intact and 1 if both are zeroed. The other channels have effects h: linear ones and those of ``hidden``
+    units, whose interactions are much smaller and serve as distractors. Class 1 does not depend on the pair.
 
     Args:
         n_units: channels of the layer, at least 3.
         pair: (u, v), the planted pair.
         strength: its interaction.
         gate: "product" (1 - z_u) (1 - z_v), or "relu" relu(1 - z_u - z_v), whose slope at either single flip is 0.
-        hidden: number of hidden units of the haystack; 0 leaves the planted interaction alone.
+        hidden: number of hidden units that interact a little; with 0 the planted interaction is the only one.
         size: height and width of the input, (N, 1, size, size).
         seed: of the weights.
 
     Raises:
-        UnitError: for a pair that is not there.
-        UnknownNameError: for another gate.
+        UnitError: a pair of channels that do not exist.
+        UnknownNameError: an unknown gate.
 
     Example:
         >>> import torch
@@ -363,14 +363,14 @@ class PlantedInteraction(nn.Module):
 
 
 def _convolution(weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    """A 1 x 1 convolution with these weights, (outputs, inputs); on "meta" its own initialisation draws no numbers."""
+    """A 1 x 1 convolution with these weights, (outputs, inputs); made on "meta", so that it draws no random numbers."""
     layer = nn.Conv2d(weight.shape[1], len(weight), 1, device="meta")
     layer.weight, layer.bias = nn.Parameter(weight[:, :, None, None]), nn.Parameter(bias)
     return layer
 
 
 def _within(net: PlantedMediation, m: Tensor, moved: Tensor) -> Tensor:
-    """Change of what the mediator does by itself, (N, U, C), for changes (N, U, K) of the channels' readouts (N, K)."""
+    """Change of the mediator's own term, (N, U, C), when the channels' readouts (N, K) change by (N, U, K)."""
     first, second = (list(side) for side in zip(*net.pairs, strict=True))
     near, far = m[:, None, first], m[:, None, second]
     change = moved[..., first] * far + near * moved[..., second] + moved[..., first] * moved[..., second]

@@ -1,4 +1,4 @@
-"""Does a map point at the right picture? The grid pointing game on mosaics of classified images."""
+"""Does a map point at the right image? The grid pointing game on mosaics of classified images."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Labels = Union[Sequence[int], Tensor]
 
 @dataclass(frozen=True)
 class Mosaics:
-    """Pictures made of grid x grid images of different classes.
+    """Mosaics of grid x grid images of different classes.
 
     Args:
         x: (M, C, H, W), the mosaics.
         classes: (M, grid^2), the class of the image in each cell, row by row.
-        members: (M, grid^2), which images they are.
+        members: (M, grid^2), the index of the image in each cell.
 
     Example:
         >>> Mosaics(torch.zeros(1, 3, 8, 8), torch.tensor([[4, 7, 1, 0]]), torch.tensor([[0, 1, 2, 3]])).grid
@@ -40,23 +40,23 @@ class Mosaics:
 
     @property
     def grid(self) -> int:
-        """Cells in a row."""
+        """Number of cells in a row."""
         return math.isqrt(self.classes.shape[1])
 
     def __len__(self) -> int:
         return len(self.x)
 
     def others(self, mosaic: int, cell: int) -> tuple[int, ...]:
-        """The classes of the other cells: what a contrastive map is contrasted with."""
+        """The classes of the other cells, which a contrastive map is contrasted with."""
         return tuple(int(c) for i, c in enumerate(self.classes[mosaic]) if i != cell)
 
 
 def confidently_classified(outputs: Tensor, labels: Labels, least: float = 0.9) -> Tensor:
-    """Which examples are classified rightly with a probability of at least ``least``.
+    """Examples that are classified correctly with a probability of at least ``least``.
 
     Args:
         outputs: (N, K), logits.
-        labels: the right classes, N of them.
+        labels: the true classes, N of them.
         least: probability in (0, 1].
 
     Returns:
@@ -94,7 +94,7 @@ def mosaics(
         images: (N, C, H, W), model units.
         classes: the class of each image.
         n: number of mosaics.
-        grid: cells in a row.
+        grid: number of cells in a row.
         size: height and width that the mosaics are shrunk to (antialiased, bilinear); None leaves the images as they
             are, side by side: (grid H, grid W).
         seed: of the draw.
@@ -131,7 +131,7 @@ def mosaics(
 
 
 def _drawn(labels: list[int], n: int, cells: int, seed: int) -> list[list[int]]:
-    """Indices of the images: always the least used ones, ties at random, without a class twice in a mosaic."""
+    """Indices of the images: least used first, ties at random, no class twice in a mosaic."""
     draw, used = generator(seed, "mosaics"), [0] * len(labels)
     found = []
     for _ in range(n):
@@ -150,19 +150,19 @@ def _drawn(labels: list[int], n: int, cells: int, seed: int) -> list[list[int]]:
 def pointing_share(maps: Tensor, cell: int | Sequence[int] | Tensor, *, grid: int = 2) -> Tensor:
     """The share of a map's positive values that lies inside one cell of the grid: sum_cell max(m, 0) / sum max(m, 0).
 
-    A map without positive values points nowhere: its share is 0, not the share 1 / grid^2 of a constant map.
+    The share of a map without positive values is 0, not the 1 / grid^2 of a constant map.
 
     Args:
         maps: (N, H, W), or (N, 1, H, W); height and width are multiples of ``grid``.
         cell: index of the right cell, row by row; one for all maps or one for each.
-        grid: cells in a row.
+        grid: number of cells in a row.
 
     Returns:
         (N,), in [0, 1].
 
     Raises:
         InputError: shapes that do not fit, values that are not finite.
-        ArgumentError: a cell that is not there.
+        ArgumentError: a cell that does not exist.
 
     Example:
         >>> pointing_share(torch.tensor([[[3.0, 1.0], [-5.0, 0.0]]]), 0).item()
@@ -187,7 +187,7 @@ def pointing_share(maps: Tensor, cell: int | Sequence[int] | Tensor, *, grid: in
 
 
 def grid_pointing_game(explain: Explain, pictures: Mosaics) -> Tensor:
-    """The share of each map that lies where its class is, for every cell of every mosaic.
+    """The pointing share of the map for every cell of every mosaic.
 
     Args:
         explain: ``explain(x, target, others)`` with x (1, C, H, W), the class of a cell, and the classes of the other
@@ -198,7 +198,7 @@ def grid_pointing_game(explain: Explain, pictures: Mosaics) -> Tensor:
         (M, grid^2): see :func:`pointing_share`.
 
     Raises:
-        ModelError: ``explain`` returns something else than one map.
+        ModelError: ``explain`` does not return one map.
 
     Example:
         >>> made = mosaics(torch.rand(4, 1, 4, 4) * 0 + torch.arange(1.0, 5).reshape(4, 1, 1, 1), range(4), 1)

@@ -1,4 +1,4 @@
-"""Does a map stay as it is when the image is attacked? Rank correlation of maps."""
+"""Does a map stay the same when the image is attacked? Rank correlation of maps."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Explain = Callable[[Tensor, Tensor], Tensor]
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
-    """Spearman's rank correlation of two maps, example by example; ties take the mean of their ranks.
+    """Spearman's rank correlation of two maps, for each example; ties get the mean of their ranks.
 
     Args:
         first: (N, ...), finite.
         second: of the same shape.
 
     Returns:
-        (N,), float64, in [-1, 1]; NaN where a map is constant and so has no order.
+        (N,), float64, in [-1, 1]; NaN where a map is constant.
 
     Raises:
         InputError: shapes that do not fit, fewer than two values, or values that are not finite.
@@ -48,16 +48,16 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
 
 
 def map_stability(explain: Explain, clean: Tensor, changed: Tensor, target: Tensor) -> Tensor:
-    """Rank correlation between the maps of clean and changed images for the same class, example by example.
+    """Rank correlation between the maps of clean and changed images for the same class, for each example.
 
-    The class is fixed, so that the explanation of the class that was right is asked for although the network no longer
-    answers it; a method that follows the answer is not rewarded or punished for that.
+    The class is the same for both, even if the network predicts another one for the changed image: otherwise the
+    result would mix the stability of the map with that of the prediction.
 
     Args:
         explain: from (N, C, H, W) and classes (N,) to maps (N, ...).
         clean: (N, C, H, W), model units.
         changed: of the same shape: attacked, noisy ...
-        target: (N,), the classes that are explained in both.
+        target: (N,), the class that is explained in both images.
 
     Returns:
         (N,), float64: 1 where the order of the map's values is kept; NaN where a map is constant.

@@ -1,4 +1,4 @@
-"""Interventions: what ``do`` sets."""
+"""Interventions: the values that ``do`` sets."""
 
 from ce_plugin.interventions.adversarial import Adversarial
 from ce_plugin.interventions.base import Context, Intervention, Normalization

@@ -1,4 +1,4 @@
-"""Filters of images (N, C, H, W), batched and differentiable; results do not depend on the other images of a batch."""
+"""Filters of images (N, C, H, W), batched and differentiable; results do not depend on the rest of the batch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from PIL import Image
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# About so many values are worked on at once: what fits a processor's cache goes through twice as fast.
+# Values processed at once, about: twice as fast when they fit into the processor's cache.
 _CHUNK = 1 << 17
-# Gradients below this share of the value range count as flat in total variation, which has a corner there.
+# Smoothing of total variation, as a share of the value range: the norm of a gradient has no derivative at zero.
 _SOFTENING = 0.01
 
 
 def in_chunks(work: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """``work`` on a few images at a time, where it is done on a processor with a cache."""
+    """Apply ``work`` to a few images at a time on a CPU, so that they fit into its cache."""
     each = max(1, _CHUNK // max(1, images[:1].numel()))
     if images.device.type != "cpu" or len(images) <= each:
         return work(images)
@@ -30,16 +30,16 @@ def in_chunks(work: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 
 def straight_through(rounded: Tensor, images: Tensor) -> Tensor:
-    """The rounded value, exactly, with the gradient of what was rounded.
+    """The rounded value, exactly, with the gradient of the value before rounding.
 
     Source: backward pass differentiable approximation, Athalye, Carlini, Wagner, ICML 2018 (arXiv 1802.00420).
     """
-    # x - x is 0, exactly, and carries the gradient.
+    # x - x is exactly 0, and carries the gradient.
     return rounded.detach() + (images - images.detach()) if images.requires_grad else rounded
 
 
 def quantised(images: Tensor, bits: int, low: float, high: float) -> Tensor:
-    """The nearest of ``2 ** bits`` equally spaced values from ``low`` to ``high``; what lies outside stays outside."""
+    """The nearest of ``2 ** bits`` equally spaced values from ``low`` to ``high``; values outside are not clipped."""
     steps, span = 2**bits - 1, high - low
     with torch.no_grad():
         rounded = torch.round((images - low) / span * steps) / steps * span + low
@@ -47,11 +47,11 @@ def quantised(images: Tensor, bits: int, low: float, high: float) -> Tensor:
 
 
 def jpeg(images: Tensor, quality: int, low: float, high: float) -> Tensor:
-    """Stored as JPEG without subsampling (4:4:4) and read again, by Pillow; the gradient goes straight through.
+    """Encode as JPEG without subsampling (4:4:4) and decode, by Pillow; the gradient passes straight through.
 
-    Three channels are red, green and blue; channels of any other number are coded as so many grey pictures. The codec
-    of version 0.3, in torch, gave 93 % of the values of photographs exactly and differed by 0.1 grey levels on average
-    (at most 24; at quality 40 JPEG itself changes 4 on average); on handwritten digits 98 % and by 0.03.
+    Three channels are red, green and blue; with any other number each channel is coded as a grey image. The codec of
+    version 0.3, in torch, gave 93 % of the same values on photographs and differed by 0.1 grey levels on average (at
+    most 24; at quality 40 JPEG itself changes values by 4 on average); on handwritten digits 98 % and 0.03.
     """
     with torch.no_grad():
         pixels = ((images - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
@@ -60,7 +60,7 @@ def jpeg(images: Tensor, quality: int, low: float, high: float) -> Tensor:
 
 
 def _stored(pixels: npt.NDArray[np.uint8], quality: int) -> npt.NDArray[np.uint8]:
-    """One picture (C, H, W) as it is read again."""
+    """One image (C, H, W) after encoding and decoding."""
     colour = len(pixels) == 3
     read = []
     for picture in [pixels.transpose(1, 2, 0)] if colour else pixels:
@@ -71,13 +71,13 @@ def _stored(pixels: npt.NDArray[np.uint8], quality: int) -> npt.NDArray[np.uint8
 
 
 def soft_threshold(images: Tensor, threshold: float, low: float) -> Tensor:
-    """Every value moved towards ``low`` by ``threshold``, and no farther than to it."""
+    """Every value moved towards ``low`` by ``threshold``, but not beyond it."""
     raised = images - low
     return raised - raised.clamp(-threshold, threshold) + low
 
 
 def reflected(images: Tensor, dim: int, before: int, after: int) -> Tensor:
-    """The images continued beyond the edge by their mirror image, edge pixel included (c b a | a b c | c b a)."""
+    """The images padded by reflection, edge pixel included (c b a | a b c | c b a)."""
     size = images.shape[dim]
     if max(before, after) <= size:
         first = images.narrow(dim, 0, before).flip(dim)
@@ -90,7 +90,7 @@ def reflected(images: Tensor, dim: int, before: int, after: int) -> Tensor:
 def _weighted(images: Tensor, dim: int, weights: Sequence[float], before: int) -> Tensor:
     """Weighted sum over neighbours along one dimension.
 
-    By slices and not by convolution: a library's convolution may sum in another order for another batch size.
+    Slices, not a convolution, which may sum in another order for another batch size.
     """
     size = images.shape[dim]
     padded = reflected(images, dim, before, len(weights) - 1 - before)
@@ -101,7 +101,7 @@ def _weighted(images: Tensor, dim: int, weights: Sequence[float], before: int) -
 
 
 def gaussian(images: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of ``sigma`` pixels, cut off at four of them, mirrored at the edge."""
+    """Gaussian blur of ``sigma`` pixels, truncated at four sigma, with reflected edges."""
     radius = int(4 * sigma + 0.5)
     raw = [math.exp(-0.5 * (k / sigma) ** 2) for k in range(-radius, radius + 1)]
     weights = [value / sum(raw) for value in raw]
@@ -109,7 +109,7 @@ def gaussian(images: Tensor, sigma: float) -> Tensor:
 
 
 def box_mean(images: Tensor, size: int) -> Tensor:
-    """Mean over windows of ``size`` x ``size`` pixels; an even window reaches one farther up and left."""
+    """Mean over windows of ``size`` x ``size`` pixels; an even window extends one pixel further up and left."""
     weights = [1.0] * size
 
     def work(part: Tensor) -> Tensor:
@@ -119,9 +119,9 @@ def box_mean(images: Tensor, size: int) -> Tensor:
 
 
 def median(images: Tensor, size: int) -> Tensor:
-    """Median over windows of ``size`` x ``size`` pixels; the upper one of the two of an even number.
+    """Median over windows of ``size`` x ``size`` pixels; the upper of the two middle values if their number is even.
 
-    An even window reaches one farther up and left (as in ``scipy.ndimage.median_filter``).
+    An even window extends one pixel further up and left (as in ``scipy.ndimage.median_filter``).
     """
     if size == 1:
         return images
@@ -131,13 +131,13 @@ def median(images: Tensor, size: int) -> Tensor:
 
 
 def _windowed(images: Tensor, size: int) -> Tensor:
-    """The images with the edge that windows of all pixels need."""
+    """The images, padded so that every pixel has a full window."""
     before, after = size // 2, size - 1 - size // 2
     return reflected(reflected(images, -2, before, after), -1, before, after)
 
 
 def _places(padded: Tensor, size: int) -> list[Tensor]:
-    """What stands at each place of the windows: views, one for each of ``size ** 2`` places."""
+    """The image shifted to each of the ``size ** 2`` positions of a window, as views."""
     height, width = padded.shape[-2] - size + 1, padded.shape[-1] - size + 1
     return [padded[..., y : y + height, x : x + width] for y, x in itertools.product(range(size), repeat=2)]
 
@@ -151,9 +151,9 @@ def _median(padded: Tensor, size: int) -> Tensor:
 
 
 class _Median(torch.autograd.Function):
-    """The median with its gradient: to the pixels of the window that are the median, in equal shares.
+    """The median with its gradient, shared equally among the pixels of the window that equal the median.
 
-    Through the minima and maxima of which it is made the gradient would take thirty times as long.
+    Differentiating through its minima and maxima would take thirty times as long.
     """
 
     @staticmethod
@@ -188,7 +188,7 @@ def _middle(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def _median_of_4(padded: Tensor) -> Tensor:
-    """Third smallest of 2 x 2: columns are sorted once and shared by the two windows that hold them."""
+    """Third smallest of 2 x 2; each sorted column is shared by the two windows that contain it."""
     low, high = _sorted_pair(padded[..., :-1, :], padded[..., 1:, :])
     return torch.maximum(
         torch.maximum(low[..., :-1], low[..., 1:]),
@@ -197,7 +197,7 @@ def _median_of_4(padded: Tensor) -> Tensor:
 
 
 def _median_of_9(padded: Tensor) -> Tensor:
-    """Fifth smallest of 3 x 3: the middle of greatest low, middle of the middles, and least high of sorted columns."""
+    """Fifth smallest of 3 x 3: of sorted columns, the median of greatest minimum, median of medians, least maximum."""
     low, high = _sorted_pair(padded[..., :-2, :], padded[..., 1:-1, :])
     mid, high = _sorted_pair(high, padded[..., 2:, :])
     low, mid = _sorted_pair(low, mid)
@@ -211,13 +211,13 @@ def _median_of_9(padded: Tensor) -> Tensor:
 def _selected(values: list[Tensor]) -> Tensor:
     """Upper median of tensors, element by element.
 
-    Of half of them and one, neither the least nor the greatest can be it: they are dropped, the next value comes in,
-    and so on. Minima and maxima of whole tensors are many times as fast as sorting each window.
+    Among half of the values plus one, neither the smallest nor the largest can be the median: drop both, add the next
+    value, and repeat. Minima and maxima of whole tensors are many times as fast as sorting each window.
     """
     kept = len(values) // 2 + 2
     candidates, rest = values[:kept], values[kept:]
     if len(values) % 2 == 0:
-        # The upper median of an even number is the median if one more value stood above all.
+        # The upper median of an even number of values is the median after adding one value above all others.
         candidates = _least_first(candidates[:-1])[1:] + [candidates[-1]]
     while len(candidates) > 1:
         candidates = _least_first(candidates)[1:]
@@ -240,7 +240,7 @@ def _greatest_last(candidates: list[Tensor]) -> list[Tensor]:
 
 
 def translated(images: Tensor, dx: int, dy: int) -> Tensor:
-    """The images moved by ``dx`` pixels to the right and ``dy`` down; the edge fills what they leave behind."""
+    """The images moved by ``dx`` pixels to the right and ``dy`` down; edge pixels are repeated."""
     for dim, offset in ((-1, dx), (-2, dy)):
         if offset:
             places = torch.arange(images.shape[dim], device=images.device) - offset
@@ -251,9 +251,9 @@ def translated(images: Tensor, dx: int, dy: int) -> Tensor:
 def total_variation(images: Tensor, weight: float, iterations: int, span: float) -> Tensor:
     r"""Denoising: ``iterations`` steps down 1/2 \|u - x\|^2 + weight * sum_i sqrt(\|grad u_i\|^2 + e^2), per channel.
 
-    Each step is one of Jacobi on the quadratic function that touches the objective at u and lies above it elsewhere
-    (the digital filter of total variation). Its matrix has off-diagonal elements of one sign and dominates them on the
-    diagonal, so that no step can raise the objective: no step size to choose, no overshoot, no value out of range.
+    Each step is a Jacobi step on a quadratic majorant of the objective at u (the digital total-variation filter). The
+    matrix is diagonally dominant with off-diagonal elements of one sign, so that no step can increase the objective:
+    there is no step size to choose, no overshoot, and no value out of range.
 
     Source: Rudin, Osher, Fatemi 1992; Chan, Osher, Shen, IEEE Trans. Image Processing 10(2), 2001, Eq. 9.
     """
@@ -272,7 +272,7 @@ def _total_variation_step(u: Tensor, images: Tensor, weight: float, softening: f
     down, right = torch.zeros_like(u), torch.zeros_like(u)
     down[..., :-1, :] = u[..., 1:, :] - u[..., :-1, :]
     right[..., :-1] = u[..., 1:] - u[..., :-1]
-    # Neighbours draw at each other; how strongly belongs to the upper or left one, and beyond the edge there is none.
+    # The weight between two neighbours is stored at the upper or left one; there is none across the edge.
     pull = weight / (down.square() + right.square() + softening).sqrt()
     below, aside = pull.clone(), pull.clone()
     below[..., -1:, :] = 0
@@ -283,5 +283,5 @@ def _total_variation_step(u: Tensor, images: Tensor, weight: float, softening: f
     force[..., 1:] -= right[..., :-1]
     total[..., 1:, :] += below[..., :-1, :]
     total[..., 1:] += aside[..., :-1]
-    # In this form a constant image stays as it is to the last digit.
+    # In this form a constant image is unchanged to the last digit.
     return images + (force + (u - images) * total) / (total + 1)

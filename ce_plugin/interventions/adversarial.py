@@ -1,4 +1,4 @@
-"""F_j: the counterfactual value is an adversarial example, crafted by any evasion attack of ART."""
+"""F_j: the counterfactual value is an adversarial example, made by any evasion attack of ART."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ _PRESETS = ("fgsm", "bim", "pgd", "jsma")
 class Adversarial(Intervention):
     """F_j: x' is an adversarial example of x, found by an evasion attack of the Adversarial Robustness Toolbox.
 
-    The attack works in *image units* (``eps``, ``eps_step``, ``clip_values``); ``normalization`` says what was done
-    to the image before the model. It moves away from the target that the run explains, or else from the network's own
-    answer on the clean input, or towards ``targeted_class``. JSMA, which must aim, aims at the runner-up.
-    Networks with several labels (sigmoid) are attacked as a problem of two classes: "all labels as the network
-    decided on the clean input" against "one flipped"; with a target only that label counts. The same holds for
-    networks with one output.
+    The attack works in *image units* (``eps``, ``eps_step``, ``clip_values``); ``normalization`` describes what was
+    done to the image before the model. The attack moves away from the explained target, or without one from the class
+    predicted on the clean input, or towards ``targeted_class``. JSMA, which needs a target class, uses the runner-up.
+    Networks with several labels (sigmoid) are attacked as a problem of two classes: "all labels as predicted on the
+    clean input" against "one flipped"; with a target only that label counts. The same holds for networks with one
+    output.
 
-    Each image is crafted alone, with random numbers of (seed, id), so that a batch gives what its examples give one
-    by one, in any order. The model, in whatever mode, and the global random state are left as they were.
+    Each image is attacked separately, with random numbers from (seed, id), so that results do not depend on the batch
+    or its order. The model, in whatever mode, and the global random state are left as they were.
 
     Args:
-        attack: an ART ``EvasionAttack`` (copied, never changed), a class of such, a class's name ("SquareAttack"), or
+        attack: an ART ``EvasionAttack`` (copied, never changed), its class, the class's name ("SquareAttack"), or
             a function ``(estimator, **settings) -> EvasionAttack``.
         model: the network for a class, name or function: an ``nn.Module`` with scores (N, C), or an ART classifier.
         normalization: (mean, std) of ``model units = (image - mean) / std``; None where the two are the same.
         clip_values: (low, high) of an image; taken from the attack's classifier where that has them.
-        targeted_class: the class to aim at; with several labels the label to make present.
+        targeted_class: the target class; with several labels the label to make present.
         multi_label: each output is a label of its own.
         probabilities: the network ends in a softmax or sigmoid.
-        output: key or function that takes the scores from what the network returns.
-        mask: where the attack may change the image, broadcastable to one image; attacks that know no mask are
-            undone elsewhere.
-        batch_size: images crafted together. More than 1 is quicker and gives up that a batch equals its examples:
-            rounding differs with the size of a batch, iterated signs amplify it to 2 eps in some pixels, and random
-            starts are those of the batch's first id.
-        settings: what the class or function takes (``eps=``, ``max_iter=`` ...), or is set on the instance's copy.
+        output: key or function that selects the scores from the network's output.
+        mask: where the attack may change the image, broadcastable to one image; for attacks without mask support,
+            changes elsewhere are reverted.
+        batch_size: images attacked together. More than 1 is faster, but results then depend on the batch: rounding
+            varies with its size, iterated signs amplify it to 2 eps in some pixels, and random starts are drawn from
+            the id of its first image.
+        settings: arguments of the class or function (``eps=``, ``max_iter=`` ...), or settings of the copied instance.
 
     Raises:
-        AttackError: the attack cannot be built: no model, no clip values, eps negative or beyond the clip range ...
+        AttackError: the attack cannot be built: no model, no clip values, eps negative or above the clip range ...
         UnknownNameError: no such attack, or no such setting.
 
     Example:
@@ -108,8 +108,8 @@ class Adversarial(Intervention):
         Args:
             model: see :class:`Adversarial`.
             eps: largest change of a value, in image units.
-            options: those of :class:`Adversarial` and of ART's ``FastGradientMethod``; ``clip_values`` are (0, 1) where
-                neither they nor the model, an ART classifier, say otherwise.
+            options: those of :class:`Adversarial` and of ART's ``FastGradientMethod``; ``clip_values`` default to those
+                of the model if it is an ART classifier, else to (0, 1).
 
         Source: Goodfellow, Shlens, Szegedy, 2015 (arXiv 1412.6572).
         """
@@ -143,7 +143,7 @@ class Adversarial(Intervention):
         num_random_init: int = 1,
         **options: Any,
     ) -> Adversarial:
-        """Projected gradient descent: :meth:`bim` from a random point of the eps-ball (ART's own default is none).
+        """Projected gradient descent: :meth:`bim` from a random point of the eps-ball (ART by default starts at x).
 
         Args:
             model, eps, eps_step, max_iter: see :meth:`bim`.
@@ -159,16 +159,16 @@ class Adversarial(Intervention):
     def jsma(
         cls, model: Any, *, eps: float = 0.3, max_iter: int = 25, gamma: float | None = None, **options: Any
     ) -> Adversarial:
-        """Jacobian saliency map attack: pairs of values are raised one after the other, until the runner-up wins.
+        """Jacobian saliency map attack: values are increased in pairs until the runner-up class is predicted.
 
-        ART takes the two largest gradients at each step, not Papernot's search over pairs.
+        ART uses the two largest gradients at each step, not Papernot's search over pairs.
 
         Args:
             model: see :meth:`fgsm`.
-            eps: change of a value in one step, ART's ``theta``; a value may be raised again.
-            max_iter: number of steps, each of about three passes. ART itself bounds only the share of values that
+            eps: change of a value in one step, ART's ``theta``; a value may be changed more than once.
+            max_iter: number of steps, each of about three passes. ART itself limits only the share of values that
                 change, which on large images takes hours; 25 steps at 224 x 224 take a few seconds on a CPU.
-            gamma: largest share of values that may change, besides; None is no bound.
+            gamma: largest share of values that may change, in addition; None means no limit.
             options: those of :class:`Adversarial`.
 
         Source: Papernot et al., 2016 (arXiv 1511.07528).
@@ -178,7 +178,7 @@ class Adversarial(Intervention):
 
     @classmethod
     def preset(cls, name: str, model: Any, **options: Any) -> Adversarial:
-        """A preset by its name, with that preset's options; an unknown name raises ``UnknownNameError``."""
+        """A preset by name, with its options; an unknown name raises ``UnknownNameError``."""
         if name not in _PRESETS:
             raise unknown_name("attack", name, _PRESETS)
         made: Adversarial = getattr(cls, name)(model, **options)
@@ -189,7 +189,7 @@ class Adversarial(Intervention):
 
         Args:
             clean: (N, ...), in model units.
-            context: its targets, where given, are the classes to move away from.
+            context: its targets, if any, are the classes to move away from.
 
         Returns:
             An ordinary, detached tensor of the shape, device and dtype of ``clean``.
@@ -206,18 +206,18 @@ class Adversarial(Intervention):
         seed: int = 0,
         variant: int = 0,
     ) -> Inputs:
-        """The adversarial examples of the inputs; with ``eps=``, of that size (``MinParamPerturbation``'s argument).
+        """The adversarial examples of the inputs; ``eps=`` overrides the size (as ``MinParamPerturbation`` does).
 
         Args:
             inputs: (N, ...), or a tuple of one such tensor, in model units.
-            eps: size of the attack in place of its own, in image units.
-            target: classes to move away from, (N,); None is the network's answer.
-            ids: one id per example, which names its random numbers; None gives every example the same.
-            seed: seed of what is random.
-            variant: names further random numbers.
+            eps: size of the attack instead of its own, in image units.
+            target: classes to move away from, (N,); None means the predicted ones.
+            ids: one id per example, from which its random numbers are drawn; with None all examples get the same.
+            seed: seed of the random numbers.
+            variant: selects other random numbers for the same id.
 
         Raises:
-            AttackError: eps is negative, beyond the clip range, or the attack has none.
+            AttackError: eps is negative or larger than the clip range, or the attack has no eps.
         """
         clean, context = _examples(inputs, target, ids, seed, variant)
         adversarial = craft(self._classifier, self._resized(eps), clean, context).clipped
@@ -226,7 +226,7 @@ class Adversarial(Intervention):
     def run(
         self, inputs: Tensor, *, target: Tensor | None = None, ids: Sequence[int] | None = None, seed: int = 0
     ) -> AttackResult:
-        """Attack a batch and report on it: raw and clipped results, success, predictions and distances.
+        """Attack a batch and return raw and clipped results, success, predictions and distances.
 
         Args:
             inputs: (N, ...), in model units.
@@ -276,7 +276,7 @@ class Adversarial(Intervention):
 def _examples(
     inputs: Tensor | tuple[Tensor, ...], target: Tensor | None, ids: Sequence[int] | None, seed: int, variant: int = 0
 ) -> tuple[Tensor, Context]:
-    """The one tensor of the inputs, and what is known of its examples."""
+    """The only tensor of the inputs, and the context of its examples."""
     tensors = inputs if isinstance(inputs, tuple) else (inputs,)
     if len(tensors) != 1:
         raise InputError(expected("inputs", "one tensor, as attacks know one input", f"{len(tensors)} tensors"))

@@ -1,4 +1,4 @@
-"""What every intervention is: a rule that supplies the counterfactual value x' which ``do`` sets."""
+"""The base class of interventions: a rule that supplies the counterfactual value x' which ``do`` sets."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ Inputs = TypeVar("Inputs", bound="Tensor | tuple[Tensor, ...]")
 
 @dataclass(frozen=True)
 class Context:
-    """What an intervention may know about the examples whose counterfactual values it supplies.
+    """What an intervention is told about the examples whose counterfactual values it supplies.
 
     Args:
         ids: one id per example, (N,); equal ids get equal random numbers.
         seed: seed of the run.
-        target: class index of each example, (N,), where one is known: the explained class, or the predicted one.
-        position: which tensor of a tuple of inputs this is.
-        variant: which of the intervention's alternative values is wanted, in ``range(n_variants)``.
+        target: class index of each example, (N,), if known: the explained class, or the predicted one.
+        position: index of this tensor, if the inputs are a tuple.
+        variant: which of the intervention's alternative values to return, in ``range(n_variants)``.
         mask: for interventions with ``per_trial``: what this trial sets, broadcastable to the clean value.
-        rows: place of each example in the batch that the user passed, (N,); None where all of it is asked for.
-        donors: the values at the site of the inputs that the intervention named in :meth:`Intervention.donors`, one
-            tensor for each tensor of the site; None where it named none.
+        rows: index of each example in the batch that the user passed, (N,); None means the whole batch.
+        donors: the values at the site for the inputs that :meth:`Intervention.donors` returned, one tensor for each
+            tensor of the site; None if it returned None.
     """
 
     ids: tuple[int, ...]
@@ -45,7 +45,7 @@ class Context:
     donors: tuple[Tensor, ...] | None = None
 
     def generator(self, example: int, stream: str) -> torch.Generator:
-        """A fresh CPU generator for one example: the same numbers whatever was drawn before."""
+        """A new CPU generator for one example: its numbers do not depend on earlier draws."""
         return generator(self.seed, self.ids[example], stream, self.position, self.variant)
 
     def select(self, examples: slice | Sequence[int]) -> Context:
@@ -56,24 +56,24 @@ class Context:
         return replace(self, ids=tuple(self.ids[i] for i in index), target=target, rows=tuple(rows))
 
     def own(self, values: Tensor, clean: Tensor) -> Tensor:
-        """The rows of these examples, where ``values`` has one for each example of the user's batch."""
+        """The rows of these examples, where ``values`` has one row for each example of the user's batch."""
         if self.rows is None or values.dim() != clean.dim() or len(values) == 1:
             return values
         return values[[row for row in self.rows if row < len(values)]]
 
 
 class Intervention(Perturbation):  # type: ignore[misc]
-    """An intervention variable F_u with values {idle, do(x'_u)}: it says what x' is, a design says when it is set.
+    """An intervention variable F_u with values {idle, do(x'_u)}. It defines x'; a design defines when x' is set.
 
-    Subclasses write :meth:`values`. Being a :class:`captum.robust.Perturbation`, an intervention is callable on
-    inputs, which sets *all* units, and so works in Captum's ``AttackComparator`` and ``MinParamPerturbation``.
+    Subclasses write :meth:`values`. An intervention is a :class:`captum.robust.Perturbation`: called on inputs, it sets
+    *all* units, so that it works in Captum's ``AttackComparator`` and ``MinParamPerturbation``.
 
     Attributes:
         n_variants: number of alternative values x'. With several, effects are averages over them.
-        per_trial: True where x' depends on what a trial sets (an in-painter that looks at the hole); the
-            runner then asks for values batch by batch with ``context.mask`` set.
-        forward_equivalents: what x' of one example costs, in forward passes of the network (a backward pass counts
-            as two).
+        per_trial: True if x' depends on what a trial sets (as for an in-painter); the runner then requests values
+            batch by batch, with ``context.mask`` set.
+        forward_equivalents: cost of x' for one example, in forward passes of the network (a backward pass counts as
+            two).
 
     Source: Yang et al., ICIP 2019 (arXiv 1902.03380), Eq. 3; Pearl 2009, Eq. 3.8.
     """
@@ -83,19 +83,19 @@ class Intervention(Perturbation):  # type: ignore[misc]
     forward_equivalents: int = 0
 
     def donors(self, inputs: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...] | None:
-        """The network's inputs whose values at the site are wanted in ``context.donors``; None where none are.
+        """Inputs of the network whose values at the site are needed in ``context.donors``; None if none are.
 
         Args:
             inputs: the examples' own inputs, (N, ...) each, under their evidence.
             context: ids and seed.
 
         Returns:
-            A counterpart of every example, (N, ...) each, or a reference set of any length, (R, ...) each.
+            One counterpart per example, (N, ...) each, or a reference set of any length, (R, ...) each.
         """
         return None
 
     def collect(self, values: Iterable[Tensor]) -> Tensor:
-        """What is kept of the donors' values at the site, which come batch by batch: all of them."""
+        """Combine the donors' values at the site, which come batch by batch; by default all are kept."""
         return torch.cat(list(values))
 
     @abstractmethod
@@ -107,7 +107,7 @@ class Intervention(Perturbation):  # type: ignore[misc]
             context: see :class:`Context`.
 
         Returns:
-            A tensor of the shape, device and dtype of ``clean``. ``clean`` is not changed.
+            A tensor of the shape, device and dtype of ``clean``, which must not be changed.
         """
 
     def perturb(
@@ -122,14 +122,14 @@ class Intervention(Perturbation):  # type: ignore[misc]
         """The inputs with every unit set to its counterfactual value.
 
         Args:
-            inputs: (N, ...), or a tuple of such.
+            inputs: (N, ...), or a tuple of such tensors.
             target: class index per example, (N,), for interventions that need one.
-            ids: one id per example; None gives every example the same random numbers.
-            seed: seed of what is random.
+            ids: one id per example; with None all examples get the same random numbers.
+            seed: seed of the random numbers.
             variant: which alternative, for interventions with several.
 
         Returns:
-            The perturbed inputs, in the form in which they came.
+            The perturbed inputs, a tensor or a tuple as passed.
         """
         tensors: tuple[Tensor, ...] = inputs if isinstance(inputs, tuple) else (inputs,)
         names = tuple(ids) if ids is not None else (0,) * len(tensors[0])
@@ -150,10 +150,10 @@ class Normalization:
 
     Args:
         mean: one number, or one per channel, in image units.
-        std: likewise; positive.
+        std: likewise, positive.
 
     Raises:
-        ArgumentError: std is not positive, a number is not finite, or the two have different lengths.
+        ArgumentError: std is not positive, a value is not finite, or mean and std have different lengths.
 
     Example:
         >>> n = Normalization(127.0, 128.0)
@@ -182,7 +182,7 @@ class Normalization:
 
     @classmethod
     def of(cls, value: NormalizationLike) -> Normalization:
-        """Read ``None``, a pair ``(mean, std)`` or a Normalization."""
+        """A Normalization from ``None``, a pair ``(mean, std)`` or a Normalization."""
         if value is None:
             return cls()
         if isinstance(value, Normalization):

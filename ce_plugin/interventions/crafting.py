@@ -1,4 +1,4 @@
-"""Crafting adversarial examples: one image at a time, in the right direction, and nothing left behind."""
+"""Crafting adversarial examples: one image at a time, in the right direction, and without side effects."""
 
 from __future__ import annotations
 
@@ -43,25 +43,25 @@ from ce_plugin.randomness import generator
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _SIZES = ("eps", "theta")
-# Classes of ART by name, so that ART is imported only when an attack is made.
+# Class names, so that ART is imported only when an attack is made.
 _WITH_MASK = {"FastGradientMethod", "ProjectedGradientDescentCommon", "ProjectedGradientDescent"}
 _ALWAYS_TARGETED = {"SaliencyMapMethod", "LowProFool", "TargetedUniversalPerturbation"}
 
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What an attack made of a batch, and whether it worked.
+    """The result of an attack on a batch.
 
     Attributes:
         raw: what the attack returned, (N, ...), in model units.
-        clipped: the same inside the clip values; what ``do`` sets.
-        success: (N,), True where the prediction changed (or became the class aimed at; for several labels: where one
+        clipped: ``raw`` clipped to the clip values; what ``do`` sets.
+        success: (N,), True where the prediction changed (or became the target class; for several labels: where one
             of the attacked labels flipped).
-        clean_prediction: class of the clean input, (N,); for several labels whether each is present, (N, L).
-        prediction: the same of ``clipped``.
+        clean_prediction: predicted class of the clean input, (N,); for several labels whether each is present, (N, L).
+        prediction: the same for ``clipped``.
         l_inf: largest change of a value, (N,), in image units.
         l2: Euclidean length of the change, (N,), in image units.
-        eps: size of the attack, where it has one.
+        eps: size of the attack, if it has one.
         name: the attack's name.
     """
 
@@ -77,7 +77,7 @@ class AttackResult:
 
     @property
     def success_rate(self) -> float:
-        """Share of the examples on which the attack worked."""
+        """Share of the examples on which the attack succeeded."""
         return float(self.success.double().mean())
 
     def __repr__(self) -> str:
@@ -88,12 +88,12 @@ class AttackResult:
 
 @dataclass(frozen=True)
 class AttackConfig:
-    """An attack that can be made again: for each image afresh, for another estimator, with another eps.
+    """How to build an attack: again for each image, for another estimator, or with another eps.
 
     Args:
-        source: an ART attack, the name of a class of ART's attacks (presets, which import ART only when the attack is
-            made), or a class or function called as ``source(estimator, **settings)``.
-        settings: what the attack is made with; for an instance, what is set on its copies.
+        source: an ART attack, the name of one of ART's attack classes (for presets, so that ART is imported only when
+            the attack is built), or a class or function called as ``source(estimator, **settings)``.
+        settings: arguments of the class or function; for an instance, parameters set on its copies.
         label: short name for messages.
     """
 
@@ -103,11 +103,11 @@ class AttackConfig:
 
     @classmethod
     def of(cls, attack: Any, settings: Mapping[str, Any]) -> AttackConfig:
-        """From what a user wrote.
+        """The configuration of an attack as the user passed it.
 
         Raises:
-            AttackError: it is no attack and makes none.
-            UnknownNameError: no attack has this name, or the attack no such setting.
+            AttackError: it neither is an attack nor makes one.
+            UnknownNameError: there is no attack of this name, or the attack has no such setting.
         """
         if isinstance(attack, cls):
             config = cls(attack.source, {**attack.settings, **settings}, attack.label)
@@ -121,7 +121,7 @@ class AttackConfig:
         return config
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
-        """Refuse names of settings that the attack does not have, with the nearest that it has."""
+        """Raise an error for settings that the attack does not have, and suggest the closest name."""
         if self.is_instance:
             known = set(self.source.attack_params)
         elif any(parameter.kind is parameter.VAR_KEYWORD for parameter in self.parameters.values()):
@@ -138,25 +138,25 @@ class AttackConfig:
 
     @property
     def maker(self) -> Callable[..., Any]:
-        """The class or function that makes the attack."""
+        """The class or function that builds the attack."""
         maker: Callable[..., Any] = attack_class(self.source) if isinstance(self.source, str) else self.source
         return maker
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
-        """Those of the class or function."""
+        """Parameters of the class or function."""
         return inspect.signature(self.maker).parameters
 
     @property
     def name(self) -> str:
-        """The preset's name, or that of the class."""
+        """Name of the preset or the class."""
         source = self.source
         if self.label or isinstance(source, str):
             return self.label or str(source)
         return type(source).__name__ if self.is_instance else getattr(source, "__name__", repr(source))
 
     def setting(self, name: str, default: Any = None) -> Any:
-        """A setting as the user wrote it, or as it is in the instance or in the defaults of the class."""
+        """Value of a setting: from the user, or from the instance, or the default of the class."""
         if name in self.settings:
             return self.settings[name]
         if self.is_instance:
@@ -166,7 +166,7 @@ class AttackConfig:
 
     @property
     def size_name(self) -> str | None:
-        """``"eps"``, or what stands for it, or None where the attack finds its own size."""
+        """``"eps"``, or the name of the setting that takes its place; None if the attack finds its own size."""
         return next((name for name in _SIZES if self.setting(name) is not None), None)
 
     @property
@@ -175,16 +175,16 @@ class AttackConfig:
         return float(value) if isinstance(value, (int, float)) else None
 
     def aimed(self) -> AttackConfig:
-        """The same attack aiming at a class, as far as a setting can make it; :func:`aims` tells of the outcome."""
+        """The same attack, targeted at a class if it has a setting for that; :func:`aims` says whether it is."""
         if "targeted" not in (self.source.attack_params if self.is_instance else self.parameters):
             return self
         return AttackConfig(self.source, {**self.settings, "targeted": True}, self.label)
 
     def resized(self, eps: float) -> AttackConfig:
-        """The same attack with another eps; a step size that was given keeps its ratio to it.
+        """The same attack with another eps; a given step size keeps its ratio to eps.
 
         Raises:
-            AttackError: the attack has no eps, or holds attacks whose eps is their own.
+            AttackError: the attack has no eps, or contains attacks with an eps of their own.
         """
         name = self.size_name
         if name is None or (self.is_instance and hasattr(self.source, "attacks")):
@@ -198,11 +198,11 @@ class AttackConfig:
 
     @property
     def step_limit(self) -> int | None:
-        """Number of steps that ART does not bound by itself; such an attack takes one image at a time."""
+        """Limit on the number of steps where ART has none; such an attack takes one image at a time."""
         return self.settings.get("max_iter") if self.label == "jsma" else None
 
     def make(self, estimator: Any) -> Any:
-        """The attack on an estimator."""
+        """Build the attack for an estimator."""
         quiet = {"verbose": False}
         if self.is_instance:
             return copy_attack(self.source, estimator, {**self.settings, **quiet})
@@ -217,7 +217,7 @@ class AttackConfig:
         return attack_with_estimator(self.maker, estimator, settings)
 
     def check(self, clip_values: tuple[float, float]) -> None:
-        """Refuse sizes that cannot be meant, before any work.
+        """Raise an error for invalid sizes, before any work.
 
         Raises:
             AttackError: eps is negative, not finite or larger than the clip range; a step or number of iterations
@@ -238,7 +238,7 @@ class AttackConfig:
 
 
 def aims(attack: Any) -> bool:
-    """Whether the labels that an attack is given are those it aims at."""
+    """Whether the attack is targeted, so that the labels it gets are target classes."""
     return _is_one_of(attack, _ALWAYS_TARGETED) or bool(getattr(attack, "targeted", False))
 
 
@@ -250,7 +250,7 @@ def resolve_clip_values(given: tuple[float, float] | None, estimator: Any) -> tu
     """The clip values, the user's or the estimator's.
 
     Raises:
-        AttackError: neither has any, they disagree, or low is not below high.
+        AttackError: neither has clip values, they disagree, or low is not below high.
     """
     own = clip_values_of(estimator)
     hint = "Without them nothing is clipped; write clip_values=(0.0, 1.0), in image units."
@@ -284,17 +284,17 @@ def checked_model(model: Any) -> Any:
 
 
 class ImageNetwork(nn.Module):
-    """A network as an attack sees it: float32 images in image units in, float32 scores (N, C) out, logits or alike.
+    """The network that an attack works on: float32 images in image units to float32 scores (N, C), such as logits.
 
-    The network itself is kept out of the module tree, so that ART's ``.to()``, ``.train()`` and ``.zero_grad()`` do
-    not reach it; inputs go to the device and dtype that it has at each call. Being no ``nn.Sequential``, it is also
-    safe from ART's habit of running the children of a Sequential one by one, past its hooks and its ``forward``.
+    The wrapped network is not registered as a submodule, so that ART's ``.to()``, ``.train()`` and ``.zero_grad()`` do
+    not reach it; inputs are moved to its current device and dtype at each call. ART runs the children of an
+    ``nn.Sequential`` one by one, without its hooks and ``forward``; the wrapper prevents that too.
 
     Args:
-        model: the network, fed in model units.
+        model: the network, which takes model units.
         to_model: image units to model units.
-        output: key or function that takes the scores out of what the network returns.
-        probabilities: the network ends in a softmax or sigmoid, which is undone.
+        output: key or function that selects the scores from the network's output.
+        probabilities: the network ends in a softmax or sigmoid, which is inverted.
         multi_label: each output is a label of its own.
     """
 
@@ -322,7 +322,7 @@ class ImageNetwork(nn.Module):
         scores = self._scores(model(x if self.to_model is None else self.to_model(x)))
         if not self.probabilities:
             return scores
-        # Clamped where float32 has no more room; the gradient there is zero either way.
+        # Clamped where float32 would overflow or underflow; the gradient is zero there in any case.
         log_p = scores.clamp_min(1e-30).log()
         independent = self.multi_label or scores.shape[1] == 1
         return log_p - (1 - scores).clamp_min(6e-8).log() if independent else log_p
@@ -346,10 +346,10 @@ class ImageNetwork(nn.Module):
 
 
 class BinaryProblem(nn.Module):
-    """Labels of a multi-label network as one problem of two classes: 1 "all as decided", 0 "one of them flipped".
+    """A multi-label network as a problem of two classes: 1 "all labels as predicted", 0 "at least one flipped".
 
-    The value is exact for attacks that look at the decision: the smallest margin min_l s_l z_l. The gradient is that
-    of the sum of the labels' binary cross-entropies, the loss that such networks are trained with.
+    The value is the smallest margin min_l s_l z_l, so that decision-based attacks are exact. The gradient is that of
+    the sum of the labels' binary cross-entropies, the loss that such networks are trained with.
 
     Args:
         network: images to logits z, (N, L).
@@ -367,14 +367,14 @@ class BinaryProblem(nn.Module):
         margins = scores * signs
         loss = (F.softplus(-margins) * signs.abs()).sum(1)
         smallest = margins.masked_fill(signs == 0, torch.inf).amin(1).detach()
-        # -m and m, not 0 and 2m: the gradient of the larger of two logits vanishes once its probability rounds to 1.
+        # -m and m rather than 0 and 2m: the gradient of the larger logit vanishes once its probability rounds to 1.
         margin = (smallest - loss + loss.detach()) / 2
         return torch.stack([-margin, margin], 1)
 
 
 @dataclass(frozen=True)
 class TargetClassifier:
-    """What is attacked: a network or an ART estimator, and how; arguments as in ``Adversarial``."""
+    """The attacked network or ART estimator, and how it is attacked; arguments as in ``Adversarial``."""
 
     model: Any
     normalization: Normalization
@@ -387,14 +387,14 @@ class TargetClassifier:
     mask: Tensor | None = None
 
     def options(self) -> dict[str, Any]:
-        """Those that differ from their defaults, as a representation shows them."""
+        """Options that differ from their defaults, for ``repr``."""
         given = {one.name: (getattr(self, one.name), one.default) for one in fields(self)[3:]}
         values = {name: value for name, (value, default) in given.items() if value is not default}
         return {name: tuple(value.shape) if isinstance(value, Tensor) else value for name, value in values.items()}
 
     @cached_property
     def networks(self) -> list[nn.Module]:
-        """The networks in ``model``."""
+        """The networks found in ``model``."""
         return modules_of(self.model)
 
     @property
@@ -402,7 +402,7 @@ class TargetClassifier:
         return not isinstance(self.model, nn.Module)
 
     def network(self) -> ImageNetwork:
-        """Images in the attack's units to scores, in torch."""
+        """A torch module from images in image units to scores."""
         own = (self.model, self.normalization.to_model)
         model, to_model = (unwrap(self.model)[0], None) if self.is_estimator else own
         return ImageNetwork(
@@ -410,7 +410,7 @@ class TargetClassifier:
         )
 
     def scores(self, images: Array) -> Array:
-        """Scores (N, C), each image (or batch of ``batch_size``) by itself, as it is crafted."""
+        """Scores (N, C), computed image by image (or by ``batch_size``) as in the attack."""
         parts = [images[i : i + self.batch_size] for i in range(0, len(images), self.batch_size)]
         if self.is_estimator and not self.multi_label:
             found = np.concatenate([self.model.predict(part) for part in parts])
@@ -422,12 +422,12 @@ class TargetClassifier:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Eval mode, gradients on whatever mode the caller is in, and all as before afterwards."""
-        # Compiled backward passes can be walked once only, ART walks them again; and nothing need be compiled anew.
+        """Eval mode with gradients enabled; the state is restored afterwards."""
+        # A compiled backward pass can run only once and ART runs it again; this also avoids recompilation.
         eager = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
         with torch.inference_mode(False), torch.enable_grad(), eager, state_guard(networks=self.networks):
             for parameter in {p for module in self.networks for p in module.parameters() if p.is_leaf}:
-                # Only the gradient of the image is wanted.
+                # Only the gradient with respect to the image is needed.
                 parameter.requires_grad_(False)
             yield
 
@@ -460,7 +460,7 @@ def craft(classifier: TargetClassifier, config: AttackConfig, clean: Tensor, con
 
 
 class _Task:
-    """The labels of one batch: what each example is moved away from, and where to."""
+    """The labels of one batch: the classes that examples are moved away from, or towards."""
 
     def __init__(self, classifier: TargetClassifier, config: AttackConfig, context: Context, scores: Array) -> None:
         self.classifier, self.config, self.context, self.scores = classifier, config, context, scores
@@ -500,7 +500,7 @@ class _Task:
             attack = self.config.make(estimator)
             labels = self._labels(rows, aims(attack))
             mask = _mask(self.classifier.mask, x)
-            # Other attacks take a mask and do not keep to it; their changes outside of it are undone below.
+            # Some attacks accept a mask but ignore it; changes outside of it are reverted below.
             options = {"mask": mask} if mask is not None and _is_one_of(attack, _WITH_MASK) else {}
             found = attack.generate(x=x.copy(), y=labels, **options)
         if not (isinstance(found, np.ndarray) and found.shape == x.shape):
@@ -548,7 +548,7 @@ class _Task:
         away = answer if self.target is None else self.target[rows]
         if not aiming:
             return away
-        # The runner-up: the best class that is neither the answer nor the one to move away from.
+        # The runner-up: the best class that is neither predicted nor the one to move away from.
         others = scores.copy()
         row = np.arange(len(scores))
         others[row, answer] = others[row, away] = -np.inf
@@ -616,7 +616,7 @@ def _mask(mask: Tensor | None, x: Array) -> Array | None:
 
 
 def _to_model(found: Array, images: Array, clean: Tensor, normalization: Normalization) -> Tensor:
-    """To model units; where nothing changed the clean value itself, free of the rounding of the way there and back."""
+    """To model units; unchanged values are copied from the clean input, to avoid the rounding of the conversion."""
     adversarial = normalization.to_model(torch.from_numpy(found).to(clean.device)).to(clean.dtype)
     changed = torch.from_numpy(found != images).to(clean.device)
     return torch.where(changed, adversarial, clean)

@@ -22,7 +22,7 @@ _NAMES = ("zero", "mean", "blur", "noise")
 
 
 class PixelMask(Intervention):
-    """Pixel masking: x' is a fill that carries no evidence of its own.
+    """Pixel masking: x' is an uninformative fill.
 
     Args:
         fill: the counterfactual value, in *image units*:
@@ -32,18 +32,18 @@ class PixelMask(Intervention):
               ``(seed, id)``;
             - a number, or a tensor that broadcasts to the input;
             - a callable ``infill(images) -> images``, or an in-painter ``infill(images, masks) -> images`` that
-              looks at the hole of each trial (masks: bool, True where the pixel is to be painted);
+              gets the mask of each trial (bool, True where the pixel is to be painted);
             - a tuple of these: the effect is averaged over them (trials of random designs use them in turn).
         normalization: pair ``(mean, std)`` saying what was done to the image before the model:
             ``model = (image - mean) / std``. None: model and image units are the same.
         region: a bool mask that broadcasts to the input, or a box ``(left, top, right, bottom)`` in pixels (right
-            and bottom exclusive): outside of it nothing is changed (condition II of the paper: mask the known
+            and bottom exclusive): nothing is changed outside it (condition II of the paper: mask the known
             evidence of a class).
         sigma: standard deviation of the blur in pixels; None means a ninth of the shorter side
             (25 pixels of 224).
 
     Raises:
-        UnknownNameError: a fill of unknown name.
+        UnknownNameError: a fill of an unknown name.
         ArgumentError: an empty tuple of fills, sigma not positive.
         UnitError: a box that is empty or a mask that is not boolean.
 
@@ -70,7 +70,7 @@ class PixelMask(Intervention):
         given = fill if isinstance(fill, tuple) else (fill,)
         if not given:
             raise ArgumentError(expected("fill", "at least one fill", "an empty tuple"))
-        # numpy's numbers are numbers, too.
+        # numpy's numbers count too.
         self.fills: tuple[Fill, ...] = tuple(float(one) if isinstance(one, Real) else one for one in given)
         self.n_variants, self.per_trial = len(given), False
         for one in self.fills:
@@ -100,7 +100,7 @@ class PixelMask(Intervention):
         fill = self.fills[context.variant]
         inside = None if self.region is None else _as_mask(self.region, clean, context)
         if inside is not None and context.mask is not None:
-            # What lies outside the region is no hole, whatever the trial says.
+            # Pixels outside the region are never filled.
             context = replace(context, mask=context.mask & inside)
         with torch.no_grad():
             filled = self.normalization.to_model(self._fill(fill, self.normalization.to_image(clean), context))
@@ -146,15 +146,15 @@ class PixelMask(Intervention):
         PWM masks 10 % of the area: ``p=0.1``), shared across channels.
 
         Args:
-            inputs: (N, ...), or a tuple of such.
+            inputs: (N, ...), or a tuple of such tensors.
             p: share of the pixels that are masked, in [0, 1]; None masks all.
-            target: not used; every intervention takes it.
-            ids: one id per example; None gives every example the same pixels.
+            target: ignored; part of the interface of all interventions.
+            ids: one id per example; with None the same pixels are masked in all examples.
             seed: seed of the pixels and of ``"noise"``.
-            variant: which fill, where there are several.
+            variant: which fill, if there are several.
 
         Returns:
-            The masked inputs, in the form in which they came.
+            The masked inputs, a tensor or a tuple as passed.
         """
         if p is not None and not 0 <= p <= 1:
             raise ArgumentError(expected("p", "a share in [0, 1]", p))
@@ -204,7 +204,7 @@ def _channel_mean(image: Tensor) -> Tensor:
 
 
 def _blur(image: Tensor, sigma: float | None) -> Tensor:
-    # Imported late: torchvision takes as long as all of torch.
+    # Imported here because importing torchvision takes as long as importing torch.
     from torchvision.transforms.functional import gaussian_blur
 
     if image.dim() != 4:
@@ -216,7 +216,7 @@ def _blur(image: Tensor, sigma: float | None) -> Tensor:
     if min(height, width) < 2:
         return image.clone()
     spread = sigma if sigma is not None else min(height, width) / 9
-    # The kernel reaches 3 sigma, but reflection padding allows no more than the image holds.
+    # The kernel extends to 3 sigma, but reflection padding must be smaller than the image.
     radius = min(max(1, round(3 * spread)), min(height, width) - 1)
     blurred: Tensor = gaussian_blur(image, [2 * radius + 1, 2 * radius + 1], [spread, spread])
     return blurred
@@ -234,7 +234,7 @@ def _checked_region(region: Region) -> Region:
 
 
 def _as_mask(region: Region, clean: Tensor, context: Context) -> Tensor:
-    """Where the region is, a boolean mask of the input's shape."""
+    """The region as a boolean mask of the input's shape."""
     if isinstance(region, Tensor):
         region = context.own(region, clean)
         try:

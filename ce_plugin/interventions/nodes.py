@@ -36,7 +36,7 @@ class _FromReference(Intervention):
         reference: inputs of the network, (R, ...), or a tuple of such.
 
     Raises:
-        InputError: it is empty, or holds something else than tensors of equal length.
+        InputError: it is empty, or is not made of tensors of equal length.
     """
 
     def __init__(self, reference: Tensor | tuple[Tensor, ...]) -> None:
@@ -54,11 +54,11 @@ class _FromReference(Intervention):
 
 
 class MeanOut(_FromReference):
-    """The node is set to its mean over a reference set, which carries no information about x.
+    """The node is set to its mean over a reference set, which contains no information about x.
 
     Args:
         reference: inputs of the network, (R, ...), or a tuple of such.
-        positions: take the mean over positions too (all dimensions but the first two), so that no picture of the
+        positions: average over positions too (all dimensions but the first two), so that no spatial pattern of the
             average example remains.
 
     Example:
@@ -71,7 +71,7 @@ class MeanOut(_FromReference):
         self.positions = positions
 
     def collect(self, values: Iterable[Tensor]) -> Tensor:
-        """The mean over the reference set, (1, ...); sums in float64, batch by batch."""
+        """The mean over the reference set, (1, ...); summed in float64, batch by batch."""
         total, count, like = None, 0, None
         for some in values:
             part = some.double().sum(0, keepdim=True)
@@ -92,12 +92,12 @@ class Resample(_FromReference):
 
     Args:
         reference: inputs of the network, (R, ...), or a tuple of such.
-        n_donors: effects are averages over so many donors, which differ from each other.
+        n_donors: effects are averages over this number of different donors.
 
     Raises:
         ArgumentError: fewer than one donor, or more than the reference set has.
 
-    Donors depend on (seed, id) only: without ``ids=`` all examples get the same ones.
+    Donors depend only on (seed, id): without ``ids=`` all examples get the same ones.
 
     Example:
         >>> set_ = torch.tensor([[1.0], [2.0], [3.0]])
@@ -115,7 +115,7 @@ class Resample(_FromReference):
 
     def values(self, clean: Tensor, context: Context) -> Tensor:
         donors = _donors(self, context)
-        # One order of the donors for all variants and tensors, so that variants differ and tensors go together.
+        # One order of the donors: variants get different donors, and all tensors of a site the same one.
         base = replace(context, variant=0, position=0)
         every = range(len(context.ids))
         orders = [torch.randperm(len(donors), generator=base.generator(i, "resample")) for i in every]
@@ -130,12 +130,12 @@ class Patch(Intervention):
     """Activation patching: the node is set to the value that it has for a counterpart of the input.
 
     Args:
-        counterpart: inputs of the same shapes (the attacked images, for example), one for each example; or an
+        counterpart: inputs of the same shapes, one for each example (such as the attacked images); or an
             intervention that makes them (``Patch(Adversarial.pgd(model))``).
 
     Raises:
         ArgumentError: neither tensors nor an intervention.
-        InputError: a counterpart of another shape than the inputs, when it is used.
+        InputError: at the run, a counterpart whose shape is not that of the inputs.
 
     Example:
         >>> Patch(torch.tensor([[5.0, 6.0]])).perturb(torch.zeros(1, 2))
@@ -147,7 +147,7 @@ class Patch(Intervention):
 
     @property
     def forward_equivalents(self) -> int:  # type: ignore[override]
-        """One pass to the site, and what making the counterpart costs."""
+        """One pass to the site, plus the cost of making the counterpart."""
         return 1 + (self.counterpart.forward_equivalents if isinstance(self.counterpart, Intervention) else 0)
 
     def donors(self, inputs: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...]:

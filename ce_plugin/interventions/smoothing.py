@@ -1,4 +1,4 @@
-"""Smoothing: the counterfactual input is the image as a filter leaves it, x' = s(x)."""
+"""Smoothing: the counterfactual input is the filtered image, x' = s(x)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Units(TypedDict, total=False):
 
 
 class _Parameter(NamedTuple):
-    """What a filter's parameter may be."""
+    """Type and range of a filter's parameter."""
 
     name: str
     wanted: str
@@ -54,12 +54,12 @@ _KINDS: dict[str, tuple[_Parameter, ...]] = {
     ),
     "noise": (_SIGMA,),
 }
-# These look at one value at a time, so that inputs need not be images.
+# These work on single values, so that inputs need not be images.
 _POINTWISE = ("bits", "soft_threshold", "clip", "stretch", "scale", "noise")
 
 
 def _checked_step(step: Sequence[str | float]) -> Step:
-    """A step as a user or a JSON file gave it, with numbers of the right type.
+    """Check a step from a user or a JSON file, and give its numbers the right type.
 
     Raises:
         UnknownNameError: a filter of unknown name.
@@ -92,27 +92,27 @@ def _checked_value(parameter: _Parameter, given: str | float) -> int | float:
 
 
 class Smooth(Intervention):
-    """Smoothing: x' is the image as a filter leaves it, x' = s(x), pixel by pixel and channel by channel.
+    """Smoothing: x' is the filtered image, x' = s(x).
 
-    What a person sees stays; what an attack put there, and a classifier relies on, may not. Made by the class methods,
-    each of which is one filter, and :meth:`chain`, which applies several in turn. Parameters are in *image units*.
+    It preserves what a person sees, but may remove an adversarial perturbation. Use the class methods, each of which
+    makes one filter, and :meth:`chain`, which applies several in turn. Parameters are in *image units*.
 
-    x' has a gradient with respect to x. Roundings (:meth:`bits`, :meth:`jpeg`) pass it straight through, so that an
-    attacker is not kept out by a step function.
+    x' has a gradient with respect to x. Rounding (:meth:`bits`, :meth:`jpeg`) passes it straight through, so that
+    robustness is not due to a missing gradient.
 
     Args:
         steps: filters in the order in which they are applied, each a tuple (name of the class method, its parameters);
-            lists, as they come out of a JSON file, will do.
+            lists, as read from JSON, are accepted.
         normalization: pair ``(mean, std)`` saying what was done to the image before the model:
             ``model = (image - mean) / std``. None: model and image units are the same.
-        value_range: least and greatest value of an image, in image units; ``(0, 255)`` for images in bytes.
+        value_range: lowest and highest value of an image, in image units; ``(0, 255)`` for images in bytes.
 
     Attributes:
         steps: as given.
 
     Raises:
         UnknownNameError: a filter of unknown name.
-        ArgumentError: a parameter that is missing or out of range, no step at all, or an empty range of values.
+        ArgumentError: a parameter is missing or out of range, there are no steps, or the range of values is empty.
 
     Example:
         >>> x = torch.tensor([[[[0.0, 0.1, 0.2], [0.3, 0.9, 0.5], [0.6, 0.7, 0.8]]]])
@@ -149,39 +149,39 @@ class Smooth(Intervention):
 
     @classmethod
     def bits(cls, depth: int, **units: Unpack[Units]) -> Smooth:
-        """The nearest of ``2 ** depth`` equally spaced values; the gradient goes straight through."""
+        """The nearest of ``2 ** depth`` equally spaced values; the gradient passes straight through."""
         return cls([("bits", depth)], **units)
 
     @classmethod
     def median(cls, size: int, **units: Unpack[Units]) -> Smooth:
-        """Median over windows of ``size`` x ``size`` pixels, mirrored at the edge.
+        """Median over windows of ``size`` x ``size`` pixels, with reflected edges.
 
-        An even window reaches one pixel farther up and left, and takes the upper of its two middle values.
+        An even window extends one pixel further up and left, and takes the upper of its two middle values.
         """
         return cls([("median", size)], **units)
 
     @classmethod
     def mean(cls, size: int, **units: Unpack[Units]) -> Smooth:
-        """Mean over windows of ``size`` x ``size`` pixels, mirrored at the edge."""
+        """Mean over windows of ``size`` x ``size`` pixels, with reflected edges."""
         return cls([("mean", size)], **units)
 
     @classmethod
     def gauss(cls, sigma: float, **units: Unpack[Units]) -> Smooth:
-        """Gaussian blur of ``sigma`` pixels, cut off at four sigma, mirrored at the edge."""
+        """Gaussian blur of ``sigma`` pixels, truncated at four sigma, with reflected edges."""
         return cls([("gauss", sigma)], **units)
 
     @classmethod
     def jpeg(cls, quality: int, **units: Unpack[Units]) -> Smooth:
-        """Stored as baseline JPEG (no subsampling) and read again, by Pillow; the gradient goes straight through.
+        """Encode as baseline JPEG (no subsampling) and decode, by Pillow; the gradient passes straight through.
 
-        Three channels are coded as a colour picture, any other number as so many grey ones. What lies outside the range
-        of values is clipped.
+        Three channels are coded as a colour image; with any other number each channel is coded as a grey one. Values
+        outside the range are clipped.
         """
         return cls([("jpeg", quality)], **units)
 
     @classmethod
     def soft_threshold(cls, threshold: float, **units: Unpack[Units]) -> Smooth:
-        """Every value ``threshold`` nearer to the least value of the range; what is as near as that becomes it."""
+        """Every value moved by ``threshold`` towards the lowest value of the range, but not beyond it."""
         return cls([("soft_threshold", threshold)], **units)
 
     @classmethod
@@ -191,22 +191,22 @@ class Smooth(Intervention):
 
     @classmethod
     def stretch(cls, low: float, high: float, **units: Unpack[Units]) -> Smooth:
-        """Contrast: ``low`` and ``high`` move to the ends of the range; what lies beyond them is cut off."""
+        """Contrast: ``low`` and ``high`` move to the ends of the range; values beyond are clipped."""
         return cls([("stretch", low, high)], **units)
 
     @classmethod
     def scale(cls, factor: float, **units: Unpack[Units]) -> Smooth:
-        """Contrast: every value's distance from the least of the range times ``factor``."""
+        """Contrast: the distance of every value from the lowest of the range times ``factor``."""
         return cls([("scale", factor)], **units)
 
     @classmethod
     def shift(cls, dx: int, dy: int, **units: Unpack[Units]) -> Smooth:
-        """Moved ``dx`` pixels to the right and ``dy`` down; the pixels at the edge fill what is left behind."""
+        """The image moved ``dx`` pixels to the right and ``dy`` down; edge pixels are repeated."""
         return cls([("shift", dx, dy)], **units)
 
     @classmethod
     def tv(cls, weight: float, n_iter: int = 30, **units: Unpack[Units]) -> Smooth:
-        r"""Total-variation denoising: ``n_iter`` steps down 1/2 \|u - x\|^2 + weight * TV(u), none of which raises it.
+        r"""Total-variation denoising: ``n_iter`` steps down 1/2 \|u - x\|^2 + weight * TV(u), each a descent.
 
         TV(u) is the sum of sqrt(\|grad u\|^2 + (range / 100)^2) over the pixels of a channel. Source: Rudin, Osher,
         Fatemi 1992; the steps are those of Chan, Osher, Shen 2001.
@@ -215,12 +215,12 @@ class Smooth(Intervention):
 
     @classmethod
     def noise(cls, sigma: float, **units: Unpack[Units]) -> Smooth:
-        """Gaussian noise of standard deviation ``sigma`` added, from (seed, id); not clipped to the range of values."""
+        """Add Gaussian noise of standard deviation ``sigma``, drawn from (seed, id), without clipping."""
         return cls([("noise", sigma)], **units)
 
     @classmethod
     def chain(cls, *parts: Smooth) -> Smooth:
-        """Several smoothings in turn, the first one first; all of one normalisation and range of values."""
+        """Several smoothings in turn, the first one first; all must have the same normalisation and range of values."""
         if not parts:
             raise ArgumentError(expected("parts", "at least one smoothing", "none"))
         first = parts[0]
@@ -235,15 +235,15 @@ class Smooth(Intervention):
         """x' for the whole input.
 
         Args:
-            clean: (N, C, H, W), model units; (N, ...) where each step looks at one value at a time. Half precision is
-                worked on in single.
+            clean: (N, C, H, W), model units; (N, ...) if all steps work on single values. Half precision is
+                converted to single for the computation.
             context: ids and seed, for :meth:`noise`.
 
         Returns:
             A tensor like ``clean``.
 
         Raises:
-            InputError: integers, or no images where a step needs them.
+            InputError: integers, or inputs that are not images if a step needs images.
         """
         if not clean.is_floating_point():
             raise InputError(expected("inputs", "of a floating type", clean.dtype, "Write `x.float()`."))
@@ -289,25 +289,25 @@ class Smooth(Intervention):
 
 
 def _noise(image: Tensor, context: Context, place: int) -> Tensor:
-    """Standard normal numbers of each example's own generator; a second noise in a chain has others."""
+    """Standard normal numbers from each example's own generator; each noise step of a chain gets its own."""
     stream = f"smooth{place}"
     draws = [torch.randn(image.shape[1:], generator=context.generator(i, stream)) for i in range(len(image))]
     return torch.stack(draws).to(image)
 
 
 class Denoise(Intervention):
-    """x' = D(x): what a denoiser, learned from clean images, makes of the image.
+    """x' = D(x): the output of a denoiser trained on clean images.
 
     Args:
         denoiser: images in image units to images of the same shape: an ``nn.Module`` in eval mode or any function.
-            It is called with gradients on where the caller has them on.
+            It is called with gradients enabled if the caller has them enabled.
         normalization: pair ``(mean, std)`` saying what was done to the image before the model:
             ``model = (image - mean) / std``. None: model and image units are the same.
-        forward_equivalents: what the denoiser costs for one image, in forward passes of the network.
+        forward_equivalents: cost of the denoiser for one image, in forward passes of the network.
 
     Raises:
-        ArgumentError: not callable, or a negative cost.
-        InputError: the denoiser returns another shape, when it is used.
+        ArgumentError: the denoiser is not callable, or the cost is negative.
+        InputError: at the run, the denoiser returns another shape.
 
     Example:
         >>> import torch
@@ -315,8 +315,8 @@ class Denoise(Intervention):
         >>> halved(torch.ones(1, 1, 2, 2)).flatten().tolist()
         [0.5, 0.5, 0.5, 0.5]
 
-    Source: denoisers before a classifier: Liao et al., CVPR 2018 (arXiv 1712.02976); here they are interventions, whose
-    effects are what is looked at.
+    Source: denoisers in front of a classifier: Liao et al., CVPR 2018 (arXiv 1712.02976). Here the denoiser is an
+    intervention, whose effects are measured.
     """
 
     def __init__(

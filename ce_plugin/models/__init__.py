@@ -1,4 +1,4 @@
-"""Networks, each with what must be known to feed it. Nothing here knows about effects."""
+"""Networks to explain, each with its input size, normalisation and class names."""
 
 from ce_plugin.models.digits import DigitsCNN
 from ce_plugin.models.fashion import FashionCNN

@@ -1,4 +1,4 @@
-"""A small network for handwritten digits, quick enough to be trained while one waits."""
+"""A small network for handwritten digits, which trains in seconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ce_plugin.randomness import derived_seed, generator
 
 
 class DigitsCNN(nn.Module):
-    """Two convolutional layers and a linear one, for grayscale pictures of some ten pixels a side in ten classes.
+    """Two convolutional layers and a linear one, for small grayscale pictures in ten classes.
 
     Args:
         size: height and width of the pictures, even.
@@ -43,19 +43,19 @@ class DigitsCNN(nn.Module):
 
     @classmethod
     def trained(cls, images: Tensor, labels: Tensor, *, epochs: int = 12, seed: int = 0) -> DigitsCNN:
-        """A network trained with Adam at 3e-3 in batches of 50; it takes seconds.
+        """Train a network with Adam at a learning rate of 3e-3 in batches of 50; this takes seconds.
 
         Args:
             images: (N, 1, size, size), values in [0, 1].
             labels: (N,), int64, 0 to 9.
             epochs: passes over the images.
-            seed: of the weights and of the order of the images; the global random state is left as it was.
+            seed: seed of the weights and of the order of the images; the global random state is not changed.
 
         Returns:
             The network in eval mode.
 
         Raises:
-            InputError: images of another form, or not one label for each.
+            InputError: images of another shape, or not one label per image.
 
         Example:
             >>> from ce_plugin.datasets import digits

@@ -1,4 +1,4 @@
-"""Networks trained on ImageNet, and the names of its thousand classes."""
+"""A network trained on ImageNet, and the names of its 1000 classes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ce_plugin.models.vision import Framing, VisionModel
 
 
 def imagenet_classes() -> tuple[str, ...]:
-    """The names of ImageNet's 1000 classes, in the usual order, as torchvision carries them.
+    """The names of ImageNet's 1000 classes, in the usual order, from torchvision.
 
     Example:
         >>> imagenet_classes()[985]
@@ -26,15 +26,15 @@ def imagenet_classes() -> tuple[str, ...]:
 
 
 def efficientnet_lite0() -> VisionModel:
-    """EfficientNet-lite0 trained on ImageNet (75 % top-1): its weights come as a package, nothing is downloaded.
+    """EfficientNet-lite0 trained on ImageNet (75 % top-1); its weights come in a Python package.
 
-    Pixels are 0 to 255 in image units and go in as (v - 127) / 128, at 224 x 224.
+    Inputs are 224 x 224; pixels are 0 to 255 in image units and (v - 127) / 128 in model units.
 
     Returns:
-        The network in eval mode, in channels-last layout, which is the faster one on a CPU.
+        The network in eval mode, in channels-last layout, which is faster on a CPU.
 
     Raises:
-        ModelError: the packages are not installed: ``pip install "ce-plugin[demo]"``.
+        ModelError: the package is not installed: ``pip install "ce-plugin[demo]"``.
 
     Example:
         >>> net = efficientnet_lite0()

@@ -1,4 +1,4 @@
-"""A network from a name that fits on a command line."""
+"""Loading a network by name, as on the command line."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ Weights = Union[str, "PathLike[str]", None]
 
 
 def load_model(name: str, weights: Weights = "DEFAULT") -> VisionModel:
-    """A network by name: ``"torchvision:resnet50"``, or ``"package.module:factory"``.
+    """Load a network by name: ``"torchvision:resnet50"``, or ``"package.module:factory"``.
 
     Args:
         name: ``torchvision:NAME``, any classifier of ``torchvision.models``; or ``MODULE:FACTORY``, a function
             without arguments that returns a :class:`VisionModel` or a ``torch.nn.Module``. Modules are also found
             in the current folder.
-        weights: ``"DEFAULT"``: torchvision's best (downloaded once), or what the factory sets; a file written by
-            ``torch.save(model.state_dict(), FILE)``; None: torchvision's network untrained.
+        weights: ``"DEFAULT"``: torchvision's best weights (downloaded once), or the factory's own; a file written by
+            ``torch.save(model.state_dict(), FILE)``; None: torchvision's network, untrained.
 
     Returns:
-        The network in eval mode, with torchvision's own size, normalisation and class names; those of a plain
-        module are 224 x 224, none, and none.
+        The network in eval mode, with torchvision's input size, normalisation and class names. A plain module
+        gets 224 x 224, no normalisation and no class names.
 
     Raises:
         ArgumentError: the name has no ``:``.
-        UnknownNameError: there is no such network, module or factory; the nearest name is given.
-        ModelError: the factory returns something else, or the weights do not fit.
-        FileError: the weights cannot be read or fetched.
+        UnknownNameError: there is no such network, module or factory; the message suggests the closest name.
+        ModelError: the factory does not return a network, or the weights do not fit.
+        FileError: the weights cannot be read or downloaded.
 
     Example:
         >>> load_model("torchvision:squeezenet1_1", weights=None).framing
@@ -91,7 +91,7 @@ def _from_factory(module_name: str, factory_name: str) -> VisionModel:
 
 
 def _module(name: str) -> Any:
-    # A console script does not have the current folder on its path, `python -m` has: both shall find the same.
+    # A console script does not have the current folder on its path, but `python -m` does: make both find the same.
     here = str(Path.cwd())
     added = here not in sys.path
     if added:
@@ -113,17 +113,17 @@ def _attribute(module: Any, name: str) -> Any:
 
 
 def load_weights(model: nn.Module, file: str | PathLike[str]) -> None:
-    """Load a state dictionary into a network, without running any code that the file may hold.
+    """Load a state dictionary into a network without running code from the file.
 
-    Understood are a plain state dictionary, one under the key ``"state_dict"`` or ``"model"``, and the ``"module."``
-    that DataParallel puts before each name.
+    Accepts a plain state dictionary, or one under the key ``"state_dict"`` or ``"model"``, also with the prefix
+    ``"module."`` that DataParallel adds to each name.
 
     Args:
         model: changed in place.
         file: written by ``torch.save(model.state_dict(), file)``.
 
     Raises:
-        FileError: the file is missing, damaged, or holds more than tensors.
+        FileError: the file is missing or damaged, or holds anything but tensors.
         ModelError: names or shapes do not fit the network.
 
     Example:

@@ -1,4 +1,4 @@
-"""A network together with what must be known to feed it: size, units, normalisation, names of the classes."""
+"""A network with the preparation of its inputs: size, image units, normalisation; and the names of its classes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 @dataclass(frozen=True)
 class Framing:
-    """How a photograph of any size becomes the square that a network sees: resize the shorter side, crop the centre.
+    """How a photograph of any size becomes a square input: resize the shorter side, crop the centre.
 
     Args:
         size: height and width of the square, in pixels.
@@ -55,7 +55,7 @@ class Framing:
             (C, size, size), of the same dtype.
 
         Raises:
-            InputError: the image is not of the form (C, H, W).
+            InputError: the image does not have the shape (C, H, W).
         """
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2 import functional as transform
@@ -72,18 +72,18 @@ class Framing:
 def as_batch(
     images: Sequence[Tensor], framing: Framing | None = None, *, value_range: tuple[float, float] = (0.0, 1.0)
 ) -> Tensor:
-    """Eight-bit pictures of any sizes as one float batch in image units.
+    """8-bit images of any sizes as one float batch in image units.
 
     Args:
-        images: pictures as :func:`ce_plugin.datasets.read_image` returns them, each (3, H, W), uint8.
+        images: images as :func:`ce_plugin.datasets.read_image` returns them, each (3, H, W), uint8.
         framing: how each is resized and cropped; None means 224 x 224.
-        value_range: image units: what 0 and 255 become.
+        value_range: the values, in image units, that 0 and 255 become.
 
     Returns:
         (N, 3, size, size), float32, within ``value_range``.
 
     Raises:
-        InputError: no image, or one that is not uint8.
+        InputError: no images, or one that is not uint8.
         ArgumentError: the range is empty.
 
     Example:
@@ -106,14 +106,14 @@ def as_batch(
 
 @dataclass(frozen=True)
 class VisionModel:
-    """An image classifier and how photographs are prepared for it.
+    """An image classifier with the preparation of its inputs.
 
     Args:
         model: the network: (N, 3, H, W) in model units to (N, C).
-        name: what reports call it.
-        framing: size of the square that it sees, and how a photograph becomes one.
-        normalization: what is done to the image before the network, in image units.
-        value_range: the least and the greatest value of a pixel in image units: (0, 1), or (0, 255).
+        name: its name in reports.
+        framing: input size, and how a photograph is resized and cropped to it.
+        normalization: normalisation of the image before the network, in image units.
+        value_range: lowest and highest value of a pixel in image units: (0, 1), or (0, 255).
         class_names: one per output, or None.
 
     Raises:
@@ -141,7 +141,7 @@ class VisionModel:
             raise ArgumentError(expected("value_range", "(low, high) with low < high", self.value_range))
 
     def inputs(self, images: Sequence[Tensor]) -> Tensor:
-        """Photographs as the network takes them.
+        """Prepare photographs for the network.
 
         Args:
             images: each (3, H, W), uint8, as :func:`ce_plugin.datasets.read_image` returns them.
@@ -153,18 +153,18 @@ class VisionModel:
         return self.normalization.to_model(batch).to(self.device)
 
     def pictures(self, inputs: Tensor) -> Tensor:
-        """The way back: (N, C, H, W) in model units to values in [0, 1], on the CPU, for the eye."""
+        """Inputs (N, C, H, W) in model units back to images with values in [0, 1], on the CPU, for display."""
         low, high = self.value_range
         return ((self.normalization.to_image(inputs.detach()) - low) / (high - low)).clamp(0, 1).float().cpu()
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the network's first parameter."""
         first = next(self.model.parameters(), None)
         return torch.device("cpu") if first is None else first.device
 
     def class_name(self, index: int) -> str:
-        """The name of a class, or ``"class 7"`` where it has none."""
+        """The name of a class, or ``"class 7"`` if it has none."""
         if self.class_names is None or not 0 <= index < len(self.class_names):
             return f"class {index}"
         return self.class_names[index]
@@ -174,7 +174,7 @@ class VisionModel:
 
         Raises:
             UnknownNameError: no class has this name.
-            TargetError: several have, or the classes have no names.
+            TargetError: several classes have this name, or the classes have no names.
         """
         if isinstance(target, int) or target.strip().lstrip("-").isdigit():
             return int(target)
