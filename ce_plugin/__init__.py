@@ -1,8 +1,8 @@
 """Causal effects of interventions on vision networks, for Captum and the Adversarial Robustness Toolbox.
 
-Every attribution is an experiment: an *intervention* says which value ``do`` sets, a *design* which units are set in
-each trial, the *engine* runs the trials on the network, an *estimator* turns their outcomes into effects with standard
-errors, and thin faces hand these to Captum.
+Every attribution is an experiment: an *intervention* defines the value that ``do`` sets, a *design* which units are
+set in each trial, the *engine* runs the trials on the network, an *estimator* turns their outcomes into effects with
+standard errors, and the attribution classes return these through Captum's interface.
 """
 
 from typing import TYPE_CHECKING
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ce_plugin.effects import Estimate
     from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite
 else:
-    # Imported on use: the help of the command line must not wait for torch.
+    # Imported on first use, so that the help of the command line need not wait for torch.
     __getattr__, __dir__ = lazy_names(
         __name__,
         {

@@ -1,4 +1,4 @@
-"""Names that a package resolves on first use (PEP 562), and old names that still work for one version."""
+"""Names that a package imports on first use (PEP 562), and old names that still work for one version."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def lazy_names(
     package: str, names: Mapping[str, str], submodules: Collection[str] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` of a package whose names are imported when they are asked for.
+    """``__getattr__`` and ``__dir__`` of a package whose names are imported on first use.
 
     Args:
         package: its ``__name__``.
         names: public name -> the module that defines it.
-        submodules: those that ``package.submodule`` finds without an import of their own.
+        submodules: submodules that ``package.submodule`` imports on first use.
 
     Example:
         >>> get, _ = lazy_names(__name__, {"OrderedDict": "collections"})
@@ -41,11 +41,11 @@ def lazy_names(
 
 
 def deprecated_names(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """``__getattr__`` of a package some of whose names have changed: the old ones work, and warn.
+    """``__getattr__`` of a package some of whose names have changed: the old ones still work, with a warning.
 
     Args:
         package: its ``__name__``.
-        names: old name -> what stands for it now, "module.name".
+        names: old name -> new one, "module.name".
 
     Warns:
         FutureWarning: an old name is used.
@@ -62,7 +62,7 @@ def deprecated_names(package: str, names: Mapping[str, str]) -> Callable[[str], 
 
 
 def renamed_keywords(**names: str) -> Callable[[_Function], _Function]:
-    """Decorator of a function some of whose keywords have changed: the old ones work, and warn.
+    """Decorator of a function some of whose keywords have changed: the old ones still work, with a warning.
 
     Args:
         names: old keyword = new keyword.
@@ -90,7 +90,7 @@ def renamed_keywords(**names: str) -> Callable[[_Function], _Function]:
 
 
 def warn_renamed(old: str, new: str) -> None:
-    """Warn the caller's caller that a name has changed.
+    """Warn the caller of the calling function that a name has changed.
 
     Warns:
         FutureWarning: always.

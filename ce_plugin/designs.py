@@ -28,21 +28,21 @@ __all__ = [
 ]
 
 
-# Rows and columns of a grid of units.
+# (rows, columns) of a grid of units.
 Grid: TypeAlias = tuple[int, int]
 
 
 class Design(ABC):
-    """The assignments that are run: boolean rows over units, True where the unit is *do*, False where it is idle.
+    """The assignments to run: boolean rows over units, True where the unit is *do*, False where it is idle.
 
     Subclasses write :meth:`n_trials_for` and :meth:`assignments`.
 
     Attributes:
-        exact: True where the trials answer the question without sampling error.
+        exact: True if the design has no sampling error.
         estimator: name of the estimator that fits the design (:mod:`ce_plugin.effects.estimators`).
-        reference: what an exact design's trials are compared with: all units ``"idle"`` or ``"all"`` do.
-        flips_one: True where every trial sets a single unit, so that what it changes can be followed by itself.
-        seed: seed of what is random.
+        reference: what an exact design's trials are compared with: all units idle (``"idle"``) or all do (``"all"``).
+        flips_one: True if every trial sets a single unit, so that only what this unit changes need be computed.
+        seed: seed of the random assignments.
     """
 
     exact: bool = False
@@ -53,7 +53,7 @@ class Design(ABC):
 
     @abstractmethod
     def n_trials_for(self, n_units: int) -> int:
-        """Number of trials for one example with ``n_units`` units, the reference not counted."""
+        """Number of trials for one example with ``n_units`` units, without the reference."""
 
     @abstractmethod
     def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
@@ -62,22 +62,22 @@ class Design(ABC):
         Args:
             n_units: number of units U.
             example: the example's id: equal ids get equal assignments.
-            grid: (rows, columns) where the units are the cells of a grid, row by row.
+            grid: (rows, columns) if the units are the cells of a grid, row by row.
 
         Returns:
             bool (T, U).
         """
 
     def rows(self, n_units: int, start: int, stop: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
-        """Some of the trials, (stop - start, U); designs with many units make them without the others."""
+        """Some of the trials, (stop - start, U); designs with many units avoid making all of them at once."""
         return self.assignments(n_units, example=example, grid=grid)[start:stop]
 
     def blocks(self, n_trials: int) -> Tensor | None:
-        """For each trial the block of dependent trials it belongs to, (T,); None where trials are independent."""
+        """For each trial the index of its block of dependent trials, (T,); None if trials are independent."""
         return None
 
     def flip_probability(self) -> float | None:
-        """Probability that a unit flips, where the design knows it."""
+        """Probability that a unit flips, if the design defines it."""
         return None
 
     def reseeded(self, seed: int) -> Design:
@@ -108,7 +108,7 @@ class OneAtATime(Design):
         return self.rows(n_units, 0, n_units)
 
     def rows(self, n_units: int, start: int, stop: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
-        """Trials ``start`` to ``stop`` only: U x U assignments of a pixel grid would not fit into memory."""
+        """Trials ``start`` to ``stop``: all U x U assignments of a pixel grid would not fit into memory."""
         return torch.arange(start, min(stop, n_units))[:, None] == torch.arange(n_units)[None, :]
 
     def __repr__(self) -> str:
@@ -116,7 +116,7 @@ class OneAtATime(Design):
 
 
 class LeaveOneIn(OneAtATime):
-    """All units flip but one: effect = P(all do) - P(all do except u), the effect of u when nothing else is left.
+    """All units flip but one: effect = P(all do) - P(all do except u), the effect of u with all others set.
 
     Example:
         >>> LeaveOneIn().assignments(3).int().tolist()
@@ -127,7 +127,7 @@ class LeaveOneIn(OneAtATime):
     flips_one = False
 
     def rows(self, n_units: int, start: int, stop: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
-        """Trials ``start`` to ``stop`` only."""
+        """Trials ``start`` to ``stop``."""
         return ~super().rows(n_units, start, stop)
 
     def __repr__(self) -> str:
@@ -188,7 +188,7 @@ class Joint(Design):
 
     @classmethod
     def pairs(cls, units: Sequence[int]) -> Joint:
-        """All units alone and all pairs of them: what :meth:`Estimate.interaction` needs.
+        """Each unit alone and all pairs of them, as :meth:`Estimate.interaction` needs.
 
         Args:
             units: indices of two or more units.
@@ -213,7 +213,7 @@ class Joint(Design):
 
 
 class _Random(Design):
-    """Designs that set a share p of the units, drawn anew for each of a number of trials."""
+    """Designs that set a share p of the units, drawn independently for each trial."""
 
     _p = ("a probability in (0, 1)", "Write 0.1 for ten per cent.")
 
@@ -230,20 +230,20 @@ class _Random(Design):
 
 
 class RandomMask(_Random):
-    """Each unit flips with probability p in each trial, independently: effects are averaged over the others' flips.
+    """Each unit flips with probability p in each trial, independently: effects are averages over the other units.
 
     Args:
         p: probability of a flip, in (0, 1); the paper masks 10 % of the area.
         n_trials: number of trials, 2 or more.
         balanced: each unit flips in exactly ``round(p * n_trials)`` trials.
-        antithetic: trials come in pairs that draw a flip from u and from 1 - u: smaller errors where effects are
-            close to additive. Errors are then taken from pair means.
+        antithetic: trials come in pairs that draw flips from u and from 1 - u, which reduces the error if effects are
+            close to additive. Standard errors are then computed from pair means.
         estimator: ``"adjusted"`` or ``"difference_in_means"``.
         seed: any integer.
 
     Raises:
-        DesignError: p outside (0, 1), fewer than 2 trials, an odd number of antithetic trials, a balanced design in
-            which a unit would never (or always) flip.
+        DesignError: p outside (0, 1), fewer than 2 trials, an odd number of antithetic trials, or a balanced
+            design in which a unit would never (or always) flip.
 
     Example:
         >>> RandomMask(0.5, n_trials=4, balanced=True).assignments(3).sum(0).tolist()
@@ -273,7 +273,7 @@ class RandomMask(_Random):
         self.balanced, self.antithetic, self.estimator = balanced, antithetic, estimator
 
     def flip_probability(self) -> float | None:
-        """p, or for a balanced design the share of trials in which each unit flips."""
+        """p; for a balanced design the share of trials in which each unit flips."""
         return round(self.p * self.n_trials) / self.n_trials if self.balanced else self.p
 
     def blocks(self, n_trials: int) -> Tensor | None:
@@ -285,7 +285,7 @@ class RandomMask(_Random):
         if self.balanced and self.antithetic:
             return self._balanced_pairs(n_units, draw)
         if self.balanced:
-            # The k smallest of T uniform numbers: exactly k flips, independently for each unit.
+            # Flip where the number is among the k smallest of T: exactly k flips, independently for each unit.
             rank = torch.rand(self.n_trials, n_units, generator=draw).argsort(0).argsort(0)
             return rank < round(self.p * self.n_trials)
         if self.antithetic:
@@ -294,7 +294,7 @@ class RandomMask(_Random):
         return torch.rand(self.n_trials, n_units, generator=draw) < self.p
 
     def _balanced_pairs(self, n_units: int, draw: torch.Generator) -> Tensor:
-        """In k (of T/2) pairs one member of the pair flips; for p > 1/2 the same with do and idle exchanged."""
+        """In k of T/2 pairs one member flips; for p > 1/2 the same with do and idle exchanged."""
         k = round(self.p * self.n_trials)
         few = min(k, self.n_trials - k)
         chosen = torch.rand(self.n_trials // 2, n_units, generator=draw).argsort(0).argsort(0) < few
@@ -308,7 +308,7 @@ class RandomMask(_Random):
 
 
 class _OverGrid(_Random):
-    """Random designs whose trials set coherent parts of a grid; neighbours flip together, so a regression is needed."""
+    """Random designs that set coherent parts of a grid; a regression must separate neighbours, which flip together."""
 
     estimator = "smooth"
     _p = ("a share of the area in (0, 1)", "Write 0.5 for a half.")
@@ -327,7 +327,7 @@ class RandomWindows(_OverGrid):
     """Square windows of several sizes at random places, until they cover a share of the image.
 
     Args:
-        p: share of the area that each trial sets, in (0, 1); the nearest that whole windows give.
+        p: share of the area that each trial sets, in (0, 1), as closely as whole windows allow.
         n_trials: number of trials, 2 or more.
         sizes: sides of the windows as shares of the grid's longer side, in (0, 1].
         seed: any integer.
@@ -358,14 +358,14 @@ class RandomWindows(_OverGrid):
         rows, columns = self._grid(n_units, grid)
         draw = generator(self.seed, example, "windows")
         sides = torch.tensor([max(1, round(size * max(rows, columns))) for size in self.sizes])
-        # Enough windows for any share: each covers its area once, and the last of a cover are found late.
+        # Enough windows for any share, although late ones add little to what is covered already.
         count = 4 + int(6 * n_units / float(sides.double().square().mean()))
         return torch.stack([self._trial(sides, count, rows, columns, draw) for _ in range(self.n_trials)])
 
     def _trial(self, sides: Tensor, count: int, rows: int, columns: int, draw: torch.Generator) -> Tensor:
-        """The union of as many windows as bring the covered share nearest to p."""
+        """The union of windows whose covered share is closest to p."""
         side = sides[torch.randint(len(sides), (count,), generator=draw)]
-        # Windows may reach over the border, so that units at the border flip as often as the others.
+        # Windows may extend beyond the border, so that units at the border flip as often as the others.
         top = _start(side, rows, draw)
         left = _start(side, columns, draw)
         row, column = torch.arange(rows), torch.arange(columns)
@@ -380,9 +380,9 @@ class RandomRegions(_OverGrid):
     """Coherent regions of random shape: units where low-frequency noise over the grid is high.
 
     White noise is averaged with a Gaussian of standard deviation ``length`` cells, scaled to unit variance, and a unit
-    is set where it exceeds the normal quantile of 1 - p. Every unit, at the border too, flips with probability exactly
-    p; neighbours tend to flip together; no direction or position is preferred. How many units flip differs between
-    trials: with a fixed number the level that all effects share could not be separated from the intercept.
+    is set where it exceeds the normal quantile of 1 - p. Every unit, including those at the border, flips with
+    probability exactly p; neighbours tend to flip together; no direction or position is preferred. The number of units
+    that flip varies between trials: if it were fixed, the mean effect could not be separated from the intercept.
 
     Args:
         p: probability that a unit flips, in (0, 1).
@@ -416,13 +416,13 @@ class RandomRegions(_OverGrid):
 
 
 def _gaussian(n: int, pad: int, length: float) -> Tensor:
-    """Weights (n, n + 2 pad), rows of norm 1, that average padded noise around each of n cells."""
+    """Weights (n, n + 2 pad) that average padded noise around each of n cells; rows of norm 1."""
     centre = torch.arange(n, dtype=torch.float64)[:, None] + pad
     weights = torch.exp(-0.5 * ((centre - torch.arange(n + 2 * pad, dtype=torch.float64)) / length) ** 2)
     return weights / weights.square().sum(dim=1, keepdim=True).sqrt()
 
 
 def _start(side: Tensor, size: int, draw: torch.Generator) -> Tensor:
-    """First cells of windows that overlap a line of ``size`` cells, each place equally likely."""
+    """First cell of a window that overlaps a line of ``size`` cells, all positions equally likely."""
     places = size + side - 1
     return (torch.rand(len(side), generator=draw) * places).long() - side + 1

@@ -1,7 +1,7 @@
-"""Errors and warnings of the plugin: one class per family, one grammar for every message.
+"""Errors and warnings of the plugin, with one grammar for all messages.
 
-A message names the argument, says what was expected and what came, and ends with what to do. Each family has a page
-in the documentation (``docs/errors/``).
+A message names the argument, says what was expected and what it got, and ends with a hint what to do. Each class has
+a page in the documentation (``docs/errors/``).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class CEPluginError(Exception):
 
 
 class ArgumentError(CEPluginError, ValueError):
-    """An option has a value that it cannot take."""
+    """An argument has a value that it cannot take."""
 
 
 class InputError(CEPluginError, ValueError):
@@ -45,7 +45,7 @@ class InputError(CEPluginError, ValueError):
 
 
 class UnitError(CEPluginError, ValueError):
-    """The units cannot be used: a mask of the wrong arity or shape, fractional ids, windows that do not fit ..."""
+    """The units cannot be used: a wrong number or shape of masks, fractional ids, windows that do not fit ..."""
 
 
 class TargetError(CEPluginError, ValueError):
@@ -65,15 +65,15 @@ class AttackError(CEPluginError, ValueError):
 
 
 class DesignError(CEPluginError, ValueError):
-    """A design cannot produce the trials that it is asked for."""
+    """A design cannot produce the requested trials."""
 
 
 class InferenceError(CEPluginError, ValueError):
-    """p-values, intervals or significance were asked of a result that has no sampling error."""
+    """P-values, intervals or significance were requested from a result without sampling error."""
 
 
 class UnknownNameError(CEPluginError, ValueError):
-    """A name (of a layer, attack, outcome, fill, design ...) is not known."""
+    """The name of a layer, attack, outcome, fill, design ... is unknown."""
 
 
 class FileError(CEPluginError, OSError):
@@ -81,7 +81,7 @@ class FileError(CEPluginError, OSError):
 
 
 class CEPluginWarning(UserWarning):
-    """Base class of every warning that the plugin gives."""
+    """Base class of every warning of the plugin."""
 
 
 class NoChangeWarning(CEPluginWarning):
@@ -93,21 +93,21 @@ class NormalizationWarning(CEPluginWarning):
 
 
 class ProbabilityWarning(CEPluginWarning):
-    """The model's outputs already are probabilities, and a softmax or sigmoid is put on top."""
+    """The model's outputs already are probabilities, and the outcome applies a softmax or sigmoid to them."""
 
 
 class SaturationWarning(CEPluginWarning):
-    """Intervals on saturated probabilities are not reliable."""
+    """Intervals on saturated probabilities are unreliable."""
 
 
 def expected(argument: str, wanted: str, got: object, hint: str = "") -> str:
-    """The one grammar of error messages.
+    """An error message, in the grammar that all of them share.
 
     Args:
         argument: name of the argument as the user wrote it.
-        wanted: what it should have been ("a float in (0, 1)").
-        got: what came instead; printed as it is.
-        hint: a sentence that says what to do, where that is not plain.
+        wanted: what was expected ("a float in (0, 1)").
+        got: what the argument was instead; printed as it is.
+        hint: a sentence that says what to do, unless that is obvious.
 
     Example:
         >>> expected("p", "a float in (0, 1)", 1.5, "Write 0.1 for ten per cent.")
@@ -117,7 +117,7 @@ def expected(argument: str, wanted: str, got: object, hint: str = "") -> str:
 
 
 def unknown_name(argument: str, name: object, known: Iterable[str]) -> UnknownNameError:
-    """An error for a name that is not known, with the nearest one that is.
+    """An error for an unknown name, which lists the known ones and suggests the closest.
 
     Example:
         >>> print(unknown_name("outcome", "logits", ["margin", "logit"]))

@@ -1,4 +1,4 @@
-"""Random numbers that depend on names only: (seed, example id, stream), never on the global state or on order."""
+"""Random numbers determined by (seed, example id, stream name), not by the global state or the order of draws."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ def _sequence(seed: int, keys: tuple[int | str, ...]) -> np.random.SeedSequence:
     entropy = []
     for key in (seed, *keys):
         value = zlib.crc32(key.encode()) if isinstance(key, str) else int(key)
-        # SeedSequence takes non-negative words only; a sign is carried as a word of its own.
+        # SeedSequence takes non-negative integers only, so the sign is a separate one.
         entropy += [abs(value), int(value < 0)]
-    # Up to four words numpy fills with zeros, so that (1,) and (1, 0) would be the same name.
+    # numpy pads to four words with zeros, so that (1,) and (1, 0) would give the same stream.
     return np.random.SeedSequence([*entropy, len(entropy)] if len(entropy) <= 4 else entropy)
 
 
 def generator(seed: int, *keys: int | str) -> torch.Generator:
-    """A CPU generator for the stream named by ``(seed, *keys)``: equal names, equal numbers.
+    """A CPU generator for the stream ``(seed, *keys)``: equal keys give equal numbers.
 
     Args:
         seed: the user's seed, any integer.
-        keys: what tells this stream from others: an example's id, a word such as ``"fill"``.
+        keys: identify the stream, such as an example's id and a name like ``"fill"``.
 
     Example:
         >>> a = torch.rand(2, generator=generator(0, 7, "fill"))
@@ -38,7 +38,7 @@ def generator(seed: int, *keys: int | str) -> torch.Generator:
 
 
 def derived_seed(seed: int, *keys: int | str) -> int:
-    """A seed for the stream named by ``(seed, *keys)``, where something takes a seed and not a generator.
+    """A seed for the stream ``(seed, *keys)``, for functions that take a seed instead of a generator.
 
     Example:
         >>> derived_seed(0, "evidence") == derived_seed(0, "evidence") != derived_seed(1, "evidence")
@@ -48,7 +48,7 @@ def derived_seed(seed: int, *keys: int | str) -> int:
 
 
 def numpy_generator(seed: int, *keys: int | str) -> np.random.Generator:
-    """The same as :func:`generator` for numpy.
+    """A numpy generator for the stream ``(seed, *keys)``, see :func:`generator`.
 
     Example:
         >>> bool(numpy_generator(0, "x").random() == numpy_generator(0, "x").random())

@@ -31,12 +31,12 @@ __all__ = [
 
 
 class Units(ABC):
-    """The units of a site for N examples: how an assignment becomes a mask, and unit values become a map.
+    """The units of a site for N examples: turns assignments into masks, and values of units into maps.
 
     Attributes:
         n_units: number of units of each example, int64 (N,).
-        labels: a name for each unit; one list for all examples, or one per example where they differ.
-        grid: (rows, columns) where the units are the cells of a grid, row by row; else None.
+        labels: a name for each unit; one list for all examples, or one per example if they differ.
+        grid: (rows, columns) if the units are the cells of a grid, row by row; else None.
     """
 
     n_units: Tensor
@@ -45,19 +45,19 @@ class Units(ABC):
 
     @property
     def width(self) -> int:
-        """The largest number of units that an example has: U of the tensors that hold all examples."""
+        """The largest number of units of an example: U in tensors that hold all examples."""
         return int(self.n_units.max())
 
     @abstractmethod
     def masks(self, assignments: Tensor, examples: Tensor) -> tuple[Tensor, ...]:
-        """What each trial sets.
+        """Which values each trial sets.
 
         Args:
             assignments: bool (B, U).
             examples: index of each trial's example, int64 (B,).
 
         Returns:
-            For each input a bool tensor (B, ...) that broadcasts to the input's rows; True where x' goes.
+            For each input a bool tensor (B, ...) that broadcasts to the input's rows; True where x' is used.
         """
 
     @abstractmethod
@@ -68,8 +68,8 @@ class Units(ABC):
             values: one value per unit, (N, U).
 
         Returns:
-            For each input a tensor (N, ...) of its shape (with one row where the values have one): a unit's value
-            wherever the unit is; the mean over the units where they overlap; 0 where there is none.
+            For each input a tensor (N, ...) of its shape (with one row if the values have one): the value of the unit
+            at each position; the mean over the units where they overlap; 0 where there is none.
         """
 
 
@@ -81,11 +81,11 @@ class MaskUnits(Units):
         masks: for each input an integer tensor that broadcasts to it; the leading dimension is 1 (all examples
             share the units) or N.
         grid: see :class:`Units`.
-        none: an id that belongs to no unit: what has it is never set.
+        none: an id for values that belong to no unit and are never set.
         labels: names of the units in the order of their ids; None names them by their ids.
 
     Raises:
-        UnitError: as many masks as inputs were expected; a shape that does not broadcast; fractional ids.
+        UnitError: not one mask per input; a shape that does not broadcast; fractional ids.
 
     Example:
         >>> units = MaskUnits((torch.zeros(1, 4),), (torch.tensor([[7, 7, 9, 9]]),))
@@ -108,14 +108,14 @@ class MaskUnits(Units):
         self.grid = grid
         self.open = False
         rows = max(map(len, checked))
-        # Equal ids are one unit, in whichever input they are.
+        # Equal ids are one unit, even in different inputs.
         flat = torch.cat([mask.expand(rows, *mask.shape[1:]).reshape(rows, -1) for mask in checked], dim=1)
         names: list[list[int]] = []
         numbers = []
         for row in flat:
             name, number = torch.unique(row, return_inverse=True)
             if none is not None and bool((name == none).any()):
-                # What belongs to no unit points behind the last one, at the column that `masks` and `spread` append.
+                # Values of no unit get the index after the last unit, the column that `masks` and `spread` append.
                 place = int((name == none).nonzero())
                 name = name[name != none]
                 number = torch.where(number == place, len(name), number - (number > place).long())
@@ -138,7 +138,7 @@ class MaskUnits(Units):
         for ids in self.ids:
             flat = ids.reshape(len(ids), -1)
             if torch.equal(flat[0], torch.arange(assignments.shape[1])) and len(flat) == 1:
-                chosen = assignments  # each unit is one entry, as channels are: nothing is to be copied
+                chosen = assignments  # one value per unit, as for channels: no copy is needed
             elif len(flat) == 1:
                 chosen = assignments[:, flat[0]]
             else:
@@ -166,11 +166,11 @@ class WindowUnits(Units):
         strides: for each input the step in each dimension, or one step for all; not larger than the window.
 
     Raises:
-        UnitError: a window larger than the input, a stride larger than the window, or values that are not positive.
+        UnitError: a window larger than the input, a stride larger than the window, or a size that is not positive.
 
     Example:
         >>> units = WindowUnits((torch.zeros(1, 3),), ((2,),), ((1,),))
-        >>> units.spread(torch.tensor([[1.0, 2.0]]))  # the middle is in both windows
+        >>> units.spread(torch.tensor([[1.0, 2.0]]))  # the middle value is in both windows
         (tensor([[1.0000, 1.5000, 2.0000]]),)
     """
 
@@ -179,7 +179,7 @@ class WindowUnits(Units):
     ) -> None:
         self.shapes = [tuple(x.shape) for x in inputs]
         labels: list[str] = []
-        # For each input which unit comes first, and the part of an example that each unit is.
+        # For each input the index of its first unit, and the slices that make up each unit.
         self.parts: list[tuple[int, list[tuple[slice, ...]]]] = []
         for position, (x, window, stride) in enumerate(zip(inputs, windows, strides, strict=True)):
             counts = [-(-(size - w) // s) + 1 for size, w, s in zip(x.shape[1:], window, stride, strict=True)]
@@ -195,7 +195,7 @@ class WindowUnits(Units):
     def masks(self, assignments: Tensor, examples: Tensor) -> tuple[Tensor, ...]:
         out = []
         for (first, parts), window, shape in zip(self.parts, self.windows, self.shapes, strict=True):
-            # Dimensions that every window covers whole (the channels, mostly) stay of size 1 and broadcast.
+            # Dimensions that every window covers completely (usually the channels) keep size 1 and broadcast.
             size = [1 if w >= s else s for w, s in zip(window, shape[1:], strict=True)]
             mask = torch.zeros(len(assignments), *size, dtype=torch.bool)
             for row, unit in assignments[:, first : first + len(parts)].nonzero().tolist():
@@ -216,11 +216,11 @@ class WindowUnits(Units):
 
 
 def patch_grid(height: int, width: int, cells: int = 14) -> Tensor:
-    """A feature mask that cuts an image into a grid of at most ``cells`` x ``cells`` patches of nearly equal size.
+    """A feature mask that divides an image into a grid of at most ``cells`` x ``cells`` patches of nearly equal size.
 
     Args:
-        height, width: of the image in pixels.
-        cells: largest number of rows and columns.
+        height, width: size of the image in pixels.
+        cells: largest number of rows and of columns.
 
     Returns:
         int64 (1, 1, height, width).
@@ -266,10 +266,10 @@ class InputSite:
     """The network's input as the site: its units are patches, scalars, a feature mask's regions, or windows.
 
     Args:
-        feature_mask: see :class:`MaskUnits`; a tensor, or a tuple as long as the inputs.
-        sliding_window_shapes: see :class:`WindowUnits`; for one input a tuple of sizes, else a tuple of such.
-        strides: of the windows; None means 1.
-        cells: of the default grid for images, see :func:`patch_grid`.
+        feature_mask: see :class:`MaskUnits`; a tensor, or a tuple with one per input.
+        sliding_window_shapes: see :class:`WindowUnits`; for one input a tuple of sizes, else a tuple of such tuples.
+        strides: strides of the windows; None means 1.
+        cells: largest number of rows and of columns of the default grid for images, see :func:`patch_grid`.
 
     Example:
         >>> site = InputSite()
@@ -358,14 +358,14 @@ def _window_units(inputs: tuple[Tensor, ...], windows: Windows, strides: Strides
 
 
 def _shown(value: object) -> str:
-    """A tensor by its shape: what an estimate notes about its evidence must stay readable."""
+    """Tensors shown by their shape, to keep the settings stored with an estimate readable."""
     if isinstance(value, Tensor):
         return f"tensor{tuple(value.shape)}"
     return f"({', '.join(map(_shown, value))})" if isinstance(value, tuple) else repr(value)
 
 
 def _whole(name: str, numbers: Sequence[int]) -> tuple[int, ...]:
-    """Whole numbers of any kind, but nothing that would have to be rounded."""
+    """The numbers as ints; numbers that would need rounding are an error."""
     try:
         return tuple(operator.index(number) for number in numbers)
     except TypeError as error:
@@ -377,24 +377,24 @@ _KINDS = ("channels", "tokens", "positions", "heads")
 
 @dataclass(frozen=True)
 class LayerSite:
-    """What a layer returns (or takes) as the site.
+    """The output (or the input) of a layer as the site.
 
     Args:
         layer: a module of the network, or its dotted name.
-        units: what is set together: ``"channels"``; ``"tokens"`` of a transformer (N, T, D); ``"positions"`` of a map
-            (N, C, h, w); ``"heads"``, equal blocks of channels.
+        units: what is set together: ``"channels"``; ``"tokens"`` of a transformer (N, T, D); ``"positions"`` of
+            a map (N, C, h, w); ``"heads"``, equal blocks of channels.
         layer_mask: integer ids that broadcast to the value; equal ids are one unit. Replaces ``units``.
-        at_input: the layer's input is the site, not its output.
-        element: which element, where the layer returns a tuple (or which argument it takes).
-        call: which call, counted from 0, of a layer that the network passes through several times.
-        channel_dim: where the channels are; None means dimension 1 of (N, C), (N, C, h, w) and longer ones, and the
+        at_input: use the layer's input instead of its output.
+        element: which element, if the layer returns a tuple (or takes several arguments).
+        call: which call, counted from 0, if the network calls the layer several times.
+        channel_dim: dimension of the channels; None means dimension 1 of (N, C), (N, C, h, w) and longer ones, and the
             last of (N, T, D). Swin's maps (N, h, w, C) need ``channel_dim=-1``.
         n_heads: number of blocks for ``units="heads"``.
         reshape_transform: from the layer's value to a map (N, C, h, w), as pytorch-grad-cam takes it for
-            transformers; units are then those of the map, and what it drops (a class token) belongs to none.
+            transformers; units are then those of the map, and values that it drops (a class token) belong to none.
 
     Raises:
-        ArgumentError: a layer that is neither a module nor a name; ``units`` of unknown kind; no ``n_heads`` for heads.
+        ArgumentError: ``layer`` is neither a module nor a name; ``units`` is unknown; ``n_heads`` is missing for heads.
 
     Example:
         >>> site = LayerSite("0", units="positions")
@@ -435,11 +435,11 @@ class LayerSite:
         return f"LayerSite({', '.join(shown)})"
 
     def module(self, networks: Sequence[nn.Module]) -> tuple[str, nn.Module]:
-        """The layer's dotted name and the layer itself, found in the networks that the forward function runs.
+        """The layer's dotted name and the layer, looked up in the networks that the forward function runs.
 
         Raises:
-            ModelError: no network was found in the forward function, or it does not hold this module.
-            UnknownNameError: no layer of this name.
+            ModelError: no network was found in the forward function, or it does not contain this module.
+            UnknownNameError: there is no layer of this name.
         """
         return find_layer(networks, self.layer)
 
@@ -447,7 +447,7 @@ class LayerSite:
         """The units of the layer's value, a tuple of one tensor (N, ...).
 
         Raises:
-            UnitError: the value has no such units (no positions, channels that the heads do not divide ...).
+            UnitError: the value has no such units (no positions, channels that cannot be divided into the heads ...).
         """
         (value,) = values
         if value.dim() < 2:
@@ -461,7 +461,7 @@ class LayerSite:
         return MaskUnits(values, (ids,), labels=labels)
 
     def _ids(self, value: Tensor, channel_dim: int | None) -> tuple[Tensor, list[str] | None]:
-        """Each element's unit, in a shape that broadcasts to the value; names where these are no numbers."""
+        """Each element's unit, in a shape that broadcasts to the value; and names, if they are not just numbers."""
         dim = (2 if value.dim() == 3 else 1) if channel_dim is None else channel_dim % value.dim()
         ones = [1] * value.dim()
         if self.units == "channels":
@@ -484,7 +484,7 @@ class LayerSite:
         return torch.arange(len(labels)).reshape(shape), labels
 
     def _reshaped(self, value: Tensor) -> tuple[Tensor, list[str] | None]:
-        """Units of the map that ``reshape_transform`` makes: element numbers are sent through it and found again."""
+        """Units of the map that ``reshape_transform`` returns, found by passing element indices through it."""
         numbers = torch.arange(1, value[0].numel() + 1, dtype=torch.float64).reshape(1, *value.shape[1:])
         places = (self.map(numbers)[0] - 1).round().long().reshape(-1)
         ids, labels = self._ids(self.map(numbers), 1)
@@ -500,7 +500,7 @@ class LayerSite:
         """The layer's value as maps (N, C, h, w).
 
         Raises:
-            InputError: it has no positions, and no ``reshape_transform`` was given.
+            InputError: it has no positions, and there is no ``reshape_transform``.
         """
         if self.reshape_transform is not None:
             maps = self.reshape_transform(value)
@@ -522,17 +522,17 @@ def _shape(value: Tensor) -> str:
 class ConceptSite:
     """The innermost code of an autoencoder that is inserted at a layer; its channels are the concepts.
 
-    The reference then is the network *with* the autoencoder inserted.
+    The reference is then the network *with* the autoencoder inserted.
 
     Args:
-        layer: a module of the network, its dotted name, or a :class:`LayerSite` that says more.
+        layer: a module of the network, its dotted name, or a :class:`LayerSite`.
         autoencoder: trained on this layer of this network.
 
     Attributes:
-        place: where the autoencoder is inserted.
+        place: the :class:`LayerSite` where the autoencoder is inserted.
 
     Raises:
-        ArgumentError: ``autoencoder`` is none.
+        ArgumentError: ``autoencoder`` is not a concept autoencoder.
 
     Example:
         >>> site = ConceptSite("features.3", ConceptAutoencoder(8, 2))
@@ -558,11 +558,11 @@ class ConceptSite:
         return f"ConceptSite({shown}, {self.autoencoder.concepts} concepts)"
 
     def module(self, networks: Sequence[nn.Module]) -> tuple[str, nn.Module]:
-        """The layer's dotted name and the layer itself; see :meth:`LayerSite.module`."""
+        """The layer's dotted name and the layer; see :meth:`LayerSite.module`."""
         return self.place.module(networks)
 
     def units_of(self, values: tuple[Tensor, ...]) -> MaskUnits:
-        """The code's channels."""
+        """The channels of the code."""
         return LayerSite("code").units_of(values)
 
     def map(self, value: Tensor) -> Tensor:
@@ -575,13 +575,13 @@ class Evidence:
     """An intervention that holds in all trials and in the reference.
 
     Args:
-        intervention: what is set.
-        site: where; the input by default, or a layer or a layer's concepts.
-        units: which units are set: ``"all"``, indices, or a :class:`RandomMask` whose ``n_trials`` draws the result
-            is averaged over.
+        intervention: the intervention.
+        site: the input by default, or a layer, or the concepts of a layer.
+        units: which units are set: ``"all"``, indices, or a :class:`RandomMask`, over whose ``n_trials`` draws the
+            result is averaged.
 
     Raises:
-        ArgumentError: ``intervention`` is none.
+        ArgumentError: ``intervention`` is not an intervention.
         UnitError: ``units`` is none of these.
 
     Example:
@@ -615,19 +615,19 @@ class Evidence:
 
     @property
     def is_random(self) -> bool:
-        """Whether the units are drawn."""
+        """Whether the units are drawn at random."""
         return isinstance(self.units, RandomMask)
 
     @property
     def n_draws(self) -> int:
-        """How many random evidences the result is averaged over; 1 where nothing is random."""
+        """Number of random draws that the result is averaged over; 1 if nothing is random."""
         return self.units.n_trials if isinstance(self.units, RandomMask) else 1
 
     def assignment(self, n_units: int, example: int, draw: int, order: int = 0) -> Tensor:
-        """Which units hold the evidence, bool (U,), in one draw for the example of this id.
+        """Which units are set, bool (U,), in one draw for the example with this id.
 
-        Several random evidences, told apart by their ``order``, and the trials of a design are drawn independently of
-        each other, also where their seeds are equal.
+        Several random evidences, distinguished by ``order``, and the trials of a design are drawn independently of
+        each other, even if their seeds are equal.
         """
         if isinstance(self.units, RandomMask):
             own = self.units.reseeded(derived_seed(self.units.seed, "evidence", order))

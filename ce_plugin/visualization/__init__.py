@@ -1,7 +1,7 @@
-"""Pictures of effects: maps laid over photographs, outlines of significant units, bars with their intervals.
+"""Plots of effects: maps drawn over photographs, outlines of significant units, bar charts, detector curves.
 
-Every function returns a :class:`matplotlib.figure.Figure` or plain values. Neither pyplot's state nor its backend is
-touched, so the functions work on a server, in a notebook and in a thread alike.
+Every function returns a :class:`matplotlib.figure.Figure` or plain values. None of them uses pyplot's state or its
+backend, so they work on a server, in a notebook and in a thread.
 """
 
 from ce_plugin._lazy import deprecated_names

@@ -1,4 +1,4 @@
-"""Charts: ranked nodes as bars, a detector's scores as histograms, and its ROC curves."""
+"""Charts: bars of ranked nodes, histograms of a detector's scores, and its ROC curves."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def plot_nodes(
     xlabel: str = "contribution",
     title: str = "",
 ) -> Figure:
-    """Bars of nodes in the order given: the first series filled, a second as an outline over it.
+    """Bar chart of nodes in the order given; the first series is filled, a second drawn as an outline.
 
     Args:
         labels: names of the nodes, best first.
         series: one or two lists of contributions by name, each as long as ``labels``.
-        shares: names of the nodes that carry an attack and their shares of its effect, drawn beside.
-        xlabel: what the bars measure.
-        title: written above.
+        shares: names of the nodes that carry an attack and their shares of its effect, for a second chart on the right.
+        xlabel: label of the bars' axis.
+        title: title of the figure.
 
     Returns:
         A figure.
 
     Raises:
-        ArgumentError: no nodes, lists of other lengths, or other than one or two series.
+        ArgumentError: no nodes, lists of different lengths, or not one or two series.
 
     Example:
         >>> figure = plot_nodes(["7", "3"], {"clean": [0.5, -0.2], "pgd": [0.1, -0.3]})
@@ -98,7 +98,7 @@ def _finish(axes: Any, labels: Sequence[str], title: str) -> None:
     axes.set_title(title, fontsize=9)
 
 
-# Colours that stay apart for colour-blind readers; then again with other dashes.
+# Colours that colour-blind readers can tell apart, then the same with other dashes.
 _COLORS = ("#e8590c", "#1c6fd1", "#2b8a3e", "#9c36b5", "#b08900", "#0b7285")
 _DASHES = ("-", "--", ":", "-.")
 _LIGHT_GRAY = "#9aa1ab"
@@ -112,16 +112,16 @@ def plot_scores(
     *,
     title: str = "",
 ) -> Figure:
-    """Histogram of the clean images' scores that set the threshold, and of other images' as lines over it.
+    """Histogram of the calibration scores, with the threshold, and outlines of the histograms of other scores.
 
     Args:
         calibration: scores of clean images, (n,), finite.
         threshold: scores above it are flagged.
-        others: name -> scores (m,); those without any are left out.
-        title: written above.
+        others: name -> scores (m,); empty sets are left out.
+        title: title of the figure.
 
     Returns:
-        A figure; its heights are shares of each set of images.
+        A figure; the heights are shares of each set of images.
 
     Raises:
         InputError: no calibration scores, or scores that are not finite.
@@ -138,7 +138,7 @@ def plot_scores(
         raise InputError(expected("calibration", "at least one score", "none"))
     sets = {name: _finite(name, scores) for name, scores in (others or {}).items()}
     everything = np.concatenate([clean, *sets.values(), [threshold]])
-    # Where a few scores are far out, a plain axis would press all others into one bar.
+    # A few extreme scores would compress all others into one bar on a linear axis.
     ratio = everything.max() / max(float(np.median(clean)), 1e-300) if everything.min() > 0 else 0.0
     spaced = np.geomspace if ratio > 20 else np.linspace
     edges: list[float] = spaced(everything.min(), everything.max() + 1e-9, _BINS + 1).tolist()
@@ -165,16 +165,16 @@ def plot_scores(
 
 
 def plot_roc(clean: npt.ArrayLike, attacked: Mapping[str, npt.ArrayLike], *, fpr: float, title: str = "") -> Figure:
-    """What share of attacked images is detected when a given share of clean ones may be flagged.
+    """ROC curves: share of attacked images detected against share of clean images flagged.
 
     Args:
-        clean: scores of clean images, (n,); infinity is a score, NaN is none.
-        attacked: name of the attack -> scores, (m,); those without any are left out.
+        clean: scores of clean images, (n,); infinity is allowed, NaN is not.
+        attacked: name of the attack -> scores, (m,); empty sets are left out.
         fpr: false-alarm rate at which a line is drawn.
-        title: written above.
+        title: title of the figure.
 
     Returns:
-        A figure; the false-alarm rate is drawn as its square root, which shows the left end, where it matters.
+        A figure; the axis of the false-alarm rate is a square root, which enlarges the low rates.
 
     Raises:
         InputError: no clean scores, or NaN.

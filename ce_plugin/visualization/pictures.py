@@ -1,4 +1,4 @@
-"""Maps laid over pictures through Captum's visualiser, and pictures as text that a page can hold."""
+"""Maps drawn over images by Captum's visualiser, and images as data URIs."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ Pixels = npt.NDArray[np.float64]
 
 
 def contribution_colors(share: float = 1.0) -> Colormap:
-    """The colours of signed contributions: blue against the class, clear at zero, orange for it.
+    """Colour map of signed contributions: blue against the class, transparent at zero, orange for it.
 
     Args:
-        share: how much of the full colours to use, in (0, 1]: a map whose greatest value is a third of the common
-            scale gets a third of the colours.
+        share: share of the colour range to use, in (0, 1]: a map whose largest value is a third of the common scale
+            gets a third of the range.
 
     Example:
         >>> float(contribution_colors()(0.5)[3])  # alpha at zero: the photograph shines through
@@ -46,7 +46,7 @@ def contribution_colors(share: float = 1.0) -> Colormap:
     colors = []
     for value in steps:
         red, green, blue = to_rgb(POSITIVE if value >= 0 else NEGATIVE)
-        # A root lifts small values a little, so that a weak patch is seen and a zero one is still clear.
+        # The root makes small values visible and keeps zero transparent.
         colors.append((red, green, blue, 0.88 * abs(float(value)) ** 0.8))
     return LinearSegmentedColormap.from_list("contribution", colors, N=257)
 
@@ -61,17 +61,17 @@ def overlay(
     width: int = 300,
     title: str | None = None,
 ) -> Figure:
-    """An attribution laid over the grayscale picture, by Captum's ``visualize_image_attr``.
+    """An attribution drawn over the grayscale image, by Captum's ``visualize_image_attr``.
 
     Args:
         attribution: (H, W), or (C, H, W), whose channels are averaged.
         image: (C, H, W), values in [0, 1], C = 1 or 3.
-        scale: the value that gets the full colour; None means the greatest absolute value. A common scale makes
+        scale: the value that gets the full colour; None means the largest absolute value. A common scale makes
             several maps comparable.
-        significant: (H, W) boolean; the outlines of the true regions are drawn, white around dark.
+        significant: (H, W) boolean; regions of True are outlined, in dark with a white edge.
         sign: ``"all"`` (orange supports, blue opposes) or ``"positive"`` (orange only).
-        width: of the figure, in pixels.
-        title: written above the picture.
+        width: width of the figure, in pixels.
+        title: title above the image.
 
     Returns:
         A figure without axes.
@@ -100,17 +100,17 @@ def overlay(
     if sign == "positive":
         values = values.clip(min=0)
     figure, axes = _frame(values.shape, width, title)
-    # Lifted, so that the colours can be told apart on dark parts as well.
+    # Brightened, so that the colours can be distinguished on dark parts too.
     gray = 0.3 + 0.65 * np.repeat(shown.mean(axis=2, keepdims=True), 3, axis=2)
     greatest = float(np.abs(values).max(initial=0.0))
     if greatest == 0.0:
-        # Captum divides by the greatest value; a map of zeros is the photograph alone.
+        # Captum divides by the largest value; a map of zeros shows only the photograph.
         axes.imshow(gray, vmin=0, vmax=1)
     else:
         full = scale or greatest
         clipped = values.clip(-full, full)
         share = min(greatest / full, 1.0)
-        # Captum scales each map to its own maximum. A common scale is kept by cutting the colours instead.
+        # Captum scales each map to its own maximum; for a common scale the colour map is truncated instead.
         colors = contribution_colors(share)
         captum_pictures.visualize_image_attr(
             (clipped / np.abs(clipped).max())[:, :, None],
@@ -118,7 +118,7 @@ def overlay(
             method="blended_heat_map",
             sign="all",
             plt_fig_axis=(figure, axes),
-            outlier_perc=1e-6,  # with 0, rounding can leave Captum without any value above its threshold
+            outlier_perc=1e-6,  # with 0, rounding can leave no value above Captum's threshold
             cmap=colors,
             alpha_overlay=None,  # type: ignore[arg-type, unused-ignore] # the colours carry their own
             use_pyplot=False,
@@ -130,14 +130,14 @@ def overlay(
 
 
 def magnify(perturbation: Tensor) -> tuple[Tensor, float]:
-    """A perturbation made visible: multiplied, and laid on middle gray.
+    """A perturbation made visible: multiplied and added to medium grey.
 
     Args:
-        perturbation: (C, H, W), in units of the picture's range (a change from black to white is 1).
+        perturbation: (C, H, W), as a share of the image's range (a change from black to white is 1).
 
     Returns:
-        The picture (C, H, W) with values in [0, 1], and the factor: 0.5 + factor * perturbation. The factor is the
-        largest whole number that keeps the picture within 0.15 and 0.85, or 0.5 for a change by half of the range.
+        The image 0.5 + factor * perturbation, (C, H, W), with values in [0, 1], and the factor: the largest whole
+        number that keeps the image within 0.15 and 0.85, or 0.5 if the perturbation is too large for that.
 
     Example:
         >>> shown, factor = magnify(torch.tensor([[[0.02, -0.02]]]))
@@ -150,7 +150,7 @@ def magnify(perturbation: Tensor) -> tuple[Tensor, float]:
 
 
 def outlines(region: Tensor) -> npt.NDArray[np.float64]:
-    """The borders of a region, along the edges of its pixels.
+    """The border of a region, along the edges of its pixels.
 
     Args:
         region: (H, W) boolean.
@@ -166,7 +166,7 @@ def outlines(region: Tensor) -> npt.NDArray[np.float64]:
     inside = np.pad(region.detach().cpu().numpy().astype(np.int8), 1)
     segments: list[tuple[tuple[float, float], tuple[float, float]]] = []
     for swap in (False, True):
-        # Steps down the rows are horizontal borders; of the transpose, vertical ones.
+        # Changes from row to row are horizontal borders; in the transpose, vertical ones.
         steps = np.diff(inside.T if swap else inside, axis=0)
         for row in np.flatnonzero(steps.any(axis=1)):
             line = np.concatenate(([0], steps[row], [0]))
@@ -180,11 +180,11 @@ def outlines(region: Tensor) -> npt.NDArray[np.float64]:
 
 
 def data_uri(shown: Figure | Tensor) -> str:
-    """A figure or a picture as text that a page can hold: ``data:image/...;base64,...``.
+    """A figure or an image as a data URI for an HTML page: ``data:image/...;base64,...``.
 
     Args:
-        shown: a figure, which becomes a JPEG; or a picture (C, H, W) with values in [0, 1] and C = 1 or 3, which
-            becomes, pixel for pixel, a PNG or a JPEG, whichever is smaller.
+        shown: a figure, which becomes a JPEG; or an image (C, H, W) with values in [0, 1] and C = 1 or 3, which becomes
+            a PNG or a JPEG of the same size in pixels, whichever is the smaller file.
 
     Example:
         >>> data_uri(torch.zeros(3, 8, 8))[:22]
@@ -200,7 +200,7 @@ def data_uri(shown: Figure | Tensor) -> str:
 
 
 def _drawn(figure: Figure, dpi: int) -> Any:
-    """The figure as an image of Pillow's."""
+    """The figure as a Pillow image."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -254,7 +254,7 @@ def _draw_outlines(axes: Any, significant: Tensor | None, values: Pixels) -> Non
     if tuple(significant.shape) != values.shape:
         raise InputError(expected("significant", f"of the map's size {values.shape}", tuple(significant.shape)))
     lines = list(outlines(significant))
-    # A light line under a dark one is seen on any photograph.
+    # A light line under a dark one is visible on any photograph.
     for color, thickness in (("white", 2.8), ("#111111", 1.4)):
         axes.add_collection(LineCollection(lines, colors=color, linewidths=thickness, capstyle="projecting"))
     height, breadth = values.shape
@@ -263,18 +263,18 @@ def _draw_outlines(axes: Any, significant: Tensor | None, values: Pixels) -> Non
 
 
 def sheet(rows: Sequence[Sequence[tuple[str, Figure | Tensor]]], *, note: str = "", width: int = 300) -> Figure:
-    """Pictures in rows, each with its title.
+    """A grid of images, each with its title.
 
     Args:
-        rows: of (title, picture); a picture is a figure, or (C, H, W) with values in [0, 1], C = 1 or 3.
-        note: written below.
-        width: of each picture, in pixels.
+        rows: rows of (title, image); an image is a figure, or (C, H, W) with values in [0, 1], C = 1 or 3.
+        note: text below the grid.
+        width: width of each image, in pixels.
 
     Returns:
         A figure.
 
     Raises:
-        ArgumentError: no picture, or rows of different lengths.
+        ArgumentError: no image, or rows of different lengths.
         InputError: a tensor of another shape.
 
     Example:
@@ -304,7 +304,7 @@ def sheet(rows: Sequence[Sequence[tuple[str, Figure | Tensor]]], *, note: str = 
 
 
 def _shortened(title: str, most: int = 48) -> str:
-    """A title that fits above a picture."""
+    """The title, shortened to fit above an image."""
     return title if len(title) <= most else title[: most - 1] + "…"
 
 
@@ -318,17 +318,17 @@ def _pixels(shown: Figure | Tensor) -> npt.NDArray[Any]:
 
 
 def spotlight(image: Tensor, box: tuple[int, int, int, int]) -> Tensor:
-    """A picture with one region as it is, outlined in white, and the rest darkened.
+    """An image with one region outlined in white and the rest darkened.
 
     Args:
         image: (C, H, W), values in [0, 1].
         box: (left, top, right, bottom) in pixels, right and bottom exclusive.
 
     Returns:
-        A picture of the same shape.
+        An image of the same shape.
 
     Raises:
-        InputError: not a picture, or a box that is empty or beyond it.
+        InputError: not an image, or a box that is empty or outside the image.
 
     Example:
         >>> import torch
