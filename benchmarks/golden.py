@@ -2,11 +2,11 @@
 
     python benchmarks/golden.py BASE                  the working tree as it is, against a revision
     python benchmarks/golden.py BASE HEAD             two revisions
-    python benchmarks/golden.py BASE --allow CALL     a call whose numbers are meant to change
+    python benchmarks/golden.py BASE --allow CALL     numbers of this call may change
 
-The calls are those of this checkout; each revision's package is exported to a temporary folder and run in a process of
-its own, with as many threads. Calls that a revision cannot run, because it has not got a name yet, are listed. The exit
-status is 1 where a call differs, or cannot be run, that is not allowed to.
+The calls are those of this checkout. The package of each revision is exported to a temporary folder and run in a
+separate process with the same number of threads. Calls that a revision cannot run, because it lacks a name, are listed.
+The exit status is 1 if a call that is not allowed differs or cannot be run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "20000000000"}
 
 
 def exported(revision: str, folder: Path) -> Path:
-    """The package of a revision, in a folder of its own."""
+    """Export the package of a revision to a folder."""
     git = ["git", "-C", str(ROOT), "archive", revision, "ce_plugin"]
     packed = subprocess.run(git, capture_output=True, check=True).stdout
     with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
@@ -40,7 +40,7 @@ def exported(revision: str, folder: Path) -> Path:
 
 
 def numbers(place: Path, folder: Path, threads: int) -> dict[str, Any]:
-    """What every call returns with the package that lies in a place: arrays by name, or an error."""
+    """The results of every call with the package in a folder: arrays by name, or an error."""
     file = folder / "numbers.pickle"
     environment = {**os.environ, **KEEP, **dict.fromkeys(THREADS, str(threads)), "PYTHONPATH": str(place)}
     command = [sys.executable, str(CALLS), "--dump", str(file)]
@@ -53,7 +53,7 @@ def numbers(place: Path, folder: Path, threads: int) -> dict[str, Any]:
 
 
 def compared(base: Any, head: Any) -> tuple[str, str, bool]:
-    """Number of arrays, what is to be said of a call, and whether it is the same on both sides."""
+    """Number of arrays, a message about the call, and whether both sides are the same."""
     for name, one in (("BASE", base), ("HEAD", head)):
         if isinstance(one, str):
             return "-", f"cannot be run on {name}: {one.splitlines()[0]}", False

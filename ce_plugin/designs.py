@@ -267,7 +267,9 @@ class RandomMask(_Random):
             raise DesignError(expected("n_trials", "even for antithetic pairs", n_trials))
         if balanced and not 0 < round(p * n_trials) < n_trials:
             hint = f"Use at least {round(1 / min(p, 1 - p)) + 1} trials, or balanced=False."
-            raise DesignError(expected("n_trials", f"so large that units flip and idle at p={p}", n_trials, hint))
+            raise DesignError(
+                expected("n_trials", f"enough for every unit to flip and to idle at p={p}", n_trials, hint)
+            )
         if estimator not in ("adjusted", "difference_in_means"):
             raise DesignError(expected("estimator", "'adjusted' or 'difference_in_means'", repr(estimator)))
         self.balanced, self.antithetic, self.estimator = balanced, antithetic, estimator

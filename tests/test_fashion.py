@@ -58,7 +58,7 @@ def test_damaged_files_are_said(tmp_path: Path) -> None:
     whole = (tmp_path / IMAGES).read_bytes()
     for content in (b"", whole[:-1], b"\x00\x00\x0d\x03" + whole[4:], whole[:9]):
         (tmp_path / IMAGES).write_bytes(content)
-        with pytest.raises(FileError, match="is of the idx format, whole, but got"):
+        with pytest.raises(FileError, match="is a complete file in IDX format, but got"):
             fashion_mnist(tmp_path, "test")
     (tmp_path / IMAGES).write_bytes(whole)
     (tmp_path / LABELS).write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 1, 9]))

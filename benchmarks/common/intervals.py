@@ -1,4 +1,4 @@
-"""Bootstrap intervals over images, and how tables write them."""
+"""Bootstrap intervals over images, and their format in tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def interval(values: Array) -> list[float]:
 
 
 def ratio_interval(ours: Array, other: Array) -> list[float]:
-    """The same for the ratio of two means, images drawn together."""
+    """The same for the ratio of two means; both are computed on the same bootstrap sample of images."""
 
     def ratio(one: Array, two: Array, axis: int) -> Any:
         return one.mean(axis) / two.mean(axis)
@@ -29,5 +29,5 @@ def ratio_interval(ours: Array, other: Array) -> list[float]:
 
 
 def bounds(low_high: list[float]) -> str:
-    """An interval, as tables write it."""
+    """Format an interval for tables."""
     return f"{low_high[0]:+.3f} to {low_high[1]:+.3f}"

@@ -1,6 +1,6 @@
-"""The ten networks of the engine's benchmarks, made so that their units have effects.
+"""The ten networks of the engine's benchmarks, initialised so that their units have effects.
 
-One has trained weights. The others are drawn: as torchvision draws them, their logits hardly depend on the image
+One has trained weights. With torchvision's own initialisation the logits of the others would hardly depend on the image
 (ViT's head is zero, ConvNeXt's blocks are scaled by 1e-6), so that every engine would look exact on them.
 """
 
@@ -35,7 +35,7 @@ STATISTICS = 32
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a network is made, and its early, middle and last layer: name -> dimension of the output that holds units."""
+    """How a network is built, and its early, middle and last layer: name -> dimension of the units."""
 
     build: Callable[[], nn.Module]
     layers: dict[str, int]
@@ -75,21 +75,21 @@ NETWORKS: dict[str, Architecture] = {
 
 
 def photographs(count: int, size: int = 224) -> Tensor:
-    """Photographs of imagenet-samples in an order that is always the same, (count, 3, size, size), values 0 to 1."""
+    """Photographs of imagenet-samples in a fixed order, (count, 3, size, size), values 0 to 1."""
     files = image_files()
     chosen = [files[i] for i in np.random.default_rng(7).permutation(len(files))[:count]]
     return as_batch([read_image(file) for file in chosen], Framing(size, resize=round(size / 0.875)))
 
 
 def image_files() -> list[Path]:
-    """The photographs of imagenet-samples, by class index, which their names begin with."""
+    """The photographs of imagenet-samples by class index, with which the file names begin."""
     if not os.environ.get("CE_PLUGIN_DATA"):
         raise SystemExit("Set CE_PLUGIN_DATA to the folder that holds imagenet-samples/.")
     return sorted((Path(os.environ["CE_PLUGIN_DATA"]) / "imagenet-samples").glob("*.jpg"))
 
 
 def network(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
-    """A network in eval mode and one photograph, (1, 3, size, size), in its own units."""
+    """A network in eval mode and one photograph, (1, 3, size, size), in model units."""
     config = NETWORKS[name]
     images = photographs(STATISTICS + 1, config.size)
     if not config.head:
@@ -119,7 +119,7 @@ def _draw(model: nn.Module, head: str) -> None:
 
 
 def _estimate_statistics(model: nn.Module, images: Tensor) -> None:
-    """Means and variances of every batch norm over these images; nothing else is in training mode."""
+    """Set means and variances of every batch norm from these images; nothing else is in training mode."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

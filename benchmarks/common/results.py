@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its figures: the machine, the versions, the command."""
+"""Writing results, with the machine, the versions and the command."""
 
 from __future__ import annotations
 

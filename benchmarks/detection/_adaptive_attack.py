@@ -1,4 +1,4 @@
-"""The adaptive attack on one detector of one classifier: attacked in chunks, kept in the cache, compared by effort."""
+"""The adaptive attack on one detector of one classifier: run in chunks, cached, and compared by effort."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Effort:
 
     Args:
         losses, steps, restarts, width: of :class:`AdaptiveEvasion`.
-        seed: of everything random.
+        seed: seed of all random numbers.
     """
 
     losses: tuple[str, ...] = ("lagrangian", "targeted", "selective")
@@ -54,17 +54,17 @@ class Effort:
 
     @classmethod
     def of(cls, stored: dict[str, Any]) -> Effort:
-        """What `asdict` gave."""
+        """From the result of `asdict`."""
         return cls(**{**stored, "losses": tuple(stored["losses"])})
 
     @property
     def evaluations(self) -> int:
-        """The most forward and backward passes that one image takes."""
+        """Largest number of forward and backward passes per image."""
         return (self.steps + 1) * self.restarts * self.width * len(self.losses)
 
     @property
     def folder(self) -> str:
-        """Name of a folder for what was found with it."""
+        """Name of the folder for results with this effort."""
         return f"{'-'.join(self.losses)}-{self.restarts}x{self.width}x{self.steps}-{self.seed}"
 
     def __str__(self) -> str:
@@ -73,14 +73,14 @@ class Effort:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What was found for some images at one eps.
+    """Results for some images at one eps.
 
     Args:
-        images: (n, C, H, W), eight bits.
-        success: misclassified, (n,).
-        score: the detector's, (n,).
-        late: by how much the last tenth of the steps lowered the score, mean over losses; NaN where none fooled.
-        seconds: time for one image.
+        images: attacked images, (n, C, H, W), eight bits.
+        success: whether each is misclassified, (n,).
+        score: scores of the detector, (n,).
+        late: decrease of the score in the last tenth of the steps, mean over losses; NaN if no loss succeeded.
+        seconds: time per image.
     """
 
     images: np.ndarray = field(repr=False)
@@ -96,13 +96,13 @@ class TargetModel:
 
     Args:
         problem: classifier and images.
-        name: the detector's.
-        detector: fitted.
-        index: the correctly classified test images, (n,).
+        name: name of the detector.
+        detector: the fitted detector.
+        index: indices of the correctly classified test images, (n,).
         clean: the detector's scores of the first 1500 of them.
-        probe: scores that tell whether a chunk belongs to this detector.
-        folder: of the cache.
-        nearest: test image -> L-inf distance at which Carlini and Wagner's attack, which minimises it, turned it over.
+        probe: scores that identify the fitted detector, to check that a cached chunk belongs to it.
+        folder: folder of the cache.
+        nearest: test image -> L-inf distance of the adversarial example found by Carlini and Wagner's attack.
     """
 
     problem: Problem
@@ -116,7 +116,7 @@ class TargetModel:
 
     @classmethod
     def ready(cls, problem: Problem, name: str, cache: str | None) -> TargetModel:
-        """Fit the detector, or take it from the cache, and score the clean images."""
+        """Fit the detector or load it from the cache, and score the clean images."""
         detector = _fitted(problem, name, cache)
         index = np.flatnonzero(problem.correct("test"))
         clean = detector.score(problem.images["test"][index[:CLEAN]])
@@ -129,7 +129,7 @@ class TargetModel:
         return self.index[number * CHUNK : (number + 1) * CHUNK]
 
     def own(self, number: int) -> np.ndarray:
-        """The scores of a chunk's clean images, (n,)."""
+        """Scores of the clean images of a chunk, (n,)."""
         rows = self.rows(number)
         known = self.clean[number * CHUNK : (number + 1) * CHUNK]
         return known if len(known) == len(rows) else self.detector.score(self.problem.images["test"][rows])
@@ -140,7 +140,7 @@ class TargetModel:
         return CleanScores(self.clean, self.index[:CLEAN], draws).against(score, rows).auroc
 
     def chunk(self, number: int, eps: float, effort: Effort, starts: np.ndarray | None, *, make: bool) -> Chunk | None:
-        """What was found for a chunk of images: from the cache, or found now; None where it is not to be made."""
+        """Results for a chunk of images, cached or computed now; None if missing and not to be computed."""
         rows = self.rows(number)
         file = self.folder / f"eps-{eps:g}" / effort.folder / f"{number:04d}.npz"
         key = json.dumps({"attack": ATTACK, "effort": asdict(effort), "images": rows.tolist()})
@@ -154,7 +154,7 @@ class TargetModel:
         return found
 
     def efforts(self, eps: float) -> list[Effort]:
-        """All with which the cache holds something, in no order."""
+        """All efforts with results in the cache, in no particular order."""
         found = {}
         for folder in sorted((self.folder / f"eps-{eps:g}").glob("*/")):
             for file in sorted(folder.glob("????.npz"))[:1]:
@@ -198,7 +198,7 @@ class TargetModel:
             width=effort.width,
             seed=effort.seed,
             batch_size=16 if self.problem.name == "imagenet" else CHUNK * 8,
-            # Below the score of every clean image there is nothing left to win, in no figure.
+            # Below the lowest score of the clean images, no figure changes any more.
             threshold=float(self.clean.min()),
             candidates=self.problem.images["fit"][:CANDIDATES],
         )
@@ -210,7 +210,7 @@ def _draws(n_images: int) -> ImageDraws:
 
 
 def _nearest(problem: Problem, cache: str | None) -> dict[int, float]:
-    """What is known of the boundary's distance; nothing where the attack has not been made on this network."""
+    """Known distances to the decision boundary; empty if the attack has not been run on this network."""
     images, labels = problem.images["test"], problem.labels["test"]
     (spec,) = (one for one in specs(problem.name, "test") if one.name == "cw-linf")
     file = attack_file(problem.name, problem.seed, "test", spec.name, cache)
@@ -222,7 +222,7 @@ def _nearest(problem: Problem, cache: str | None) -> dict[int, float]:
 
 
 def _fitted(problem: Problem, name: str, cache: str | None) -> DifferentiableDetector:
-    """The detector, fitted on the fitting part, on clean images if these are enough for it."""
+    """The detector, fitted on the fitting part; on clean images only, if it does not need others."""
     detector: Any = build(name, problem, cache)
     if needs_labels(name):
         data = setting(problem, cache).data
@@ -234,7 +234,7 @@ def _fitted(problem: Problem, name: str, cache: str | None) -> DifferentiableDet
 
 
 def chunks(target: TargetModel, eps: float, numbers: Sequence[int]) -> tuple[Effort, list[tuple[int, Chunk]]] | None:
-    """What the cache holds, (number, chunk): with the effort that attacked most images, of such with the greatest."""
+    """Cached (number, chunk) pairs of the effort with the most images; of several, the greatest effort."""
     known = []
     for effort in target.efforts(eps):
         found = [(number, target.chunk(number, eps, effort, None, make=False)) for number in numbers]
@@ -252,12 +252,12 @@ _MORE_WORDS = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """One and the same images attacked with less and with more effort.
+    """The same images attacked with less and with more effort.
 
     Args:
         less, more: efforts.
-        n: images.
-        auroc: of those that end misclassified, with less and with more.
+        n: number of images.
+        auroc: of the successes, with less and with more effort.
         gain: second minus first.
     """
 
@@ -269,25 +269,25 @@ class Comparison:
 
     @classmethod
     def of(cls, stored: dict[str, Any]) -> Comparison:
-        """What :meth:`to_dict` gave."""
+        """From the result of :meth:`to_dict`."""
         less, more = Effort.of(stored["less"]), Effort.of(stored["more"])
         first, second = stored["auroc"]
         return cls(less, more, stored["n"], (first, second), Interval(*stored["gain"]))
 
     def cells(self) -> list[str]:
-        """Behind the names of what was attacked."""
+        """Cells of a table row, after the names."""
         less, more = map(number, self.auroc)
         gain = f"{self.gain.value:+.3f} [{self.gain.low:+.3f}, {self.gain.high:+.3f}]"
         return [str(self.n), f"{less} ({self.less})", f"{more} ({self.more})", gain]
 
     def to_dict(self) -> dict[str, Any]:
-        """What the JSON file holds."""
+        """The entry in the JSON file."""
         figures = {"auroc": [round(one, 5) for one in self.auroc], "gain": [round(one, 5) for one in self.gain]}
         return {"less": asdict(self.less), "more": asdict(self.more), "n": self.n, **figures}
 
 
 def compared(target: TargetModel, eps: float, less: Effort, found: Sequence[tuple[int, Chunk]]) -> list[Comparison]:
-    """Whatever the cache holds of greater efforts on chunks that were found with one effort."""
+    """Comparisons with greater efforts in the cache, for chunks of one effort."""
     comparisons = []
     for more in target.efforts(eps):
         if more.evaluations <= less.evaluations:
@@ -316,24 +316,24 @@ def _comparison(
 
 
 def more_effort(named: Sequence[tuple[list[str], Comparison]]) -> Table:
-    """All comparisons, each behind its problem, detector, seed and eps."""
+    """All comparisons, each after its problem, detector, seed and eps."""
     header = ["problem", "detector", "seed", "eps", "images", "less (losses x restarts x starts x steps)", "more"]
     rows = [[*names, *one.cells()] for names, one in named]
     return Table("More effort", [_MORE_WORDS if rows else "Not tried."], [*header, "difference"], rows)
 
 
-# A detector that was fitted again on another processor has other roundings behind it, of up to 0.7 % of a score here.
+# Scores of a detector that was fitted again on another processor differed by up to 0.7 % here, by rounding.
 _NEAR = 1e-2
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What was found earlier for some images at one eps.
+    """Earlier results for some images at one eps.
 
     Args:
-        effort: with which.
-        found: (number, chunk), without the images themselves.
-        more: what greater efforts found.
+        effort: effort of the attack.
+        found: (number, chunk), without the images.
+        more: comparisons with greater efforts.
     """
 
     effort: Effort
@@ -342,7 +342,7 @@ class Kept:
 
 
 def kept(target: TargetModel, eps: float, results: Path, numbers: Sequence[int]) -> Kept | None:
-    """From `detection_adaptive.json`, where the images' clean selves score today what they scored then; else None."""
+    """From `detection_adaptive.json`, if the clean images still have the same scores; else None."""
     row = _row(target, eps, results)
     if row is None:
         return None

@@ -1,4 +1,4 @@
-"""The tables of the adaptive attack: each detector and classifier, over classifiers, and beside the static attacks."""
+"""Tables of the adaptive attack: per detector and classifier, over classifiers, and compared with static attacks."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ class Row:
     """One detector of one classifier at one eps.
 
     Args:
-        problem, seed, detector, eps: which.
-        effort: how hard the attack tried.
-        n: images attacked.
+        problem, seed, detector, eps: what was attacked.
+        effort: effort of the attack.
+        n: number of images attacked.
         success: share that was misclassified.
-        over_successes: figures of those.
-        over_all: AUROC of all.
-        evades: share of all.
+        over_successes: figures over the successes.
+        over_all: AUROC over all images.
+        evades: share of all images that evades the detector.
         late: late gain, as a share of the spread of clean scores.
-        seconds: time for one image.
+        seconds: time per image.
         code: checksum of the detector's code.
-        images: scores found and of the clean selves, which are successes, and how far away another class is.
-        room: AUROC by how far away it is.
-        sample: AUROC of the successes in bootstrap samples that all classifiers share, (B,); None where there are none.
-        more: what greater efforts found on some of the images.
+        images: scores of attacked and clean images, which ones are successes, and distances to the decision boundary.
+        room: AUROC by distance to the decision boundary.
+        sample: AUROC of the successes in bootstrap samples that all classifiers share, (B,); None without successes.
+        more: results of greater efforts on some of the images.
     """
 
     problem: str
@@ -72,7 +72,7 @@ class Row:
         found: Sequence[tuple[int, Chunk]],
         more: Sequence[Comparison] = (),
     ) -> Row:
-        """The figures of some chunks, and what greater efforts found on them."""
+        """A row from some chunks, with the results of greater efforts on them."""
         success = np.concatenate([chunk.success for _, chunk in found])
         score = np.concatenate([chunk.score for _, chunk in found])
         own = np.concatenate([target.own(number)[: len(chunk.score)] for number, chunk in found])
@@ -111,7 +111,7 @@ class Row:
         )
 
     def names(self) -> list[str]:
-        """What was attacked, for a table of several problems."""
+        """Names of what was attacked, for a table of several problems."""
         return [TITLES[self.problem], label(self.detector), str(self.seed), f"{self.eps:g}"]
 
     def cells(self, static: str) -> list[str]:
@@ -144,7 +144,7 @@ class Row:
 
 
 def _by_room(clean: np.ndarray, score: np.ndarray, share: np.ndarray) -> list[str]:
-    """For each range of the boundary's distance, as a share of eps: AUROC and number of images."""
+    """AUROC and number of images, for ranges of the distance to the decision boundary as a share of eps."""
     cells = []
     for low, high in pairwise(SHARES):
         some = score[(share > low) & (share <= high)]
@@ -180,11 +180,11 @@ class Mean:
     """One detector at one eps, over the classifiers that it was attacked on.
 
     Args:
-        problem, detector, eps: which.
-        seeds: the classifiers.
-        n: images attacked on each.
-        auroc: of the images that end misclassified, mean over classifiers where there are any; None: nowhere.
-        evades: share of the attacked images, mean over classifiers.
+        problem, detector, eps: what was attacked.
+        seeds: seeds of the classifiers.
+        n: number of images attacked on each.
+        auroc: over the successes, mean over the classifiers that have some; None if none has.
+        evades: share of the attacked images that evades the detector, mean over classifiers.
     """
 
     problem: str
@@ -238,7 +238,7 @@ def over_classifiers(found: Sequence[Mean]) -> Table:
 
 
 def asked(found: Sequence[Mean]) -> Table:
-    """The bar of the issue, and whether the attack clears it."""
+    """The targets that were set for the attack, and whether it reaches them."""
     rows = []
     for detector in AGAINST:
         for eps, most in BARS.items():
@@ -252,7 +252,7 @@ def asked(found: Sequence[Mean]) -> Table:
 
 
 def attacked(counts: Iterable[Sequence[int]]) -> str:
-    """Images attacked on each classifier, where eps differ the fewest: "200, 100, 100"."""
+    """Number of images attacked on each classifier (the fewest, if it varies with eps): "200, 100, 100"."""
     return ", ".join(map(str, min(counts, key=sum)))
 
 
@@ -307,7 +307,7 @@ def tables(rows: Sequence[Row], results: Path) -> list[Table]:
 
 
 def _static(results: Path, row: Row) -> str:
-    """The worst AUROC over static attacks of the same classifier, where the other benchmark has been run."""
+    """The worst AUROC over static attacks on the same classifier, if that benchmark has been run."""
     protocol = least_protocol(row.detector)
     for classifier in _static_figures(results):
         if (classifier["problem"], classifier["seed"]) == (row.problem, row.seed):
@@ -320,7 +320,7 @@ def _static(results: Path, row: Row) -> str:
 
 @functools.cache
 def _static_figures(results: Path) -> list[dict[str, Any]]:
-    """What `evaluate.py` found on each classifier, those in the tables of all detectors first."""
+    """Results of `evaluate.py` on each classifier, those in the tables of all detectors first."""
     files = [results / f"{name}.json" for name in ("detection", "detection_additions")]
     return [one for file in files if file.is_file() for one in json.loads(file.read_text())["classifiers"]]
 
@@ -335,7 +335,7 @@ _COMPARISON_WORDS = (
 
 
 def knowing(findings: Findings, results: Path) -> Table:
-    """The figures of the adaptive attack, from what `adaptive.py` wrote; words alone where it has not been run."""
+    """A section with the results of `adaptive.py`; a sentence if it has not been run."""
     title, file = "Against an attacker who knows the detector", results / FILE
     found: list[dict[str, Any]] = json.loads(file.read_text())["means"] if file.is_file() else []
     if not found:

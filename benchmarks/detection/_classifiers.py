@@ -1,4 +1,4 @@
-"""The classifiers that are attacked: trained once per data set and seed, and kept in the cache."""
+"""The classifiers that are attacked: trained once per data set and seed, and cached."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Labels = npt.NDArray[np.int64]
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:
-    """Where weights and attacked images are kept: the argument, or CE_PLUGIN_CACHE, or ~/.cache/ce-plugin."""
+    """Folder for weights and attacked images: the argument, or CE_PLUGIN_CACHE, or ~/.cache/ce-plugin."""
     root = cache or os.environ.get("CE_PLUGIN_CACHE") or Path.home() / ".cache" / "ce-plugin"
     return Path(root) / "detection"
 
@@ -37,8 +37,8 @@ class Training:
     Args:
         epochs: passes over the images.
         rate: Adam's rate at the start.
-        shift: images are moved by up to so many pixels each way, drawn anew in each epoch.
-        degrees: and turned by up to so many degrees.
+        shift: largest random shift of the images in each direction, in pixels.
+        degrees: largest random rotation, in degrees.
         batch: images per step.
     """
 
@@ -56,7 +56,7 @@ TRAINING = {
 
 
 class UnitImages(nn.Module):
-    """A network for photographs with values 0 to 255, fed with images in [0, 1]."""
+    """Wraps a network for images with values 0 to 255, so that it takes images in [0, 1]."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -69,21 +69,21 @@ class UnitImages(nn.Module):
 
 
 def imagenet_classifier() -> nn.Module:
-    """EfficientNet-lite0 for images in [0, 1], in eval mode; no parameter asks for a gradient."""
+    """EfficientNet-lite0 for images in [0, 1], in eval mode, with frozen parameters."""
     return UnitImages(efficientnet_lite0().model).eval().requires_grad_(False)
 
 
 def small_classifier(name: str, seed: int, images: Array, labels: Labels, cache: str | Path | None = None) -> nn.Module:
-    """The classifier of a data set and seed, in eval mode: from the cache, or trained and put there."""
+    """The classifier of a data set and seed, in eval mode: from the cache, or trained and cached."""
     file = cache_folder(cache) / "classifiers" / f"{name}-{seed}.pt"
     network = FashionCNN()
     network.load_state_dict(kept(file, lambda: train(TRAINING[name], derived_seed(seed, name), images, labels)))
-    # Pooling is vectorised where channels lie together, which is felt in every gradient through a detector.
+    # Pooling is vectorised in channels-last layout, which speeds up every gradient through a detector.
     return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def kept(file: Path, make: Callable[[], nn.Module]) -> dict[str, Tensor]:
-    """The weights in a file of the cache; where there is none, those of what is made now, which are put there."""
+    """Load weights from the cache; if there are none, make the network now and cache its weights."""
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         made = make().state_dict()
@@ -94,7 +94,7 @@ def kept(file: Path, make: Callable[[], nn.Module]) -> dict[str, Tensor]:
 
 
 def train(config: Training, seed: int, images: Array, labels: Labels) -> FashionCNN:
-    """A `FashionCNN` trained by this config, the same for the same seed."""
+    """A `FashionCNN` trained with this config, deterministic for a seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = FashionCNN()
@@ -118,7 +118,7 @@ def train(config: Training, seed: int, images: Array, labels: Labels) -> Fashion
 
 
 def _moved(x: Tensor, config: Training, draw: torch.Generator) -> Tensor:
-    """Each image turned and shifted by its own amount; what comes in from outside is black."""
+    """Each image rotated and shifted by its own amount, with black borders."""
     size = x.shape[-1]
     amount = torch.rand(len(x), 3, generator=draw) * 2 - 1
     angle = amount[:, 0] * math.radians(config.degrees)
@@ -129,7 +129,7 @@ def _moved(x: Tensor, config: Training, draw: torch.Generator) -> Tensor:
 
 
 def checksum(network: nn.Module, start: int = 0) -> int:
-    """A number that changes with the network's weights, going on from another checksum."""
+    """A checksum of the network's weights, continued from another checksum."""
     for tensor in network.state_dict().values():
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             start = zlib.crc32(tensor.detach().cpu().float().numpy().tobytes(), start)
@@ -137,7 +137,7 @@ def checksum(network: nn.Module, start: int = 0) -> int:
 
 
 def predictions(network: nn.Module, images: Array, batch_size: int = 250) -> Labels:
-    """The classes that a network answers, (N,)."""
+    """Predicted classes, (N,)."""
     with torch.no_grad():
         parts = [network(batch).argmax(1) for batch in torch.from_numpy(images).split(batch_size)]
     return torch.cat(parts).numpy()

@@ -1,4 +1,4 @@
-"""The detectors that are compared: ours and all peers, each with a key that changes when its code does."""
+"""The detectors that are compared: ours and all published ones, each with a key that changes with its code."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def names() -> tuple[str, ...]:
 
 
 def build(name: str, problem: Problem, cache: str | Path | None = None) -> Detector:
-    """A detector of a problem, still to be fitted; BEYOND's network is trained if the cache does not have it."""
+    """A detector for a problem, not yet fitted; BEYOND's network is trained if it is not in the cache."""
     if name in OWN:
         return _own(problem.network, name, cache)
     if name == BEYOND:
@@ -78,9 +78,9 @@ def build(name: str, problem: Problem, cache: str | Path | None = None) -> Detec
 
 @functools.lru_cache(maxsize=len(OWN))
 def _own(network: nn.Module, name: str, cache: str | Path | None) -> CausalEffectDetector:
-    """One detector for all protocols: what it learns from clean images is not learnt anew for every attack."""
+    """One detector for all protocols, so that it is fitted to clean images only once and not for every attack."""
     detector = CausalEffectDetector(network, None if name == OURS else Signature.adversarially_trained())
-    # No user has a reason to exchange it; here hours depend on it.
+    # A private attribute: users have no reason to replace it, but here it saves hours.
     detector._fitter = KeptFitter(network, cache_folder(cache) / "fitted", version(detector))
     return detector
 
@@ -91,27 +91,27 @@ def _ml_loo(network: nn.Module, cell: int | None) -> Detector:
 
 
 def available(name: str, problem: str) -> bool:
-    """Whether the detector can be tried on the problem."""
+    """Whether the detector can be used on the problem."""
     return (problem, name) not in LEFT_OUT
 
 
 def needs_labels(name: str) -> bool:
-    """Whether it cannot be fitted on clean images alone."""
+    """Whether it needs attacked images for fitting."""
     return bool(getattr(_PEERS.get(name), "needs_labels", False))
 
 
 def least_protocol(name: str) -> str:
-    """The protocol that gives it the least to learn from: clean images, or those and FGSM where it must have both."""
+    """The protocol with the least fitting data: clean images, or also FGSM if it needs attacked images."""
     return "P2" if needs_labels(name) else "P3"
 
 
 def label(name: str) -> str:
-    """What tables call it."""
+    """Its name in tables."""
     return LABELS.get(name) or str(getattr(_PEERS[name], "name", name))
 
 
 def version(detector: Detector) -> str:
-    """A checksum of the code that the detector is made of, docstrings apart, and of a network of its own."""
+    """A checksum of the detector's code without docstrings, and of its own network if it has one."""
     code = _version(type(detector))
     if not isinstance(detector, Beyond):
         return code
@@ -135,7 +135,7 @@ def _version(of: type) -> str:
 
 
 def _modules(of: type) -> set[ModuleType]:
-    """Modules of the package that a class is made of: its own, and those that these take names from."""
+    """Modules of the package that a class depends on: its own, and those that it imports from."""
     found: set[ModuleType] = set()
     waiting = [sys.modules[one.__module__] for one in of.__mro__ if _watched(one.__module__)]
     while waiting:

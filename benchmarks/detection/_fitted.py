@@ -1,4 +1,4 @@
-"""What takes long and depends on no protocol: what our detectors learn from clean images, and what ML-LOO reads."""
+"""Caches of slow steps that are the same for all protocols: fits to clean images, and the statistics of ML-LOO."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ce_plugin.errors import CEPluginError
 
 
 class RememberingMLLOO(MLLOO):
-    """ML-LOO that runs each image once, whatever it is fitted on: the dispersions are the image's alone."""
+    """ML-LOO that runs each image only once, because its dispersions do not depend on the fit."""
 
     def __init__(self, network: nn.Module, *, cell: int | None = None) -> None:
         super().__init__(network, cell=cell)
@@ -30,11 +30,11 @@ class RememberingMLLOO(MLLOO):
 
 
 class KeptFitter(Fitter):
-    """A fitter that reads what it has fitted before from a file, and writes what is new.
+    """A fitter that caches its results in files.
 
     Args:
         network: the classifier.
-        folder: of the files.
+        folder: folder of the files.
         code: checksum of the detector's code.
     """
 
@@ -43,13 +43,13 @@ class KeptFitter(Fitter):
         self.network, self.folder, self.code = network, folder, code
 
     def file(self, classifier: ClassifierWrapper, config: FitConfig, split: Split) -> Path:
-        """Where the state of this split is kept."""
+        """File for the state fitted to this split."""
         clean = (split.holdout, sorted(split.hashes), classifier.fingerprint(), self.code)
         text = repr((repr(replace(config, batch_size=1)), clean))
         return self.folder / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.ce"
 
     def fit(self, classifier: ClassifierWrapper, config: FitConfig, split: Split) -> State:
-        """What the clean images of a split show."""
+        """The state fitted to the clean images of a split."""
         file = self.file(classifier, config, split)
         if file.is_file():
             try:

@@ -1,4 +1,4 @@
-"""One page: the tables, ROC curves, and attacked images with what the detector says of them."""
+"""One HTML page: the tables, ROC curves, and attacked images with the detector's explanations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _POINTS = 120
 
 
 def curves(results: Sequence[Result], *, columns: int = 5) -> str:
-    """Detection against false alarms (logarithmic) of detectors with one fit each; the worst case comes first."""
+    """ROC curves with a logarithmic false-alarm axis, of detectors with one fit each; the worst case comes first."""
     attacks = _evaluated(results[0])
     import matplotlib as mpl
 
@@ -86,7 +86,7 @@ EXAMPLES = 4
 
 
 def write_html(folder: Path, tables: Sequence[Table], findings: Findings) -> Path:
-    """Write `detection.html`, which needs no other file, and say where."""
+    """Write the self-contained `detection.html` and return its path."""
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
@@ -101,7 +101,7 @@ def write_html(folder: Path, tables: Sequence[Table], findings: Findings) -> Pat
 
 
 def _figures(findings: Findings) -> list[dict[str, str]]:
-    """ROC curves of ours and the best peers, on the first classifier of each problem."""
+    """ROC curves of our detector and the best published ones, on the first classifier of each problem."""
     found = []
     for protocol in ("P3", "P2"):
         for problem in findings.problems():
@@ -119,7 +119,7 @@ def _pictures(findings: Findings) -> list[dict[str, Any]]:
 
 
 def examples(setting: TrialSpec, results: Sequence[Result]) -> list[dict[str, Any]]:
-    """The first attacked images of each attack, chosen by number alone, with the answer of one clean-only detector."""
+    """The first images of each attack (not selected), with the result of one detector fitted to clean images."""
     fitted = [one for one in results if one.protocol == "P3" and one.evaluation is not None]
     fitted.sort(key=lambda one: (one.detector != OURS, -(one.evaluation.mean.value if _has_mean(one) else 0.0)))
     if not fitted:

@@ -1,4 +1,4 @@
-"""The three problems: images by part, which no seed changes, and the classifier of a seed.
+"""The three problems: images by part, which do not depend on the seed, and the classifier of a seed.
 
     part      for                                              Fashion-MNIST       MNIST-5k   photographs
     (train)   the classifier                                   train[0:50000]          2000             -
@@ -58,7 +58,7 @@ Split = dict[str, tuple[Array, Labels]]
 
 @dataclass(frozen=True)
 class Problem:
-    """A classifier and the images that detectors are fitted to and tried on.
+    """A classifier and the images that detectors are fitted to and evaluated on.
 
     Args:
         name: one of `PROBLEMS`.
@@ -82,7 +82,7 @@ class Problem:
 
 
 def load(name: str, seed: int = 0, cache: str | Path | None = None) -> Problem:
-    """A problem with the classifier of this seed, which is trained if the cache does not have it."""
+    """A problem with the classifier of this seed, which is trained if it is not in the cache."""
     split = _split(name)
     train = split.pop("train", None)
     network = imagenet_classifier() if train is None else small_classifier(name, seed, *train, cache)
@@ -92,19 +92,19 @@ def load(name: str, seed: int = 0, cache: str | Path | None = None) -> Problem:
 
 
 def train_split(name: str) -> tuple[Array, Labels]:
-    """Images and labels that the classifier of `fashion` or `mnist` was trained on: in no other part."""
+    """Images and labels that the classifier of `fashion` or `mnist` was trained on; they are in no other part."""
     return _split(name)["train"]
 
 
 def check_problems(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """End the program with the command's usage where there is no problem of one of these names."""
+    """Exit with a usage message if one of these problems does not exist."""
     unknown = set(names) - set(PROBLEMS)
     if unknown:
         parser.error(f"no problem called {', '.join(sorted(unknown))}; there are {', '.join(PROBLEMS)}")
 
 
 def data_folder(name: str) -> Path:
-    """A data set under the folder that the environment variable CE_PLUGIN_DATA names."""
+    """A data set in the folder CE_PLUGIN_DATA (an environment variable)."""
     if not os.environ.get("CE_PLUGIN_DATA"):
         raise SystemExit(f"Set CE_PLUGIN_DATA to the folder that holds {name}/.")
     return Path(os.environ["CE_PLUGIN_DATA"]) / name
@@ -138,7 +138,7 @@ def _mnist() -> Split:
 
 def _photographs() -> Split:
     files = sorted(data_folder("imagenet-samples").glob("*.jpg"))
-    # They are 224 x 224 already: nothing is resampled, so that every value is a multiple of 1/255.
+    # They are 224 x 224 already and not resampled, so that every value is a multiple of 1/255.
     x = as_batch([read_image(file) for file in files], Framing(224)).numpy()
     y = np.array([int(file.name.split("_")[0]) for file in files], dtype=np.int64)
     order = numpy_generator(0, "imagenet-samples").permutation(len(files))

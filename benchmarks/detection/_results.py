@@ -1,4 +1,4 @@
-"""Everything that an evaluation found, for tables and pages to draw on."""
+"""All results of an evaluation, for tables and pages."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ TITLES = {"fashion": "Fashion-MNIST", "mnist": "MNIST-5k", "imagenet": "photogra
 
 @dataclass
 class Group:
-    """What was found on one classifier.
+    """Results on one classifier.
 
     Args:
         problem, seed: of the classifier.
         accuracy: of the classifier on the test images.
         n_clean: correctly classified test images that are scored.
-        missing: attacks that have not been made.
-        tried: attack -> images that were attacked.
+        missing: attacks that have not been run.
+        tried: attack -> number of images that were attacked.
         keep: altered set -> share of images that keep their class.
         results: one for each protocol and detector.
-        examples: what the page shows of each attack.
+        examples: images of each attack for the page.
     """
 
     problem: str
@@ -40,7 +40,7 @@ class Group:
 
     @classmethod
     def of(cls, setting: TrialSpec) -> Group:
-        """Without results yet."""
+        """A group without results."""
         problem, clean = setting.problem, len(setting.data.clean)
         tried = {name: len(ids) for name, ids in setting.tried.items()}
         return cls(problem.name, problem.seed, setting.accuracy, clean, setting.missing, tried, dict(setting.keep))
@@ -63,7 +63,7 @@ class Findings:
         return list(dict.fromkeys(group.problem for group in self.groups))
 
     def results(self, problem: str, protocol: str) -> dict[str, list[Result]]:
-        """Detector -> one result for each classifier; without those that broke off."""
+        """Detector -> one result for each classifier, without failed ones."""
         found: dict[str, list[Result]] = {}
         for group in self.groups:
             for one in group.results:
@@ -72,20 +72,20 @@ class Findings:
         return found
 
     def pooled(self, problem: str, protocol: str) -> dict[str, Evaluation]:
-        """Detector -> mean over classifiers, the best mean AUROC first; only detectors tried on all that any was."""
+        """Detector -> mean over classifiers, best mean AUROC first; only detectors with results on all classifiers."""
         found = self.results(problem, protocol)
         most = max((len(ones) for ones in found.values()), default=0)
         whole = {name: pooled(_evaluations(ones)) for name, ones in found.items() if len(ones) == most}
         return dict(sorted(whole.items(), key=lambda item: -(item[1].mean.value if item[1].mean else -1.0)))
 
     def shown(self, problem: str, protocol: str, n_peers: int = 4) -> list[str]:
-        """Ours, and the peers that are best on the mean."""
+        """Our detectors, and the published ones that are best on average."""
         known = list(self.pooled(problem, protocol))
         best = [name for name in known if name not in OWN][:n_peers]
         return [name for name in OWN if name in known] + best
 
     def to_dict(self) -> dict[str, Any]:
-        """What the JSON file holds."""
+        """The content of the JSON file."""
         classifiers = []
         for group in self.groups:
             about = {
@@ -107,7 +107,7 @@ def _evaluations(results: Sequence[Result]) -> list[Evaluation]:
 
 
 def _row(one: Result) -> dict[str, Any]:
-    """One classifier: of each attack the number of successes and the AUROC; intervals stand with the means."""
+    """One classifier: successes and AUROC of each attack; intervals are given with the means."""
     row: dict[str, Any] = {name: getattr(one, name) for name in ("protocol", "detector", "passes", "seconds", "error")}
     if one.evaluation is not None:
         row |= {name: getattr(one.evaluation, name) for name in ("mean", "worst", "worst_attack", "tpr_1", "tpr_5")}
@@ -122,7 +122,7 @@ def _row(one: Result) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """Five digits behind the point are more than the intervals allow."""
+    """Rounded to five decimals, more than the intervals justify."""
     if isinstance(value, float):
         return round(value, 5)
     if isinstance(value, dict):

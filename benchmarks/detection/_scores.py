@@ -1,4 +1,4 @@
-"""Scores of every detector on every set of images, from the cache or made now."""
+"""Scores of every detector on every set of images, from the cache or computed now."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeErro
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """A problem with all images that detectors are tried on.
+    """A problem with all images that detectors are evaluated on.
 
     Args:
         problem: name and seed, classifier.
-        data: what protocols draw on.
-        missing: attacks that have not been made, or were made with other settings.
+        data: images for the protocols.
+        missing: attacks that have not been run, or were run with other settings.
         tried: attack -> ids of the images that were attacked.
         accuracy: of the classifier on the test images.
         keep: altered set -> share of images that keep their class.
@@ -63,7 +63,7 @@ class TrialSpec:
     keep: Mapping[str, float]
 
     def among(self) -> np.ndarray:
-        """Images that every attack was tried on, but for excluded attacks."""
+        """Images that every attack was run on, except excluded attacks."""
         known = [ids for name, ids in self.tried.items() if not self.data.attacks[name].excluded]
         return functools.reduce(np.intersect1d, known)
 
@@ -74,13 +74,13 @@ class Result:
 
     Args:
         problem, seed, protocol, detector: names.
-        evaluation: figures; None where it broke off.
+        evaluation: figures; None if it failed.
         alarms: false alarms, for protocols with one fit.
-        passes: forward passes for one image.
-        seconds: time for one image.
+        passes: forward passes per image.
+        seconds: time per image.
         score_tables: task -> scores.
-        among: ids of the images that every attack was tried on.
-        error: why it broke off.
+        among: ids of the images that every attack was run on.
+        error: why it failed.
     """
 
     problem: str
@@ -97,7 +97,7 @@ class Result:
 
 
 def setting(problem: Problem, cache: str | None) -> TrialSpec:
-    """All images of a problem: the first 1500 correctly classified test images, and those between them that are not."""
+    """All images of a problem: the first 1500 correctly classified test images, and misclassified ones up to there."""
     images, labels = problem.images["test"], problem.labels["test"]
     right = predictions(problem.network, images) == labels
     chosen = np.flatnonzero(right)[:CLEAN]
@@ -137,7 +137,7 @@ def _attacks(
 def result(
     setting: TrialSpec, protocol: str, name: str, draws: ImageDraws, cache: str | None, *, make: bool
 ) -> Result | None:
-    """Scores and figures; None where there are none, and none are to be made."""
+    """Scores and figures; None if there are none and they must not be computed."""
     problem, data = setting.problem, setting.data
     about = (problem.name, problem.seed, protocol, name)
     if protocol == "P3" and needs_labels(name):
@@ -177,7 +177,7 @@ def _score_table(
     folder = "P3" if protocol == "P2" and name in CLEAN_ONLY else protocol
     file = cache_folder(cache) / "scores" / f"{problem.name}-{problem.seed}" / folder / name / f"{task.key}.npz"
     if not make and not file.is_file():
-        return None  # before anything is built: building may mean training
+        return None  # before anything is built, because building may include training
     detector = build(name, problem, cache)
     key = f"{version(detector)} {_fitted_on(data, task, problem, name)}"
     known = _known(file, key)
@@ -207,7 +207,7 @@ def _batch(problem: Problem) -> int:
 
 
 def _fitted_on(data: ProtocolData, task: Task, problem: Problem, name: str) -> str:
-    """A checksum of everything that a fit depends on, but for the detector's code."""
+    """A checksum of everything that a fit depends on, except the detector's code."""
     learnt = data.training_attacks if task.trained_on == "pool" else data.attacks
     words = [(one, learnt[one].checksum()) for one in task.learns if name not in CLEAN_ONLY]
     start = zlib.crc32(json.dumps([words, task.fold, data.seed, LIMITS.get(name)]).encode())
@@ -219,5 +219,5 @@ def _bytes(images: np.ndarray) -> np.ndarray:
 
 
 def order(names: Sequence[str]) -> list[str]:
-    """Detectors in the order in which they are scored: ours first, the slow ones last."""
+    """Detectors in the order of scoring: ours first, slow ones last."""
     return sorted(names, key=lambda name: (name not in OWN, name in LIMITS))

@@ -1,4 +1,4 @@
-"""Detectors that others have published, in one form, to be compared with in one harness."""
+"""Published detectors with a common interface, for comparison in one harness."""
 
 from benchmarks.detectors.base import DifferentiablePeer, Peer, StatisticsPeer
 from benchmarks.detectors.confidence import Entropy, Margin, MaxSoftmax

@@ -1,4 +1,4 @@
-"""What all peers share: how images come in and scores go out, and two ways to make one number of several statistics."""
+"""The interface of published detectors ("peers"), and two ways to combine several statistics into a score."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ce_plugin.randomness import numpy_generator
 
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3, 1e4)
 _STEPS = 2000
-_FEW = 10  # images of a kind below which the strength of the penalty is not chosen by cross-validation
+_FEW = 10  # with fewer images of one label the penalty is not chosen by cross-validation
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Combination:
         scale: (K,), positive.
         weight: (K,), w.
         bias: b.
-        two_sided: the sum of squares is taken: what is too small is as odd as what is too large.
+        two_sided: take the sum of squares, so that low values count like high ones.
 
     Example:
         >>> sum_of_two = Combination.of_clean(np.array([[0.0, 10.0], [2.0, 30.0]]))
@@ -76,13 +76,13 @@ class Combination:
 
 
 def _chosen_strength(z: Array, labels: Array, seed: int) -> float:
-    """The inverse strength C of the penalty with the least log loss on images that were left out, in five folds."""
+    """The inverse strength C of the penalty with the lowest log loss in five-fold cross-validation."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold
 
     loss = np.zeros(len(_STRENGTHS))
     for fit, held in StratifiedKFold(5, shuffle=True, random_state=seed % 2**32).split(z, labels):
-        # From the strongest penalty on, each fit starts where the last one ended.
+        # From the strongest penalty on, each fit starts from the previous solution.
         model = LogisticRegression(max_iter=_STEPS, warm_start=True)
         for k, strength in enumerate(_STRENGTHS):
             odds = model.set_params(C=strength).fit(z[fit], labels[fit]).decision_function(z[held])
@@ -93,7 +93,7 @@ def _chosen_strength(z: Array, labels: Array, seed: int) -> float:
 def _moments(statistics: Array) -> tuple[Array, Array]:
     """Mean and standard deviation of each column; a column that never varies has scale 1."""
     mean, scale = statistics.mean(0), statistics.std(0)
-    # Rounding alone makes the deviation of a constant a little more than zero.
+    # With rounding the deviation of a constant is slightly above zero.
     return mean, np.where(scale > 1e-12 * (1 + np.abs(mean)), scale, 1.0)
 
 
@@ -103,14 +103,14 @@ _FOLDS = 5
 
 
 class Peer(ABC):
-    """A published detector in the harness's form: ``fit`` on numpy images, ``score`` them, leave the network as it was.
+    """A published detector: ``fit`` and ``score`` take numpy images and do not change the network.
 
     Args:
         network: images (N, C, H, W) in image units to logits (N, classes).
 
     Attributes:
-        name: what tables call it.
-        needs_labels: whether it cannot be fitted on clean images alone.
+        name: its name in tables.
+        needs_labels: whether fitting needs attacked images as well as clean ones.
         passes: forward passes of the network for each image that is scored.
 
     Raises:
@@ -139,7 +139,7 @@ class Peer(ABC):
             y: (N,), 0 clean and 1 adversarial, or None where all images are clean.
 
         Raises:
-            InputError: images or labels of another form; too few clean images; no labels where they are needed.
+            InputError: images or labels of another shape; too few clean images; no labels if they are needed.
         """
         images = self._images(x)
         labels = _labels(y, len(images))
@@ -154,10 +154,10 @@ class Peer(ABC):
         self._fitted = True
 
     def score(self, x: Array, batch_size: int = 128) -> npt.NDArray[np.float64]:
-        """How adversarial each image looks, (N,), greater is more; independent of the batch size up to rounding.
+        """Scores (N,), higher is more adversarial; independent of the batch size up to rounding.
 
         Raises:
-            InputError: images of another form.
+            InputError: images of another shape.
             ArgumentError: a batch size below 1, or the detector is not fitted.
         """
         images = self._images(x)
@@ -170,11 +170,11 @@ class Peer(ABC):
 
     @abstractmethod
     def _fit(self, images: Array, labels: npt.NDArray[np.int64] | None) -> None:
-        """What ``fit`` does once its arguments are checked."""
+        """Called by ``fit`` after its arguments are checked."""
 
     @abstractmethod
     def _scores(self, images: Tensor) -> Tensor:
-        """The scores (N,) of images that are on the network's device; greater is more adversarial."""
+        """Scores (N,) of images on the network's device; higher is more adversarial."""
 
     def _ready(self) -> None:
         if not self._fitted:
@@ -192,7 +192,7 @@ class Peer(ABC):
         return x
 
     def _on_network(self, images: Tensor) -> Tensor:
-        """Images on the device and of the type of the network's weights."""
+        """The images with the device and dtype of the network's weights."""
         tensors = (*self.network.parameters(), *self.network.buffers())
         like = next((tensor for tensor in tensors if tensor.is_floating_point()), images)
         return images.to(like.device, like.dtype)
@@ -207,7 +207,7 @@ class DifferentiablePeer(Peer):
     """A peer whose score an attacker can differentiate."""
 
     def score_tensor(self, images: Tensor) -> Tensor:
-        """The score of images (N, C, H, W), (N,), with a gradient to the images; roundings pass it straight through.
+        """Scores (N,) of images (N, C, H, W), with a gradient; rounding passes it straight through.
 
         Raises:
             ArgumentError: the detector is not fitted.
@@ -218,15 +218,15 @@ class DifferentiablePeer(Peer):
 
 
 class StatisticsPeer(Peer):
-    """A peer that measures a few statistics of an image against clean ones and makes one number of them.
+    """A peer that combines a few statistics of an image, relative to clean images, into one score.
 
-    With labels the number is the log odds of a logistic regression on the standardised statistics; without, the sum of
-    the standardised ones (``two_sided``: of their squares). Statistics of fitting images are out of fold: a distance
-    to images that include the image itself is too small, and the combination would learn that.
+    With labels the score is the log odds of a logistic regression on the standardised statistics; without, the sum of
+    the standardised ones (``two_sided``: of their squares). Statistics of fitting images are computed out of fold,
+    because distances to a set that includes the image itself are too small.
 
     Args:
         network: as in :class:`Peer`.
-        seed: draws the folds.
+        seed: seed of the folds.
     """
 
     two_sided: bool = False
@@ -240,11 +240,11 @@ class StatisticsPeer(Peer):
 
     @abstractmethod
     def _extract(self, images: Tensor) -> tuple[Tensor, ...]:
-        """What is read from the network, a tuple of tensors (N, ...)."""
+        """What the statistics need from the network, a tuple of tensors (N, ...)."""
 
     @abstractmethod
     def _learn(self, read: tuple[Tensor, ...]) -> Any:
-        """What statistics are measured against, from what was read of clean images; None where nothing is needed."""
+        """A reference for the statistics, from the extracted values of clean images; None if none is needed."""
 
     @abstractmethod
     def _statistics(self, images: Tensor, read: tuple[Tensor, ...], reference: Any) -> Tensor:

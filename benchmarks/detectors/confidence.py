@@ -1,4 +1,4 @@
-"""How unsure the network is: the baselines that any detector has to beat."""
+"""Uncertainty of the network: baselines that any detector has to beat."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Entropy", "Margin", "MaxSoftmax"]
 
 
 class _OfLogits(DifferentiablePeer):
-    """A score that depends on the logits only; there is nothing to fit."""
+    """A score computed from the logits; there is nothing to fit."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network)
         self._fitted = True
 
     def _fit(self, images: Array, labels: npt.NDArray[np.int64] | None) -> None:
-        """Nothing is learnt."""
+        """There is nothing to fit."""
 
     def _scores(self, images: Tensor) -> Tensor:
         logits = self.network(images)
@@ -39,9 +39,9 @@ class _OfLogits(DifferentiablePeer):
 
 
 class MaxSoftmax(_OfLogits):
-    """How small the largest probability is: log(1 - p_max) - log(p_max), which orders images as 1 - p_max does.
+    """Log odds of the largest probability, log(1 - p_max) - log(p_max), which ranks images like 1 - p_max.
 
-    The log odds are taken because 1 - p_max rounds to zero for most images of a network that is sure of itself.
+    1 - p_max itself rounds to zero for most images of a confident network.
 
     Args:
         network: images (N, C, H, W) in image units to logits.
@@ -72,7 +72,7 @@ class Entropy(_OfLogits):
         >>> Entropy(net).score(np.zeros((1, 1, 1, 2), dtype=np.float32)).round(4).tolist()  # log 2
         [0.6931]
 
-    Source: the plainest measure of uncertainty; compared with in Feinman et al. 2017 (arXiv 1703.00410).
+    Source: the standard measure of uncertainty; a baseline in Feinman et al. 2017 (arXiv 1703.00410).
     """
 
     name = "entropy"
@@ -83,7 +83,7 @@ class Entropy(_OfLogits):
 
 
 class Margin(_OfLogits):
-    """How near the runner-up is: minus (the largest logit minus the second largest).
+    """The negative margin: minus (the largest logit minus the second largest).
 
     Args:
         network: images (N, C, H, W) in image units to logits.

@@ -30,11 +30,11 @@ _BY_CHANNEL = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 class ClassDensity:
     """A Gaussian kernel density for each class: ``log 1/N_c sum_{i in c} exp(-|f - f_i|^2 / (2 h^2))``.
 
-    Left out is the factor that all densities share. A class with fewer than five images has the density of all.
+    The factor common to all densities is left out. A class with fewer than five images has the density of all.
 
     Args:
         features: (R, D), of clean images.
-        member: (classes, R), whether an image counts for a class.
+        member: (classes, R), whether an image belongs to a class.
         bandwidth: h.
     """
 
@@ -45,34 +45,32 @@ class ClassDensity:
     def log_density(self, features: Tensor, classes: Tensor) -> Tensor:
         """Of features (N, D) in the density of their predicted classes (N,): (N,), float64."""
         squared = _squared(features, self.features)
-        known = classes.clamp_max(len(self.member) - 1)  # classes beyond the last known one have its row: all images
+        known = classes.clamp_max(len(self.member) - 1)  # unknown classes use the last row: all images
         member = self.member[known]
         exponent = (-squared / (2 * self.bandwidth**2)).masked_fill(~member, -torch.inf)
         return exponent.logsumexp(1) - member.sum(1).double().log()
 
 
 class KernelDensity(DifferentiablePeer, StatisticsPeer):
-    """Is the image where others of its predicted class are, in the last hidden layer (KD), and does dropout agree (BU)?
+    """Density of the last hidden layer among clean images of the predicted class (KD), and spread under dropout (BU).
 
     ``KD(x) = 1/|X_t| sum_{x_i in X_t} exp(-|phi(x) - phi(x_i)|^2 / (2 h^2))`` over clean images X_t predicted as the
     class t that x is, and ``BU(x) = 1/T sum_i p_i . p_i - mean(p) . mean(p)`` over T passes with dropout. With labels
     the score is a logistic regression on -log KD and BU; without, the sum of both standardised. A network without
     dropout has no BU: the name then is "KD", else "KD+BU".
 
-    Where this goes beyond the paper: densities are logarithms, which do not round to zero; the T dropped-out networks
-    are the same for all images, so that a score does not depend on the batch; densities of fitting images are of
-    images that are not among the kernels.
+    Differences from the paper: log densities are used, which do not underflow; the T dropout masks are the same for all
+    images, so that a score does not depend on the batch; densities of fitting images are computed out of fold.
 
     Args:
         network: images (N, C, H, W) in image units to logits.
         layer: whose output phi is, a module or its dotted name; None means the input of the last linear layer.
         bandwidth: h; None chooses it by the leave-one-out likelihood of clean images, as the paper does.
         n_passes: T; the paper takes 50.
-        seed: draws the folds and the dropped-out networks.
+        seed: seed of the folds and of the dropout masks.
 
     Attributes:
-        passes: T + 1; 2 where the only dropout stands right in front of the last layer, which is found when the first
-            images are seen.
+        passes: T + 1; 2 if the only dropout is directly before the last layer, which is detected at the first images.
 
     Raises:
         ArgumentError: a bandwidth or number of passes that is not positive.
@@ -167,7 +165,7 @@ class KernelDensity(DifferentiablePeer, StatisticsPeer):
         return (squares / self.n_passes - (total / self.n_passes).square()).sum(1, keepdim=True)
 
     def _tail(self, images: Tensor) -> tuple[nn.Linear, Tensor] | None:
-        """The last layer and what it takes, where the only dropout stands right in front of it: the rest runs once."""
+        """The last layer and its input, if the only dropout is directly before it: the rest then runs once."""
         linear = [m for m in self.network.modules() if isinstance(m, nn.Linear)]
         dropped: list[Tensor] = []
         found: list[tuple[nn.Linear, Tensor, Tensor]] = []
@@ -182,7 +180,7 @@ class KernelDensity(DifferentiablePeer, StatisticsPeer):
         return found[-1][0], dropped[0]
 
     def _dropping(self, module: nn.Module, number: int, place: int) -> Callable[..., Tensor]:
-        """A hook that drops values as the module would in training, in one pass the same ones of every image."""
+        """A hook that applies dropout as in training, with the same mask for every image of a pass."""
         share = float(getattr(module, "p", 0.0))
 
         def drop(_: nn.Module, inputs: object, value: Tensor) -> Tensor:
@@ -194,12 +192,12 @@ class KernelDensity(DifferentiablePeer, StatisticsPeer):
 
 
 def likeliest_bandwidth(features: Tensor, classes: Tensor, *, seed: int = 0) -> float:
-    """The bandwidth h under which images are likeliest in the density of the others of their class.
+    """The bandwidth h that maximises the leave-one-out likelihood of images within their class.
 
     Args:
         features: (N, D).
-        classes: (N,); classes of one image are put together.
-        seed: draws 500 images where there are more.
+        classes: (N,); classes of one image are merged.
+        seed: seed of the choice of 500 images, if there are more.
 
     Returns:
         One of 21 values from 0.03 to 3 times the median distance within a class.
@@ -222,7 +220,7 @@ def likeliest_bandwidth(features: Tensor, classes: Tensor, *, seed: int = 0) -> 
     inside = squared[others]
     typical = float(inside.median().sqrt()) if len(inside) else 0.0
     if not typical > 0:
-        return 1.0  # features that do not differ have no scale
+        return 1.0  # all features are equal: any bandwidth will do
     best, bandwidth = -math.inf, typical
     for h in (typical * _GRID).tolist():
         density = (-squared / (2 * h**2)).masked_fill(~others, -torch.inf).logsumexp(1)
@@ -233,7 +231,7 @@ def likeliest_bandwidth(features: Tensor, classes: Tensor, *, seed: int = 0) -> 
 
 
 def _squared(features: Tensor, reference: Tensor) -> Tensor:
-    """Squared distances (N, R), float64; around the mean, where less is lost when squares are subtracted."""
+    """Squared distances (N, R), float64; the mean is subtracted first, which loses less precision."""
     mean = reference.mean(0)
     a, b = features - mean, reference - mean
     squared = a.square().sum(1, keepdim=True).double() - 2 * (a @ b.T).double() + b.square().sum(1).double()

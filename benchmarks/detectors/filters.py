@@ -1,4 +1,4 @@
-"""Filter statistics: what zeroing each filter of the last convolutional layer does to the predicted class."""
+"""Filter statistics: the effect of zeroing each filter of the last convolutional layer on the predicted class."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ce_plugin.errors import ModelError, expected
 __all__ = ["FilterEffects", "filter_statistics"]
 
 _LEAST_OF_CLASS = 5
-_CAUSAL = 1e-6  # of probability: less is rounding
+_CAUSAL = 1e-6  # of probability: smaller effects are rounding
 
 
 @dataclass(frozen=True)
 class _Prototypes:
-    """Mean counterfactual information of clean images, by predicted class; of all where a class has few.
+    """Mean counterfactual information of clean images, by predicted class, or over all if a class has few.
 
     Args:
         of_class: (classes, filters).
@@ -72,20 +72,21 @@ def filter_statistics(information: Tensor, prototype: Tensor) -> Tensor:
 class FilterEffects(StatisticsPeer):
     """Statistics of the counterfactual information of filters, ``CI_i = P(c | x) - P(c | x, do(filter i = 0))``.
 
-    c is the predicted class. A filter is causal where CI > 0. Attacked images have other distributions of CI, and other
-    causal filters, than clean ones of the class that they are taken for. With labels the score is a logistic regression
-    on the seven numbers of :func:`filter_statistics`; without, the sum of their squared deviations from clean images.
+    c is the predicted class. A filter is causal where CI > 0. The distribution of CI and the causal
+    filters of attacked images differ from those of clean images of the predicted class. With labels the score is a
+    logistic regression on the seven numbers of :func:`filter_statistics`; without, the sum of their squared deviations
+    from clean images.
 
-    The paper compares distributions and sets of causal filters; that seven numbers are combined into a score is ours.
-    CI is exact, by this package's engine, at a few forward passes where the rest of the network is short.
+    The paper compares distributions and sets of causal filters; the combination of seven numbers into a score is ours.
+    CI is exact, computed by this package's engine in a few forward passes if few layers follow.
 
     Args:
         network: images (N, C, H, W) in image units to logits.
-        layer: a module or its dotted name; None means the convolution that is run last.
-        seed: draws the folds of the combination.
+        layer: a module or its dotted name; None means the last convolution that is run.
+        seed: seed of the folds of the combination.
 
     Attributes:
-        passes: what the engine says that an image costs; known when the first one has been seen.
+        passes: cost of an image according to the engine; known after the first image.
 
     Raises:
         UnknownNameError: no layer of this name.

@@ -1,4 +1,4 @@
-"""What a network's layers hold: hooked while it runs, averaged over space."""
+"""Activations of a network's layers, read by hooks and averaged over space."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def pooled(value: Tensor) -> Tensor:
 
 
 def default_layers(network: nn.Module, images: Tensor, most: int = _MOST) -> list[nn.Module]:
-    """Where features are read unless told: the last activations, one of each size of map, and dense ones.
+    """The layers that features are read from by default: the last activation of each map size, and dense activations.
 
-    The last activation at each resolution is the end of a stage: where Lee et al. read a ResNet. Networks without
-    activation modules are read behind their convolutions and linear layers, the logits left out.
+    The last activation at each resolution is the end of a stage, as in Lee et al. for a ResNet. In networks without
+    activation modules, convolutions and linear layers are used, without the logits.
 
     Args:
         network: images to logits.
@@ -60,7 +60,7 @@ def default_layers(network: nn.Module, images: Tensor, most: int = _MOST) -> lis
         >>> default_layers(network, torch.zeros(1, 1, 8, 8))
         [ReLU(), Tanh()]
     """
-    places: dict[nn.Module, int] = {}  # of the last call, in its order: 0 for dense layers
+    places: dict[nn.Module, int] = {}  # map size at the last call, in that order; 0 for dense layers
 
     def seen(module: nn.Module, _: object, value: object) -> None:
         if isinstance(value, Tensor) and value.dim() in (2, 3, 4):
@@ -73,7 +73,7 @@ def default_layers(network: nn.Module, images: Tensor, most: int = _MOST) -> lis
     largest = 0
     for module in reversed(candidates):
         size = places[module]
-        # Behind the last map of a size come smaller ones only: a squeeze to 1 x 1 inside a stage is none of them.
+        # Later maps must be smaller, which rules out a squeeze to 1 x 1 inside a stage.
         if size == 0 or size > largest:
             chosen.append(module)
             largest = max(size, largest)
@@ -84,7 +84,7 @@ def default_layers(network: nn.Module, images: Tensor, most: int = _MOST) -> lis
 
 
 def every_layer(network: nn.Module, images: Tensor, most: int = 20) -> list[nn.Module]:
-    """All layers that compute something, the logits included; of more than ``most`` as many, evenly spread.
+    """All modules without submodules, including the logits; if there are more than ``most``, that many, evenly spread.
 
     Args:
         network: images to logits.
@@ -119,15 +119,15 @@ def every_layer(network: nn.Module, images: Tensor, most: int = 20) -> list[nn.M
 
 
 class LayerReader:
-    """Runs a network and returns its logits and what chosen layers held.
+    """Runs a network and returns its logits and the activations of chosen layers.
 
     Args:
         network: images to logits.
         layers: modules or dotted names; None means :func:`default_layers`, found at the first call. Of a layer that is
             called several times, the last call counts.
-        pool: average over space; else values are flattened. None averages layers of more than 32768 values only.
-        most: how many layers, where ``layers`` is None.
-        every: where ``layers`` is None, :func:`every_layer` instead.
+        pool: average over space; otherwise values are flattened. None averages only layers of more than 32768 values.
+        most: number of layers, if ``layers`` is None.
+        every: use :func:`every_layer` if ``layers`` is None.
 
     Raises:
         ArgumentError: ``layers`` is empty, or a module is not part of the network.
@@ -159,7 +159,7 @@ class LayerReader:
         """Images (N, C, H, W) to logits (N, classes) and one (N, D) for each layer, with gradients.
 
         Raises:
-            ModelError: a layer is not reached, or its value is no tensor (N, ...).
+            ModelError: a layer is not called, or its output is not a tensor (N, ...).
         """
         if self.modules is None:
             with torch.no_grad():
@@ -171,7 +171,7 @@ class LayerReader:
             if isinstance(value, Tensor) and value.dim() >= 2:
                 value = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
                 pool = value[0].numel() > _MANY if self.pool is None else self.pool
-                # Pooled or copied at once: a later layer may write into this very tensor.
+                # Pool or copy now: a later layer may modify this tensor in place.
                 held[module] = pooled(value) if pool else value.flatten(1).clone()
 
         logits = _run(self.network, images, [(module, keep) for module in self.modules])
@@ -182,7 +182,7 @@ class LayerReader:
 
 
 def _run(network: nn.Module, images: Tensor, hooks: list[tuple[nn.Module, object]]) -> Tensor:
-    """The network's logits, with forward hooks that are gone afterwards."""
+    """The network's logits; the forward hooks are removed afterwards."""
     handles = [module.register_forward_hook(hook) for module, hook in hooks]  # type: ignore[arg-type]
     try:
         logits = network(images)

@@ -1,4 +1,4 @@
-"""Local intrinsic dimensionality: how fast neighbours multiply around an image in a network's layers."""
+"""Local intrinsic dimensionality: how fast the number of neighbours grows with distance, in a network's layers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ce_plugin.randomness import numpy_generator
 __all__ = ["LID", "lid_of_distances"]
 
 _MOST_LAYERS = 20
-_NEAREST = 5e-3  # of r_k: an image's distance to itself is rounding, and its logarithm would be noise
-_FLATTEST = 1e-6  # of the mean log ratio: neighbours that are all equally far would give infinity
+_NEAREST = 5e-3  # of r_k: the distance of an image to itself is rounding, and its logarithm would be noise
+_FLATTEST = 1e-6  # of the mean log ratio: equal distances to all neighbours would give infinity
 
 
 def lid_of_distances(distances: Tensor, k: int) -> Tensor:
@@ -45,23 +45,23 @@ def lid_of_distances(distances: Tensor, k: int) -> Tensor:
 class LID(DifferentiablePeer):
     """Local intrinsic dimensionality in each layer, estimated from minibatches of clean images.
 
-    With labels the score is a logistic regression on the layers' estimates; without, their standardised sum, as
-    adversarial images are found where the dimensionality is higher.
+    With labels the score is a logistic regression on the layers' estimates; without, their standardised sum, because
+    adversarial images tend to have a higher dimensionality.
 
-    The paper draws a minibatch for every image; here there are a few fixed ones and estimates are averaged over them,
-    so that scores do not depend on company. A fitting image is no neighbour of its own. The paper also shows noisy
-    images to the regression as clean; here it learns from the labels that it is given.
+    The paper draws a minibatch for every image; here estimates are averaged over a few fixed ones, so that scores do
+    not depend on the batch. A fitting image is not its own neighbour. In the paper the regression also gets noisy
+    images labelled clean; here it is fitted to the labels that are passed.
 
     Args:
         network: images (N, C, H, W) in image units to logits.
-        layers: modules or dotted names; None means all, the logits included, as in the paper; of more than twenty as
-            many, evenly spread.
+        layers: modules or dotted names; None means all, including the logits, as in the paper; if there are more
+            than twenty, that many, evenly spread.
         k: number of neighbours; the paper takes 20 on MNIST and CIFAR-10.
         minibatch: clean images in a minibatch; the paper takes 100.
-        n_minibatches: how many there are; fewer where there are fewer clean images.
+        n_minibatches: number of minibatches; fewer if there are too few clean images.
         pool: average maps over space first, as Lee et al. do when they compare with LID. The paper takes all values,
             and so does None, up to 32768 in a layer.
-        seed: draws the minibatches.
+        seed: seed of the minibatches.
 
     Raises:
         ArgumentError: ``k`` below 2 or not below ``minibatch``.
@@ -132,7 +132,7 @@ class LID(DifferentiablePeer):
 
     def _of_layer(self, features: Tensor, reference: Tensor, own: Tensor | None) -> Tensor:
         count, size, _ = reference.shape
-        # Around the mean, where less is lost when squares are subtracted.
+        # The mean is subtracted first, which loses less precision.
         mean = reference.mean((0, 1))
         a, b = features - mean, (reference - mean).flatten(0, 1)
         squared = a.square().sum(1, keepdim=True).double() - 2 * (a @ b.T).double() + b.square().sum(1).double()

@@ -15,7 +15,7 @@ from ce_plugin.errors import ArgumentError, expected
 __all__ = ["Mahalanobis", "TiedGaussians"]
 
 _LEAST_OF_CLASS = 5
-_SMALLEST = 1e-10  # of the largest eigenvalue; directions in which no image differs are left out
+_SMALLEST = 1e-10  # of the largest eigenvalue; directions without variance are left out
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TiedGaussians:
     ``mu_c = mean of f over class c``, ``Sigma = 1/N sum_c sum_{i in c} (f_i - mu_c)(f_i - mu_c)^T`` (equation 1).
 
     Args:
-        means: (K, D), of classes with enough images, and one of the others together where there are any.
+        means: (K, D), of classes with enough images, and one for all other classes together, if any.
         whiten: (D, D'), W with ``W W^T = Sigma^-1`` (the pseudo-inverse where Sigma is singular).
 
     Source: Lee et al., NeurIPS 2018 (arXiv 1807.03888), section 2.1.
@@ -58,22 +58,22 @@ class TiedGaussians:
 class Mahalanobis(DifferentiablePeer, StatisticsPeer):
     """Distance of each layer's features to the nearest class-conditional Gaussian, combined over layers.
 
-    ``M_l(x) = -min_c (f_l(x) - mu_lc)^T Sigma_l^-1 (f_l(x) - mu_lc)``; the score is a logistic regression on -M_l where
-    attacked images are labelled, and else the sum of the standardised -M_l. Features are averaged over space. With a
+    ``M_l(x) = -min_c (f_l(x) - mu_lc)^T Sigma_l^-1 (f_l(x) - mu_lc)``; with labels the score is a logistic regression
+    on -M_l, without the sum of the standardised -M_l. Features are averaged over space. With a
     ``magnitude``, M_l is that of x + magnitude * sign(grad_x M_l), the paper's input pre-processing.
 
-    Where this goes beyond the paper: classes are the predicted ones (fitting images are taken to be classified
-    correctly); classes with fewer than five images share one mean; the combination learns from distances of images that
-    the Gaussians have not seen; the covariance may be shrunken. Its gradient takes the pre-processing step as fixed.
+    Differences from the paper: classes are the predicted ones (fitting images are assumed to be classified correctly);
+    classes with fewer than five images share one mean; the combination is fitted to out-of-fold distances; the
+    covariance may be shrunk. The gradient treats the pre-processing step as fixed.
 
     Args:
         network: images (N, C, H, W) in image units to logits.
         layers: modules or dotted names; None means the ends of the last five stages.
         magnitude: of the input pre-processing, in image units; 0 leaves it out. The paper chooses it on attacked
-            images, which a clean-only fit has none of.
+            images, which a fit to clean images does not have.
         shrinkage: towards a multiple of the identity, in [0, 1]: 0 is the paper's empirical covariance; None takes
-            Ledoit and Wolf's, which vanishes where images are many and is needed where they are fewer than features.
-        seed: draws the folds of the combination.
+            Ledoit and Wolf's, which vanishes for many images and is needed if there are fewer than features.
+        seed: seed of the folds of the combination.
 
     Raises:
         ArgumentError: a negative magnitude, or a shrinkage outside [0, 1].
@@ -129,7 +129,7 @@ class Mahalanobis(DifferentiablePeer, StatisticsPeer):
         return torch.stack([g.distance(f) for g, f in zip(reference, features, strict=True)], 1)
 
     def _after_step(self, images: Tensor, layer: int, gaussians: TiedGaussians) -> Tensor:
-        """A layer's features of images moved by one signed step towards their nearest class."""
+        """A layer's features after moving each image by one signed step towards its nearest class."""
         with torch.enable_grad():
             moved = images.detach().requires_grad_()
             distance = gaussians.distance(self.reader(moved)[1][layer])
@@ -138,7 +138,7 @@ class Mahalanobis(DifferentiablePeer, StatisticsPeer):
 
 
 def _covariance(centred: Tensor, shrinkage: float | None) -> Tensor:
-    """``(1 - a) S + a tr(S) / D I`` of centred features (N, D); a by Ledoit and Wolf 2004 where it is None."""
+    """``(1 - a) S + a tr(S) / D I`` of centred features (N, D); a by Ledoit and Wolf 2004 if None."""
     n, d = centred.shape
     empirical = centred.T @ centred / n
     scale = empirical.diagonal().mean()

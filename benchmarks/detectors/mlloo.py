@@ -1,4 +1,4 @@
-"""ML-LOO: how widely the effects of leaving out single pixels scatter, layer by layer."""
+"""ML-LOO: dispersion of the effects of leaving out single pixels, layer by layer."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ce_plugin.errors import ArgumentError, InputError, expected, unknown_name
 __all__ = ["MLLOO", "dispersion"]
 
 _CHUNK = 256  # changed images in one pass of the network
-_LARGE = 32  # pixels each way above which cells are blanked instead of pixels
+_LARGE = 32  # larger images than this are blanked in cells instead of pixels
 _GRID = 14
 
 
 def dispersion(values: Tensor, kind: str) -> Tensor:
-    """How widely the columns of (d, K) scatter: ``"iqr"``, ``"std"`` or ``"mad"``; (K,).
+    """Dispersion of the columns of (d, K): ``"iqr"``, ``"std"`` or ``"mad"``; (K,).
 
     ``iqr`` is the distance of the quartiles, ``mad`` the median distance from the median.
 
     Raises:
-        UnknownNameError: another kind.
+        UnknownNameError: an unknown kind.
 
     Example:
         >>> dispersion(torch.tensor([[0.0], [1.0], [2.0], [3.0], [9.0]]), "iqr")
@@ -37,7 +37,7 @@ def dispersion(values: Tensor, kind: str) -> Tensor:
     if kind == "iqr":
         return values.quantile(0.75, dim=0) - values.quantile(0.25, dim=0)
     if kind == "mad":
-        # quantile, because torch's median takes the lower of the two middle values.
+        # Use quantile, because torch's median takes the lower of the two middle values.
         return (values - values.quantile(0.5, dim=0)).abs().quantile(0.5, dim=0)
     raise unknown_name("dispersions", kind, ("iqr", "std", "mad"))
 
@@ -48,26 +48,27 @@ class MLLOO(StatisticsPeer):
     ``phi_ij = h_j(x) - h_j(x with pixel i blanked)`` for the neurons h_j: channels of chosen layers, averaged over
     space, and the probabilities of all classes. For each neuron the statistic is the dispersion of phi_ij over i. With
     labels the score is a logistic regression on all of them; without, which the paper does not have, the sum of their
-    squared deviations from clean images: attacked images can scatter more or less.
+    squared deviations from clean images, since attacked images can have a higher or a lower dispersion.
 
-    A pixel is blanked in all channels at once. Images of more than 32 pixels are blanked in cells of a grid of 14 x 14:
-    ours, as the paper has no larger images than CIFAR-10's. Dispersions do not depend on h_j(x), so d passes suffice.
+    A pixel is blanked in all channels at once. Images of more than 32 pixels a side are blanked in cells of a 14 x 14
+    grid, which is ours, as the paper has no images larger than those of CIFAR-10. Dispersions do not depend
+    on h_j(x), so d passes suffice.
 
     Args:
         network: images (N, C, H, W) in image units to logits.
         layers: modules or dotted names; None means the ends of the last five stages.
-        dispersions: which, of ``"iqr"``, ``"std"`` and ``"mad"``; the paper's results are those of iqr.
-        cell: side of what is blanked, in pixels; None means 1, or a fourteenth of the image where it is large.
-        fill: what is written there, in image units; the paper's reference is 0.
-        seed: draws the folds of the regression.
+        dispersions: which ones, of ``"iqr"``, ``"std"`` and ``"mad"``; the paper's results are those of iqr.
+        cell: side of a blanked cell, in pixels; None means 1, or a fourteenth of a large image.
+        fill: value of blanked pixels, in image units; the paper's reference is 0.
+        seed: seed of the folds of the regression.
 
     Attributes:
-        passes: d, the number of cells, of which those that are blank already are not run; known when the first image
-            has been seen, 784 until then.
+        passes: d, the number of cells (cells that are blank already are not run); known after the first image, 784
+            until then.
 
     Raises:
         ArgumentError: a cell below 1, or no dispersion.
-        UnknownNameError: a dispersion of another name.
+        UnknownNameError: an unknown dispersion.
 
     Example:
         >>> import numpy as np
@@ -112,7 +113,7 @@ class MLLOO(StatisticsPeer):
         return (torch.stack([self._of_image(image, masks) for image in images]),)
 
     def _learn(self, read: tuple[Tensor, ...]) -> None:
-        """Nothing: the dispersions are the statistics."""
+        """No reference is needed: the dispersions are the statistics."""
 
     def _statistics(self, images: Tensor, read: tuple[Tensor, ...], reference: None) -> Tensor:
         return read[0]
@@ -120,7 +121,7 @@ class MLLOO(StatisticsPeer):
     def _of_image(self, image: Tensor, masks: Tensor) -> Tensor:
         """All dispersions of one image (C, H, W); ``masks`` (d, 1, H, W) are True where each cell is.
 
-        A cell that is blank already changes nothing, and is not run: on digits that is most of them.
+        Cells that are blank already, on digits most of them, have no effect and are not run.
         """
         changing = (masks & (image != self.fill)).flatten(1).any(1)
         runs = torch.cat([image[None], image.masked_fill(masks[changing], self.fill)])

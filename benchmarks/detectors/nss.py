@@ -1,4 +1,4 @@
-"""Natural scene statistics: does the picture itself, whatever the network says, look like the clean ones?"""
+"""Natural scene statistics: does the image look like clean ones? The network is not used."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _FEW = 10
 def mscn(images: Tensor) -> Tensor:
     """Mean-subtracted, contrast-normalised values, ``(x - mu) / (sigma + 1/255)``.
 
-    mu and sigma are local, with Gaussian weights of 7/6 pixels over 7 x 7, edges repeated.
+    mu and sigma are local, with Gaussian weights (sigma 7/6 pixels, 7 x 7 window), edges repeated.
 
     Args:
-        images: (N, C, H, W) with values in [0, 1]; colours are made grey first.
+        images: (N, C, H, W) with values in [0, 1]; colour images are converted to grey.
 
     Returns:
         (N, H, W).
@@ -116,10 +116,10 @@ def asymmetric_parameters(values: Tensor) -> Tensor:
 
 
 def scene_statistics(images: Tensor) -> Tensor:
-    """The 18 statistics of a picture: two of its MSCN values, four of the products of neighbours in each of four ways.
+    """The 18 statistics of an image: two of its MSCN values, four of products of neighbours in each of four directions.
 
     Args:
-        images: (N, C, H, W) with values in [0, 1], more than one pixel each way.
+        images: (N, C, H, W) with values in [0, 1], at least 2 x 2 pixels.
 
     Returns:
         (N, 18), float64, on the CPU; with a gradient to the images, finite everywhere and 0 inside flat areas.
@@ -142,7 +142,7 @@ def scene_statistics(images: Tensor) -> Tensor:
 
 
 def _root(values: Tensor) -> Tensor:
-    """The square root, 0 with gradient 0 where there is none: sqrt's own is infinite at 0."""
+    """The square root, with gradient 0 at 0, where that of sqrt is infinite."""
     positive = values > 0
     return torch.where(positive, values, 1.0).sqrt() * positive
 
@@ -152,7 +152,7 @@ def _gamma(values: Tensor) -> Tensor:
 
 
 def _interpolated(x: Tensor, known: Tensor, values: Tensor) -> Tensor:
-    """Linear between the points (known, values), known rising; the first and the last value beyond them."""
+    """Linear interpolation of the points (known, values), known ascending; constant beyond them."""
     inside = x.clamp(known[0], known[-1])
     above = torch.searchsorted(known, inside.detach()).clamp_min(1)
     share = (inside - known[above - 1]) / (known[above] - known[above - 1])
@@ -160,15 +160,15 @@ def _interpolated(x: Tensor, known: Tensor, values: Tensor) -> Tensor:
 
 
 class NSS(DifferentiablePeer):
-    """A detector of unnatural pictures: a support vector machine on the parameters of natural scene statistics.
+    """A detector of unnatural images: a support vector machine on the parameters of natural scene statistics.
 
     With labels the score is the decision function of a support vector machine with a Gaussian kernel on the 18
     standardised statistics, its penalty chosen by cross-validation. Without, which the paper does not have, it is the
     Mahalanobis distance of the statistics from those of the clean images (Ledoit and Wolf's covariance).
 
     Args:
-        network: not run; it is there so that all peers are made alike.
-        seed: draws the folds of the cross-validation.
+        network: not used; accepted so that all peers have the same constructor.
+        seed: seed of the folds of the cross-validation.
 
     Example:
         >>> images = np.random.default_rng(0).random((30, 1, 16, 16), dtype=np.float32)
@@ -229,7 +229,7 @@ class _Machine:
 
     @classmethod
     def fitted(cls, z: Array, labels: npt.NDArray[np.int64], seed: int) -> _Machine:
-        """Of statistics (N, d) and labels (N,); the penalty is chosen on 2000 images where there are more."""
+        """Fit to statistics (N, d) and labels (N,); the penalty is chosen on at most 2000 images."""
         from sklearn.model_selection import GridSearchCV, StratifiedKFold
         from sklearn.svm import SVC
 

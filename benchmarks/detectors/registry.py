@@ -1,4 +1,4 @@
-"""All peers by name, so that a harness can go through them."""
+"""All peers by name."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ PEERS: dict[str, Callable[[nn.Module], Peer]] = {
 
 
 def peers(network: nn.Module, names: Iterable[str] | None = None, *, labels: bool = True) -> list[Peer]:
-    """Peers of a network, not fitted yet.
+    """Peers for a network, not yet fitted.
 
     Args:
         network: images (N, C, H, W) in image units to logits.
         names: which of :data:`PEERS`; None means all.
-        labels: whether there will be labels; without, those that need them are left out.
+        labels: whether there will be labels; if not, peers that need them are left out.
 
     Raises:
-        UnknownNameError: no peer of this name.
+        UnknownNameError: there is no peer of this name.
 
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))

@@ -1,4 +1,4 @@
-"""Feature squeezing: does the prediction change when the image is made simpler?"""
+"""Feature squeezing: does the prediction change when the image is simplified?"""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Squeezer = Callable[[Tensor], Tensor]
 
 
 class NonLocalMeans:
-    """Each pixel becomes the mean of the pixels around it, weighted by how alike their patches are.
+    """Each pixel becomes the mean of the pixels around it, weighted by the similarity of their patches.
 
     ``s(x)_i = sum_j w_ij x_j / sum_j w_ij`` over a window around i, ``w_ij = exp(-d_ij / h^2)``, d_ij the mean squared
-    difference of the patches around i and j, all channels together; images are mirrored at their edges.
+    difference of the patches around i and j, all channels together; edges are reflected.
 
     Args:
         window: side of the window, odd.
@@ -41,8 +41,8 @@ class NonLocalMeans:
         >>> bool(torch.allclose(NonLocalMeans(11, 3, 4)(flat), flat))
         True
 
-    Source: Buades, Coll, Morel, CVPR 2005; "11-3-4" of Xu et al. 2018, who run OpenCV's version, which works on
-        brightness and colour apart; this one works on the channels together and is differentiable.
+    Source: Buades, Coll, Morel, CVPR 2005; "11-3-4" of Xu et al. 2018, who use OpenCV's version, which filters
+        brightness and colour separately; this one filters the channels together and is differentiable.
     """
 
     def __init__(self, window: int = 11, patch: int = 3, strength: float = 4.0) -> None:
@@ -60,14 +60,14 @@ class NonLocalMeans:
         """Images (N, C, H, W) with values in [0, 1], filtered.
 
         Raises:
-            InputError: images smaller than the window and a patch need.
+            InputError: images too small for the window and a patch.
         """
         reach, border = self.window // 2, self.patch // 2
         height, width = images.shape[2:]
         if min(height, width) <= reach + border:
             wanted = f"images of more than {reach + border} pixels each way for {self!r}"
             raise InputError(expected("x", wanted, f"{height} x {width}"))
-        # In parts that stay in a processor's cache: each is passed over once for every place in the window.
+        # In chunks that fit into the processor's cache: each is read once for every position in the window.
         few = max(1, _CACHED // images[0].numel())
         return torch.cat([self._filtered(images[k : k + few]) for k in range(0, len(images), few)])
 
@@ -87,7 +87,7 @@ class NonLocalMeans:
         return total / weights
 
     def _of_patches(self, values: Tensor) -> Tensor:
-        """Sums over patches, rows first; several times as fast as pooling."""
+        """Sums over patches, rows first; several times faster than pooling."""
         for dim in (2, 3):
             size = values.shape[dim] - self.patch + 1
             values = sum((values.narrow(dim, k, size) for k in range(1, self.patch)), start=values.narrow(dim, 0, size))
@@ -95,10 +95,10 @@ class NonLocalMeans:
 
 
 def paper_squeezers(channels: int) -> tuple[Squeezer, ...]:
-    """The squeezers that the paper joins: for MNIST 1 bit and median 2 x 2; for colour 5 bit, median 2 x 2, 11-3-4.
+    """The paper's combination: for MNIST 1 bit and median 2 x 2; for colour 5 bit, median 2 x 2 and 11-3-4.
 
     Args:
-        channels: of the images: 1 takes those of MNIST, more those of CIFAR-10 and ImageNet.
+        channels: number of channels; 1 gives the squeezers for MNIST, more those for CIFAR-10 and ImageNet.
 
     Example:
         >>> len(paper_squeezers(1)), len(paper_squeezers(3))
@@ -112,17 +112,17 @@ def paper_squeezers(channels: int) -> tuple[Squeezer, ...]:
 
 
 class FeatureSqueezing(DifferentiablePeer):
-    """How far the prediction moves when the image is squeezed: the largest over squeezers.
+    """Change of the prediction when the image is squeezed, the largest over squeezers.
 
     ``score(x) = max_j || softmax f(x) - softmax f(s_j(x)) ||_1``, in [0, 2]. There is nothing to fit: the paper sets a
-    threshold on clean images, and so does the harness. The gradient passes roundings straight through.
+    threshold on clean images, and so does the harness. Rounding passes the gradient straight through.
 
     Args:
         network: images (N, C, H, W) with values in [0, 1] to logits.
-        squeezers: functions from images to images; None means those of the paper for as many channels.
+        squeezers: functions from images to images; None means :func:`paper_squeezers`.
 
     Raises:
-        ArgumentError: no squeezer, or one that is not a function.
+        ArgumentError: no squeezers, or one that is not a function.
 
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
@@ -145,7 +145,7 @@ class FeatureSqueezing(DifferentiablePeer):
         self._fitted = True
 
     def _fit(self, images: Array, labels: npt.NDArray[np.int64] | None) -> None:
-        """Nothing is learnt."""
+        """There is nothing to fit."""
 
     def _scores(self, images: Tensor) -> Tensor:
         squeezers = paper_squeezers(images.shape[1]) if self.squeezers is None else self.squeezers

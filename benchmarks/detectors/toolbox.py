@@ -25,9 +25,9 @@ LAYER = "layer"
 
 
 class Activations:
-    """What ART's detectors ask of a classifier: the names of its layers, and activations.
+    """What ART's detectors need from a classifier: the names of its layers, and activations.
 
-    ART's own classifier knows the layers of a Sequential only, and leaves a hook behind at every call.
+    ART's own classifier supports only the layers of a Sequential, and leaves a hook behind at every call.
     """
 
     layer_names = (LAYER,)
@@ -36,7 +36,7 @@ class Activations:
         self.peer, self.reader = peer, reader
 
     def get_activations(self, x: Array, layer: str, batch_size: int, framework: bool = False) -> Array:
-        """Activations (N, D) of numpy images, as ART calls it."""
+        """Activations (N, D) of numpy images, with ART's signature."""
         with state_guard(self.peer.network), torch.no_grad():
             parts = [self.reader(batch)[1][0].float().cpu().numpy() for batch in self.peer._batches(x, batch_size)]
         found: Array = np.concatenate(parts)
@@ -44,10 +44,10 @@ class Activations:
 
 
 class _Trained(DifferentiablePeer):
-    """A small network, trained by ART to tell clean from attacked; the score is the log odds that it gives.
+    """A small network, trained by ART to distinguish clean from attacked images; its log odds are the score.
 
     Args:
-        network: the classifier that is watched.
+        network: the classifier that is attacked.
         epochs: of training; 20 is ART's default.
         batch_size: 128 is ART's default.
         rate: of Adam.
@@ -68,7 +68,7 @@ class _Trained(DifferentiablePeer):
         self.watcher: nn.Module = nn.Identity()
 
     def _train(self, x: Array, shape: tuple[int, ...], labels: Array, make: Callable[[Any], Any]) -> None:
-        """Build the watching network and let ART's detector, which ``make`` makes of it, learn from x."""
+        """Build the detecting network, wrap it by ``make`` in ART's detector, and train that on x."""
         from art.estimators.classification import PyTorchClassifier
 
         device = self._on_network(torch.zeros(1)).device
@@ -95,10 +95,10 @@ class _Trained(DifferentiablePeer):
 
 
 class BinaryInput(_Trained):
-    """ART's BinaryInputDetector: a network learns to tell attacked images from clean ones.
+    """ART's BinaryInputDetector: a network trained to distinguish attacked images from clean ones.
 
-    ART leaves the network to the user; here it is as many convolutions (16 to 64 filters, ReLU, pooling) as bring the
-    image to 8 pixels or fewer, at least one, and a linear layer. It needs attacked images.
+    ART leaves the network to the user. Here it consists of convolutions (16 to 64 filters, ReLU, pooling) until the
+    image has 8 pixels a side or fewer, at least one, and a linear layer. It needs attacked images.
 
     Args:
         network: the classifier; not run.
@@ -139,9 +139,9 @@ class BinaryInput(_Trained):
 
 
 class BinaryActivation(_Trained):
-    """ART's BinaryActivationDetector: a network learns to tell them apart by the activations of a layer.
+    """ART's BinaryActivationDetector: a network trained to distinguish them by the activations of a layer.
 
-    ART leaves the network to the user; here it has one hidden layer of 128. It needs attacked images.
+    ART leaves the network to the user. Here it has one hidden layer of 128 units. It needs attacked images.
 
     Args:
         network: images (N, C, H, W) in image units to logits.
@@ -196,7 +196,7 @@ class BinaryActivation(_Trained):
 
 
 def _watcher(shape: tuple[int, ...]) -> nn.Sequential:
-    """The small network that tells clean from attacked: of images (C, H, W), or of vectors (D,)."""
+    """The small network that distinguishes clean from attacked: for images (C, H, W), or for vectors (D,)."""
     if len(shape) == 1:
         return nn.Sequential(nn.Linear(shape[0], 128), nn.ReLU(), nn.Linear(128, 2))
     layers: list[nn.Module] = []
@@ -215,18 +215,18 @@ _SCORING = ("BerkJones", "HigherCriticism", "KolmarovSmirnov")  # ART's spelling
 class SubsetScanning(Peer):
     """ART's SubsetScanningDetector: the most surprising subset of a layer's activations, by their p-values.
 
-    p-values are of clean images, the background; attacked images, where there are labels, are not used.
+    P-values are relative to clean images, the background; attacked images are not used.
 
     Args:
         network: images (N, C, H, W) in image units to logits.
         layer: a module or its dotted name; None means the last one that has a map or is dense, before the logits.
         scoring: ``"BerkJones"``, ``"HigherCriticism"`` or ``"KolmarovSmirnov"``, in ART's spelling.
-        background: clean images that p-values come from, at most.
-        seed: draws the background.
+        background: largest number of clean images for the p-values.
+        seed: seed of the choice of the background.
 
     Raises:
         ArgumentError: a background below 2.
-        UnknownNameError: another scoring.
+        UnknownNameError: an unknown scoring.
 
     Example:
         >>> images = np.random.default_rng(0).random((32, 1, 4, 4), dtype=np.float32)
@@ -277,21 +277,20 @@ class SubsetScanning(Peer):
 
 
 class Beyond(Peer):
-    """ART's BeyondDetectorPyTorch: do the neighbours that augmentation makes agree with the image?
+    """ART's BeyondDetectorPyTorch: do augmented versions of the image agree with it?
 
-    It needs a network trained by self-supervision on images like these, which nothing here can make: without one this
-    is an error, and it is not among the peers that run by default. ART's class compares that network with itself and
-    never runs the classifier that it protects.
+    It needs a network trained by self-supervision on similar images, which you must provide, and is therefore not among
+    the peers that run by default. ART's class uses only that network and never runs the classifier.
 
     Args:
         network: the classifier; not run.
         ssl_model: a module with the modules ``backbone``, ``classifier`` and ``projector``.
         augmentations: from images (N, C, H, W) to augmented ones; random ones are seeded, the same for every image.
-        n_augmentations: neighbours of each image; 50 is ART's default.
-        seed: of the augmentations.
+        n_augmentations: augmented versions of each image; 50 is ART's default.
+        seed: seed of the augmentations.
 
     Raises:
-        ArgumentError: no such network, or no augmentations.
+        ArgumentError: no self-supervised network, or no augmentations.
 
     Example:
         >>> Beyond(nn.Flatten())
@@ -343,7 +342,7 @@ class Beyond(Peer):
     def _scores(self, images: Tensor) -> Tensor:
         similarity = []
         for image in images.cpu().numpy().astype(np.float32):
-            # One by one from the same seed: an image's neighbours do not depend on the others.
+            # One by one from the same seed, so that an image's augmentations do not depend on the others.
             with state_guard(self.ssl_model, seed=self.seed):
                 similarity.append(float(self.detector.detect(image[None])[0][0]))
         return -torch.tensor(similarity, dtype=torch.float64)

@@ -77,5 +77,5 @@ def _idx(folder: Path, name: str, dimensions: int) -> Tensor:
     sizes = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != header + int(np.prod(sizes)):
         came = f"{len(content)} bytes that begin with {content[:4].hex()}"
-        raise FileError(expected("folder", f"one where {name} is of the idx format, whole", came))
+        raise FileError(expected("folder", f"one where {name} is a complete file in IDX format", came))
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(sizes).copy())

@@ -101,7 +101,7 @@ def pixel_order(maps: Tensor, *, seed: int = 0) -> Tensor:
     if maps.dim() not in (3, 4):
         raise InputError(expected("maps", "of shape (N, H, W) or (N, C, H, W)", f"shape {tuple(maps.shape)}"))
     if not bool(torch.isfinite(maps).all()):
-        raise InputError(expected("maps", "finite", "NaN or infinity", "Set what a method leaves open to 0."))
+        raise InputError(expected("maps", "finite", "NaN or infinity", "Set undefined values to 0."))
     flat = (maps.sum(1) if maps.dim() == 4 else maps).flatten(1)
     shuffled = torch.randperm(flat.shape[1], generator=generator(seed, "ties")).to(flat.device)
     return shuffled[flat[:, shuffled].argsort(dim=1, descending=True, stable=True)]

@@ -173,7 +173,7 @@ def pointing_share(maps: Tensor, cell: int | Sequence[int] | Tensor, *, grid: in
         wanted = f"of shape (N, H, W) or (N, 1, H, W), H and W multiples of {grid}"
         raise InputError(expected("maps", wanted, f"shape {tuple(maps.shape)}", "Enlarge maps to the mosaic's size."))
     if not bool(torch.isfinite(flat).all()):
-        raise InputError(expected("maps", "finite", "NaN or infinity", "Set what a method leaves open to 0."))
+        raise InputError(expected("maps", "finite", "NaN or infinity", "Set undefined values to 0."))
     cells = torch.as_tensor(cell, device=flat.device).flatten()
     if not 0 <= int(cells.min()) <= int(cells.max()) < grid**2 or len(cells) not in (1, len(flat)):
         wanted = f"one index below {grid**2}, or one for each of {len(flat)} maps"

@@ -37,7 +37,7 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
         wanted = f"of the shape of `first`, {tuple(first.shape)}, (N, ...) with two values or more"
         raise InputError(expected("second", wanted, f"shape {tuple(second.shape)}"))
     if not bool(torch.isfinite(first).all()) or not bool(torch.isfinite(second).all()):
-        raise InputError(expected("maps", "finite", "NaN or infinity", "Set what a method leaves open to 0."))
+        raise InputError(expected("maps", "finite", "NaN or infinity", "Set undefined values to 0."))
     from scipy.stats import rankdata
 
     ranks = (rankdata(maps.detach().flatten(1).double().cpu(), axis=1) for maps in (first, second))

@@ -279,7 +279,7 @@ def _examples(
     """The only tensor of the inputs, and the context of its examples."""
     tensors = inputs if isinstance(inputs, tuple) else (inputs,)
     if len(tensors) != 1:
-        raise InputError(expected("inputs", "one tensor, as attacks know one input", f"{len(tensors)} tensors"))
+        raise InputError(expected("inputs", "one tensor, as attacks take one input", f"{len(tensors)} tensors"))
     n = len(tensors[0])
     if ids is not None and len(ids) != n:
         raise InputError(expected("ids", f"one per example, {n}", f"{len(ids)}"))

@@ -261,7 +261,7 @@ def resolve_clip_values(given: tuple[float, float] | None, estimator: Any) -> tu
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise AttackError(expected("clip_values", "a pair (low, high) with low < high", (low, high)))
     if own is not None and own != (low, high):
-        raise AttackError(expected("clip_values", f"those of the attack's estimator, {own}", (low, high), "Leave out."))
+        raise AttackError(expected("clip_values", f"those of the attack's estimator, {own}", (low, high)))
     return low, high
 
 
@@ -269,7 +269,7 @@ def check_options(targeted_class: int | None, batch_size: int, multi_label: bool
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise AttackError(expected("batch_size", "a whole number, at least 1", batch_size))
     if multi_label and batch_size > 1:
-        hint = "Each image has decisions of its own."
+        hint = "The labels that are attacked differ from image to image."
         raise AttackError(expected("batch_size", "1 for multi-label networks", batch_size, hint))
     whole = isinstance(targeted_class, int) and not isinstance(targeted_class, bool)
     if targeted_class is not None and (not whole or targeted_class < 0):
@@ -558,7 +558,7 @@ class _Task:
 
 def _check_input(clean: Tensor, context: Context) -> None:
     if context.position:
-        raise InputError(expected("inputs", "one tensor, as attacks know one input", f"input {context.position + 1}"))
+        raise InputError(expected("inputs", "one tensor, as attacks take one input", f"input {context.position + 1}"))
     if not clean.is_floating_point():
         raise InputError(expected("inputs", "a tensor of floats", str(clean.dtype), "Convert it with .float()."))
     if clean.dim() < 2 or clean.numel() == 0:
@@ -594,7 +594,7 @@ def _warn_probabilities(scores: Array, classifier: TargetClassifier, binary: boo
     if classifier.probabilities or scores.min() < 0 or scores.max() > 1 or scores.size < 4:
         return
     if binary or np.allclose(scores.sum(1), 1, atol=1e-4):
-        message = "The network's outputs look like probabilities: write probabilities=True, or attacks may go astray."
+        message = "The network's outputs look like probabilities: write probabilities=True, or the gradients are wrong."
         warnings.warn(message, ProbabilityWarning, stacklevel=5)
 
 

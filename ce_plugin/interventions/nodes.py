@@ -170,7 +170,7 @@ class Patch(Intervention):
 
 def _donors(intervention: Intervention, context: Context) -> Tensor:
     if context.donors is None:
-        hint = "Call `perturb`, or explain with it; `values` alone does not know the network's activations."
+        hint = "Call `perturb`, or explain with it; `values` needs the network's activations in `context.donors`."
         raise ArgumentError(expected("context", f"one with donors for {intervention!r}", "none", hint))
     return context.donors[context.position]
 

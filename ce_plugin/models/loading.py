@@ -67,7 +67,7 @@ def _from_torchvision(name: str, weights: Weights) -> VisionModel:
     try:
         model = models.get_model(name, weights=preset if str(weights) == "DEFAULT" else None)
     except (OSError, RuntimeError) as error:
-        hint = f"Fetch {preset.url} where there is a network and give the file as weights."
+        hint = f"Download {preset.url} on a machine with internet access and pass the file as weights."
         raise FileError(expected("weights", "downloadable", f"the error {error}", hint)) from error
     transform = preset.transforms()
     return VisionModel(
@@ -99,7 +99,7 @@ def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        hint = "It must be installed, or a .py file in the current folder, with its own imports installed."
+        hint = "It must be installed, or be a .py file in the current folder, and so must everything that it imports."
         raise UnknownNameError(expected("model", "an importable module", f"{name!r} ({error})", hint)) from error
     finally:
         if added and here in sys.path:
