@@ -1,7 +1,7 @@
-"""The self-supervised networks that BEYOND asks for: SimSiam on small grey pictures, kept in the cache.
+"""The self-supervised networks that BEYOND needs: SimSiam on small grey images, cached.
 
-Trained on the images that the classifier was trained on, so that none is used that a detector is calibrated or tried
-on. Labels enter only at the end, for the linear classifier on the frozen backbone.
+They are trained on the classifier's training images, so that no image is used for calibration or evaluation as well.
+Labels are used only for the linear classifier on the frozen backbone.
 
 Source: Chen and He, CVPR 2021 (arXiv 2011.10566): SimSiam. He, Zhang, Chen, et al., ICML 2024: BEYOND.
 """
@@ -25,13 +25,13 @@ WIDTH = 128
 
 @dataclass(frozen=True)
 class Augmentation:
-    """SimSiam's augmentations, as far as small grey pictures have them: no colours, no blur.
+    """SimSiam's augmentations for small grey images: no colour changes, no blur.
 
     Args:
-        flip: left and right are exchanged in every other picture.
-        area: least share of the picture that is cut out and resized.
-        degrees: it is turned by up to so many; what comes in from outside is black.
-        jitter: brightness and contrast are changed by up to this share, each in four pictures of five.
+        flip: whether half of the images are mirrored.
+        area: smallest share of the image that is cropped and resized.
+        degrees: largest rotation, with black borders.
+        jitter: largest change of brightness and contrast, as a share; each with probability 0.8.
     """
 
     flip: bool
@@ -40,7 +40,7 @@ class Augmentation:
     jitter: float = 0.4
 
     def __call__(self, images: Tensor, draw: torch.Generator | None = None) -> Tensor:
-        """Each of (N, 1, H, W) in [0, 1] in its own way; drawn from the global state where there is no generator."""
+        """Augment each of (N, 1, H, W) in [0, 1] independently; without a generator the global random state is used."""
         share = torch.rand(10, len(images), generator=draw)
         amount = 2 * share - 1
         side, ratio = (self.area + (1 - self.area) * share[0]).sqrt(), 0.75 ** (amount[1] / 2)
@@ -51,7 +51,7 @@ class Augmentation:
             wide = torch.where(share[5] < 0.5, -wide, wide)
         angle = math.radians(self.degrees) * amount[4]
         cosine, sine = angle.cos(), angle.sin()
-        # From places in the new picture, -1 to 1 each way, to places in the old one.
+        # Maps positions in the new image, -1 to 1 in each direction, to positions in the old one.
         turn = torch.stack([wide * cosine, -high * sine, right, wide * sine, high * cosine, down], 1)
         grid = F.affine_grid(turn.view(-1, 2, 3), list(images.shape), align_corners=False)
         light, contrast = torch.where(share[6:8] < 0.8, 1 + self.jitter * amount[8:], 1.0)[..., None, None, None]
@@ -61,14 +61,14 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Pretraining:
-    """How a network is trained: momentum, the rate falling to zero by a cosine.
+    """How a network is trained: SGD with momentum, with a cosine schedule to zero.
 
     Args:
         augmentation: makes the two views of an image, and BEYOND's neighbours.
         epochs: passes over the images.
-        limit: the first so many images, at most.
+        limit: largest number of training images.
         batch: images per step.
-        rate: at the start.
+        rate: initial learning rate.
     """
 
     augmentation: Augmentation
@@ -85,12 +85,12 @@ PRETRAINING = {
 
 
 class SimSiam(nn.Module):
-    """Three convolutions, the paper's projector and predictor, and a linear classifier beside them.
+    """Three convolutions, the paper's projector and predictor, and a linear classifier.
 
     Attributes:
         backbone: (N, 1, 28, 28) to (N, 128).
-        projector: to (N, 128), what views are compared by.
-        predictor: of one view's projection from the other's; used in training only.
+        projector: to (N, 128), the projections of views that are compared.
+        predictor: predicts one view's projection from the other's; used only in training.
         classifier: from the backbone to logits (N, 10).
     """
 
@@ -109,14 +109,14 @@ class SimSiam(nn.Module):
         return logits
 
     def loss(self, one: Tensor, other: Tensor) -> Tensor:
-        """Minus the cosine between what is predicted of a view and the view, which passes no gradient on; symmetric."""
+        """Symmetric loss: minus the cosine between a predicted projection and the true one, which is detached."""
         z = [self.projector(self.backbone(view)) for view in (one, other)]
         p = [self.predictor(projection) for projection in z]
         return -(F.cosine_similarity(p[0], z[1].detach()) + F.cosine_similarity(p[1], z[0].detach())).mean() / 2
 
 
 def simsiam(name: str, seed: int, cache: str | Path | None = None) -> SimSiam:
-    """The network of a data set and seed, in eval mode: from the cache, or trained and put there."""
+    """The network of a data set and seed, in eval mode: from the cache, or trained and cached."""
     file = cache_folder(cache) / "classifiers" / f"ssl-{name}-{seed}.pt"
     network = _fresh(seed)
     network.load_state_dict(
@@ -126,11 +126,11 @@ def simsiam(name: str, seed: int, cache: str | Path | None = None) -> SimSiam:
 
 
 def train(config: Pretraining, seed: int, images: Array, labels: Labels) -> SimSiam:
-    """A network trained by this config, the same for the same seed; in eval mode."""
+    """A network trained with this config, deterministic for a seed; in eval mode."""
     network, draw = _fresh(seed), generator(seed, "training")
     x, y = torch.from_numpy(images[: config.limit]), torch.from_numpy(labels[: config.limit])
     optimizer = torch.optim.SGD(network.parameters(), lr=config.rate, momentum=0.9, weight_decay=5e-4)
-    each = max(1, len(x) // config.batch)  # a last batch that is smaller would make poor statistics
+    each = max(1, len(x) // config.batch)  # a smaller last batch would give poor batch statistics
     for step in range(config.epochs * each):
         if step % each == 0:
             batches = torch.randperm(len(x), generator=draw).split(config.batch)
@@ -153,7 +153,7 @@ def _fresh(seed: int) -> SimSiam:
 
 
 def _classify(network: SimSiam, views: Tensor, labels: Tensor) -> None:
-    """Fit the linear classifier to what the frozen backbone makes of images and their augmented views."""
+    """Fit the linear classifier to the frozen backbone's features of images and augmented views."""
     with torch.no_grad():
         features = torch.cat([network.backbone(batch) for batch in views.split(250)])
     optimizer = torch.optim.LBFGS(network.classifier.parameters(), max_iter=100, line_search_fn="strong_wolfe")

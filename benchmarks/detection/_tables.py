@@ -1,4 +1,4 @@
-"""The tables of the evaluation of detectors, from what was found."""
+"""Tables of the evaluation of detectors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOISE = ("gauss", "sign")
 
 
 def bars(findings: Findings) -> Table:
-    """The bars of the issue, and whether ours clears them."""
+    """The targets that were set for our detector, and whether it reaches them."""
     rows = []
     for (problem, protocol), (mean, worst) in BARS.items():
         one = findings.pooled(problem, protocol).get(OURS)
@@ -44,7 +44,7 @@ def bars(findings: Findings) -> Table:
 
 
 def _promised(findings: Findings, problem: str) -> Iterator[list[str]]:
-    """False alarms and passes of ours, fitted on clean images."""
+    """False alarms and passes of our detector, fitted on clean images."""
     ours = findings.results(problem, "P3").get(OURS, [])
     alarms = [one.alarms for one in ours if one.alarms is not None]
     for place, nominal in enumerate((0.01, 0.05)):
@@ -68,7 +68,7 @@ def _promised(findings: Findings, problem: str) -> Iterator[list[str]]:
 
 
 def better(findings: Findings) -> Table:
-    """Wherever a peer's figure is greater than ours."""
+    """Every case in which a published detector has a higher figure than ours."""
     words = []
     for protocol in PROTOCOLS:
         for problem in findings.problems():
@@ -94,7 +94,7 @@ def _compared(start: str, known: dict[str, Evaluation]) -> str:
 
 
 def _differences(ours: Evaluation, peer: Evaluation) -> Iterator[str]:
-    """What a peer does better, in words."""
+    """Sentences that say where a published detector is better."""
     if ours.mean is not None and peer.mean is not None and peer.mean.value > ours.mean.value:
         low, high = np.nan, np.nan
         if ours.mean_samples is not None and peer.mean_samples is not None:
@@ -220,7 +220,7 @@ def _by_attack(findings: Findings, problem: str, protocol: str) -> Table:
 
 
 def _with_best(cells: Sequence[str]) -> list[str]:
-    """The greatest in bold; all that show the same figure."""
+    """The largest in bold, and all that are equal to it as printed."""
     heads = [cell.split(" ")[0] for cell in cells]
     most = max(float(head) for head in heads if head != "-")
     return [f"**{c}**" if h != "-" and float(h) == most else c for c, h in zip(cells, heads, strict=True)]

@@ -1,4 +1,4 @@
-"""A table with a title and words, as Markdown or for a page."""
+"""A section with a title, text and a table, as Markdown or HTML."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ce_plugin.evaluation import Interval
 
 @dataclass
 class Table:
-    """A section: words, and a table where there are rows.
+    """A section: text, and a table if there are rows.
 
     Args:
-        title: of the section.
-        words: paragraphs before the table; `**bold**` and `code` may be used.
-        header: of the columns.
+        title: title of the section.
+        words: paragraphs before the table; may contain `**bold**` and `code`.
+        header: column titles.
         rows: cells.
-        level: of the title, 2 or 3.
+        level: heading level, 2 or 3.
     """
 
     title: str
@@ -43,7 +43,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def marked(text: str) -> str:
-    """The little Markdown that tables use, as HTML."""
+    """HTML of the subset of Markdown that tables use."""
     text = html.escape(text, quote=False)
     text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
     text = re.sub(r"`(.+?)`", r"<code>\1</code>", text)
@@ -51,22 +51,22 @@ def marked(text: str) -> str:
 
 
 def number(value: float | None) -> str:
-    """A figure between 0 and 1, without the zero: .987."""
+    """A number between 0 and 1, without the leading zero: .987."""
     if value is None:
         return "-"
     return f"{value:.3f}" if value >= 0.9995 else f"{value:.3f}".removeprefix("0")
 
 
 def interval(figure: Interval | None) -> str:
-    """A figure and its interval: .987 [.981, .992]."""
+    """A number and its interval: .987 [.981, .992]."""
     return "-" if figure is None else f"{number(figure.value)} [{number(figure.low)}, {number(figure.high)}]"
 
 
 def percent(value: float) -> str:
-    """A share in per cent, one digit behind the point."""
+    """A share in per cent, with one decimal."""
     return f"{100 * value:.1f} %"
 
 
 def met(yes: bool) -> str:
-    """Whether a bar was cleared, in words."""
+    """Text that says whether a target was reached."""
     return "met" if yes else "**not met**"

@@ -1,13 +1,13 @@
-"""Attack detectors by one who knows them; what has been found before is read from the cache, a stopped run goes on.
+"""The adaptive attack on classifiers and detectors; earlier results are read from the cache, so that runs resume.
 
     python -m benchmarks.detection.adaptive                                  all problems, seed 0, 200 images
     python -m benchmarks.detection.adaptive mnist --detectors causal-effects mahalanobis --eps 0.1 0.3 --images 40
-    python -m benchmarks.detection.adaptive mnist fashion --seed 0 1 2       all that is to be reported
+    python -m benchmarks.detection.adaptive mnist fashion --seed 0 1 2       everything that is reported
     python -m benchmarks.detection.adaptive mnist --no-attacks               the table of what is in the cache
 
-The same losses, steps, restarts and width find the same chunks again; what was found with others is kept beside them,
-and the table shows what the most images were attacked with. Where the cache holds less than the results of an earlier
-run, these are kept, if the detector still scores the clean images as it did. Writes
+Results are cached by losses, steps, restarts and width, and the table shows the setting with which most images were
+attacked. Where the cache holds less than the results of an earlier run, these are kept if the detector still gives the
+clean images the same scores. Writes
 `benchmarks/results/detection_adaptive.md` and `.json`.
 """
 
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def parsed() -> argparse.Namespace:
-    """What was asked for."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("problem", nargs="*", help=f"of {', '.join(PROBLEMS)}; the two with small images by default")
     parser.add_argument("--detectors", nargs="*", default=(OURS, "mahalanobis"), choices=names())
@@ -74,7 +74,7 @@ def parsed() -> argparse.Namespace:
 
 
 def run(name: str, seed: int, effort: Effort, options: argparse.Namespace, until: float) -> Iterator[Row]:
-    """All detectors on one classifier, chunk by chunk, so that a run that is stopped has something of each."""
+    """All detectors on one classifier, chunk by chunk, so that an interrupted run has results for each."""
     problem, numbers = load(name, seed, options.cache), range(math.ceil(options.images / CHUNK))
     attacked = []
     for detector in options.detectors:
@@ -95,7 +95,7 @@ def run(name: str, seed: int, effort: Effort, options: argparse.Namespace, until
 
 
 def best_known(target: TargetModel, eps: float, numbers: Sequence[int], results: Path) -> Row | None:
-    """What the most images were attacked with: in the cache, or in the results of an earlier run."""
+    """Results of the effort with most images, from the cache or an earlier run."""
     found, before = chunks(target, eps, numbers), kept(target, eps, results, numbers)
     if found is None and before is None:
         return None
@@ -105,7 +105,7 @@ def best_known(target: TargetModel, eps: float, numbers: Sequence[int], results:
 
 
 def attack(target: TargetModel, number: int, every: list[float], effort: Effort) -> None:
-    """One chunk of images at every eps, each from what the one before found."""
+    """Attack a chunk of images at every eps, starting each from the previous result."""
     starts = None
     for eps in every:
         found = target.chunk(number, eps, effort, starts, make=True)

@@ -1,12 +1,12 @@
-"""Make the attacked images that detectors are tried on, once, and keep them in the cache; a stopped run is resumed.
+"""Make the attacked images for evaluating detectors, once, and cache them; an interrupted run resumes.
 
-    python -m benchmarks.detection.attacks                         everything, what is most wanted first
+    python -m benchmarks.detection.attacks                         everything, most important first
     python -m benchmarks.detection.attacks --problem mnist --seed 1 --attack deepfool pgd-0.1
-    python -m benchmarks.detection.attacks --list                  what there is so far
+    python -m benchmarks.detection.attacks --list                  list what is in the cache
 
 Per problem, seed, part and attack one file `CACHE/detection/attacks/PROBLEM-SEED/PART/ATTACK.npz`, read by
-`benchmarks.harness.attacks.Attacked.load`. Part "test" is attacked with the whole suite; part "fit" with
-FGSM, for detectors that learn from it. Images of eight bits; success is judged after rounding.
+`benchmarks.harness.attacks.Attacked.load`. Part "test" is attacked with the whole suite, part "fit" with
+FGSM, for detectors that are fitted to it. Images are stored with eight bits; success is determined after rounding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.harness.attacks import Attacked, AttackSpec, cached_attack
 from benchmarks.harness.suites import fit_suite, suite
 from ce_plugin.errors import FileError
 
-SLOW = ("PixelAttack",)  # made last of all
+SLOW = ("PixelAttack",)  # run last
 QUICK = ("FastGradientMethod", "BasicIterativeMethod", "ProjectedGradientDescent", "DeepFool")
 
 
@@ -34,12 +34,12 @@ def suite_name(problem: str) -> str:
 
 
 def attack_file(problem: str, seed: int, part: str, attack: str, cache: str | Path | None = None) -> Path:
-    """Where the attacked images of a problem, seed, part and attack are kept."""
+    """File with the attacked images of a problem, seed, part and attack."""
     return cache_folder(cache) / "attacks" / f"{problem}-{seed}" / part / f"{attack}.npz"
 
 
 def specs(problem: str, part: str) -> tuple[AttackSpec, ...]:
-    """The attacks on a part: all on "test", those that may be learnt from on "fit", the quick ones on "select"."""
+    """The attacks on a part: all on "test", those for fitting on "fit", quick ones on "select"."""
     known = suite(suite_name(problem))
     if part == "fit":
         return fit_suite(suite_name(problem))
@@ -47,13 +47,13 @@ def specs(problem: str, part: str) -> tuple[AttackSpec, ...]:
 
 
 def ensure(problem: Problem, part: str, spec: AttackSpec, cache: str | Path | None = None) -> Attacked:
-    """The attacked images, from the cache or made now."""
+    """The attacked images, from the cache or computed now."""
     file = attack_file(problem.name, problem.seed, part, spec.name, cache)
     return cached_attack(file, spec, problem.network, problem.images[part], problem.labels[part], seed=problem.seed)
 
 
 def stages() -> Iterator[tuple[str, int, str, str]]:
-    """(problem, seed, part, which attacks), what is most wanted first."""
+    """(problem, seed, part, attacks) to run, most important first."""
     for seed in SEEDS["fashion"]:
         for which in ("quick", "most"):
             for name in ("fashion", "mnist"):
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def run(name: str, seed: int, part: str, which: str, chosen: list[str] | None, cache: str | None) -> None:
-    """All attacks of one stage; one that breaks off is reported, and the others are made."""
+    """All attacks of one stage; if one fails, this is reported and the others run."""
     start, problem = time.perf_counter(), load(name, seed, cache)
     for spec in specs(name, part):
         left_out = (which == "quick" and spec.attack not in QUICK) or (which == "most" and spec.attack in SLOW)
@@ -111,7 +111,7 @@ def run(name: str, seed: int, part: str, which: str, chosen: list[str] | None, c
 
 
 def summary(name: str, seed: int, part: str, made: Attacked) -> str:
-    """One line on what an attack found."""
+    """One line about the results of an attack."""
     good = made.success
     sizes = "nothing"
     if good.any():
@@ -125,7 +125,7 @@ def summary(name: str, seed: int, part: str, made: Attacked) -> str:
 
 
 def show(cache: str | None) -> None:
-    """What is in the cache."""
+    """List the cache."""
     for file in sorted((cache_folder(cache) / "attacks").glob("*/*/*.npz")):
         problem, seed = file.parent.parent.name.rsplit("-", 1)
         try:

@@ -1,12 +1,12 @@
-"""Try all detectors on all attacks that have been made; what has been scored before is read from the cache.
+"""Evaluate all detectors on all attacks that have been run; earlier scores are read from the cache.
 
     python -m benchmarks.detection.evaluate                             everything, by P3 and P2
     python -m benchmarks.detection.evaluate fashion --detectors margin mahalanobis --protocols P3
     python -m benchmarks.detection.evaluate --no-scoring                tables of what is in the cache
     python -m benchmarks.detection.evaluate --detectors causal-effects causal-effects-hardened ml-loo \\
-        --record detection_additions                                    what was added later, beside ours
+        --record detection_additions                                    detectors added later, with ours
 
-Attacks are made by `attacks`; those that are missing are "not evaluated" until they have been made. Writes
+Attacks are run by `attacks`; missing ones are "not evaluated". Writes
 `benchmarks/results/detection.md` and `.json` (or another `--record`), and one HTML page with curves and pictures to the
 folder `--out`.
 """

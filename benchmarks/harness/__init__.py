@@ -1,4 +1,4 @@
-"""A harness for detectors of adversarial examples: attacks, protocols, figures."""
+"""Evaluation of detectors of adversarial examples: attacks, protocols, scores, tables."""
 
 from benchmarks.harness.attacks import Attacked, AttackSpec, attack_images, cached_attack
 from benchmarks.harness.protocols import PROTOCOLS, ImageSet, ProtocolData, Task, fit_detector, fold_of, plan

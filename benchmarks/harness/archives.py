@@ -1,4 +1,4 @@
-"""Arrays and a few facts about them in one file: written whole, read without running code."""
+"""Arrays and metadata in one file, written atomically and read without running code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 def write_archive(
     file: str | os.PathLike[str], about: Mapping[str, Any], arrays: Mapping[str, Any], *, compressed: bool = False
 ) -> None:
-    """Write arrays and JSON-able facts; the folder is made where there is none."""
+    """Write arrays and JSON-serialisable metadata; the folder is created if needed."""
     target = Path(file)
     target.parent.mkdir(parents=True, exist_ok=True)
     save = np.savez_compressed if compressed else np.savez
@@ -35,10 +35,10 @@ def write_archive(
 def read_archive(
     file: str | os.PathLike[str], read: Callable[[Any, Arrays], Any], *, wanted: str, hint: str
 ) -> tuple[Any, Any]:
-    """The facts, and what ``read(facts, arrays)`` makes of the arrays while the file is open.
+    """The metadata, and the result of ``read(facts, arrays)``, called while the file is open.
 
     Raises:
-        FileError: there is no such file, or it is damaged.
+        FileError: the file does not exist or is damaged.
     """
     try:
         with np.load(Path(file), allow_pickle=False) as stored:

@@ -1,4 +1,4 @@
-"""Attacked images for the evaluation of detectors: what is tried, what is kept, and files that are made once."""
+"""Attacked images for the evaluation of detectors: how they are made, and files that cache them."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ FilePath = Union[str, "PathLike[str]"]
 
 @dataclass(frozen=True)
 class Attacked:
-    """Images after an attack, as a file of eight bits would hold them; only correctly classified ones were attacked.
+    """Images after an attack, rounded to eight bits; only correctly classified images are attacked.
 
     Args:
         spec: the attack, as ``AttackSpec.described`` writes it.
-        images: (N, C, H, W), uint8: every image that was tried, successful or not.
-        index: (N,), where each stands among the images that were offered.
-        labels: (N,), the true classes, which the network gave for the clean images.
-        predicted: (N,), the classes that it gives now.
-        stretch: (N,), the factor by which each perturbation was lengthened before it was rounded.
+        images: (N, C, H, W), uint8: every image that was attacked, successfully or not.
+        index: (N,), the index of each in the images passed.
+        labels: (N,), the true classes, which are also those predicted for the clean images.
+        predicted: (N,), the classes predicted for the attacked images.
+        stretch: (N,), the factor by which each perturbation was enlarged before rounding.
         l2: (N,), Euclidean norm of the change, values in [0, 1].
         linf: (N,), greatest change of a value.
-        changed: (N,), number of pixels that changed, in whichever channel.
-        forwards: images that went through the network while attacking, per image.
-        seconds: time the attack took, all images together.
+        changed: (N,), number of pixels that changed in any channel.
+        forwards: forward passes of the attack per image.
+        seconds: time of the attack for all images together.
     """
 
     spec: dict[str, Any] = field(repr=False)
@@ -56,7 +56,7 @@ class Attacked:
 
     @property
     def success(self) -> npt.NDArray[np.bool_]:
-        """Which images the network takes for another class, after rounding, (N,)."""
+        """Which images are misclassified after rounding, (N,)."""
         successful: npt.NDArray[np.bool_] = self.predicted != self.labels
         return successful
 
@@ -66,11 +66,11 @@ class Attacked:
         return images
 
     def sources(self) -> npt.NDArray[np.int64]:
-        """Where the clean image of each successful one stands among those offered, (S,)."""
+        """Index of the clean image of each successful attack, (S,)."""
         return self.index[self.success]
 
     def save(self, file: FilePath, key: str = "") -> None:
-        """Write everything to one compressed file, whole or not at all."""
+        """Write everything to one compressed file, atomically."""
         about = {"key": key, "spec": self.spec, "forwards": self.forwards, "seconds": self.seconds}
         write_archive(file, about, {name: getattr(self, name) for name in _ARRAYS}, compressed=True)
 
@@ -101,21 +101,21 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class AttackSpec:
-    """One attack of a suite: which class of ART, its settings, on how many images, and how success is made to last.
+    """One attack of a suite: its class in ART, its settings, the number of images, and how it survives rounding.
 
     Args:
         name: what tables and files call it ("pgd-0.1").
-        family: attacks of one kind, which protocols leave out together ("sign", "minimal", "sparse", "query" ...).
-        norm: what the attack keeps small: "linf", "l2", "l1", "l0" or "none".
+        family: kind of attack, left out together by protocols ("sign", "minimal", "sparse", "query" ...).
+        norm: the norm that the attack bounds or minimises: "linf", "l2", "l1", "l0" or "none".
         attack: class name in ART, or one of :data:`~benchmarks.harness.estimators.BUILDERS`.
-        settings: what that class takes, beside ``batch_size`` and ``verbose``.
-        tries: at most so many images are attacked.
-        enough: no further chunk is begun after so many successes.
-        chunk: images that go into one call of ``generate``.
-        aims: the attack is told the runner-up class, at which it aims.
-        stretch: factors on the perturbation, ascending; of each image the least that survives rounding is kept. An
-            attack that stops at the boundary would otherwise be undone by the rounding to eight bits.
-        excluded: the attack bounds no norm: reported, but in no mean.
+        settings: arguments of the class, except ``batch_size`` and ``verbose``.
+        tries: largest number of images to attack.
+        enough: number of successes after which no further chunk is started.
+        chunk: images per call of ``generate``.
+        aims: whether the attack is targeted at the runner-up class.
+        stretch: factors on the perturbation, ascending; for each image the smallest that survives rounding is used.
+            Otherwise attacks that stop at the decision boundary would be undone by rounding to eight bits.
+        excluded: whether the attack bounds no norm: it is reported, but left out of means.
 
     Raises:
         ArgumentError: a count below 1, or stretch factors that are not ascending from 1.
@@ -145,10 +145,10 @@ class AttackSpec:
             raise ArgumentError(expected("stretch", "ascending factors, the first 1.0", self.stretch))
 
     def described(self) -> dict[str, Any]:
-        """Everything that decides what the attack does, as JSON can hold it."""
+        """Everything that determines the attack, JSON-serialisable."""
         words = {**asdict(self), "settings": dict(self.settings), "stretch": list(self.stretch)}
         known: dict[str, Any] = json.loads(json.dumps(words))
-        # Its name of old, so that what has been made keeps its key.
+        # The old name of the field, so that cached results keep their keys.
         known["apart"] = known.pop("excluded")
         return known
 
@@ -156,25 +156,25 @@ class AttackSpec:
 def attack_images(
     spec: AttackSpec, network: nn.Module, images: Array, labels: Array, *, seed: int = 0, order: Array | None = None
 ) -> Attacked:
-    """Attack the correctly classified among these images, and judge success after rounding to eight bits.
+    """Attack the correctly classified ones of these images, and determine success after rounding to eight bits.
 
-    The network and the global random state are left as they were; the numbers an attack draws depend on the seed, its
-    name and the chunk, not on what ran before it.
+    The network and the global random state are left as they were; random numbers depend on the seed, the attack's name
+    and the chunk, not on earlier attacks.
 
     Args:
         spec: the attack.
         network: images in [0, 1] to logits (N, C), in eval mode.
         images: (N, C, H, W), float32, multiples of 1/255 in [0, 1].
         labels: (N,), true classes.
-        seed: names the random numbers.
-        order: which images to try, in which order; None is all, from the first on.
+        seed: seed of the random numbers.
+        order: indices of the images to attack, in order; None means all.
 
     Returns:
-        All images that were tried, with what became of them.
+        All attacked images with the results.
 
     Raises:
-        InputError: the images are of another form or range, or the network classifies none of them correctly.
-        AttackError: ART refuses the settings.
+        InputError: the images have another shape or range, or the network classifies none of them correctly.
+        AttackError: ART rejects the settings.
         UnknownNameError: ART has no such attack.
 
     Example:
@@ -209,7 +209,7 @@ def attack_images(
 
 
 def _measured(columns: list[Array], images: Array, labels: Array) -> dict[str, Array]:
-    """The columns of :class:`Attacked`, from what was found, what it is taken for, its stretch, and its index."""
+    """The columns of :class:`Attacked`, from images, predictions, stretch factors and indices."""
     found, predicted, stretch, index = columns
     change = np.abs(found.astype(np.float64) / 255 - images[index])
     flat = change.reshape(len(change), -1)
@@ -270,7 +270,7 @@ def cached_attack(
 def attack_key(
     spec: AttackSpec, network: nn.Module, images: Array, labels: Array, seed: int = 0, order: Array | None = None
 ) -> str:
-    """A checksum of everything that decides what an attack finds, but for the versions of the libraries."""
+    """A checksum of everything that determines the result of an attack, except library versions."""
     state = {name: tensor for name, tensor in network.state_dict().items() if tensor.is_floating_point()}
     parts = [json.dumps([spec.described(), seed], sort_keys=True).encode()]
     parts += [tensor.detach().cpu().float().numpy().tobytes() for tensor in state.values()]
@@ -284,7 +284,7 @@ def attack_key(
 
 
 def _craft(spec: AttackSpec, counted: CountedNetwork, images: Array, labels: Array) -> Array:
-    """What the attack makes of one chunk, float32, clipped to [0, 1]; not yet rounded."""
+    """Attack one chunk; float32, clipped to [0, 1], not yet rounded."""
     scores = predict(counted, images)
     estimator = build_estimator(counted, images.shape[1:], scores.shape[1])
     goal = np.eye(scores.shape[1], dtype=np.float32)[labels]
@@ -298,16 +298,16 @@ def _craft(spec: AttackSpec, counted: CountedNetwork, images: Array, labels: Arr
 def _rounded(
     spec: AttackSpec, network: nn.Module, clean: Array, labels: Array, crafted: Array
 ) -> tuple[Array, Array, Array]:
-    """Images of eight bits, the classes that the network gives them, and the factor each perturbation needed."""
+    """8-bit images, their predicted classes, and the factor that each perturbation needed."""
     kept = to_bytes(crafted)
     if spec.norm == "linf" and "eps" in spec.settings:
-        # To the nearest of eight bits would step over the bound: 0.1 is 25.5 / 255.
+        # Rounding to the nearest level would exceed the bound: 0.1 is 25.5 / 255.
         bound, original = int(spec.settings["eps"] * 255 + 1e-6), to_bytes(clean).astype(int)
         kept = np.clip(kept, original - bound, original + bound).astype(np.uint8)
     predicted = predict(network, kept.astype(np.float32) / np.float32(255)).argmax(1)
     stretch = np.ones(len(clean))
     for factor in spec.stretch[1:]:
-        # An attack that failed altogether has nothing worth lengthening: it left the image as it was.
+        # If an attack failed it left the image unchanged, and there is nothing to enlarge.
         left = np.flatnonzero((predicted == labels) & (np.abs(crafted - clean).reshape(len(clean), -1).max(1) > 0))
         if len(left) == 0:
             break
@@ -320,7 +320,7 @@ def _rounded(
 
 
 def to_bytes(images: Array) -> npt.NDArray[np.uint8]:
-    """Images in [0, 1] as a file of eight bits holds them."""
+    """Images in [0, 1] as uint8."""
     return np.rint(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
