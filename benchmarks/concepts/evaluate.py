@@ -1,7 +1,7 @@
-"""Concept autoencoders of trained networks: is the answer kept by a code four times narrower than the layer?
+"""Concept autoencoders of trained networks: does a code four times narrower than the layer preserve the predictions?
 
-Every step is kept in the cache folder, and a stopped run goes on where it was. Layers and settings are chosen on
-validation images; what is reported was measured on images that served for nothing else. The images are
+Every step is cached, and an interrupted run resumes. Layers and settings are chosen on validation images; results are
+measured on images that are used for nothing else. The images are
 `fashion-mnist` and `imagenet-samples` under the folder that the environment variable CE_PLUGIN_DATA names.
 """
 
@@ -35,7 +35,7 @@ START_ALONE = {"epochs": 1, "lr": 1e-12}
 
 @dataclass
 class Case:
-    """A network, what an autoencoder is fitted on, what it is chosen on, what is reported, and what is tried."""
+    """A network; images for fitting an autoencoder, for choosing it and for the results; and the candidates."""
 
     name: str
     network: nn.Module
@@ -110,19 +110,19 @@ def crops(pictures: list[Tensor]) -> list[Tensor]:
 
 
 def index_of(file: Path) -> int:
-    """The class index, with which file names begin."""
+    """The class index at the beginning of the file name."""
     return int(file.name.split("_")[0])
 
 
 def data(name: str) -> Path:
-    """A folder of real data."""
+    """A data folder."""
     if not os.environ.get("CE_PLUGIN_DATA"):
         raise SystemExit(f"Set CE_PLUGIN_DATA to the folder that holds {name}/.")
     return Path(os.environ["CE_PLUGIN_DATA"]) / name
 
 
 def trained(case: Case, settings: Settings, cache: Path) -> tuple[ConceptAutoencoder, dict[str, Any]]:
-    """The autoencoder with these settings, and what its training brought; from the cache where it is there."""
+    """The autoencoder with these settings, and the results of its training; cached."""
     stem = case.name + "-" + "-".join(f"{key}={value}" for key, value in sorted(settings.items()))
     file, record = cache / f"{stem}.pt", cache / f"{stem}.json"
     if not record.exists():
@@ -169,12 +169,12 @@ def density(case: Case, layer: str, autoencoder: ConceptAutoencoder) -> float:
 
 
 def described(fidelity: Any) -> dict[str, Any]:
-    """A fidelity in JSON, with its interval."""
+    """A fidelity with its interval, for JSON."""
     return {**fidelity.to_dict(), "interval": fidelity.interval()}
 
 
 def study(case: Case, cache: Path) -> dict[str, Any]:
-    """Choose on the validation images, then report once."""
+    """Choose on the validation images, then measure once on the others."""
     rows = [trained(case, settings, cache)[1] for settings in case.tried]
     chosen = max(rows, key=lambda row: (row["agreement"], -row["kl"]))["settings"]
     variants = [trained(case, {**chosen, **change}, cache)[1] for change in case.ablations]
@@ -220,7 +220,7 @@ def sources(n: int, seed: int) -> Tensor:
 
 
 def planted(seed: int) -> dict[str, Any]:
-    """Are four known sources found, on new images? Then one concept is killed and one doubled by hand."""
+    """Are four known sources found on new images? And are a dead and a duplicated concept, made by hand, detected?"""
     from scipy.optimize import linear_sum_assignment
 
     network, new = Mixture(seed), sources(100, 1000 + seed)
@@ -246,7 +246,7 @@ def planted(seed: int) -> dict[str, Any]:
 
 
 def text(found: dict[str, Any], recovery: list[dict[str, Any]]) -> str:
-    """The page for people."""
+    """The page in Markdown."""
     lines = [
         "## Concept autoencoders",
         "",
@@ -271,18 +271,18 @@ def text(found: dict[str, Any], recovery: list[dict[str, Any]]) -> str:
 
 
 def narrowing(row: dict[str, Any]) -> str:
-    """How much narrower the code is."""
+    """Ratio of the layer's width to the code's."""
     concepts = row["settings"]["concepts"]
     return f"{row['channels']} to {concepts} ({row['channels'] / concepts:.0f} times)"
 
 
 def kept(row: dict[str, Any]) -> str:
-    """The agreement with its interval."""
+    """The agreement with its interval, as text."""
     return f"{row['agreement']:.1%} ({row['interval'][0]:.1%} to {row['interval'][1]:.1%})"
 
 
 def table_of(name: str, case: dict[str, Any]) -> list[str]:
-    """What was tried on the validation images."""
+    """Table of the candidates on the validation images."""
     chosen = case["reported"]["settings"]
     lines = [
         f"### {name}: what was tried",
@@ -311,7 +311,7 @@ def table_of(name: str, case: dict[str, Any]) -> list[str]:
 
 
 def planted_text(recovery: list[dict[str, Any]]) -> list[str]:
-    """What was found of what had been planted."""
+    """Section on the planted sources."""
     every = [value for row in recovery for value in row["correlations"]]
     n = len(recovery)
     return [
@@ -328,7 +328,7 @@ def planted_text(recovery: list[dict[str, Any]]) -> list[str]:
 
 
 def remarks() -> list[str]:
-    """What the figures do not say."""
+    """Remarks on the results."""
     return [
         "What this does not say: EfficientNet-lite0's `_conv_head` makes 1,280 channels out of 320 by a 1 x 1",
         "convolution, so that a linear code of 320 could be exact; what is shown is that a code that is never",

@@ -1,18 +1,18 @@
 """Planted networks with known effects: do 95 % intervals cover 95 %, and is the false discovery rate at most its level?
 
-What is run was written down before it was run: the constants and the two lists of networks below. The bars:
+The constants and the two lists of networks below were fixed before the run, and so were the targets:
 
 * 95 % intervals of independent random designs, both estimators, on logits and probabilities of networks that are not
   saturated: mean coverage (over units and classes, then over runs) within 93 to 97 % in every row. Saturated
-  networks, log-odds, and balanced and antithetic designs are in the tables too, not barred.
+  networks, log-odds, and balanced and antithetic designs are in the tables too, without a target.
 * Interaction-only null, at level 0.05: no row whose false discovery rate has an interval above the level.
 
 Intervals of means are over runs, which are independent: mean -/+ 1.96 sd / sqrt(runs).
 
-What a first run changed: its coverage was 94.2 to 95.6 % in all 60 barred rows, but four of 18 rows of the null lay
-above the level. In antithetic designs at p = 1/2 scores of an even function cancel exactly, and the rounding that was
-left passed for evidence (rates of 94 and 100 %); two rows were at 6 %. Since then rounding counts as an error, skewness
-and the smaller arm limit the degrees of freedom, and the null has 3000 runs in place of 1000. The cliff was added then.
+Changes after a first run: its coverage was 94.2 to 95.6 % in all 60 rows with a target, but four of 18 rows of the
+null were above the level. In antithetic designs at p = 1/2 the scores of an even function cancel exactly, and rounding
+errors looked significant (rates of 94 and 100 %); two rows were at 6 %. Since then rounding counts as an error,
+skewness and the smaller arm limit the degrees of freedom, and the null has 3000 runs instead of 1000. The cliff was added then.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
 
 
-# Logits with all units idle, so that it is written down how far from 0 and 1 the probabilities start; all others
-# start at (1, 0, 0), which is 0.58. Saturated means beyond 0.99.
+# First logit with all units idle, which determines how close to 1 the probability starts; all other networks start at
+# (1, 0, 0), which gives 0.58. Saturated means above 0.99.
 CLEAN = {"confident": 3.0, "saturated": 6.0, "very saturated": 9.0, "cliff": 6.0}  # 0.909, 0.995, 0.9998, 0.995
 BARRED = ("linear", "interactions", "relu", "wide", "confident")
 # On the cliff main effects are four times as large, so that few trials fall far below the saturated rest.

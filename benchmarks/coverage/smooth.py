@@ -1,8 +1,8 @@
 """Errors of the smooth estimator on planted effects over a grid: do 95 % intervals cover, and are discoveries true?
 
-Written down before it was run: 14 x 14 units, 399 trials (the default of CausalEffect), five planted networks, 200
-runs of each design. No bar: the figures say how far the errors of the default design can be trusted. What an interval
-should cover is the best additive description of the outcome under the design (linear projection, from 100,000 other
+Fixed before the run: 14 x 14 units, 399 trials (the default of CausalEffect), five planted networks, 200
+runs of each design. There is no target: the figures say how far the errors of the default design can be trusted. The
+truth for an interval is the best additive description of the outcome under the design (linear projection, from 100,000 other
 trials), which for additive networks is the planted effect itself.
 """
 

@@ -1,4 +1,4 @@
-"""How fast could it be? Floating-point operations that an exact answer cannot avoid, and the rate of the machine."""
+"""Lower bound of the time: the floating-point operations that an exact method needs, and the machine's rate."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def matrix_rate(size: int = 2048, repeats: int = 9) -> float:
 
 
 def operations(function: Callable[[], Any]) -> float:
-    """Of all convolutions and matrix products of a call; a multiplication with its addition counts two."""
+    """Operations of all convolutions and matrix products of a call; a multiply-add counts as two."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         function()
     return float(counter.get_total_flops())
@@ -33,9 +33,9 @@ def operations(function: Callable[[], Any]) -> float:
 def operations_needed(network: str, layer: str, timed: Any, window: int, stride: int) -> float:
     """Operations of a case of the speed benchmark.
 
-    A clean pass; behind a layer the first linear mixing once for all channels together, since the channels' changes
-    add up to one activation, and then what follows it for every channel that is not dead; for windows what their
-    reach touches.
+    A clean pass. For a layer, the first linear mixing once for all channels together, since the channels' changes add
+    up to one activation, and what follows it for every channel that is not dead. For windows, the parts that they
+    change.
     """
     model, x = timed.model, timed.x
     clean = operations(lambda: model(x))
@@ -48,7 +48,7 @@ def operations_needed(network: str, layer: str, timed: Any, window: int, stride:
 
 
 def _first_mixing(network: str, layer: str, timed: Any) -> float:
-    """Operations of the first linear layers behind, at batch 1; all of what follows where it is linear throughout."""
+    """Operations of the first linear layers after the layer, at batch 1; of all that follows if it is linear."""
     model, planes = timed.model, timed.planes
     if (network, layer) == ("VGG-16", "features.29"):
         return operations(lambda: model.classifier[0](torch.zeros(1, 512 * 7 * 7)))
@@ -57,11 +57,11 @@ def _first_mixing(network: str, layer: str, timed: Any) -> float:
     if (network, layer) == ("ResNet-50", "layer3"):
         block = model.layer4[0]
         return operations(lambda: (block.conv1(planes), block.downsample[0](planes)))
-    return operations(lambda: timed.tail(planes))  # pooling and a linear layer: by superposition to the end
+    return operations(lambda: timed.tail(planes))  # pooling and a linear layer: superposition up to the output
 
 
 def _windows(model: Any, size: int, window: int, stride: int) -> float:
-    """Operations in a VGG behind every window: its reach grows by a kernel's radius and shrinks at a stride."""
+    """Operations in a VGG for every window, which grows by a kernel's radius and shrinks at a stride."""
     spans = [(a, min(a + window, size)) for a in range(0, size - window + stride, stride)]
     total = 0.0
     for module in model.features:

@@ -15,12 +15,12 @@ from benchmarks.common.results import write
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a layer, or windows at the input where it is empty; and the aims of the project."""
+    """What is measured: a layer, or windows at the input if it is empty; and the targets."""
 
     network: str
     layer: str
-    passes: float | None  # at most so many clean passes
-    ratio: float  # at least so many times faster than the peers
+    passes: float | None  # target: at most this many clean passes
+    ratio: float  # target: at least this many times faster than the peers
 
 
 CASES = {
@@ -85,7 +85,7 @@ def title(case: Case) -> str:
 
 
 def details(found: dict[str, dict[str, Any]]) -> list[str]:
-    """Seconds of everything, the lower bound, and where the time goes."""
+    """All times in seconds, the lower bound, and the profile."""
     lines = [
         "Seconds of a whole map (best batch size), our first call in a process, and the lower bound: floating-point",
         "operations that an exact answer cannot avoid (the clean pass; the first linear mixing once for all units",

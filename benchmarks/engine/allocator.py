@@ -31,7 +31,7 @@ print(batch * passes / (time.perf_counter() - start))
 
 
 def throughput(batch: int, passes: int, extra: dict[str, str]) -> float:
-    """Images per second in a process of its own: the variables are read when a process starts."""
+    """Images per second in a separate process, because the variables are read when a process starts."""
     environment = {key: value for key, value in os.environ.items() if key not in KEEP}
     command = [sys.executable, "-c", TIMED, str(batch), str(passes)]
     run = subprocess.run(command, capture_output=True, text=True, env={**environment, **extra}, check=True)

@@ -3,7 +3,7 @@
 For every network, in float32 and float64: the effects of channels of an early, a middle and the last layer on all
 logits, by a full pass for each channel with a hook that sets it to zero (a part of the channels, spread over the
 layer), against `LayerCausalEffect` (all channels); and maps of occluding windows, Captum's `Occlusion` against
-`CausalEffect`. Brute force is kept in a cache, so that only the engine is run again.
+`CausalEffect`. Brute-force results are cached, so that only the engine is run again.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from ce_plugin.sites import LayerSite
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 BOUNDS = {"float32": 1e-4, "float64": 1e-9}
 NOISE_FACTOR = 1000
-# Side and stride of square windows, in pixels: small ones side by side, large ones that overlap; fewer where passes
-# are long.
+# Side and stride of square windows, in pixels: small ones side by side, large ones that overlap; fewer for slow
+# networks.
 WINDOWS = {"float32": ((16, 16), (64, 40)), "float64": ((32, 32),)}
 FEWER_WINDOWS = {"float32": ((32, 32), (64, 40)), "float64": ((56, 56),)}
 LONG = ("VGG-16", "Inception v3", "ConvNeXt-tiny", "ViT-B/16")
@@ -72,7 +72,7 @@ def rounding_noise(model: nn.Module, x: Tensor) -> float:
 
 
 def occlusion_map(model: nn.Module, x: Tensor, target: int, side: int, stride: int) -> Tensor:
-    """A map of one logit: Captum's in float32. It returns float32 for float64 as well: there the same by hand."""
+    """A map of one logit: Captum's in float32; reimplemented in float64, for which Captum returns float32."""
     if x.dtype == torch.float32:
         found: Tensor = Occlusion(model).attribute(
             x, (3, side, side), strides=(3, stride, stride), baselines=0, target=target
@@ -90,7 +90,7 @@ def occlusion_map(model: nn.Module, x: Tensor, target: int, side: int, stride: i
 
 
 def kept(name: str, make: Callable[[], Any], options: argparse.Namespace) -> Any:
-    """What was made before under this name, or now."""
+    """The cached result of this name, or a new one."""
     place = options.cache / f"{name.replace('/', '-')}.pt"
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def kept(name: str, make: Callable[[], Any], options: argparse.Namespace) -> Any
 
 
 def reference_of(name: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Brute force for one network and type, from the cache where it is there."""
+    """Brute-force results for one network and dtype, cached."""
     count = (options.channels if kind == "float32" else options.channels64) // (2 if name in LONG else 1)
     with torch.no_grad():
         model, x = network(name, DTYPES[kind])
@@ -122,7 +122,7 @@ def reference_of(name: str, kind: str, options: argparse.Namespace) -> dict[str,
 
 
 def compared(found: Tensor, wanted: Tensor, noise: float, kind: str) -> dict[str, Any]:
-    """The largest difference in units of the largest effect, and the same for an engine that answers zero."""
+    """The largest difference as a share of the largest effect, and the same for an engine that returns zeros."""
     largest = float(wanted.abs().max())
     difference = float((found - wanted).abs().max()) / largest
     zeros = float(wanted.abs().max()) / largest
@@ -138,7 +138,7 @@ def compared(found: Tensor, wanted: Tensor, noise: float, kind: str) -> dict[str
 
 
 def only(layer: str, dim: int, units: Tensor) -> LayerSite:
-    """The layer with these channels as its units; the others belong to none."""
+    """The layer with only these channels as units."""
 
     def chosen(value: Tensor) -> Tensor:
         maps = value.movedim(dim, 1)[:, units]
@@ -148,7 +148,7 @@ def only(layer: str, dim: int, units: Tensor) -> LayerSite:
 
 
 def finished(name: str, kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The cases of one network and type, from the cache where they are there."""
+    """The cases of one network and dtype, cached."""
     place = options.cache / f"{name.replace('/', '-')}-{kind}-{options.engine}{'-all' if options.all else ''}.json"
     if options.again or not place.exists():
         rows = cases(name, kind, options)

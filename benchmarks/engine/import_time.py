@@ -3,9 +3,9 @@
     python -m benchmarks.engine.import_time                ten pairs, alternating
     python -m benchmarks.engine.import_time --pairs 30
 
-Each import runs in a process of its own, on one thread, once before the clock starts so that the files are in memory.
-A pair is Captum's import and, directly after it, the plugin's; the ratio is taken within pairs, and its median is
-reported, because other work on the machine slows both.
+Each import runs in a separate process, on one thread, after a warm-up run that loads the files into memory. A pair is
+Captum's import followed directly by the plugin's. The median of the ratios within pairs is reported, because other load
+on the machine slows both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HELP = {"ce-plugin --help": ("--help",), "ce-plugin explain --help": ("explain",
 
 
 def seconds(*words: str) -> float:
-    """How long a new interpreter takes for these words, from its start to its end."""
+    """Time of a new interpreter with these arguments, from start to end."""
     environment = {**os.environ, **dict.fromkeys(THREADS, "1"), "PYTHONPATH": str(ROOT)}
     start = time.perf_counter()
     subprocess.run([sys.executable, *words], env=environment, check=True, stdout=subprocess.DEVNULL)

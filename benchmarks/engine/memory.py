@@ -1,8 +1,8 @@
-"""Does a run keep to its memory budget? Growth of the peak beyond model and inputs, each case in a process of its own.
+"""Does a run keep to its memory budget? Growth of the peak beyond model and inputs, each case in its own process.
 
-Linux only: the kernel's own record of a process's largest resident memory (VmHWM in /proc/self/status), set back just
-before the run. The first estimate of a process also loads code and workspaces that stay; a small run before the
-measured one takes them out of it, and the growth without it is shown beside.
+Linux only: the kernel's own record of a process's largest resident memory (VmHWM in /proc/self/status), reset just
+before the run. The first estimate of a process also loads code and workspaces that stay; a small warm-up run excludes
+them, and the growth without it is shown as well.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ TOLERANCE = 0.10
 
 
 def peak() -> int:
-    """Bytes of the largest resident memory since it was set back."""
+    """Largest resident memory since the last reset, in bytes."""
     with open("/proc/self/status") as status:
         line = next(line for line in status if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
 def resident() -> int:
-    """Bytes of resident memory now."""
+    """Resident memory now, in bytes."""
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -60,7 +60,7 @@ def child(network_name: str, layer: str, budget: int, warm: bool, engine: str, t
 
     def growth(function: Callable[[], Any]) -> tuple[int, Any]:
         gc.collect()
-        # What was freed but not given back would be taken again without being seen.
+        # Freed memory that is not returned to the system would be reused without being measured.
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as clear:
             clear.write("5")
@@ -77,7 +77,7 @@ def child(network_name: str, layer: str, budget: int, warm: bool, engine: str, t
 
 
 def measured(case: str, budget: int, warm: bool, options: argparse.Namespace) -> dict[str, Any]:
-    """A case in a fresh process; glibc gives large blocks back by itself there."""
+    """A case in a new process, in which glibc returns large blocks to the system."""
     network, layer, _ = CASES[case]
     command = [sys.executable, "-m", "benchmarks.engine.memory", "--child", network, layer, str(budget), str(int(warm))]
     command += ["--engine", options.engine, "--threads", str(options.threads)]

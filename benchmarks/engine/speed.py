@@ -1,10 +1,10 @@
-"""What do the effects of all units cost, in clean forward passes and against the peers? Interleaved rounds.
+"""What do the effects of all units cost, in clean forward passes and compared with peers? Interleaved rounds.
 
 One case is a layer of a network (or windows at its input). Every round times, one after the other: a clean pass; our
 `estimate` with all units and all classes; Captum; pytorch-grad-cam; and a plain loop over the part of the network
-behind the layer. The peers take minutes for one map, so that in each round they run a bounded number of trials at
-their best batch size, and their time is multiplied to the number of units (`--whole` runs Captum in full, once).
-Finished cases are kept in a cache; `--again` measures them anew.
+behind the layer. The peers take minutes for one map, so in each round they run a limited number of trials at
+their best batch size, and the time is extrapolated to all units (`--whole` runs Captum in full, once). Finished cases
+are cached; `--again` measures them again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ce_plugin.designs import OneAtATime
 
 
 class Timed:
-    """Everything that a round times, for one case: a name -> (function that runs n trials, trials of a whole map)."""
+    """What a round measures for one case: name -> (function that runs n trials, number of trials of a whole map)."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -58,7 +58,7 @@ class Timed:
         )
 
     def captum(self, trials: int, batch: int) -> int:
-        """Captum with so many trials (one unit holds the channels that are left); images that went through."""
+        """Captum with this number of trials (one unit holds the remaining channels); returns the number of images."""
         with torch.no_grad():
             if self.case.layer:
                 mask = torch.arange(self.units).clamp(max=trials - 1)[None, :, None, None]
@@ -73,7 +73,7 @@ class Timed:
         return (-(-self.x.shape[-1] // side)) ** 2 + 1
 
     def grad_cam(self, trials: int, batch: int) -> int:
-        """AblationCAM's weights of so many channels; images that went through."""
+        """AblationCAM's weights of this number of channels; returns the number of images."""
         from pytorch_grad_cam import AblationCAM
         from pytorch_grad_cam.ablation_layer import AblationLayer
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -125,7 +125,7 @@ def planes_of(model: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def tail(model: Any, case: Case, planes: Tensor) -> Tensor:
-    """What follows the layer, written by hand."""
+    """The part of the network after the layer, written by hand."""
     out: Tensor
     if case.network == "VGG-16":
         first = int(case.layer.split(".")[1]) + 1 if case.layer else 0
@@ -149,14 +149,14 @@ def seconds(function: Callable[[], Any], repeats: int = 1) -> float:
 
 
 def per_map(peer: Callable[[int, int], int], trials: int, batch: int, units: int) -> float:
-    """Seconds of a whole map: the time of so many trials, multiplied to the images that all units take."""
+    """Seconds of a whole map, extrapolated from some trials to the images that all units need."""
     start = time.perf_counter()
     rows = peer(trials, batch)
     return (time.perf_counter() - start) / rows * (rows - trials + units)
 
 
 def best_batches(timed: Timed, options: argparse.Namespace) -> dict[str, dict[int, float]]:
-    """Seconds of a whole map at every batch size that is tried, the better of two timings."""
+    """Seconds of a whole map at every batch size, the better of two timings."""
     found: dict[str, dict[int, float]] = {name: {} for name in timed.peers()}
     for _ in range(2):
         for batch in options.batches:
@@ -167,7 +167,7 @@ def best_batches(timed: Timed, options: argparse.Namespace) -> dict[str, dict[in
 
 
 def trials_of(name: str, batch: int, timed: Timed, options: argparse.Namespace) -> int:
-    """At least `--trials`, whole batches; the cheap loop behind a last layer runs all its units."""
+    """At least `--trials`, in whole batches; the cheap loop after a last layer runs all its units."""
     wanted = max(options.trials, batch)
     if name == "suffix loop" and timed.case.layer and timed.case.ratio >= 100:
         wanted = min(timed.units, 16 * wanted)
@@ -189,7 +189,7 @@ def measure(key: str, options: argparse.Namespace) -> dict[str, Any]:
             trials = trials_of(name, best[name], timed, options)
             one[name] = per_map(peer, trials, best[name], timed.units)
         if case.layer:
-            one["suffix loop"] += one["clean"]  # which gives it the layer's value
+            one["suffix loop"] += one["clean"]  # which computes the layer's value
         one["clean"] = (one["clean"] + seconds(timed.clean, 5)) / 2
         rounds.append(one)
         print(key, {k: round(v, 3) for k, v in one.items()}, flush=True)

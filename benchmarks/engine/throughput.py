@@ -22,7 +22,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channel
 
 
 def bare(model: nn.Module, x: Tensor, batch: int, rows: int, layout: str) -> float:
-    """Rows per second of the loop that nobody can do without: the same batch through the model, nothing else."""
+    """Rows per second of the minimal loop: the same batch through the model, nothing else."""
     images = x.expand(batch, -1, -1, -1).contiguous(memory_format=LAYOUTS[layout])
     start = time.perf_counter()
     with torch.inference_mode():
@@ -69,7 +69,7 @@ def main() -> None:
         torch.manual_seed(0)
         model = build().eval()
         explainer = CausalEffect(model, PixelMask("zero"), RandomMask(0.1, n_trials=trials))
-        ours(explainer, x, trials)  # learns its batch size; later calls on this network know it
+        ours(explainer, x, trials)  # finds its batch size, which later calls on this network reuse
         speeds = search(model, x, options.batches)
         layout, batch = max(speeds, key=lambda key: speeds[key])
         plain = max((speed, key[1]) for key, speed in speeds.items() if key[0] == "contiguous")

@@ -1,4 +1,4 @@
-"""One network behind one callable, in the arithmetic that a benchmark can afford."""
+"""A network as a callable, in torch or in faster arithmetic by OpenVINO."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Engine:
         name: ``"torch"`` (float32), or OpenVINO's runtime in float32 or bfloat16.
 
     Attributes:
-        rows: images that went through so far.
+        rows: number of images so far.
     """
 
     def __init__(self, network: nn.Module, name: str) -> None:
@@ -53,7 +53,7 @@ def _torch(network: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def _openvino(network: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
     """The network compiled for chunks of ROWS images, two of them at a time."""
-    openvino: Any = importlib.import_module("openvino")  # it has no type hints, and torch alone will do without it
+    openvino: Any = importlib.import_module("openvino")  # without type hints, and optional
     example = torch.zeros(ROWS, 3, 224, 224)
     converted = openvino.convert_model(network, example_input=example, input=[ROWS, 3, 224, 224])
     options = {

@@ -44,7 +44,7 @@ def fill(x: Tensor, name: str) -> Tensor:
 
 
 def causal_effect(scene: Scene) -> Tensor:
-    """Ours, all defaults; ids, so that no two images share their trials."""
+    """Ours, with default settings; ids, so that no two images share their trials."""
     explainer = CausalEffect(scene.engine.logits, normalization=NORMALIZATION)
     found: Tensor = explainer.attribute(scene.x, ids=[scene.ident], perturbations_per_eval=ROWS)
     return found[0, 0]
@@ -124,7 +124,7 @@ def grad_cam(scene: Scene, layer: str, output: str) -> Tensor:
 
 
 def ablation_cam(scene: Scene, output: str, relu: bool) -> Tensor:
-    """Ramaswamy and Desai 2020: a channel's weight is the fall of the score, as a share, when the channel is zero.
+    """Ramaswamy and Desai 2020: a channel's weight is the relative drop of the score when the channel is zero.
 
     The part of the network before the channels is run once: the numbers are those of a full pass for each channel.
     """

@@ -53,12 +53,12 @@ def report_data(plan: list[tuple[str, dict[str, Any]]], scores: dict[str, Any]) 
 
 
 def written(settings: dict[str, Any]) -> str:
-    """Settings in a few words."""
+    """Settings as text."""
     return ", ".join(f"{key} {value}" for key, value in settings.items()) or "-"
 
 
 def chosen_text(tried: list[dict[str, Any]], chosen: dict[str, Any]) -> str:
-    """What was tried on the choosing images."""
+    """Section on the settings tried on the images for choosing."""
     lines = [
         "### Settings of the peers",
         "",
@@ -78,7 +78,7 @@ def chosen_text(tried: list[dict[str, Any]], chosen: dict[str, Any]) -> str:
 
 
 def report_text(data: dict[str, Any]) -> str:
-    """The page for people."""
+    """The page in Markdown."""
     summary, best = data["summary"], data["runner_up"]
     gap = data["paired"][best]
     lines = [
@@ -108,7 +108,7 @@ def report_text(data: dict[str, Any]) -> str:
 
 
 def _count(data: dict[str, Any]) -> str:
-    """The images that there was time for are the first in a random order, so that they stand for all."""
+    """Number of images; they are the first in a random order, so that they represent all."""
     if data["images"] == data["of"]:
         return f"all {data['of']}"
     return f"the first {data['images']} (in a seeded random order) of the {data['of']}"

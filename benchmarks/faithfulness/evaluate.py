@@ -1,10 +1,10 @@
 """Insertion minus deletion on ImageNet photographs: the default CausalEffect against eleven other maps.
 
-Three commands, each of which continues where it was stopped:
+Three commands, each of which can be interrupted and resumed:
 
     choose   the peers' settings, on images whose index is not a multiple of ten
     report   the comparison, on the images whose index is one
-    check    some of these images in float32, to see what a faster arithmetic changes
+    check    some of these images in float32, to see the effect of the faster arithmetic
 
 The images are `imagenet-samples` under the folder that the environment variable CE_PLUGIN_DATA names.
 """
@@ -44,7 +44,7 @@ CHOOSE_STEPS, REPORT_STEPS = 14, 28
 
 
 def images(multiple_of_ten: bool) -> list[Path]:
-    """The choosing images or the reported ones, in a random order that is always the same."""
+    """The images for choosing or the reported ones, in a fixed random order."""
     if not os.environ.get("CE_PLUGIN_DATA"):
         raise SystemExit("Set CE_PLUGIN_DATA to the folder that holds imagenet-samples/.")
     files = sorted((Path(os.environ["CE_PLUGIN_DATA"]) / "imagenet-samples").glob("*.jpg"))
@@ -58,7 +58,7 @@ def index_of(file: Path) -> int:
 
 
 def study(file: Path, plan: Plan, engine_name: str, steps: int, folder: Path, until: float) -> bool:
-    """Maps, curves and scores of one image, in a file that a rerun finds; False where the time is over."""
+    """Maps, curves and scores of one image, cached in a file; False if the time is over."""
     place = stored(file, plan, engine_name, steps, folder)
     if place.exists():
         return True
@@ -100,7 +100,7 @@ def machinery(engine_name: str) -> tuple[nn.Module, Engine]:
 
 
 def stored(file: Path, plan: Plan, engine_name: str, steps: int, folder: Path) -> Path:
-    """Where an image's results are kept."""
+    """File with the results of an image."""
     digest = hashlib.sha256(json.dumps([plan, steps], sort_keys=True).encode()).hexdigest()[:12]
     return folder / engine_name / f"{file.stem}-{digest}.npz"
 
@@ -110,7 +110,7 @@ def study_all(
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Scores (methods, references) by file name, of as many images as there is time for.
 
-    Each process has its own share of the cores: small passes use a few cores better side by side than together.
+    Each process has its own share of the cores: small passes run faster on a few cores each than on all together.
     """
     minutes = getattr(options, "minutes", float("inf"))
     until = time.time() + 60 * minutes
@@ -162,7 +162,7 @@ def means(scores: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
 
 
 def chosen_plan() -> tuple[Plan, dict[str, Any]]:
-    """Every method with the settings that `choose` found."""
+    """Every method with the settings found by `choose`."""
     file = RESULTS / f"{CHOSEN}.json"
     if not file.exists():
         raise SystemExit("Run `choose` first.")
@@ -178,7 +178,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    """All methods on the reported images, and the tables of what there is by now."""
+    """All methods on the reported images, and tables of the results so far."""
     plan, record = chosen_plan()
     files = images(multiple_of_ten=True)
     scores = study_all(files, plan, REPORT_STEPS, options)
@@ -191,7 +191,7 @@ def report(options: argparse.Namespace) -> None:
 
 
 def agreement(names: list[str], plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
-    """How far scores per image and method (mean over the references) are from those in float32, where `check` ran."""
+    """Difference of scores per image and method (mean over references) from float32, if `check` was run."""
     fast, slow, other_class = [], [], 0
     for name in names:
         exact = stored(Path(name), plan, "torch", REPORT_STEPS, options.cache)

@@ -156,7 +156,7 @@ class AttackSpec:
 def attack_images(
     spec: AttackSpec, network: nn.Module, images: Array, labels: Array, *, seed: int = 0, order: Array | None = None
 ) -> Attacked:
-    """Attack the correctly classified ones of these images, and determine success after rounding to eight bits.
+    """Attack those images that are classified correctly, and determine success after rounding to eight bits.
 
     The network and the global random state are left as they were; random numbers depend on the seed, the attack's name
     and the chunk, not on earlier attacks.

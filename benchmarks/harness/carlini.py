@@ -1,7 +1,7 @@
-"""The attacks of Carlini and Wagner, a whole batch at a time, with Adam and a search for the constant that bisects.
+"""The attacks of Carlini and Wagner, on a whole batch at a time, with Adam and bisection of the constant.
 
-ART's own descend by line search from an image whose black and white values are 1e-6 from the end of the hyperbolic
-tangent, where nothing moves: on digits they need twice the change that these need.
+ART's own versions use line search from an image whose black and white values are 1e-6 from the end of the hyperbolic
+tangent, where gradients vanish: on digits they need perturbations twice as large as these.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 __all__ = ["CarliniL2", "CarliniLInf"]
 
 Array = npt.NDArray[Any]
-# How much of the hyperbolic tangent's range the images use: at the very end its gradient is zero.
+# Share of the hyperbolic tangent's range that images use, because its gradient vanishes at the ends.
 _RANGE = 0.99
 
 
@@ -26,12 +26,12 @@ def _to_free(images: Tensor) -> Tensor:
 
 
 def _to_images(free: Tensor) -> Tensor:
-    """Values a little (0.005) beyond [0, 1] can be reached; what is kept is clipped."""
+    """From w to images; values can exceed [0, 1] by 0.005, and results are clipped."""
     return (torch.tanh(free) / _RANGE + 1) / 2
 
 
 def _margin(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Logit of the true class less the greatest other, (N,)."""
+    """Logit of the true class minus the largest other logit, (N,)."""
     scores = network(images)
     own = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, labels[:, None], True)
     margin: Tensor = scores[own] - scores.masked_fill(own, -torch.inf).amax(1)
@@ -42,15 +42,15 @@ def _margin(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 class CarliniL2:
     """The image nearest in Euclidean distance that is misclassified with a margin of ``confidence`` logits.
 
-    min over w of |x'(w) - x|^2 + c max(0, margin(x') + confidence), x' = (tanh w + 1) / 2; per image, c is bisected:
-    smaller where it succeeded, greater where it failed.
+    min over w of |x'(w) - x|^2 + c max(0, margin(x') + confidence), x' = (tanh w + 1) / 2; c is bisected for each
+    image: lower after a success, higher after a failure.
 
     Args:
         network: images (N, ...) in [0, 1] to logits.
         confidence: by how much another logit must lead.
-        steps: values of c that are tried.
+        steps: number of values of c.
         max_iter: steps of Adam for each.
-        rate: of Adam, falling to a tenth.
+        rate: learning rate of Adam, falling to a tenth.
         initial: the first c.
 
     Example:
@@ -93,7 +93,7 @@ class CarliniL2:
         return best.numpy()
 
     def _descend(self, clean: Tensor, labels: Tensor, weight: Tensor, nearest: Tensor, best: Tensor) -> Tensor:
-        """One descent for each image; ``nearest`` and ``best`` are updated; returns which succeeded on the way."""
+        """One descent for each image; updates ``nearest`` and ``best``, and returns which images succeeded."""
         free = _to_free(clean).requires_grad_()
         adam = torch.optim.Adam([free], lr=self.rate)
         found = torch.zeros(len(clean), dtype=torch.bool)
@@ -114,17 +114,17 @@ class CarliniL2:
 
 @dataclass(frozen=True)
 class CarliniLInf:
-    """An image whose greatest change is small: what exceeds a limit is punished, and the limit is lowered.
+    """A misclassified image whose largest change is small: changes above a limit are penalised, and the limit lowered.
 
-    min over w of sum max(0, |x'(w) - x| - tau) + c max(0, margin(x')); where it succeeds, tau becomes ``shrink`` of the
-    greatest change; where it fails, c is raised, up to ``largest``.
+    min over w of sum max(0, |x'(w) - x| - tau) + c max(0, margin(x')); after a success, tau becomes ``shrink`` times
+    the largest change; after a failure, c is increased, up to ``largest``.
 
     Args:
         network: images (N, ...) in [0, 1] to logits.
-        rounds: values of (tau, c) that are tried.
-        max_iter: steps of Adam for each, each round from where the last success was.
-        rate: of Adam in the first round, falling to a tenth in the last.
-        shrink: what the limit is lowered to, as a share of the change found.
+        rounds: number of values of (tau, c).
+        max_iter: steps of Adam for each; every round starts from the last success.
+        rate: learning rate of Adam in the first round, falling to a tenth in the last.
+        shrink: the new limit, as a share of the change found.
         initial: the first c.
         largest: the last c.
 
@@ -156,7 +156,7 @@ class CarliniLInf:
         nearest, best, start = torch.full((count,), torch.inf), clean.clone(), _to_free(clean)
         for turn in range(self.rounds):
             free = start.clone().requires_grad_()
-            # Late rounds make small changes: great steps would jump across the limit.
+            # Late rounds make small changes; large steps would jump across the limit.
             adam = torch.optim.Adam([free], lr=self.rate * (1 - 0.9 * turn / self.rounds))
             before = nearest.clone()
             for _ in range(self.max_iter):
@@ -171,7 +171,7 @@ class CarliniLInf:
                 (free.grad,) = torch.autograd.grad(loss, free)
                 adam.step()
             found = nearest < before
-            # Until a first success each round goes on from where the last one ended.
+            # Until the first success each round continues from the end of the previous one.
             never = nearest.isinf()
             start[never] = free.detach()[never]
             limit = torch.where(found, self.shrink * torch.minimum(limit, nearest), limit)

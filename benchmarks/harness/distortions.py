@@ -1,4 +1,4 @@
-"""Distortions that no one made on purpose: what a detector of attacks should let pass."""
+"""Harmless distortions, which a detector of attacks should not flag."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ Array = npt.NDArray[Any]
 
 
 def distorted(images: Array, kind: str, seed: int = 0, *, size: float = 0.1) -> npt.NDArray[np.float32]:
-    """Images as they come out of a poor camera or a careless program, rounded to eight bits.
+    """Images with a harmless distortion, as from a poor camera or careless processing, rounded to eight bits.
 
-    Each image draws its own numbers, of (seed, kind, position).
+    Random numbers of each image depend on (seed, kind, index).
 
     Args:
         images: (N, C, H, W), float32 in [0, 1].
         kind: ``"gauss"``, normal noise of standard deviation ``size``; ``"sign"``, each value up or down by ``size``
-            with equal chance, which has the norm of an FGSM of that size; ``"shift"``, moved by 1 or 2 pixels along
+            with equal probability, which has the norm of FGSM with that eps; ``"shift"``, moved by 1 or 2 pixels along
             both axes, the border repeated; ``"contrast"``, 0.8 of the distance to the image's mean; ``"jpeg"``, of
             quality 75.
-        seed: names the random numbers.
-        size: of the noise, in image units: 0.1 on pictures of 28 x 28, 8 / 255 on photographs.
+        seed: seed of the random numbers.
+        size: size of the noise, in image units: 0.1 on pictures of 28 x 28, 8 / 255 on photographs.
 
     Returns:
         Images of the same shape, float32, multiples of 1/255 in [0, 1].
 
     Raises:
-        UnknownNameError: another kind.
+        UnknownNameError: an unknown kind.
         ArgumentError: ``size`` outside (0, 1].
-        InputError: the images are of another form or range; JPEG takes 1 or 3 channels.
+        InputError: the images have another shape or range; JPEG needs 1 or 3 channels.
 
     Example:
         >>> x = np.full((1, 1, 4, 4), 0.6, np.float32)

@@ -1,4 +1,4 @@
-"""ART's attacks on a network: an estimator that is quick on a CPU, and attacks that need more than settings."""
+"""ART's attacks on a network: an estimator that is fast on a CPU, and attacks that need more than settings."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ce_plugin.networks.forward import load_art
 __all__ = ["BUILDERS", "CountedNetwork", "build_attack", "build_estimator", "predict"]
 
 Array = npt.NDArray[Any]
-REMEMBERED = 4096  # images whose scores are kept: Square asks three times for the scores of the same images
+REMEMBERED = 4096  # images whose scores are cached: Square requests the scores of the same images three times
 
 
 class CountedNetwork(ImageNetwork):
-    """A network that counts the images it is given; ART's calls do not reach the network's own state.
+    """A wrapper that counts the images passed to a network and protects its state from ART.
 
     Attributes:
-        images: how many went through so far.
+        images: number of images so far.
 
     Example:
         >>> net = CountedNetwork(nn.Flatten())
@@ -57,11 +57,11 @@ def predict(network: nn.Module, images: Array, batch_size: int = 128) -> Array:
 
 
 def build_estimator(network: nn.Module, shape: tuple[int, ...], n_classes: int) -> Any:
-    """A ``PyTorchClassifier`` of a network that takes images in [0, 1], quick where ART asks one image at a time.
+    """A ``PyTorchClassifier`` for images in [0, 1], fast when ART passes one image at a time.
 
     Args:
         network: images (N, *shape), float32, to logits (N, n_classes).
-        shape: of one image.
+        shape: shape of one image.
         n_classes: number of logits.
     """
     return _quick_classifier()(
@@ -80,8 +80,8 @@ def _quick_classifier() -> type[Any]:
     from art.estimators.classification import PyTorchClassifier
 
     class QuickClassifier(PyTorchClassifier):  # type: ignore[misc]
-        """ART builds a data loader for every prediction, passes back once for each label, and its attacks ask for
-        the same scores again and again; all of this costs more than the network. What comes out is the same."""
+        """Avoids overhead of ART that costs more than the network: a data loader for every prediction, a backward pass
+        for each label, and repeated requests for the same scores. The results are the same."""
 
         def predict(self, x: Array, batch_size: int = 128, training_mode: bool = False, **kwargs: Any) -> Array:
             images = np.ascontiguousarray(x, dtype=np.float32)
@@ -113,7 +113,7 @@ def _quick_classifier() -> type[Any]:
             return gradients
 
         def _graph(self, x: npt.NDArray[np.float32]) -> tuple[Tensor, Tensor]:
-            """Images and their scores, with what leads from one to the other: one pass for all classes asked for."""
+            """Images and their scores with the graph between them: one pass for all requested classes."""
             last = self.__dict__.get("last_graph")
             if last is None or not np.array_equal(last[0], x):
                 images = torch.from_numpy(x.copy()).requires_grad_()
@@ -124,11 +124,11 @@ def _quick_classifier() -> type[Any]:
 
 
 def build_attack(name: str, estimator: Any, settings: Mapping[str, Any], count: int) -> Any:
-    """An attack of ART by its class name, or one that :data:`BUILDERS` puts together, ready for ``count`` images.
+    """An attack of ART by class name, or one from :data:`BUILDERS`, for ``count`` images.
 
     Raises:
-        UnknownNameError: there is none of this name.
-        AttackError: ART refuses the settings.
+        UnknownNameError: there is no attack of this name.
+        AttackError: ART rejects the settings.
     """
     if name in BUILDERS:
         return BUILDERS[name](estimator, dict(settings), count)
@@ -139,7 +139,7 @@ def build_attack(name: str, estimator: Any, settings: Mapping[str, Any], count: 
 
 
 def _auto_attack(estimator: Any, settings: dict[str, Any], count: int) -> Any:
-    """AutoAttack: its four attacks one after the other, each on what is left, with the steps and queries given."""
+    """AutoAttack: its four attacks in turn, each on the images left, with the given numbers of steps and queries."""
     steps, queries, bound = settings["steps"], settings["queries"], settings["eps"]
     common = {"eps": bound, "batch_size": count, "verbose": False, "norm": np.inf}
     apgd = {**common, "eps_step": 2 * bound, "max_iter": steps, "nb_random_init": settings["restarts"]}
@@ -156,7 +156,7 @@ def _auto_attack(estimator: Any, settings: dict[str, Any], count: int) -> Any:
 
 
 class _Patch:
-    """One patch learnt on all images, then put on each of them at a place of its own."""
+    """One patch optimised on all images, then placed on each of them at a different position."""
 
     def __init__(self, estimator: Any, settings: dict[str, Any], count: int) -> None:
         load_art()

@@ -1,4 +1,4 @@
-"""What a detector may learn from, and which images it then scores: the protocols P1 to P4."""
+"""Which images a detector is fitted to, and which it then scores: the protocols P1 to P4."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class ImageSet:
     """Images that are scored together.
 
     Args:
-        name: of the attack or the alteration.
+        name: name of the attack or the alteration.
         images: (N, C, H, W), uint8 as stored, or float32 in [0, 1].
-        ids: (N,), which image each was made from; each at most once.
-        family: of the attack, see :class:`~benchmarks.harness.AttackSpec`.
+        ids: (N,), the image that each was made from; each at most once.
+        family: family of the attack, see :class:`~benchmarks.harness.AttackSpec`.
         excluded: the attack bounds no norm: reported, but not in any mean or worst case.
 
     Raises:
@@ -71,30 +71,30 @@ class ImageSet:
         return _units(self.images)
 
     def select(self, rows: Array) -> ImageSet:
-        """Some of them: a mask or indices, (N,)."""
+        """The images selected by a mask or indices, (N,)."""
         return ImageSet(self.name, self.images[rows], self.ids[rows], self.family, self.excluded)
 
     def of_fold(self, fold: int | None) -> ImageSet:
-        """Those whose source is in a fold; None is all."""
+        """Images whose source is in a fold; None means all."""
         return self if fold is None else self.select(fold_of(self.ids) == fold)
 
     def checksum(self) -> str:
-        """Of images and ids."""
+        """Checksum of images and ids."""
         start = zlib.crc32(np.ascontiguousarray(self.ids, dtype=np.int64).tobytes())
         return f"{zlib.crc32(np.ascontiguousarray(self.images).tobytes(), start):08x}"
 
 
 @dataclass(frozen=True)
 class ProtocolData:
-    """All images of one classifier that a protocol draws on. Parts are disjoint: nothing to fit on is a test image.
+    """All images of one classifier for the protocols. The parts are disjoint: no image for fitting is a test image.
 
     Args:
         pool: clean images to fit and calibrate on, (N, C, H, W).
         training_attacks: attacks on images of the pool; their ids are rows of ``pool``.
         clean: correctly classified test images.
         attacks: successful attacks on test images; ids as in ``clean``.
-        others: further sets that are scored for false alarms: misclassified test images, altered ones.
-        seed: draws which images of the pool are held out.
+        others: further sets that are scored for false alarms: misclassified and altered test images.
+        seed: seed of the choice of held-out images.
     """
 
     pool: Array = field(repr=False)
@@ -107,14 +107,14 @@ class ProtocolData:
 
 @dataclass(frozen=True)
 class Task:
-    """One fit of a detector, and what is scored with it.
+    """One fit of a detector, and the images that are scored with it.
 
     Args:
-        key: names it among the tasks of a protocol.
-        learns: attacks that are learnt from; none means clean images only.
+        key: identifies it among the tasks of a protocol.
+        learns: attacks in the fitting data; none means clean images only.
         trained_on: whether these are attacks on the pool or on test images.
         tries: attacks that are scored.
-        fold: of the test images that are scored; attacked test images that are learnt from are of the other fold.
+        fold: fold of the test images that are scored; attacked test images for fitting come from the other fold.
         alarms: whether false alarms are counted with this fit.
     """
 
@@ -127,7 +127,7 @@ class Task:
 
 
 def fold_of(ids: Ids) -> Ids:
-    """The fold, 0 or 1, of test images: an image and all that is made of it are in one fold, whatever the attack.
+    """The fold, 0 or 1, of test images: an image and all its attacked versions are in the same fold.
 
     Example:
         >>> fold_of(np.array([4, 7])).tolist()
@@ -138,20 +138,20 @@ def fold_of(ids: Ids) -> Ids:
 
 
 def plan(protocol: str, data: ProtocolData) -> tuple[Task, ...]:
-    """The fits that a protocol asks for.
+    """The fits of a protocol.
 
     - P3: clean images of the pool, once; P2: these and their FGSM.
-    - P1: for each attack, and P4: for each family of attacks (learnt from all norm-bounded attacks of other families),
-      two fits: one learns from attacks on one half of the test images and scores the other half, clean and attacked.
-      Clean images are always learnt from the pool.
+    - P1: for each attack, and P4: for each family of attacks (fitted with all norm-bounded attacks of other families),
+      two fits: each is fitted with attacks on one half of the test images and scores the other half, clean and
+      attacked. Clean images for fitting always come from the pool.
 
     Args:
         protocol: one of :data:`PROTOCOLS`.
         data: the images.
 
     Raises:
-        UnknownNameError: another protocol.
-        InputError: no attacks to learn from, where the protocol asks for them.
+        UnknownNameError: an unknown protocol.
+        InputError: there are no attacks for fitting although the protocol needs them.
 
     Example:
         >>> one = np.zeros((4, 1, 2, 2), np.uint8)
@@ -189,21 +189,21 @@ def fit_detector(
 ) -> Calibration:
     """Fit a detector for a task, and calibrate it on clean images that it was not fitted on.
 
-    30 % of the clean images are held out, drawn by the data's seed, and scored: the calibration. A detector that
-    has an attribute ``calibration`` holds out images itself: it is fitted on all, and its own calibration is taken.
+    30 % of the clean images are held out, chosen by the data's seed, and their scores are the calibration. A detector
+    with an attribute ``calibration`` holds out images itself: it is fitted on all, and its own calibration is used.
 
     Args:
-        detector: is fitted.
-        task: what it may learn from.
+        detector: the detector to fit.
+        task: says what it is fitted to.
         data: the images.
-        limit: at most so many clean images of the pool, fitting and calibration together, for detectors that are slow.
+        limit: largest number of clean images of the pool, for fitting and calibration together, for slow detectors.
         batch_size: images at a time.
 
     Returns:
-        The calibration, whose thresholds hold a nominal false-alarm rate.
+        The calibration, which gives the threshold for a nominal false-alarm rate.
 
     Raises:
-        InputError: the attacks that are to be learnt from were not successful on enough images.
+        InputError: the attacks for fitting were not successful on enough images.
 
     Example:
         >>> class Brightness:
@@ -238,7 +238,7 @@ def fit_detector(
 
 
 def _training_attacks(task: Task, data: ProtocolData, rows: Ids) -> npt.NDArray[np.float32]:
-    """Attacked images that a task may learn from: none whose clean image is held out, or is scored."""
+    """Attacked images for fitting, without those whose clean image is held out or scored."""
     if task.trained_on == "pool":
         sets = [data.training_attacks[name] for name in task.learns]
         chosen = [one.select(np.isin(one.ids, rows)) for one in sets]

@@ -1,4 +1,4 @@
-"""One bootstrap for all detectors, attacks and classifiers: test images are drawn, with what was made of them."""
+"""One bootstrap for all detectors, attacks and classifiers: test images are drawn with all their versions."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Ids = npt.NDArray[np.int64]
 class ImageDraws:
     """How often each test image is drawn in each bootstrap sample.
 
-    Figures that are computed from the same draws may be averaged, subtracted and compared sample by sample: over
-    attacks, over classifiers that were tried on the same images, and between detectors.
+    Figures computed from the same draws can be averaged, subtracted and compared sample by sample: over attacks, over
+    classifiers with the same test images, and between detectors.
 
     Args:
-        n_images: test images there are; their ids are 0 ... n_images - 1.
+        n_images: number of test images; their ids are 0 ... n_images - 1.
         n_resamples: number B of samples.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Attributes:
         counts: (B, n_images), uint16.
@@ -58,13 +58,13 @@ class ImageDraws:
 
 
 class CleanScores:
-    """Scores of clean images, against which any number of attacks is held.
+    """Scores of clean images, with which those of any number of attacks are compared.
 
     Args:
         scores: (n,), greater means more adversarial.
-        ids: (n,), the images.
-        draws: which samples are drawn.
-        fprs: false-alarm rates at which detection is asked for.
+        ids: (n,), ids of the images.
+        draws: the bootstrap samples.
+        fprs: false-alarm rates for the detection rates.
 
     Raises:
         InputError: no scores, NaN, or ids that are not one per score.
@@ -95,7 +95,7 @@ class CleanScores:
     def against(self, scores: npt.ArrayLike, ids: Ids) -> Resampled:
         """Figures of an attack in every sample: scores (m,) of attacked images, and the images they were made from.
 
-        A sample without clean or without attacked images has none: NaN.
+        NaN for samples without clean or without attacked images.
 
         Raises:
             InputError: no scores, NaN, or ids that are not one per score.

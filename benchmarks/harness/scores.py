@@ -1,4 +1,4 @@
-"""Scores of a fitted detector on every set of images, kept in files: nothing is scored twice."""
+"""Scores of a fitted detector on every set of images, cached in files so that nothing is scored twice."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """What one fit of a detector gave.
+    """Scores from one fit of a detector.
 
     Args:
         calibration: scores of clean images that it was not fitted on.
         sets: set -> scores: "clean", "attack NAME", "other NAME".
-        passes: forward passes of the classifier for one image; None where the detector does not say.
-        seconds: time for one image, measured on the first 200 clean test images.
+        passes: forward passes of the classifier per image; None if the detector does not say.
+        seconds: time per image, measured on the first 200 clean test images.
 
     Example:
         >>> table = ScoreTable(Calibration(np.arange(99.0)), {"clean": Scored(np.arange(3), np.ones(3))}, 1.0, 0.001)
@@ -70,7 +70,7 @@ class ScoreTable:
         return {"clean": self.sets["clean"].scores, **{name[6:]: self.sets[name].scores for name in others}}
 
     def save(self, file: FilePath, key: str = "") -> None:
-        """Write everything to one file, whole or not at all."""
+        """Write everything to one file, atomically."""
         names = list(self.sets)
         checksums = [self.sets[name].checksum for name in names]
         about = {"key": key, "sets": names, "checksums": checksums, "passes": self.passes, "seconds": self.seconds}
@@ -99,7 +99,7 @@ class ScoreTable:
 
 
 def sets_of(task: Task, data: ProtocolData) -> dict[str, ImageSet]:
-    """All sets of images that a task scores, under the names that a :class:`ScoreTable` has for them.
+    """All sets of images that a task scores, by their names in a :class:`ScoreTable`.
 
     Example:
         >>> from benchmarks.harness.protocols import plan
@@ -125,13 +125,13 @@ def score_task(
     limit: int | None = None,
     batch_size: int = 128,
 ) -> ScoreTable:
-    """Fit a detector for a task and score all its sets of images, but for those that have been scored.
+    """Fit a detector for a task and score all its sets of images that have not been scored yet.
 
     Args:
-        detector: is fitted, unless nothing is left to score.
+        detector: the detector, which is fitted unless nothing is left to score.
         task: see :func:`~benchmarks.harness.plan`.
         data: the images.
-        known: scores of an equal detector, fitted on the same images: sets that have not changed are taken from it.
+        known: earlier scores by the same detector, fitted on the same images; reused for sets that have not changed.
         limit: see :func:`~benchmarks.harness.fit_detector`.
         batch_size: images at a time.
 
@@ -168,7 +168,7 @@ def score_task(
 
 
 def _seconds(detector: Detector, clean: ImageSet, batch_size: int) -> float | None:
-    """Time for one image: the least of several rounds, since other work on the machine only ever adds to it."""
+    """Time per image: the shortest of several rounds, because other load on the machine can only add to it."""
     images = clean.select(np.arange(min(len(clean), _TIMED))).units()
     if not len(images):
         return None

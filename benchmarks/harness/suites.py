@@ -1,4 +1,4 @@
-"""The attacks that detectors are tried against, fixed before any detector was looked at."""
+"""The attacks for the evaluation, fixed before any detector was evaluated."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _STRETCH = (1.0, 1.02, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0,
 def suite(name: str) -> tuple[AttackSpec, ...]:
     """The attacks of the evaluation, cheap ones first.
 
-    Caps are part of the settings: steps, queries and the number of images. Attacks that stop at the boundary are
-    lengthened by the least factor that survives the rounding to eight bits; an attack with a bound is left as it is.
+    Limits on steps, queries and the number of images are part of the settings. Perturbations of attacks that stop at
+    the boundary are enlarged by the smallest factor that survives rounding to eight bits; bounded attacks are not.
 
     Args:
         name: ``"small"`` for pictures of 28 x 28 (eps 0.1 and 0.3), ``"imagenet"`` for photographs (2, 4, 8 / 255).
 
     Raises:
-        UnknownNameError: another suite.
+        UnknownNameError: an unknown suite.
 
     Example:
         >>> [spec.name for spec in suite("small")][:3]
@@ -41,7 +41,7 @@ def suite(name: str) -> tuple[AttackSpec, ...]:
 
 
 def fit_suite(name: str) -> tuple[AttackSpec, ...]:
-    """What a detector may learn from where it learns from FGSM alone: the FGSM of a suite, on the images to fit on.
+    """The attacks for fitting under P2: the FGSM attacks of a suite.
 
     Args:
         name: see :func:`suite`.
@@ -63,7 +63,7 @@ def _sign(name: str, attack: str, eps: float, tries: int, enough: int, chunk: in
 
 
 def _bounded(bounds: dict[str, float], steps: tuple[int, int], tries: int, enough: int, chunk: int) -> list[AttackSpec]:
-    """FGSM, BIM and PGD for each bound; BIM goes twice as far as its bound, PGD two and a half times."""
+    """FGSM, BIM and PGD for each bound; the steps of BIM add up to 2 eps, those of PGD to 2.5 eps."""
     made = [_sign(f"fgsm-{words}", "FastGradientMethod", eps, tries, enough, chunk) for words, eps in bounds.items()]
     for words, eps in bounds.items():
         settings = {"eps_step": 2 * eps / steps[0], "max_iter": steps[0]}

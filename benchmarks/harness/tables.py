@@ -1,4 +1,4 @@
-"""From scores to what a table says: each attack, mean and worst, and the worst case per image."""
+"""From scores to tables: each attack, mean and worst, and the worst case per image."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ WORST_CASE = "worst case per image"
 
 
 class WorstCase(NamedTuple):
-    """The attacked version of each image that is detected least.
+    """The attacked version of each image with the lowest score.
 
     Attributes:
-        ids: of the images that some attack was successful on, rising, (M,).
+        ids: ids of the images with at least one successful attack, ascending, (M,).
         scores: (M,).
-        attacks: name of the attack that is detected least, for each image.
+        attacks: name of the attack with the lowest score, for each image.
     """
 
     ids: npt.NDArray[Any]
@@ -43,7 +43,7 @@ class WorstCase(NamedTuple):
 
 
 def worst_case_scores(scores_by_attack: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]) -> WorstCase:
-    """Per image the least score over the attacks that were successful on it: a detector has to detect all of them.
+    """For each image the lowest score over the attacks that succeeded on it, since a detector must detect all of them.
 
     Args:
         scores_by_attack: name of the attack: ids of the images that it was successful on, and their scores, (m,) each,
@@ -74,7 +74,7 @@ def worst_case_scores(scores_by_attack: Mapping[str, tuple[npt.ArrayLike, npt.Ar
     filled = [ids for ids in all_ids if len(ids)]
     ids, scores = np.concatenate(filled or all_ids), np.concatenate(all_scores)
     which = np.repeat(np.arange(len(names)), [len(one) for one in all_ids])
-    # By id, and within one by score; of equal scores the attack that was named first.
+    # By id, then by score; of equal scores the attack that comes first.
     order = np.lexsort((which, scores, ids))
     first = order[np.flatnonzero(np.r_[True, ids[order][1:] != ids[order][:-1]])] if len(order) else order
     return WorstCase(ids[first], scores[first], tuple(names[i] for i in which[first]))
@@ -85,9 +85,9 @@ class DetectionResult:
     """One detector against one attack.
 
     Args:
-        figures: with intervals; None inside where there are too few images.
-        samples: the same of every bootstrap sample; None where there are too few images.
-        excluded: the attack is in no mean.
+        figures: with intervals; their values are None if there are too few images.
+        samples: the same for every bootstrap sample; None if there are too few images.
+        excluded: whether the attack is left out of means.
     """
 
     figures: Figures
@@ -101,13 +101,13 @@ class Evaluation:
 
     Args:
         attacks: attack -> figures.
-        worst_case: of each image the attack that is detected least; None where the protocol has no such figure.
-        mean: AUROC, mean over the attacks that were evaluated and are not excluded; None where there is none.
-        worst: the least of these, with that attack's interval.
-        worst_attack: which one.
+        worst_case: for each image the attack with the lowest score; None if the protocol has no such figure.
+        mean: AUROC, mean over the attacks that were evaluated and are not excluded; None if there are none.
+        worst: the lowest of these, with that attack's interval.
+        worst_attack: name of that attack.
         tpr_1, tpr_5: detection at 1 % and 5 % false alarms, mean over the same attacks.
         mean_samples: ``mean`` in every bootstrap sample.
-        n_seeds: classifiers that went in.
+        n_seeds: number of classifiers.
     """
 
     attacks: Mapping[str, DetectionResult]
@@ -121,7 +121,7 @@ class Evaluation:
     n_seeds: int = 1
 
     def to_dict(self) -> dict[str, Any]:
-        """What a JSON file holds."""
+        """The entry in a JSON file."""
         whole = {name: getattr(self, name) for name in ("mean", "worst", "worst_attack", "tpr_1", "tpr_5", "n_seeds")}
         rows = [one.figures.to_dict() | {"excluded": one.excluded} for one in self.attacks.values()]
         least = None if self.worst_case is None else self.worst_case.figures.to_dict()
@@ -142,19 +142,19 @@ def evaluate(
 ) -> Evaluation:
     """The figures of one detector for one classifier.
 
-    Where a protocol takes several fits, scores of different fits are compared by the share of clean images, scored by
-    the same fit, that lie below: the scale of a score changes from fit to fit.
+    If a protocol has several fits, whose scores are on different scales, each score is replaced by the share of clean
+    images with a lower score under the same fit.
 
     Args:
-        tasks: of the protocol.
-        score_tables: task's key -> scores.
+        tasks: tasks of the protocol.
+        score_tables: key of the task -> scores.
         draws: the bootstrap samples, of all test images.
-        detector: its name.
-        needed: successes, and clean images, below which an attack is not evaluated.
-        excluded: attacks that are in no mean and no worst case.
-        worst_case: whether to take of each image the attack that is detected least.
-        among: ids of the images that every attack was results on, to which the worst case is confined; None is all.
-            An image that few attacks were results on would look easier than it is.
+        detector: name of the detector.
+        needed: least number of successes, and of clean images, for an attack to be evaluated.
+        excluded: attacks left out of means and of the worst case.
+        worst_case: whether to compute the worst case per image.
+        among: ids of the images that every attack was run on, to which the worst case is restricted; None means all.
+            An image that few attacks were run on would look easier than it is.
         level: coverage of the intervals.
 
     Raises:
@@ -198,10 +198,10 @@ def evaluate(
 
 
 def pooled(evaluations: Sequence[Evaluation], *, level: float = 0.95) -> Evaluation:
-    """The mean over classifiers that were results on the same images with the same draws.
+    """The mean over classifiers with the same test images and the same draws.
 
-    An attack counts with those classifiers on which it had successes enough; the number attacked is the sum. Intervals
-    are those of the mean over classifiers: the same images are drawn for all of them, classifiers are not drawn.
+    An attack counts for those classifiers on which it had enough successes; the number attacked is the sum. Intervals
+    are those of the mean over classifiers: the same images are drawn for all of them, classifiers are not resampled.
 
     Raises:
         InputError: no evaluations.
@@ -225,7 +225,7 @@ def pooled(evaluations: Sequence[Evaluation], *, level: float = 0.95) -> Evaluat
 
 
 def _of_tasks(score_tables: Sequence[ScoreTable], name: str, ranked: bool) -> tuple[Scored, Scored]:
-    """Clean and attacked scores of an attack, of all folds together."""
+    """Clean and attacked scores of an attack, for all folds together."""
     clean, attacked = [], []
     for table in score_tables:
         below, above = table.sets["clean"], table.sets[f"attack {name}"]

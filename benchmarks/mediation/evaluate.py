@@ -1,15 +1,15 @@
-"""How attacks travel: mediation and interactions on planted layers, and which channels carry PGD in EfficientNet-lite0.
+"""How attacks pass through a network: planted mediation and interactions, and the carriers of PGD.
 
 Three parts, on one thread:
 
-    planted        all four quantities of `CausalMediation` against their closed form (bar: 1e-6 in float64)
+    planted        all four quantities of `CausalMediation` against their closed form (target: 1e-6 in float64)
     interactions   a planted pair of size -2 without single effects among 200 units, through `interactions`
-    attack         per layer: how many channels carry 50 and 90 % of what PGD does to the answer. Channels are ranked on
-                   one half of the attacked photographs and tried on the other, beside channels in random order, each
-                   image's own order, and, for some photographs, views of one and the same photograph.
+    attack         per layer: how many channels carry 50 and 90 % of the effect of PGD. Channels are ranked on one half
+                   of the attacked photographs and tested on the other, and compared with channels in random order,
+                   each image's own order, and, for some photographs, different views of the same photograph.
 
 The photographs are `imagenet-samples` under the folder that the environment variable CE_PLUGIN_DATA names. Attacked
-images and the outcomes of each layer are kept in a cache, so that a run that was stopped continues where it was.
+images and the outcomes of each layer are cached, so that an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from ce_plugin.models import VisionModel, efficientnet_lite0
 from ce_plugin.randomness import generator
 
 # Name in the tables -> layer. A block's output, the stem and the head are cuts: everything passes through them. The
-# last normalisation of a block with a skip connection is a branch: what by-passes it is the block's input.
+# last normalisation of a block with a skip connection is a branch, which the block's input bypasses.
 LAYERS = {
     "stem": "_bn0", "block 1": "_blocks.1", "block 4": "_blocks.4", "block 8": "_blocks.8", "block 11": "_blocks.11",
     "block 15": "_blocks.15", "head": "_bn1", "block 2, branch": "_blocks.2._bn2", "block 7, branch": "_blocks.7._bn2",
@@ -61,15 +61,15 @@ OUTCOMES = ("logit", "log_odds")
 PARTS = (0.5, 0.9)
 EPS, STEPS = 4.0, 10  # of pixels 0 to 255
 RANDOM_ORDERS = 3
-LISTED = 50  # channels of an order that are written down
+LISTED = 50  # channels of an order that are stored
 VIEWED, VIEW_LAYERS, VIEW_SIZE = 6, ("block 4", "block 15", "head"), 0.85
-BATCH = 10  # images whose outcomes on all classes are held at a time
+BATCH = 10  # images whose outcomes on all classes are in memory at a time
 QUANTITIES = ("total", "indirect", "direct", "interaction")
 PAIRS = 10
 
 
 class Crafted(Intervention):
-    """Attacks that were run once: x' of the image that an id stands for."""
+    """Precomputed attacks: x' of the image with a given id."""
 
     def __init__(self, attacked: Tensor) -> None:
         self.attacked = attacked
@@ -107,7 +107,7 @@ def planted_rows() -> Iterator[dict[str, Any]]:
 
 
 def interaction_rows() -> Iterator[dict[str, Any]]:
-    """Where the planted pair stands among those that the screen picked, and what finding it took."""
+    """Rank of the planted pair among the screened pairs, and the cost of finding it."""
     for gate in ("product", "relu"):
         for seed in range(PAIRS):
             draw = generator(seed, "pair", gate)
@@ -133,13 +133,13 @@ def interaction_rows() -> Iterator[dict[str, Any]]:
 
 @dataclass
 class Scene:
-    """Photographs that the network knows and that PGD makes it mistake.
+    """Photographs that the network classifies correctly until PGD attacks them.
 
     Args:
         clean: x, (N, 3, 224, 224).
         attacked: x', of the same shape.
         target: the class of the clean image, (N,).
-        record: what was tried, and what failed.
+        record: numbers of attacks and failures.
     """
 
     clean: Tensor
@@ -149,13 +149,13 @@ class Scene:
 
     @property
     def halves(self) -> tuple[list[int], list[int]]:
-        """Images that choose channels, and images on which they are tried."""
+        """Images on which channels are ranked, and images on which they are tested."""
         n = len(self.clean)
         return list(range(n // 2)), list(range(n // 2, n))
 
 
 class Attacker:
-    """PGD on one image at a time; what was crafted is found again in a folder."""
+    """PGD on one image at a time; results are cached in a folder."""
 
     def __init__(self, network: VisionModel, folder: Path) -> None:
         self.network, self.folder = network, folder
@@ -164,7 +164,7 @@ class Attacker:
         )
 
     def __call__(self, x: Tensor, label: int, ident: int, name: str) -> Tensor | None:
-        """x', or None where the answer stays."""
+        """x', or None if the prediction does not change."""
         place = self.folder / "attacked" / f"{name}-{EPS:g}-{STEPS}.pt"
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,7 @@ def scene_of(kept: list[tuple[Tensor, Tensor, int]], record: dict[str, Any]) -> 
 
 
 def attacked_scene(attacker: Attacker, wanted: int) -> Scene:
-    """Photographs in a random order that is always the same, until so many attacks have succeeded."""
+    """Photographs in a fixed random order, until the given number of attacks has succeeded."""
     files, network = image_files(), attacker.network
     order = torch.randperm(len(files), generator=generator(2026, "mediation")).tolist()
     kept: list[tuple[Tensor, Tensor, int]] = []
@@ -202,7 +202,7 @@ def attacked_scene(attacker: Attacker, wanted: int) -> Scene:
 
 
 def view_scene(attacker: Attacker, file: Path) -> Scene:
-    """Eight views of one photograph, crops at its corners and edges, in a random order; those that can be used."""
+    """The usable ones of eight views of a photograph, crops at its corners and edges, in random order."""
     photograph, label = read_image(file), int(file.name.split("_")[0])
     height, width = (round(VIEW_SIZE * side) for side in photograph.shape[1:])
     tops, lefts = (
@@ -232,7 +232,7 @@ def answer(model: nn.Module, x: Tensor) -> int:
 
 
 def keep(value: Any, place: Path) -> None:
-    """Written as a whole or not at all."""
+    """Write a file atomically."""
     with written_whole(place) as stream:
         torch.save(value, stream)
 
@@ -254,9 +254,9 @@ class Layer:
 
     Args:
         model: the network.
-        name: of the layer.
+        name: name of the layer.
         scene: the photographs.
-        place: the file.
+        place: file of the outcomes.
     """
 
     def __init__(self, model: nn.Module, name: str, scene: Scene, place: Path) -> None:
@@ -317,7 +317,7 @@ class Layer:
 
 
 def study(layer: Layer, label: str) -> dict[str, Any]:
-    """What carries the attack at one layer: nested sets on the logit, and what the same sets carry of the log-odds."""
+    """Carriers of the attack at one layer: nested sets on the logit, and the share of the log-odds of the same sets."""
     choosing, testing = layer.scene.halves
     first = layer.mediated(choosing, None)[0]
     units = first.indirect.shape[1]
@@ -341,7 +341,7 @@ def study(layer: Layer, label: str) -> dict[str, Any]:
 
 
 def curve_of(found: Carriers) -> dict[str, Any]:
-    """The curve and the numbers needed, JSON-able."""
+    """The curve and the numbers needed, JSON-serialisable."""
     return {
         "total": [found.total, found.total_low, found.total_high],
         "sizes": list(found.sizes), "share": found.share.tolist(), "low": found.share_low.tolist(),
@@ -352,7 +352,7 @@ def curve_of(found: Carriers) -> dict[str, Any]:
 
 
 def random_orders(layer: Layer, testing: list[int], found: Carriers, total: Tensor) -> dict[str, Any]:
-    """Sets of the same sizes of channels in random order: their shares, and the smallest of these sizes that do."""
+    """Sets of the same sizes in random order: their shares, and the smallest of these sizes that are enough."""
     orders = [
         torch.randperm(len(found.order), generator=generator(r, "order", layer.name)).tolist()
         for r in range(RANDOM_ORDERS)
@@ -369,7 +369,7 @@ def first_size(sizes: Sequence[int], share: Tensor, part: float) -> int | None:
 
 
 def own_orders(layer: Layer, rows: list[int], first: Mediation) -> dict[str, Any]:
-    """Each image's channels in its own order, tried on that image: what is there to be found for one attack."""
+    """Each image's channels in its own order, tested on the same image: the best possible for one attack."""
     units = first.indirect.shape[1]
     sizes = sorted({size for e in range(12) for size in (2**e, 3 * 2 ** max(e - 1, 0)) if size < units} | {units})
     needed: dict[str, list[int | None]] = {str(part): [] for part in PARTS}
@@ -382,14 +382,14 @@ def own_orders(layer: Layer, rows: list[int], first: Mediation) -> dict[str, Any
 
 
 def top_channels(first: Mediation) -> list[dict[str, float]]:
-    """The five channels that carry most by themselves, on the choosing images."""
+    """The five channels with the largest indirect effect on the ranking images."""
     frame = first.share(0).to_dataframe().head(5)
     found: list[dict[str, float]] = frame[["unit", "indirect_share", "direct_share"]].to_dict("records")
     return found
 
 
 def view_rows(attacker: Attacker, names: list[str], folder: Path) -> Iterator[dict[str, Any]]:
-    """Channels ranked on some views of a photograph and tried on its other views."""
+    """Channels ranked on some views of a photograph and tested on its other views."""
     files = {file.name: file for file in image_files()}
     for name in names:
         scene = view_scene(attacker, files[name])
@@ -407,7 +407,7 @@ def view_rows(attacker: Attacker, names: list[str], folder: Path) -> Iterator[di
 
 
 def sizes_needed(layer: Layer, testing: list[int], order: tuple[int, ...], total: Tensor) -> dict[str, int | None]:
-    """As `carriers` finds them, without intervals: a handful of views has none that could be trusted."""
+    """As in `carriers`, but without intervals, which would be unreliable for a few views."""
     shares: dict[int, float] = {}
     hint = [len(chosen) for chosen in nested_sets(order)]
     while hint:

@@ -1,6 +1,6 @@
-"""Maps of several classes of one picture, by the methods that the pointing game compares.
+"""Maps of several classes of one image, by the methods that the pointing game compares.
 
-Every function takes the network, a fast arithmetic for passes without gradients, one picture (1, 3, S, S) and the
+Every function takes the network, a fast version of it for passes without gradients, one image (1, 3, S, S) and the
 classes of its cells, and returns a map for each class (K, h, w) and a contrastive one: that of the class's logit minus
 the mean logit of the other classes.
 """
@@ -64,7 +64,7 @@ def causal_effect_map(
 
 
 def grad_cam(model: nn.Module, logits: Logits, x: Tensor, classes: list[int], layer: str) -> Maps:
-    """Captum's, without the ReLU, which the game applies to all maps after enlarging them."""
+    """Captum's, without the ReLU, which the pointing game applies to all maps after enlarging them."""
     name, at_input = LAYERS[layer]
 
     def forward(images: Tensor) -> Tensor:
@@ -80,9 +80,9 @@ def grad_cam(model: nn.Module, logits: Logits, x: Tensor, classes: list[int], la
 def ablation_cam(
     model: nn.Module, logits: Logits, x: Tensor, classes: list[int], layer: str, absolute: bool = False
 ) -> Maps:
-    """Ramaswamy and Desai 2020: a channel's weight is the fall of the score when it is zero, as a share of the score.
+    """Ramaswamy and Desai 2020: a channel's weight is the relative drop of the score when it is zero.
 
-    A negative score turns the map over; ``absolute`` divides by the score's size instead. The part of the network
+    A negative score inverts the map; ``absolute`` divides by the absolute score instead. The part of the network
     before the channels is run once: the numbers are those of a full pass for each channel.
     """
     planes, tail = cut(model, x, layer)
@@ -102,7 +102,7 @@ def ablation_cam(
 
 
 def score_cam(model: nn.Module, logits: Logits, x: Tensor, classes: list[int], layer: str) -> Maps:
-    """Wang et al. 2020: a channel's weight is the softmax over channels of the picture's score behind it as a mask."""
+    """Wang et al. 2020: a channel's weight is the softmax over channels of the score of the masked image."""
     planes, _ = cut(model, x, layer)
     scores = []
     for some in torch.split(planes[0], 4 * ROWS):
@@ -119,7 +119,7 @@ def score_cam(model: nn.Module, logits: Logits, x: Tensor, classes: list[int], l
 def occlusion(
     model: nn.Module, logits: Logits, x: Tensor, classes: list[int], window: int, stride: int, fill: float
 ) -> Maps:
-    """Zeiler and Fergus 2014 with overlapping windows: the mean fall over the windows that cover a pixel, as Captum's.
+    """Zeiler and Fergus 2014 with overlapping windows: the mean drop over the windows that cover a pixel, as Captum's.
 
     Captum's own runs one class at a time; the numbers are the same (see the check).
     """
@@ -152,7 +152,7 @@ def linear(maps: Tensor) -> Maps:
 
 
 def cut(model: Any, x: Tensor, layer: str) -> tuple[Tensor, Logits]:
-    """The planes of a layer and the part of the network behind them."""
+    """The maps of a layer and the part of the network after them."""
     with torch.inference_mode():
         planes = model.extract_features(x)
         if layer == "block":

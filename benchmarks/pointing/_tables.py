@@ -12,18 +12,18 @@ CONFIDENT = 0.8
 
 
 def written(settings: dict[str, Any]) -> str:
-    """Settings in a few words."""
+    """Settings as text."""
     return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items())
 
 
 def scaled(settings: dict[str, Any], size: str) -> dict[str, Any]:
-    """Windows grow with the picture: chosen at 224, twice as large at 448."""
+    """Windows scale with the image: chosen at 224, twice as large at 448."""
     factor = 1 if size == "224" else 2
     return {k: v * factor if k in ("window", "stride") else v for k, v in settings.items()}
 
 
 def summary(scores: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
-    """Means over mosaics with intervals (mosaics are drawn), and what the contrastive CEM has more, in pairs."""
+    """Means with bootstrap intervals over mosaics, and paired differences from the contrastive CEM."""
     ours = scores["CEM | contrastive"].mean(1)
     return {
         key: {
@@ -41,7 +41,7 @@ def summary(scores: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
 
 
 def text(data: dict[str, Any]) -> str:
-    """The page for people."""
+    """The page in Markdown."""
     lines = [
         "## Grid pointing game",
         "",
@@ -78,7 +78,7 @@ def text(data: dict[str, Any]) -> str:
 
 
 def remarks(data: dict[str, Any]) -> list[str]:
-    """What the table does not say by itself."""
+    """Remarks below the table."""
     lines = [
         "Where a global average pooling and one linear layer follow, as they do behind `head`, a channel's effect on a",
         "logit is its weight times its mean, whatever the other channels are. The CEM by change on logits is then",

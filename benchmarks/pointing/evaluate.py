@@ -1,6 +1,6 @@
-"""Grid pointing game: does the causal effect map point at the right picture of four, and do others?
+"""Grid pointing game: do causal effect maps, and other maps, point at the right one of four images?
 
-Three commands, each of which continues where it was stopped:
+Three commands, each of which can be interrupted and resumed:
 
     choose   forms and settings of every method, on mosaics of images with an odd class index
     report   the comparison, on mosaics of images with an even one
@@ -37,7 +37,7 @@ FORMS = ("plain", "contrastive")
 CHOSEN = "pointing_choosing"
 SIZES = {"224": 224, "448": None}
 BLACK = -127.0 / 128.0
-# What is tried on the choosing images: settings of a method, and on how many mosaics.
+# Candidates on the images for choosing: settings of a method, and the number of mosaics.
 CANDIDATES: list[tuple[str, list[dict[str, Any]], int]] = [
     (
         "CEM",
@@ -75,7 +75,7 @@ def arithmetic(engine: str, size: int) -> Any:
 
 
 def confident_images(odd: bool, options: argparse.Namespace) -> tuple[Tensor, list[int]]:
-    """The images of odd or even class index that the network is sure of and right about, and their classes."""
+    """Images of odd or even class index that are classified correctly with confidence, and their classes."""
     files = [file for file in image_files() if int(file.name.split("_")[0]) % 2 == int(odd)]
     labels = [int(file.name.split("_")[0]) for file in files]
     place = options.cache / f"logits-{'odd' if odd else 'even'}.pt"
@@ -100,7 +100,7 @@ def shares(
     engine: str,
     folder: Path,
 ) -> dict[str, list[float]]:
-    """Each form's share for the cells of one mosaic, from the cache where it is there."""
+    """Pointing share of each form for the cells of one mosaic, cached."""
     key = [split, size, index, method, settings, engine if method in ("ScoreCAM", "Occlusion") else "torch"]
     place = folder / size / f"{index:03d}-{method}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
     if place.exists():
@@ -171,7 +171,7 @@ def plan() -> list[tuple[str, str, dict[str, Any], str]]:
     for weighting in ("change", "activation"):
         settings = {"layer": "head", "weighting": weighting, "outcome": "logit"}
         rows += [(f"CEM, logit, by {weighting}", "CEM", settings, form) for form in FORMS]
-    return sorted(rows, key=lambda row: row[1] == "ScoreCAM")  # it takes longest
+    return sorted(rows, key=lambda row: row[1] == "ScoreCAM")  # it is the slowest
 
 
 def report(options: argparse.Namespace) -> None:
@@ -256,7 +256,7 @@ def relative(one: Tensor, other: Tensor) -> float:
 
 
 class _Features(nn.Module):
-    """The network up to its last planes, as a module of its own: its last activation is also its first."""
+    """The network up to its last maps, as a separate module, because one activation module is used first and last."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()

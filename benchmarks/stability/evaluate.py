@@ -1,8 +1,8 @@
-"""Does a map stay as it is when the image is attacked? Causal effect maps against Grad-CAM and AblationCAM.
+"""Does a map stay the same when the image is attacked? Causal effect maps against Grad-CAM and AblationCAM.
 
 The photographs of `imagenet-samples` (folder CE_PLUGIN_DATA) whose class index is a multiple of ten. FGSM and PGD with
 the smallest of three sizes that changes the network's answer; Spearman's rank correlation between the map of the
-attacked and of the clean image, both for the class that the network gave the clean image. Continues where it stopped.
+attacked and of the clean image, both for the class predicted on the clean image. An interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def methods() -> dict[str, Any]:
     model = network().model
     found: dict[str, Any] = {}
     for layer, (name, at_input) in LAYERS.items():
-        for label, options in list(CEM.items())[: None if layer == "head" else 1]:  # elsewhere values have signs
+        for label, options in list(CEM.items())[: None if layer == "head" else 1]:  # other layers have negative values
             explainer = CausalEffectMap(model, name, **options)  # type: ignore[arg-type]
             found[f"{layer} | {label}"] = _bound(explainer, at_input)
         found[f"{layer} | {PEER}"] = _bound(LayerGradCam(model, model.get_submodule(name)), at_input)
@@ -69,7 +69,7 @@ def _bound(explainer: Any, at_input: bool) -> Any:
 
 
 def attacked(model: nn.Module, name: str, x: Tensor, target: Tensor, ident: int) -> tuple[float, Tensor] | None:
-    """The smallest size that changes the answer, and the attacked image; None where none does."""
+    """The smallest size that changes the prediction, and the attacked image; None if none does."""
     net = network()
     for eps in SIZES:
         attack = Adversarial.preset(
@@ -83,7 +83,7 @@ def attacked(model: nn.Module, name: str, x: Tensor, target: Tensor, ident: int)
 
 
 def study(file: Path, folder: Path) -> dict[str, Any]:
-    """Rank correlations of one image, by attack and method, from the cache where it is there."""
+    """Rank correlations of one image, by attack and method, cached."""
     place = folder / f"{file.stem}.json"
     if place.exists():
         kept: dict[str, Any] = json.loads(place.read_text())
@@ -163,7 +163,7 @@ def report(found: dict[str, dict[str, Any]]) -> None:
 
 
 def values(rows: dict[str, dict[str, Any]], key: str) -> np.ndarray[Any, Any]:
-    """One method's correlations."""
+    """The correlations of one method."""
     return np.array([row[key] for row in rows.values()], dtype=np.float64)
 
 
