@@ -12,7 +12,8 @@ Intervals of means are over runs, which are independent: mean -/+ 1.96 sd / sqrt
 Changes after a first run: its coverage was 94.2 to 95.6 % in all 60 rows with a target, but four of 18 rows of the
 null were above the level. In antithetic designs at p = 1/2 the scores of an even function cancel exactly, and rounding
 errors looked significant (rates of 94 and 100 %); two rows were at 6 %. Since then rounding counts as an error,
-skewness and the smaller arm limit the degrees of freedom, and the null has 3000 runs instead of 1000. The cliff was added then.
+skewness and the smaller arm limit the degrees of freedom, and the null has 3000 runs instead of 1000. The cliff was
+added then.
 """
 
 from __future__ import annotations
