@@ -23,7 +23,7 @@ version = release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
-# Each benchmark result is written as a page of its own; included in another page, its headings start one level too deep.
+# Each benchmark result is a page of its own; included in another page, its headings start one level too deep.
 # Two classes may have an attribute of the same name, so that a bare name in a signature is ambiguous.
 suppress_warnings = ["myst.header", "ref.python"]
 exclude_patterns = ["_build"]

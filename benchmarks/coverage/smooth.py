@@ -2,7 +2,7 @@
 
 Fixed before the run: 14 x 14 units, 399 trials (the default of CausalEffect), five planted networks, 200 runs of each
 design. There is no target: the figures say how far the errors of the default design can be trusted. The truth for an
-interval is the best additive description of the outcome under the design (linear projection, from 100,000 other trials),
+interval is the best additive description of the outcome under the design (linear projection on 100,000 other trials),
 which for additive networks is the planted effect itself.
 """
 
