@@ -981,7 +981,7 @@ def detector() -> Mapping[str, Any]:
 
 @call
 def detector_explained() -> Mapping[str, Any]:
-    """Why an image was flagged: verdicts, effects, regions, channels."""
+    """Why an image was flagged: deviations, effects, regions, channels."""
     report, flags = fitted().detect(attacked_digits(), explain=True, layer="3")
     alarm = report["explanations"][int(np.flatnonzero(flags)[0])]
     return {
@@ -995,7 +995,7 @@ def detector_explained() -> Mapping[str, Any]:
 
 @call
 def detector_taught() -> Mapping[str, Any]:
-    """Labels, attacks that it makes itself, and what it is taught later."""
+    """Labels, attacks that it makes itself, and attacked images that it gets later."""
     x = digits()[0]
     labelled = detection.CausalEffectDetector(trained(), quick(), benign=None)
     both = np.concatenate([x[:200], attacked_digits()])
@@ -1021,7 +1021,7 @@ def detector_groups() -> Mapping[str, Any]:
 
 @call
 def detector_from_a_file() -> Mapping[str, Any]:
-    """A detector with a denoiser and a hardened one, fitted once and stored: trained weights differ between CPUs."""
+    """A detector with a denoiser and an adversarially trained one, fitted once and stored: trained weights differ between CPUs."""
     read = detection.CausalEffectDetector.load(FOLDER / "detector.ce", trained())
     return {**judged(read), "about": [repr(read), repr(read.signature), str(read.signature)]}
 
@@ -1035,7 +1035,7 @@ def detector_trained() -> Mapping[str, Any]:
 
 
 def denoisers(steps: int) -> Any:
-    """A signature with two denoisers, one of which is hardened and leads."""
+    """A signature with two denoisers, one of which is adversarially trained and leads."""
     soft = detection.Denoising(width=4, least_steps=steps)
     hard = detection.Denoising(width=4, least_steps=steps, eps=0.2, judged=("margin",), name="hardened")
     return detection.Signature([soft, hard, detection.CounterAttack()], leading=["hardened"])

@@ -234,7 +234,7 @@ def test_labels_of_all_forms_mean_the_same() -> None:
     assert "known attacks" not in plain.detect(NEW)[0]["groups"]
     plain.teach(split(x, y).attacked.numpy()[::-1].copy())
     np.testing.assert_allclose(plain.score(NEW), scores[0], rtol=1e-9)
-    # The threshold is that of the scores with what was taught.
+    # The threshold is that of the scores with the attacked images.
     np.testing.assert_allclose(plain.threshold, detector.threshold, rtol=1e-9)
     assert plain.threshold != fitted().threshold
     clean = made()
