@@ -1021,7 +1021,7 @@ def detector_groups() -> Mapping[str, Any]:
 
 @call
 def detector_from_a_file() -> Mapping[str, Any]:
-    """A detector with a denoiser and an adversarially trained one, fitted once and stored: trained weights differ between CPUs."""
+    """A detector with a plain and an adversarially trained denoiser, stored: trained weights differ between CPUs."""
     read = detection.CausalEffectDetector.load(FOLDER / "detector.ce", trained())
     return {**judged(read), "about": [repr(read), repr(read.signature), str(read.signature)]}
 
