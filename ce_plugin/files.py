@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read without running code."""
+"""Files that are written atomically and read without running code."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ce_plugin.errors import FileError, expected
 __all__ = ["load", "save", "write_files", "written_whole"]
 
 _FORMAT = "ce_plugin"
-# Of release 0.3 and older: estimates and detectors; autoencoders and checkpoints, whose content is not nested.
+# Formats up to release 0.3: estimates and detectors; autoencoders and checkpoints, whose content is not nested.
 _OLDER_FORMATS = ("ce_plugin result", "ce_plugin concepts")
-# What the reader takes without running code.
+# Types that `torch.load` reads without running code.
 _PLAIN = (Tensor, str, int, float, type(None))
 
 
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A stream whose content takes the file's place when all of it is written; on an error nothing has changed.
+    """A stream whose content replaces the file once all of it is written; after an error the file is unchanged.
 
     Args:
         path: the file; its folder exists.
@@ -46,7 +46,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         (b'whole', ['a'])
     """
     file = Path(path)
-    # In the same folder, so that the last step is a rename within one file system.
+    # In the same folder, so that the final rename stays within one file system.
     part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("xb") as stream:
@@ -59,14 +59,14 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def write_files(folder: str | os.PathLike[str], contents: Mapping[str, str | bytes | Mapping[str, Any]]) -> None:
-    """Write files into a folder, which is made where there is none; each is written whole or not at all.
+    """Write files into a folder, which is created if needed; each file is written atomically.
 
     Args:
-        folder: nothing else in it is touched.
+        folder: other files in it are not changed.
         contents: file name -> text (stored as UTF-8), bytes, or a dictionary (stored as JSON).
 
     Raises:
-        FileError: one cannot be written.
+        FileError: a file cannot be written.
 
     Example:
         >>> import tempfile
@@ -85,12 +85,12 @@ def write_files(folder: str | os.PathLike[str], contents: Mapping[str, str | byt
 def save(
     path: str | os.PathLike[str], kind: str, version: int, content: Mapping[str, Any], *, force: bool = False
 ) -> Path:
-    """Write tensors and JSON-able values under one name; :func:`load` reads them.
+    """Write tensors and JSON-serialisable values to a file; :func:`load` reads them.
 
     Args:
         path: the file; its folder exists.
-        kind: what it is ("Estimate").
-        version: of this kind's content; a file of another version is refused when it is read.
+        kind: kind of the content ("Estimate").
+        version: version of this kind's format; :func:`load` raises an error for another one.
         content: tensors, and collections of tensors and plain values, are stored as they are, on the CPU; the rest as
             JSON, and what JSON does not know as its ``repr``.
         force: replace a file that exists.
@@ -130,15 +130,15 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 def load(path: str | os.PathLike[str], kind: str, version: int, wanted: str = "") -> dict[str, Any]:
-    """What :func:`save` wrote, tensors on the CPU; runs no code from the file.
+    """Read what :func:`save` wrote, with tensors on the CPU, without running code from the file.
 
     Args:
         path: the file.
-        kind, version: what it must hold.
-        wanted: what it should be, for messages; "a file written by Estimate.save" by default, for the kind "Estimate".
+        kind, version: the expected kind and version.
+        wanted: the expected file in words, for messages; None means "a file written by KIND.save".
 
     Raises:
-        FileError: there is no such file, it is damaged, of another kind, or of another version.
+        FileError: the file does not exist, is damaged, or has another kind or version.
 
     Example:
         >>> import tempfile
@@ -147,7 +147,7 @@ def load(path: str | os.PathLike[str], kind: str, version: int, wanted: str = ""
         {'x': tensor([0.])}
     """
     wanted = wanted or f"a file written by {kind}.save"
-    # What is no archive would be read as an old kind of pickle, whose reader fails in ways beyond counting.
+    # torch.load reads a file that is not a zip archive as an old pickle, which can raise almost any exception.
     if Path(path).is_file() and not zipfile.is_zipfile(path):
         raise FileError(expected("path", wanted, f"{str(path)!r}, which is none"))
     try:

@@ -1,4 +1,4 @@
-"""Through which channels does an attack reach the answer, and are they the same on other views of the same flower?"""
+"""Through which channels does an attack change the prediction, and are they the same on other views of the flower?"""
 
 import torch
 
@@ -28,7 +28,7 @@ print(shares.to_dataframe().head(5)[["label", "indirect_share", "direct_share"]]
 if found.cut:
     print("everything passes through this layer, so all channels together carry 100 % by construction")
 
-# How many of them are enough? Ranked on six views, tried on the other six.
+# How many of them are enough? Ranked on six views, tested on the other six.
 carriers = mediation.carriers(x[:6], x[6:], targets=(daisy, daisy))
 print(carriers)
 plot_carriers(carriers).savefig("attack_mediation.png")

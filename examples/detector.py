@@ -1,7 +1,7 @@
 """A detector in the Adversarial Robustness Toolbox: train a classifier, attack it, fit the detector, detect, count.
 
-It is the toolbox's own script for its detectors, with one line changed: where `BinaryInputDetector(network)` stood, a
-network that must be trained on attacked images, stands `CausalEffectDetector(classifier)`, which needs clean ones only.
+It is the toolbox's own script for its detectors with one line changed: `CausalEffectDetector(classifier)`, which needs
+clean images only, replaces `BinaryInputDetector(network)`, whose network must be trained on attacked images.
 """
 
 import numpy as np
@@ -14,9 +14,9 @@ from ce_plugin.datasets import digits
 from ce_plugin.detection import CausalEffectDetector
 from ce_plugin.models import DigitsCNN
 
-torch.set_num_threads(1)  # networks as small as this one are no quicker on several
+torch.set_num_threads(1)  # several threads are no faster for a network this small
 
-# Read the data: handwritten digits of 8 x 8 pixels, which are installed with scikit-learn.
+# Read the data: handwritten digits of 8 x 8 pixels, which come with scikit-learn.
 images, labels = (part.numpy() for part in digits())
 order = np.random.default_rng(0).permutation(len(images))
 train, test = order[:1300], order[1300:]
@@ -37,12 +37,12 @@ classifier.fit(images[train], labels[train], batch_size=50, nb_epochs=10)
 right = classifier.predict(images[test]).argmax(1) == labels[test]
 print(f"accuracy on test images: {right.mean():.1%}")
 
-# Fit the detector, to clean images: no attack is run for it. Of them it keeps a part to set its threshold.
+# Fit the detector to clean images; no attack is needed. It holds out some of them to set its threshold.
 detector = CausalEffectDetector(classifier, fpr=0.05)
 detector.fit(images[train], nb_epochs=5)
 print(detector)
 
-# Attack the test images, and let the detector look at what fools the classifier.
+# Attack the test images, and run the detector on those that fool the classifier.
 clean, answer = images[test][right], labels[test][right]
 for attack in (
     FastGradientMethod(classifier, eps=0.2),

@@ -1,4 +1,4 @@
-"""Which channels of a layer cause the answer, for which classes, and where in the photograph are they?"""
+"""Which channels of a layer cause the prediction, for which classes, and where in the photograph are they active?"""
 
 from ce_plugin import CausalEffectMap, LayerCausalEffect
 from ce_plugin.datasets import sample_photographs
@@ -9,7 +9,7 @@ network = efficientnet_lite0()
 x = network.inputs([sample_photographs()["flower.jpg"]])  # (1, 3, 224, 224)
 layer = "_bn1"  # after the last convolution: 1280 channels of 7 x 7
 
-# Each channel set to zero, by itself, and what that does to each of 1000 classes.
+# The effect of setting each channel to zero, one at a time, on each of 1000 classes.
 explainer = LayerCausalEffect(network.model, layer, outcome="logit")
 print(explainer.estimate_cost(x))
 estimate = explainer.estimate(x)
@@ -21,7 +21,7 @@ for channel in contribution[:, answer].argsort(descending=True)[:5].tolist():
     others = [network.class_name(c) for c in contribution[channel].argsort(descending=True)[:3].tolist()]
     print(f"  {channel}: {contribution[channel, answer]:.2f}; the classes that it supports most: {', '.join(others)}")
 
-# Laid where the channels change: a map for every class from one run, and why this class and not the runner-up.
+# A map for every class from one run, and a contrastive map: why this class rather than the runner-up?
 cem = CausalEffectMap(network.model, layer)
 maps = cem.maps(x)  # (1, 1000, 7, 7)
 runner_up = int(network.model(x)[0].topk(2).indices[1])

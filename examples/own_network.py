@@ -1,8 +1,8 @@
-"""A network of your own in the report: write a factory, then name it on the command line.
+"""Use your own network in the report: write a factory and name it on the command line.
 
     ce-plugin explain photo.jpg --model own_network:scenes --attack pgd
 
-(from the folder of this file; the network below is untrained, so its answers mean nothing).
+(in the folder of this file; the network below is untrained, so its predictions are meaningless).
 """
 
 import torch
@@ -13,7 +13,7 @@ from ce_plugin.models import Framing, VisionModel
 
 
 def scenes() -> VisionModel:
-    """A small untrained network with everything that a report must know about it."""
+    """A small untrained network with everything that a report needs."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 16, 5, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 3))

@@ -1,4 +1,4 @@
-"""What supports the answer before an attack and after it, and which patches of the perturbation do the work?"""
+"""What supports the prediction before and after an attack, and which patches of the perturbation are effective?"""
 
 from ce_plugin import CausalEffect
 from ce_plugin.datasets import sample_photographs
