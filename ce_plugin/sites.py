@@ -288,9 +288,11 @@ class InputSite:
         given: dict[str, object] = {"feature_mask": self.feature_mask}
         given |= {"sliding_window_shapes": self.sliding_window_shapes, "strides": self.strides}
         given["cells"] = None if self.cells == 14 else self.cells
-        return (
-            f"InputSite({', '.join(f'{name}={_shown(value)}' for name, value in given.items() if value is not None)})"
-        )
+        shown = []
+        for name, value in given.items():
+            if value is not None:
+                shown.append(f"{name}={_shown(value)}")
+        return f"InputSite({', '.join(shown)})"
 
     def is_grid(self, inputs: tuple[Tensor, ...]) -> bool:
         """Whether the units are the cells of a grid: one tensor of images (N, C, H, W), no mask and no windows."""

@@ -260,14 +260,13 @@ def flat_target(target: Target, shape: tuple[int, ...]) -> Tensor | None:
     n, dims = shape[0], shape[1:]
     if target is None:
         return None
-    every = _index_rows(target, n)
-    if any(len(index) != len(dims) for index in every) and not (dims == (1,) and all(i in ((), (0,)) for i in every)):
-        wanted = f"{len(dims)} ind{'ex' if len(dims) == 1 else 'ices'} per example for outputs {shape}"
-        hint = "" if dims else "The model returns one number per example: leave the target out."
-        got = target.tolist() if isinstance(target, Tensor) else repr(target)
-        raise TargetError(expected("target", wanted, got, hint))
     flat = []
-    for index in every:
+    for index in _index_rows(target, n):
+        if len(index) != len(dims) and not (index == () and dims == (1,)):
+            wanted = f"{len(dims)} ind{'ex' if len(dims) == 1 else 'ices'} per example for outputs {shape}"
+            hint = "" if dims else "The model returns one number per example: leave the target out."
+            got = target.tolist() if isinstance(target, Tensor) else repr(target)
+            raise TargetError(expected("target", wanted, got, hint))
         position = 0
         for value, size in zip(index, dims, strict=False):
             if not -size <= value < size:

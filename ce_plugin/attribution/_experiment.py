@@ -33,7 +33,7 @@ from ce_plugin.trials._routing import (
     hook_of,
 )
 from ce_plugin.trials._runner import AggregateError, Runner, as_one_row, run_aggregated
-from ce_plugin.trials.batches import Cost, TrialSpec, checked_values, free_memory, rows_of_args
+from ce_plugin.trials.batches import Cost, TrialSpec, checked_values, free_memory, rows_of
 
 Baselines: TypeAlias = "Tensor | float | tuple[Tensor | float, ...] | None"
 Given: TypeAlias = "Intervention | Evidence | Sequence[Intervention | Evidence] | None"
@@ -224,7 +224,7 @@ class Experiment:
     def _first(self) -> tuple[tuple[Tensor, ...], tuple[object, ...]]:
         """The first example's inputs and additional arguments, without its evidence."""
         first = torch.tensor([0])
-        return tuple(x[first.to(x.device)] for x in self.inputs), rows_of_args(self.args, self.n, first)
+        return rows_of(self.inputs, self.n, first), rows_of(self.args, self.n, first)
 
     def _first_outputs(self) -> dict[str, Tensor]:
         """The first example's outputs, without its evidence."""
@@ -488,9 +488,9 @@ def _values_at_site(
     # No single row is measured first: a layer's value takes no more memory than the pass that computes it.
     for start in range(0, len(donors[0]), _DONORS):
         rows = torch.arange(start, min(start + _DONORS, len(donors[0])))
-        some = tuple(donor[rows.to(donor.device)] for donor in donors)
+        some = rows_of(donors, len(donors[0]), rows)
         # Arguments of the examples go with their counterparts; a reference set of another length takes them whole.
-        own = rows_of_args(args, n, rows) if len(donors[0]) == n else args
+        own = rows_of(args, n, rows) if len(donors[0]) == n else args
         yield capture.at_site(some, own)
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ce_plugin.attribution._estimation import Target, flat_target
-from ce_plugin.attribution._experiment import Call, Given, Ids
-from ce_plugin.attribution._explainer import Options, Site, false_discovery_rate
+from ce_plugin.attribution._experiment import Call, Experiment, Given, Ids
+from ce_plugin.attribution._explainer import Options, false_discovery_rate
 from ce_plugin.attribution.layer_effect import ConceptCausalEffect, LayerCausalEffect
 from ce_plugin.designs import Design
 from ce_plugin.effects import Estimate, Outcome
@@ -22,7 +22,7 @@ from ce_plugin.effects.outcomes import OutcomeFunction
 from ce_plugin.errors import ArgumentError, OutcomeError, TargetError, expected, unknown_name
 from ce_plugin.interventions import Intervention
 from ce_plugin.sites import ConceptSite, InputSite, LayerSite, MaskUnits
-from ce_plugin.trials.batches import TrialSpec, checked_values
+from ce_plugin.trials.batches import checked_values
 
 Contrast: TypeAlias = "Sequence[int] | Tensor | Literal['others'] | None"
 _WEIGHTINGS = ("change", "activation")
@@ -179,21 +179,25 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
         (estimate,) = estimates.values()
         if rate is not None:
             estimate.effect = estimate.effect.where(estimate.significant(rate), 0.0)
-        return estimate, torch.stack([self._weights(experiment.site, spec) for spec in experiment.kept]).mean(0)
+        return estimate, self._weights(experiment)
 
-    def _weights(self, site: Site, spec: TrialSpec) -> Tensor:
-        """Where the units are, (N, U, h, w)."""
-        (clean,), units = spec.inputs, spec.units
+    def _weights(self, experiment: Experiment) -> Tensor:
+        """Where the units are, (N, U, h, w): the mean over the draws of the evidence and the alternative values."""
+        site, units, parts = experiment.site, experiment.spec.units, []
         if isinstance(site, InputSite) or not isinstance(units, MaskUnits):
             raise TypeError("maps are made at layers")
-        numbers = units.ids[0].to(clean.device, torch.float64).expand(len(units.ids[0]), *clean.shape[1:])
-        unit_of = site.map(numbers).round().long()
-        if self.weighting == "activation":
-            return activation_weights(site.map(clean), unit_of, units.width)
-        parts = []
-        for variant in range(spec.intervention.n_variants):
-            do = checked_values(spec.intervention, clean, replace(spec.context, variant=variant))
-            parts.append(change_weights(site.map(do - clean), unit_of, units.width))
+        for spec in experiment.kept:
+            (clean,) = spec.inputs
+            numbers = units.ids[0].to(clean.device, torch.float64).expand(len(units.ids[0]), *clean.shape[1:])
+            unit_of = site.map(numbers).round().long()
+            if self.weighting == "activation":
+                parts.append(activation_weights(site.map(clean), unit_of, units.width))
+                continue
+            changes = []
+            for variant in range(spec.intervention.n_variants):
+                do = checked_values(spec.intervention, clean, replace(spec.context, variant=variant))
+                changes.append(change_weights(site.map(do - clean), unit_of, units.width))
+            parts.append(torch.stack(changes).mean(0))
         return torch.stack(parts).mean(0)
 
 

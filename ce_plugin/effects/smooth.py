@@ -77,11 +77,13 @@ def smooth(
         raise DesignError(expected("n_trials", f"at least {held.shape[1] + 3}", len(a)))
     a, y = a - held @ (held.T @ a), y - held @ (held.T @ y)
     n = len(a) - held.shape[1]
-    bases = [_basis(a, grid, length) for length in lengths]
     scale = torch.logspace(-3, 3, _RATIOS, dtype=a.dtype, device=a.device)
     energy = y.square().sum(0)
-    fit = torch.stack([_restricted_likelihood(basis, y, energy, n, scale) for basis in bases])
-    best = fit.flatten(0, 1).argmax(0)
+    bases, fits = [], []
+    for length in lengths:
+        bases.append(_basis(a, grid, length))
+        fits.append(_restricted_likelihood(bases[-1], y, energy, n, scale))
+    best = torch.cat(fits).argmax(0)
     effect = y.new_zeros(a.shape[1], y.shape[1])
     error, dof = effect.clone(), effect + n
     live = energy > 1e-24 * len(y) * outcomes.double().square().amax(0).clamp_min(1e-300)
@@ -98,8 +100,8 @@ def _intercepts(variants: Tensor | None, a: Tensor) -> Tensor:
     """Orthonormal columns (T, V), one per alternative value."""
     if variants is None:
         return a.new_full((len(a), 1), len(a) ** -0.5)
-    names = sorted(set(variants.tolist()))
-    columns = torch.stack([(variants == name).to(a) for name in names], dim=1)
+    _, alternatives = torch.unique(variants, return_inverse=True)
+    columns = torch.nn.functional.one_hot(alternatives).to(a)
     return columns / columns.sum(0).sqrt()
 
 
@@ -120,7 +122,7 @@ def _posterior(
 
 def _kernel(grid: tuple[int, int], length: float, like: Tensor) -> Tensor:
     """Matern-3/2 between the units' centres, plus 1."""
-    place = torch.cartesian_prod(*(torch.arange(size) for size in grid)).to(like) / max(grid)
+    place = torch.cartesian_prod(*map(torch.arange, grid)).to(like) / max(grid)
     # Not torch.cdist: it goes through a matrix product and loses digits.
     distance = (place[:, None] - place[None]).square().sum(-1).sqrt() * (math.sqrt(3) / length)
     return (1 + distance) * torch.exp(-distance) + 1

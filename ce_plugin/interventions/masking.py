@@ -70,10 +70,10 @@ class PixelMask(Intervention):
         given = fill if isinstance(fill, tuple) else (fill,)
         if not given:
             raise ArgumentError(expected("fill", "at least one fill", "an empty tuple"))
-        # numpy's numbers count too.
-        self.fills: tuple[Fill, ...] = tuple(float(one) if isinstance(one, Real) else one for one in given)
+        fills: list[Fill] = []
         self.n_variants, self.per_trial = len(given), False
-        for one in self.fills:
+        for value in given:
+            one = float(value) if isinstance(value, Real) else value  # numpy's numbers count too
             if isinstance(one, str) and one not in _NAMES:
                 raise unknown_name("fill", one, _NAMES)
             if not isinstance(one, (str, float, Tensor)) and not callable(one):
@@ -81,6 +81,8 @@ class PixelMask(Intervention):
             if isinstance(one, (float, Tensor)) and not bool(torch.isfinite(torch.as_tensor(one)).all()):
                 raise ArgumentError(expected("fill", "finite", "NaN or infinity"))
             self.per_trial |= callable(one) and _wants_mask(one)
+            fills.append(one)
+        self.fills = tuple(fills)
         if sigma is not None and not sigma > 0:
             raise ArgumentError(expected("sigma", "a positive number of pixels", sigma))
         self.normalization = Normalization.of(normalization)

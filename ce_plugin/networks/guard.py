@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
@@ -57,7 +58,7 @@ def modules_of(forward_func: object) -> list[nn.Module]:
         elif depth >= 0 and id(thing) not in seen and not isinstance(thing, _PLAIN):
             seen.add(id(thing))
             # Last in, first out: reversed, so that the parts are visited in their order.
-            waiting += [(part, depth - 1) for part in reversed(list(_parts(thing)))]
+            waiting += zip(reversed(list(_parts(thing))), itertools.repeat(depth - 1))
     outermost = dict(found)
     for root in found.values():
         for part in root.modules():

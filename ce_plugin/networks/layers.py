@@ -253,7 +253,8 @@ def hooked(point: HookPoint, act: Callable[[Tensor], Tensor | None], name: str) 
     if module is None:
         raise ModelError(expected("layer", "a module", "the network's input"))
 
-    def chosen(parts: Any) -> Any:
+    def hook(_: object, *given: Any) -> Any:
+        parts = given[-1]  # a hook before the module is given its arguments, one after it also its output
         here, found.calls = found.calls == point.call, found.calls + 1
         if not here:
             return None
@@ -261,18 +262,7 @@ def hooked(point: HookPoint, act: Callable[[Tensor], Tensor | None], name: str) 
         new = act(value)
         return None if new is None else _replaced(parts, found.element, new)
 
-    def after(_: object, args: object, output: Any) -> Any:
-        return chosen(output)
-
-    def before(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        new = chosen(args)
-        return None if new is None else (new, kwargs)
-
-    handle = (
-        module.register_forward_pre_hook(before, with_kwargs=True)
-        if point.at_input
-        else module.register_forward_hook(after)
-    )
+    handle = module.register_forward_pre_hook(hook) if point.at_input else module.register_forward_hook(hook)
     try:
         yield found
     finally:
@@ -311,11 +301,7 @@ def _replaced(parts: Any, element: int | None, new: Tensor) -> Any:
     return every if isinstance(parts, list) else tuple(every)
 
 
-def copied(store: list[Tensor]) -> Callable[[Tensor], None]:
-    """An action that keeps a copy of the value: the operation after a layer may write to it."""
-
-    def act(value: Tensor) -> None:
-        with torch.no_grad():
-            store.append(value.detach().clone())
-
-    return act
+def keep_copy(store: list[Tensor], value: Tensor) -> None:
+    """Keep a copy of a layer's value: the operation after the layer may write to it."""
+    with torch.no_grad():
+        store.append(value.detach().clone())

@@ -39,7 +39,7 @@ def follow_channels(operation: Operation, clean: Callable[[], Tensor], rows: int
     if isinstance(operation, Norm):
         return Channel(clean(), source.start, _normalised(operation, source))
     if isinstance(operation, Separable):
-        return _separable(operation, source, clean())
+        return Channel(clean(), source.start, operation.apply(source.value)) if source.clean.dim() == 4 else None
     if isinstance(operation, View):
         return _view(source, clean())
     if isinstance(operation, Conv) and source.clean.dim() == 4:
@@ -56,11 +56,13 @@ def _pointwise(operation: Operation, clean: Tensor, rows: int) -> State | None:
     operands = operation.source
     channels = [operand for operand in operands if isinstance(operand, Channel)]
     first = channels[0]
-    if not all(_fits(operand, first, clean) for operand in operands):
-        return None
-    slices = [_slice(operand, first, clean) for operand in operands]
+    slices = []
+    for operand in operands:
+        if not _fits(operand, first, clean):
+            return None
+        slices.append(_slice(operand, first, clean))
     value = operation.apply(*slices)
-    if not any(isinstance(operand, Dense) for operand in operands):
+    if Dense not in map(type, operands):
         return Channel(clean, first.start, value)
     plain = [x.clean if isinstance(x, (Clean, Channel)) else x.value if isinstance(x, Dense) else x for x in operands]
     full = operation.apply(*plain)
@@ -116,12 +118,6 @@ def _normalised(operation: Norm, source: Channel) -> Tensor:
         scale = scale * operation.weight[channels]
     value = (source.value - operation.mean[channels].view(shape)) * scale.view(shape)
     return value if operation.bias is None else value + operation.bias[channels].view(shape)
-
-
-def _separable(operation: Separable, source: Channel, clean: Tensor) -> State | None:
-    if source.clean.dim() != 4:
-        return None
-    return Channel(clean, source.start, operation.apply(source.value))
 
 
 def _view(source: Channel, clean: Tensor) -> State | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -164,11 +165,11 @@ class IncrementalForward:
     def clean_output(self, example: int) -> Any:
         """The network's raw output for an example as it is: what rows in which nothing differs get."""
         self.clean_value.start(example)
-        constants = self.suffix.constants(self.captured, 1, torch.tensor([example]))
-        dependent = self.suffix.dependent
-        return map_arg(
-            self.suffix.graph.output, lambda node: self.clean_value(node) if node in dependent else constants[node]
-        )
+        values = self.suffix.constants(self.captured, 1, torch.tensor([example]))
+        for node in self.suffix.graph.outputs:
+            if node in self.suffix.dependent:
+                values[node] = self.clean_value(node)
+        return map_arg(self.suffix.graph.output, values.__getitem__)
 
     def cost(self, do: Tensor, masks: Tensor, example: int = 0) -> float:
         """Floating-point operations of a row, in units of a full clean pass; measured on a few rows.
@@ -285,7 +286,7 @@ class IncrementalPass:
 
     def _output_of(self, node: fx.Node) -> Any:
         if self.rows == self.total:
-            return tree_map(lambda x: as_dense(x, self.rows), self._value(node))
+            return tree_map(partial(as_dense, rows=self.rows), self._value(node))
         if node in self.suffix.dependent:
             clean = self.forward.clean_value(node)
         else:
@@ -306,7 +307,7 @@ class IncrementalPass:
     def _followed(self, node: fx.Node) -> Any:
         """What a node returns: as a difference where that can be followed, else dense."""
         args, kwargs = map_arg(node.args, self._value), map_arg(node.kwargs, self._value)
-        states = [part for part in tree_leaves((args, kwargs)) if is_state(part)]
+        states = list(filter(is_state, tree_leaves((args, kwargs))))
         if not states:
             return self.graph.call(node, args, kwargs)
         answer = _answer_of_query(node, args, self.rows)
@@ -329,7 +330,7 @@ class IncrementalPass:
         for state in states:
             if isinstance(state, (Channel, Window)):
                 self._scratch += self.rows * nbytes(state.clean)
-        args, kwargs = tree_map(lambda part: as_dense(part, self.rows), (args, kwargs))
+        args, kwargs = tree_map(partial(as_dense, rows=self.rows), (args, kwargs))
         return tree_map_only(Tensor, Dense, self.graph.call(node, args, kwargs))
 
     def _difference(self, node: fx.Node, operation: Operation | None) -> State | None:
@@ -375,15 +376,11 @@ def initial(site: Tensor, do: Tensor, masks: Tensor) -> State:
         if masks.shape[1] == site.shape[1] > 1:
             channels = masks.flatten(2).any(2) if masks.dim() > 2 else masks
             if bool((channels.sum(1) <= 1).all()):
-                return _channel_of(site, do, masks, channels.int().argmax(1))
+                start, rows = channels.int().argmax(1), torch.arange(len(masks), device=masks.device)
+                state = Channel(site, start, site.new_empty((len(masks), 1, *site.shape[2:])))
+                own = masks[rows[:, None], start[:, None]]
+                return replace(state, value=torch.where(own, state.taken(do), state.taken(site)))
     return Dense(torch.where(masks, do, site))
-
-
-def _channel_of(site: Tensor, do: Tensor, masks: Tensor, start: Tensor) -> Channel:
-    state = Channel(site, start, site.new_empty((len(start), 1, *site.shape[2:])))
-    rows = torch.arange(len(start), device=start.device)
-    value = torch.where(masks[rows[:, None], start[:, None]], state.taken(do), state.taken(site))
-    return Channel(site, start, value)
 
 
 def scratch(operation: Operation, result: State) -> int:

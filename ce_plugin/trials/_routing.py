@@ -16,11 +16,11 @@ from ce_plugin.errors import InputError, ModelError, expected
 from ce_plugin.interventions.base import Context, Intervention
 from ce_plugin.networks.forward import Forward, is_opaque, select_heads
 from ce_plugin.networks.graph import HookPoint, Suffix, SuffixConstants, Untraceable
-from ce_plugin.networks.layers import copied, find_layer, hooked
+from ce_plugin.networks.layers import find_layer, hooked, keep_copy
 from ce_plugin.sites import ConceptSite, LayerSite
 from ce_plugin.trials._incremental import IncrementalTrials
 from ce_plugin.trials._runner import AggregateError, Runner
-from ce_plugin.trials.batches import TrialSpec, checked_values, rows_of_args
+from ce_plugin.trials.batches import TrialSpec, checked_values, rows_of
 
 logger = logging.getLogger("ce_plugin")
 # The name of the site's value among the heads of a capturing pass; no user's head has it.
@@ -82,7 +82,7 @@ class CapturingForward(Forward):
 
     def __call__(self, inputs: tuple[Tensor, ...], args: tuple[object, ...] = ()) -> dict[str, Tensor]:
         store: list[Tensor] = []
-        with hooked(self.place.point, copied(store), self.place.name) as found:
+        with hooked(self.place.point, partial(keep_copy, store), self.place.name) as found:
             heads = self.forward(inputs, args)
         if self.once and found.calls > 1:
             hint = f"Say which call: `LayerSite(layer, call=0)` to `call={found.calls - 1}`."
@@ -94,10 +94,9 @@ class CapturingForward(Forward):
     def at_site(self, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> Tensor:
         """The site's value alone; the pass ends at the layer."""
         store: list[Tensor] = []
-        keep = copied(store)
 
         def act(value: Tensor) -> None:
-            keep(value)
+            keep_copy(store, value)
             raise _Reached
 
         with torch.inference_mode(), suppress(_Reached), hooked(self.place.point, act, self.place.name):
@@ -150,11 +149,12 @@ class ForwardFromSite(Forward):
     def full(self, values: Tensor, examples: Tensor) -> dict[str, Tensor]:
         """By a pass through the whole network, with a hook that sets the layer's value."""
         layer = values if self.place.decoder is None else self.place.decoder(values)
+        n = len(self.inputs[0])
+        args = rows_of(self.args, n, examples)
         if self.place.point.module is None:
-            return self.forward((layer,), rows_of_args(self.args, len(self.inputs[0]), examples))
-        inputs = tuple(x[examples.to(x.device)] for x in self.inputs)
+            return self.forward((layer,), args)
         with hooked(self.place.point, lambda _: layer, self.place.name):
-            return self.forward(inputs, rows_of_args(self.args, len(self.inputs[0]), examples))
+            return self.forward(rows_of(self.inputs, n, examples), args)
 
 
 @dataclass(frozen=True)

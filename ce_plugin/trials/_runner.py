@@ -20,7 +20,7 @@ from ce_plugin.trials.batches import (
     batches,
     bytes_per_row,
     free_memory,
-    rows_of_args,
+    rows_of,
     values_of_trials,
 )
 
@@ -107,10 +107,10 @@ class Runner:
         step = self.rows or 1
         while start < n:
             examples = torch.arange(start, min(start + step, n))
-            some = tuple([x[examples.to(x.device)] for x in inputs])
+            some = rows_of(inputs, n, examples)
             try:
                 with bytes_per_row(self.forward.modules, len(examples), some) as measure:
-                    heads = self.evaluate(some, rows_of_args(args, n, examples))
+                    heads = self.evaluate(some, rows_of(args, n, examples))
             except torch.OutOfMemoryError:
                 if len(examples) == 1:
                     raise
@@ -240,7 +240,7 @@ class Runner:
             return False
         key = _key("channels_last", inputs, args)
         if key not in self.forward.learned:
-            rest = rows_of_args(args, len(inputs[0]), torch.zeros(1, dtype=torch.int64))
+            rest = rows_of(args, len(inputs[0]), torch.zeros(1, dtype=torch.int64))
             # Copies, because a network may write to its input.
             plain = self.evaluate(tuple([x[:1].clone() for x in inputs]), rest)
             self._channels_last = True
@@ -258,8 +258,10 @@ class Runner:
         """Convolutions over images on a CPU."""
         if not all(x.device.type == "cpu" and x.dim() == 4 for x in inputs):
             return False
-        roots = [root for root in self.forward.modules if not is_opaque(root)]
-        return any(isinstance(module, nn.Conv2d) for root in roots for module in root.modules())
+        for root in self.forward.modules:
+            if not is_opaque(root) and any(isinstance(module, nn.Conv2d) for module in root.modules()):
+                return True
+        return False
 
     def layout_passes(self, inputs: tuple[Tensor, ...], args: tuple[object, ...], trials: int) -> int:
         """How many rows a run of so many trials takes to find out which memory layout the network likes."""

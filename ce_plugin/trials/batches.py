@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +61,12 @@ def bytes_per_row(modules: list[nn.Module], rows: int, inputs: tuple[Tensor, ...
         largest = max(largest, _nbytes(args) + _nbytes(output))
 
     for root in modules:
-        if not is_opaque(root):
-            leaves = [module for module in root.modules() if not module._modules and not is_opaque(module)]
-            handles += [leaf.register_forward_hook(hook) for leaf in leaves]
+        if is_opaque(root):
+            continue
+        for module in root.modules():
+            if module._modules or is_opaque(module):
+                continue
+            handles.append(module.register_forward_hook(hook))
     try:
         yield result
     finally:
@@ -136,7 +139,7 @@ class BatchSize:
         if self._queue:
             return
         per_row = {size: taken / size for size, taken in self._times.items()}
-        best, largest = min(per_row, key=lambda size: per_row[size]), max(per_row)
+        best, largest = min(per_row, key=per_row.__getitem__), max(per_row)
         short = self._times[largest] <= _SHORT_SECONDS
         if (short or best == largest) and 2 * largest <= self.limit:
             self._queue = [2 * largest] if short else [best, 2 * best] * _TIMINGS
@@ -243,15 +246,18 @@ class TrialSpec:
 
     def args_of(self, examples: Tensor) -> tuple[object, ...]:
         """The additional forward arguments of a batch of rows."""
-        return rows_of_args(self.args, self.n, examples)
+        return rows_of(self.args, self.n, examples)
 
 
-def rows_of_args(args: tuple[object, ...], n: int, examples: Tensor) -> tuple[object, ...]:
-    """Tensors with one row per example are taken row by row, everything else as it is."""
-    found = list(args)
-    for position, arg in enumerate(args):
-        if isinstance(arg, Tensor) and arg.dim() and len(arg) == n:
-            found[position] = arg[examples.to(arg.device)]
+_Given = TypeVar("_Given")
+
+
+def rows_of(given: tuple[_Given, ...], n: int, examples: Tensor) -> tuple[_Given, ...]:
+    """Inputs or arguments of some examples: tensors with N rows are taken row by row, everything else as it is."""
+    found: list[Any] = list(given)
+    for position, value in enumerate(given):
+        if isinstance(value, Tensor) and value.dim() and len(value) == n:
+            found[position] = value[examples.to(value.device)]
     return tuple(found)
 
 

@@ -12,7 +12,7 @@ from ce_plugin.designs import Design, LeaveOneIn, OneAtATime, RandomMask
 from ce_plugin.interventions import Context, PixelMask
 from ce_plugin.networks.forward import is_opaque
 from ce_plugin.sites import InputSite
-from ce_plugin.trials.batches import BatchSize, TrialSpec, batches, bytes_per_row, free_memory, rows_of_args
+from ce_plugin.trials.batches import BatchSize, TrialSpec, batches, bytes_per_row, free_memory, rows_of
 
 
 def run(size: BatchSize, seconds_per_row: dict[int, float], passes: int = 40) -> list[int]:
@@ -199,7 +199,7 @@ def test_antithetic_partners_set_the_same_alternative() -> None:
 def test_rows_of_arguments() -> None:
     per_example, shared, flag = torch.tensor([1, 2, 3]), torch.tensor([7, 8]), object()
     scalar = torch.tensor(5)
-    found = rows_of_args((per_example, shared, flag, scalar, None), 3, torch.tensor([2, 0, 0, 1]))
+    found = rows_of((per_example, shared, flag, scalar, None), 3, torch.tensor([2, 0, 0, 1]))
     assert found[0].tolist() == [3, 1, 1, 2]
     assert found[1] is shared
     assert found[2] is flag
