@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -79,11 +76,9 @@ class ClassifierWrapper(nn.Module):
             raise ModelError(expected("classifier", "a network with logits (N, K), K >= 2", got, hint))
         return logits
 
-    @contextmanager
-    def guarded(self) -> Iterator[None]:
+    def guarded(self) -> state_guard:
         """Eval mode inside; the network and the random state as they were afterwards."""
-        with state_guard(self.network):
-            yield
+        return state_guard(networks=[self.network])
 
     def images(self, x: object, shape: tuple[int, ...] | None = None) -> Tensor:
         """The user's images as a tensor of the network's device and dtype, checked.
@@ -120,8 +115,13 @@ class ClassifierWrapper(nn.Module):
 
     def predict(self, images: Tensor, batch_size: int) -> Tensor:
         """Predicted classes of images, (N,); the network and the random state stay as they are."""
-        with self.guarded(), torch.no_grad():
-            return torch.cat([self(batch).argmax(1) for batch in torch.split(images, batch_size)])
+        with self.guarded():
+            return self.logits(images, batch_size).argmax(1)
+
+    def logits(self, images: Tensor, batch_size: int) -> Tensor:
+        """Logits (N, K) of any number of images, without gradients."""
+        with torch.no_grad():
+            return torch.cat(list(map(self, torch.split(images, batch_size))))
 
     def fingerprint(self) -> str:
         """A digest of the network's parameters and buffers: another network has another one."""

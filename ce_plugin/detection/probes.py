@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -50,7 +51,7 @@ class Response(NamedTuple):
     def sides(self) -> tuple[str, ...]:
         """The names in :data:`SIDES` that there is something to judge by."""
         widths = (self.effects.shape[1], self.margins.shape[1], self.left.shape[1])
-        return tuple(side for side, width in zip(SIDES, widths, strict=True) if width)
+        return tuple(itertools.compress(SIDES, widths))
 
 
 class View:

@@ -51,9 +51,6 @@ class Sample:
         largest = leading.topk(min(3, leading.shape[1]), dim=1).values
         return torch.cat([*columns, leading.double(), largest.double()], 1)
 
-    def __len__(self) -> int:
-        return len(self.idle)
-
     def detached(self) -> Sample:
         """Without gradients, on the CPU."""
         responses = {}
@@ -523,13 +520,13 @@ class Scorer(FittedModule):
             seed: of the folds.
             leading: names of the probes that count in full; None: all.
         """
-        folds, parts = _folds(len(clean), generator(seed, "folds")), []
+        folds, parts = _folds(len(clean.idle), generator(seed, "folds")), []
         for fold in range(_FOLDS):
             self._fit_probes(clean, altered, (folds != fold).nonzero().squeeze(1))
             parts.append(self._scores(clean.select((folds == fold).nonzero().squeeze(1))))
         unseen = torch.cat(parts)
         self.center, self.spread = unseen.mean(0), unseen.std(0).clamp_min(1e-9)
-        self._fit_probes(clean, altered, torch.arange(len(clean)))
+        self._fit_probes(clean, altered, torch.arange(len(clean.idle)))
         versions = [clean.features()] if altered is None else [clean.features(), altered.features()]
         self.usual = torch.stack(versions, 1)
         allowances = []
