@@ -76,10 +76,10 @@ class Augmentation:
             seed: of the draws.
         """
         low, high = self.value_range
-        altered = torch.stack(
-            [self._one(image, generator(seed, i, "benign")) for image, i in zip(images, ids, strict=True)]
-        )
-        levels = (altered.clamp(low, high) - low) / (high - low) * 255
+        altered = []
+        for image, i in zip(images, ids, strict=True):
+            altered.append(self._one(image, generator(seed, i, "benign")))
+        levels = (torch.stack(altered).clamp(low, high) - low) / (high - low) * 255
         return levels.round() / 255 * (high - low) + low
 
     def _one(self, image: Tensor, random: torch.Generator) -> Tensor:

@@ -262,6 +262,7 @@ class State(FittedModule):
     held_out: Tensor
     features: Tensor
     calibration: Calibration
+    fitted = ("held_out", "features")
 
     def __init__(
         self,
@@ -274,7 +275,7 @@ class State(FittedModule):
         fingerprint: str,
         seed: int,
     ) -> None:
-        super().__init__("held_out", "features")
+        super().__init__()
         self.signature, self.scorer, self.columns = signature, scorer, list(columns)
         self.shape, self.seen, self.fingerprint, self.seed = shape, seen, fingerprint, seed
         self.probes = nn.ModuleList(signature.probes)

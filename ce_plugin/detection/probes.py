@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
@@ -427,8 +428,9 @@ class CounterAttack(Probe):
     ) -> None:
         super().__init__(name, passes=2 + len(steps))
         self.judged = _checked_sides(judged)
-        if any(not step > 0 for step in steps):
-            raise ArgumentError(expected("steps", "positive sizes in image units", tuple(steps)))
+        for step in steps:
+            if not step > 0:
+                raise ArgumentError(expected("steps", "positive sizes in image units", tuple(steps)))
         self.steps = tuple(map(float, steps))
         low, high = value_range
         self.value_range = (float(low), float(high))
@@ -457,7 +459,7 @@ class CounterAttack(Probe):
 
     def interventions(self) -> list[str]:
         """The steps."""
-        return [f"a counter-attack step of {step:g}" for step in self.steps]
+        return list(map("a counter-attack step of {:g}".format, self.steps))
 
     def ranges(self) -> list[tuple[float, float]]:
         """That of the images that steps are clipped to."""
@@ -657,8 +659,8 @@ class Denoising(Probe):
         n_steps = max(self.least_steps, n_epochs * len(images) // 64)
         denoiser = train_denoiser(classifier, images, width=self.width, n_steps=n_steps, eps=self.eps, seed=seed)
         with classifier.guarded():
-            one = flops_of(lambda: classifier(images[:1]))
-        cost = round(flops_of(lambda: denoiser(images[:1].float())) / one, 1) if one else 0.0
+            one = flops_of(functools.partial(classifier, images[:1]))
+        cost = round(flops_of(functools.partial(denoiser, images[:1].float())) / one, 1) if one else 0.0
         self.denoiser, self.passes = denoiser, 1 + cost
 
     def allocate(self, shape: tuple[int, ...], value_range: tuple[float, float]) -> None:

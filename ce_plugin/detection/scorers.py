@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -81,11 +82,16 @@ class FittedModule(nn.Module):
     """A module whose buffers are what was fitted: without values before it is fitted, or a state dict is loaded.
 
     Their shapes are those of what is loaded, so load with ``load_state_dict(..., assign=True)``.
+
+    Attributes:
+        fitted: names of these buffers.
     """
 
-    def __init__(self, *buffers: str) -> None:
+    fitted: ClassVar[tuple[str, ...]]
+
+    def __init__(self) -> None:
         super().__init__()
-        for name in buffers:
+        for name in self.fitted:
             self.register_buffer(name, UninitializedBuffer())
 
 
@@ -110,9 +116,7 @@ class ClassScale(FittedModule):
 
     center: Tensor
     scale: Tensor
-
-    def __init__(self) -> None:
-        super().__init__("center", "scale")
+    fitted = ("center", "scale")
 
     def fit(self, effects: Tensor, predicted: Tensor, n_classes: int) -> ClassScale:
         """Centres and scales of clean images' effects (N, F), of predicted classes (N,)."""
@@ -166,9 +170,10 @@ class EffectDistance(FittedModule):
 
     mean: Tensor
     precision: Tensor
+    fitted = ("mean", "precision")
 
     def __init__(self) -> None:
-        super().__init__("mean", "precision")
+        super().__init__()
         self.classes = ClassScale()
 
     def fit(self, effects: Tensor, predicted: Tensor, n_classes: int) -> EffectDistance:
@@ -232,9 +237,10 @@ class MarginResidual(FittedModule):
     unit: Tensor
     coefficients: Tensor
     spread: Tensor
+    fitted = ("unit", "coefficients", "spread")
 
     def __init__(self, conditional: bool = True) -> None:
-        super().__init__("unit", "coefficients", "spread")
+        super().__init__()
         self.conditional = conditional
 
     def fit(self, margins: Tensor, idle: Tensor) -> MarginResidual:
@@ -321,9 +327,10 @@ class AttackClassifier(FittedModule):
     scale: Tensor
     center: Tensor
     spread: Tensor
+    fitted = ("mean", "scale", "center", "spread")
 
     def __init__(self, n_features: int) -> None:
-        super().__init__("mean", "scale", "center", "spread")
+        super().__init__()
         # Weights come from `fit` or from a file, and not from the global random state.
         layer = functools.partial(nn.Linear, dtype=torch.float64, device="meta")
         layers = layer(n_features, _HIDDEN), nn.SiLU(), layer(_HIDDEN, _HIDDEN), nn.SiLU(), layer(_HIDDEN, 1)
@@ -499,9 +506,10 @@ class Scorer(FittedModule):
     spread: Tensor
     usual: Tensor
     allowance: Tensor
+    fitted = ("center", "spread", "usual", "allowance")
 
     def __init__(self, how: str, sides: Sequence[Sequence[str]] = (), n_features: int | None = None) -> None:
-        super().__init__("center", "spread", "usual", "allowance")
+        super().__init__()
         self.how = how
         self.probes = nn.ModuleList(map(ProbeScorer, sides))
         self.attacks = None if n_features is None else AttackClassifier(n_features)

@@ -57,10 +57,14 @@ class Signature:
     def __init__(self, probes: Sequence[Probe], *, leading: Sequence[str] | None = None) -> None:
         self.probes = tuple(probes)
         self.leading = None if leading is None else tuple(leading)
-        if not self.probes or not all(isinstance(probe, Probe) for probe in self.probes):
-            got = [type(probe).__name__ for probe in self.probes]
-            raise ArgumentError(expected("probes", "at least one Probe, and nothing else", got))
-        self.names = tuple(probe.name for probe in self.probes)
+        wanted, names = "at least one Probe, and nothing else", []
+        if not self.probes:
+            raise ArgumentError(expected("probes", wanted, "none"))
+        for probe in self.probes:
+            if not isinstance(probe, Probe):
+                raise ArgumentError(expected("probes", wanted, [type(probe).__name__]))
+            names.append(probe.name)
+        self.names = tuple(names)
         if len(set(self.names)) < len(self.names):
             raise ArgumentError(expected("probes", "probes of different names", list(self.names), "Pass `name=`."))
         if isinstance(leading, str) or self.leading == ():
