@@ -128,7 +128,7 @@ class ClassifierWrapper(nn.Module):
         return fingerprint(self.network, exact=True)
 
     def version(self) -> tuple[tuple[int, ...], ...]:
-        """What changes when a parameter is replaced or written to: cheap to ask, unlike the fingerprint.
+        """Identity and version counter of each tensor: cheap to read, unlike the fingerprint.
 
         Only what is written past autograd, through ``parameter.data``, is not seen.
         """

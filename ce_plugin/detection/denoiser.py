@@ -19,10 +19,9 @@ _INCREMENTS = 15
 
 
 class Bounds:
-    """How far each image is moved in adversarial training: farther after its answer held, less far after it fell.
+    """A bound for each image in adversarial training: it grows when the answer was kept, and shrinks when it was not.
 
-    Some images lie next to another class, and what is asked of all would be too much for these and too little for the
-    others.
+    One bound for all images would be too large for those near another class and too small for the others.
 
     Args:
         n: images.
@@ -43,11 +42,11 @@ class Bounds:
         self._bounds = torch.full((n,), self._increment)
 
     def of(self, rows: Tensor) -> Tensor:
-        """Those of some images, (n,)."""
+        """Bounds of some images, (n,)."""
         return self._bounds[rows]
 
     def update(self, rows: Tensor, held: Tensor) -> None:
-        """Which of some images kept their answers when they were moved as far as they may be, (n,)."""
+        """Take whether some images kept their answers on their worst neighbours, (n,)."""
         change = torch.where(held.cpu(), self._increment, -self._increment)
         # An image may be among them twice.
         self._bounds = self._bounds.index_add(0, rows, change).clamp(0, self.greatest)

@@ -1,4 +1,4 @@
-"""From the user's images to a fitted state: which are held out, which are attacked, are they enough, what is kept."""
+"""Fitting a detector: splitting the user's images, running attacks on them, and the fitted state."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def _adversarial(classifier: ClassifierWrapper, attack: Any, batch_size: int) ->
 
 
 class State(FittedModule):
-    """What was learned, on which images and which network; its state dict holds all tensors.
+    """The fitted state of a detector; its state dict holds all tensors.
 
     Args:
         signature: what is measured, its probes fitted.
@@ -341,7 +341,7 @@ class Fitter:
         self._last: tuple[object, State] | None = None
 
     def fit(self, classifier: ClassifierWrapper, config: FitConfig, split: Split) -> State:
-        """What the clean images of a split show; its attacked ones are left aside."""
+        """The state fitted to the clean images of a split; its attacked ones are not used."""
         fingerprint = classifier.fingerprint()
         key = (config, split.holdout, sorted(split.hashes), fingerprint)
         if self._last is not None and self._last[0] == key:

@@ -1,4 +1,4 @@
-"""Scorers: how unusual what the probes measured is, and how that becomes one score."""
+"""Scorers: how unusual the probes' responses are, and how this becomes one score."""
 
 from __future__ import annotations
 
@@ -204,15 +204,15 @@ _PENALTY = 1.0
 
 
 class MarginResidual(FittedModule):
-    """The margin that is left under an intervention, compared with what the idle run promises.
+    """The margin that is left under an intervention, compared with the one predicted from the idle run.
 
     With m the margin of the predicted class under do(...) and z the idle logits, arsinh(m / s) of clean images is
     predicted linearly from z, its largest entries and the predicted class; r is the residual, and -r, over its
     spread in the class, says how much more than usual the intervention takes away. It is one-sided: an image whose
     answer an intervention does *not* shake is no reason for an alarm.
 
-    Without the condition on z, -r says how near to another answer, or how far into it, the intervention brings an
-    image, compared with clean ones of its predicted class: images that an attack left next to a boundary stand out.
+    Without the condition on z, -r measures how near the intervention brings an image to another answer, or how far
+    into it, compared with clean images of its predicted class: images that an attack left next to a boundary stand out.
 
     Args:
         conditional: whether the prediction is from z, or from the predicted class only.
@@ -296,17 +296,17 @@ _BATCH = 256
 _LEARNING_RATE = 5e-3
 _DECAY = 0.1
 _INITIAL = 0.33
-# Beyond so many standard deviations a feature says no more: an image far from all attacked examples is like none.
+# Features are clipped at so many standard deviations: an image far from all attacked examples is like none of them.
 _FAR = 8.0
 
 
 class AttackClassifier(FittedModule):
     """Likeness of an image's effects to those of attacked examples.
 
-    z = (h(t) - center) / spread, where h is the logit of a network with two hidden layers, trained to tell attacked
-    images from clean and harmlessly altered ones, both kinds counting the same; center and spread are those of clean
-    and altered images that h was not trained on (four folds). It is one score among others: an attack of another
-    kind, which it takes for clean, is still seen by its deviations.
+    z = (h(t) - center) / spread, where h is the logit of a network with two hidden layers, trained to distinguish
+    attacked images from clean and harmlessly altered ones, both with the same total weight; center and spread are those
+    of clean and altered images that h was not trained on (four folds). It is one score among others: an attack of
+    another kind, which it takes for clean, still has unusual deviations.
 
     Args:
         n_features: P.
@@ -405,9 +405,9 @@ def aggregate(deviations: Tensor, how: str = "soft_square") -> Tensor:
     ============= ================================== ===========================================================
     how           score of z_1 ... z_D
     ============= ================================== ===========================================================
-    "soft_square" sum_d softplus(z_d)^2              what sees nothing unusual says nothing
-    "sum"         sum_d z_d                          what finds an image very usual makes up for another
-    "max"         max_d z_d                          the most suspicious one decides
+    "soft_square" sum_d softplus(z_d)^2              usual deviations hardly count
+    "sum"         sum_d z_d                          very usual deviations offset unusual ones
+    "max"         max_d z_d                          the most unusual one decides
     ============= ================================== ===========================================================
 
     Args:
@@ -436,7 +436,7 @@ def aggregate(deviations: Tensor, how: str = "soft_square") -> Tensor:
 
 
 class ProbeScorer(nn.Module):
-    """The up to three ways in which one probe's response can be unusual.
+    """Scores how unusual one probe's response is, in up to three ways.
 
     Args:
         sides: those of :data:`~ce_plugin.detection.probes.SIDES` that the probe's responses have.
@@ -444,7 +444,7 @@ class ProbeScorer(nn.Module):
     Attributes:
         distance: of effects and idle logits from those of clean images, or None.
         reversal: what interventions take from the predicted class beyond the usual, or None.
-        margin: how little they leave of its margin, whatever the idle logits promise, or None.
+        margin: how little they leave of its margin, without regard to the idle logits, or None.
     """
 
     def __init__(self, sides: Sequence[str]) -> None:
@@ -490,7 +490,7 @@ class Scorer(FittedModule):
 
     Args:
         how: see :func:`~ce_plugin.detection.scorers.aggregate`.
-        sides: by what each probe is judged, in their order; :meth:`fit` sees it from the responses.
+        sides: how each probe is scored, in their order; :meth:`fit` takes it from the responses.
         n_features: of attacked examples, where it knows some; None: it knows none.
 
     Attributes:

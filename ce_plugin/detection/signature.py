@@ -108,11 +108,11 @@ class Signature:
     ) -> Signature:
         """For small pictures, where attackers may know the detector: an adversarially trained denoiser leads.
 
-        An attacker who knows :meth:`small_images` makes an image look usual to each of its interventions; those that
-        nobody prepared give way first, and what looks very usual to many makes up for the rest. Here the margin that an
-        adversarially trained denoiser leaves counts in full, and what the others say only where an image is clearly
-        unusual: there is nothing to make up with. Attackers who do not know the detector are seen a little less well,
-        and fitting takes several times as long, for the denoiser is attacked at each step of its training.
+        An attacker who knows :meth:`small_images` makes an image look usual to each of its interventions, and probes to
+        which it looks very usual offset the others. Here the margin that an adversarially trained denoiser leaves
+        counts in full, and the other probes only where an image is clearly unusual, so that nothing can be offset.
+        Attacks that do not know the detector are detected a little less often, and fitting takes several times as
+        long, for the denoiser is attacked at each step of its training.
 
         Args:
             value_range: least and greatest value of an image.

@@ -43,27 +43,26 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
     * ``"selective"``: the gradient of the margin until the image is misclassified, then that of the score;
     * ``"orthogonal"``: the same, each without its component along the other;
     * ``"lagrangian"``: both at once, the margin's weighted by what each image needs to stay misclassified;
-    * ``"targeted"``: the same towards one class: each point another, or the one that a candidate or a find shows.
+    * ``"targeted"``: the same towards one class: each point another, or the one of a misclassified start.
 
     Every image on the way is rounded to ``levels`` before it is evaluated, and gradients are those at the rounded
-    image, so that one pass serves for both. The lead that is asked of the wrong class differs between points: large at
+    image, so that one pass serves for both. The lead that the wrong class is to have differs between points: large at
     first, or negative (the score falls first); it goes to zero over the first half of the steps. The first and the
     third restart start near the clean image, a share of its values replaced by random ones, the second at candidates,
-    and all others between the best image so far and other good finds of the runs before: where two valleys are known,
-    the way between them leads to lower ones. Each runs from ``width`` points at once. What is returned is the best
-    image of all: misclassified with the least score, or, where none is misclassified, that with the greatest margin,
-    which counts as a failure. A restart knows only of those before it, so that more restarts never weaken the attack.
+    and all others between the best image so far and other good results of earlier runs: between two minima there are
+    often lower ones. Each runs from ``width`` points at once. Returned is the best image of all: misclassified with the
+    least score, or, where none is misclassified, the one with the greatest margin, which counts as a failure. A restart
+    knows only of those before it, so that more restarts never weaken the attack.
 
-    Only two things are asked of what is attacked: the network inside the classifier, and
-    ``detector.score_tensor(images)``. Roundings inside a detector are its own affair (it passes gradients straight
-    through); for one that draws random numbers, ``eot`` draws are averaged.
+    Only two things are used: the network inside the classifier, and ``detector.score_tensor(images)``. A detector that
+    rounds should pass gradients straight through; for one that draws random numbers, ``eot`` draws are averaged.
 
-    A search that ends is no proof that nothing lower exists: look at ``report.late_gain()``, at whether the losses
-    agree, and at what more restarts bring. Seen in development (a CNN for MNIST, Mahalanobis distance, eps 0.3, the
-    stubborn ones among two dozen images): starts between finds led lower than as many starts between the best and
-    random points, and starts with few values changed lower than uniformly random ones. Without the condition that the
-    image be misclassified, nearly every start led down to one floor, below all that is found with it: it is the
-    boundary that holds scores up and divides the valleys.
+    The search proves no lower bound: look at ``report.late_gain()``, at whether the losses agree, and at what more
+    restarts bring. Measured in development (a CNN for MNIST, Mahalanobis distance, eps 0.3, the hardest of two dozen
+    images): starts between earlier results led to lower scores than as many starts between the best and random points,
+    and starts with few values changed to lower ones than uniformly random starts. Without the condition that the image
+    be misclassified, nearly every start led to the same minimum, below all that are found with it: the decision
+    boundary separates the local minima and keeps their scores up.
 
     Args:
         estimator: ART ``PyTorchClassifier`` with clip values, of at least two classes.

@@ -275,7 +275,7 @@ class Objective:
 
     Args:
         loss: a name of :data:`LOSSES`.
-        kappa: lead that the classifier's side is asked for at first, (N,); it falls to 0 over the first half of the
+        kappa: lead that the wrong class is to have at first, (N,); it falls to 0 over the first half of the
             steps, and is traded for a lower score.
     """
 
@@ -286,7 +286,7 @@ class Objective:
         self.weight = torch.ones_like(kappa)
 
     def move_to(self, share: float) -> None:
-        """Set the lead that is asked for after this share of the steps."""
+        """Set the lead that the wrong class is to have after this share of the steps."""
         self.kappa = self.first * max(0.0, 1 - share / _TRADED)
 
     @property

@@ -1,4 +1,4 @@
-"""What an attack found: the best image so far while it runs, and the report afterwards."""
+"""Results of the adaptive attack: the best images so far while it runs, and the report afterwards."""
 
 from __future__ import annotations
 

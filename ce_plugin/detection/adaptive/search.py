@@ -209,8 +209,8 @@ class Search:
         return torch.where(predicted == self.batch.labels[rows], targets, predicted)
 
 
-# The lead that is asked for at first, as a share of the clean image's; points differ in where they trade it for the
-# score. A negative one lets the score fall first. From the best so far the way to the boundary is short already.
+# The lead that the wrong class is to have at first, as a share of the clean image's. Points differ in where they trade
+# it for the score; a negative one lets the score fall first. From the best so far the boundary is near already.
 _KAPPAS = (0.1, -0.5, 0.3, -0.25, 0.0)
 _KAPPAS_OF_BEST = (0.0, 0.1, -0.25)
 _PACE_OF_BEST = 0.5
