@@ -1,4 +1,4 @@
-"""The classifier that a detector looks at: one network from images in image units to logits, and its fingerprint."""
+"""The classifier that a detector protects: one network from images in image units to logits, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class ClassifierWrapper(nn.Module):
         if not isinstance(x, (np.ndarray, Tensor)) or x.ndim != 4 or not len(x):
             got = f"shape {tuple(x.shape)}" if isinstance(x, (np.ndarray, Tensor)) else type(x).__name__
             raise InputError(expected("x", "images (N, C, H, W), N >= 1, as an array or a tensor", got))
-        # What is made in inference mode could have no gradient later on.
+        # Tensors that are made in inference mode cannot have a gradient later on.
         with torch.inference_mode(False):
             if isinstance(x, np.ndarray):
                 native = np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
@@ -124,13 +124,13 @@ class ClassifierWrapper(nn.Module):
             return torch.cat(list(map(self, torch.split(images, batch_size))))
 
     def fingerprint(self) -> str:
-        """A digest of the network's parameters and buffers: another network has another one."""
+        """A hash of the network's parameters and buffers."""
         return fingerprint(self.network, exact=True)
 
     def version(self) -> tuple[tuple[int, ...], ...]:
         """Identity and version counter of each tensor: cheap to read, unlike the fingerprint.
 
-        Only what is written past autograd, through ``parameter.data``, is not seen.
+        Changes that bypass autograd, through ``parameter.data``, do not show.
         """
         values = self.network.state_dict(keep_vars=True).values()
         return tuple([(id(value), value._version, value.data_ptr()) for value in values])

@@ -67,7 +67,7 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
 
     Attributes:
         classifier: the classifier, from images in image units to logits.
-        state: what was learned; None before :meth:`fit`.
+        state: the fitted state; None before :meth:`fit`.
 
     Raises:
         ModelError: no network.
@@ -239,18 +239,18 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         self.restore(state.with_attacks(self.classifier, images, batch_size))
 
     def restore(self, state: State) -> None:
-        """Take over what was learned; :attr:`state` of this detector or of another one on the same network."""
+        """Take over a fitted state: :attr:`state` of this detector or of another one on the same network."""
         self.state, self._version = state, self.classifier.version()
 
     def learned(self, *, quick: bool = False) -> State:
-        """What was learned.
+        """The fitted state, checked against the network.
 
         Args:
             quick: hash the network's parameters only where autograd's version counters have changed.
 
         Raises:
-            InferenceError: nothing was.
-            ModelError: the network is not the one that it was learned on.
+            InferenceError: not fitted.
+            ModelError: the network is not the one that the detector was fitted on.
         """
         if self.state is None:
             hint = "Call `fit(x)` with clean images first."
@@ -264,7 +264,7 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         return self.state
 
     def _inputs(self, x: Array, batch_size: int) -> tuple[State, Tensor]:
-        """What was learned, and the user's images, of the shape that it was learned on."""
+        """The fitted state, and the user's images, checked."""
         state = self.learned()
         _check_count("batch_size", batch_size)
         return state, self.classifier.images(x, state.shape)
@@ -312,8 +312,8 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
 
         Returns:
             The report, and which images are flagged, (N,), bool. The report holds ``scores`` (N,), conformal
-            ``p_values`` (N,), ``threshold``, ``predictions`` (N,), ``groups`` {name: (N,)}, what each probe found in
-            standard deviations of clean images, and with ``explain`` ``explanations``, one
+            ``p_values`` (N,), ``threshold``, ``predictions`` (N,), ``groups`` {name: (N,)}, how unusual each
+            probe's response is in standard deviations of clean images, and with ``explain`` ``explanations``, one
             :class:`~ce_plugin.detection.Alarm` or None for each.
 
         Raises:

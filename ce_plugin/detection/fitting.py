@@ -117,7 +117,7 @@ def adversarial_labels(y: npt.ArrayLike | None, n_images: int) -> npt.NDArray[np
 
 @dataclass(frozen=True)
 class Split:
-    """The user's images, sorted.
+    """The user's images: clean ones to fit to, clean ones held out, and attacked ones.
 
     Args:
         clean: (N, C, H, W).
@@ -137,8 +137,8 @@ class Split:
     def of(cls, images: Tensor, y: npt.ArrayLike | None, holdout: float, seed: int) -> Split:
         """Sort images by their labels and hold some out: by the images themselves, not by their order.
 
-        An attacked image whose nearest clean one is held out is left out, unless there are no others: a threshold is to
-        come from images of which nothing was learned, not even that what is nearly the same is an attack.
+        An attacked image whose nearest clean one is held out is left out, unless there are no others: the threshold
+        must come from images that did not influence the fit, not even through their attacked versions.
 
         Raises:
             InputError: labels that cannot be used, or without a clean image.
@@ -288,7 +288,7 @@ class State(FittedModule):
         return self
 
     def measure(self, classifier: ClassifierWrapper, images: Tensor, batch_size: int) -> Sample:
-        """What the signature finds in images."""
+        """The responses of all probes to images."""
         return self.signature.measure(classifier, images, batch_size=batch_size, seed=self.seed)
 
     def by_column(self, deviations: Tensor) -> dict[str, npt.NDArray[np.float64]]:

@@ -294,10 +294,10 @@ class Probe(nn.Module, ABC):
         return {name: _plain(getattr(self, name)) for name in inspect.signature(type(self)).parameters}
 
     def fit(self, classifier: ClassifierWrapper, images: Tensor, *, n_epochs: int, seed: int) -> None:
-        """Learn what it needs from clean images (N, C, H, W); most need nothing."""
+        """Fit its own parameters to clean images (N, C, H, W); most probes have none."""
 
     def allocate(self, shape: tuple[int, ...], value_range: tuple[float, float]) -> None:
-        """Make what :meth:`fit` makes, its values still missing: a file's are loaded into it.
+        """Make the modules that :meth:`fit` makes, without values: those of a file are loaded into them.
 
         Args:
             shape: of an image, (C, H, W).

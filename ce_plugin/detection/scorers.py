@@ -477,7 +477,7 @@ class ProbeScorer(nn.Module):
 
 
 def _beside(response: Response, sample: Sample) -> Tensor:
-    """Effects beside the idle logits: a distance then sees whether an effect fits the answer that it changed."""
+    """Effects and idle logits side by side: the distance then depends on whether effects fit the logits."""
     return torch.cat([response.effects, leading_logits(sample.idle).to(response.effects)], 1)
 
 
@@ -486,12 +486,12 @@ _ALLOWANCE = 2.0
 
 
 class Scorer(FittedModule):
-    """From measured images to scores: a scorer for each probe, what it gives on clean images, and known attacks.
+    """From responses to scores: a scorer for each probe, their values on clean images, and an attack classifier.
 
     Args:
         how: see :func:`~ce_plugin.detection.scorers.aggregate`.
         sides: how each probe is scored, in their order; :meth:`fit` takes it from the responses.
-        n_features: of attacked examples, where it knows some; None: it knows none.
+        n_features: of the attacked examples that it was fitted to; None where there were none.
 
     Attributes:
         probes: a :class:`ProbeScorer` for each probe.
@@ -499,7 +499,7 @@ class Scorer(FittedModule):
             on, (D,), float64.
         usual: features of the clean images, each as it is and harmlessly altered, (n, V, P).
         allowance: what is taken from each deviation before it counts, (D,): 0 for probes that lead, else 2.
-        attacks: knows attacks by examples, or None.
+        attacks: the attack classifier, or None where there were no attacked examples.
     """
 
     center: Tensor
@@ -545,7 +545,7 @@ class Scorer(FittedModule):
         return self
 
     def with_attacks(self, attacked: Sample, seed: int) -> Scorer:
-        """A copy that knows what these attacked images have in common that clean ones have not."""
+        """A copy with a classifier that is fitted to these attacked images."""
         again = copy.deepcopy(self).to(attacked.idle.device)
         features = attacked.features()
         again.attacks = AttackClassifier(features.shape[1]).fit(self.usual, features, seed)

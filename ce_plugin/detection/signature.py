@@ -32,8 +32,8 @@ class Signature:
 
     Args:
         probes: their names differ.
-        leading: names of the probes that count in full; of the others counts only what is beyond two standard
-            deviations, so that nothing is won by looking very usual to them. None: all count in full.
+        leading: names of the probes that count in full; of the others only what is beyond two standard
+            deviations counts, so that looking very usual to them gains nothing. None: all count in full.
 
     Attributes:
         probes, leading: as given.
@@ -137,7 +137,7 @@ class Signature:
     def photographs(cls, value_range: tuple[float, float] = (0.0, 1.0)) -> Signature:
         """For photographs of a hundred pixels a side and more.
 
-        A network sees the same photograph a few pixels further on; an attack is made for the grid on which it lies.
+        A network gives a shifted photograph the same class; an attack is made for one position of the pixels.
         """
 
         def shift(dx: int, dy: int) -> Smooth:
@@ -208,7 +208,7 @@ class Signature:
         # Inside inference mode no probe could ask for a gradient.
         with classifier.guarded(), torch.inference_mode(False), torch.no_grad():
             for batch in torch.split(images, batch_size):
-                # Random numbers belong to the image, so that nothing depends on its place.
+                # Random numbers depend on the image and not on its place in the batch.
                 ids = digests(batch)
                 altered = batch if augmentation is None else augmentation(batch, ids, seed)
                 parts.append(self.respond(View(classifier, altered, ids, seed)).detached())

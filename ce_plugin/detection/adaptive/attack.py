@@ -84,7 +84,7 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
         seed: of everything random, together with each image's id.
         threshold: score above which the detector raises an alarm. An image at or below it is not attacked further,
             which is quicker; None lowers every score as far as it goes. For an AUROC the least score of
-            clean images is enough: nothing is won below it.
+            clean images is enough.
         candidates: images (M, ...) of other classes, such as those that the detector was fitted on. At most 128
             of them are tried for each image; brought into the ball they are also starts.
         verbose: show progress.
@@ -192,7 +192,7 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
         starts: Array | None = None,
         ids: Sequence[int] | None = None,
     ) -> Array:
-        """The best image found for each image; :attr:`report` says what it reached.
+        """The best result for each image; :attr:`report` holds what it reaches.
 
         Args:
             x: images (N, ...) of a floating type, in image units, inside the clip values.

@@ -116,16 +116,16 @@ class Curves:
 
 @dataclass(frozen=True)
 class AdaptiveReport:
-    """What an attack reached, image by image.
+    """Results of an attack, image by image.
 
     Attributes:
         success: misclassified, as stored, (N,).
         score: the detector's score of what is returned, (N,).
         margin: best other logit minus that of the label, (N,).
         norm: distance from the clean image in the attack's norm, (N,).
-        prediction: the class that the classifier sees, (N,).
-        loss: the loss that found it; "clean", "start" or "candidate" where that was not bettered, (N,).
-        restart: the restart that found it; -1 where none did, (N,).
+        prediction: the predicted class, (N,).
+        loss: the loss of the run that reached it; "clean", "start" or "candidate" where no run improved on these, (N,).
+        restart: the restart that reached it; -1 where none did, (N,).
         curves: for each loss (restarts, steps + 1): mean over images of the least score so far in that run, from any
             of its starts, over the images that it fooled; before the first misclassification an image counts with its
             score there.
