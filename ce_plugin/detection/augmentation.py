@@ -1,4 +1,4 @@
-"""Harmless alterations of clean images: what a detector should not take for an attack."""
+"""Harmless alterations of clean images, which a detector should not take for attacks."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Augmentation:
     """Random harmless alterations: sensor noise, sign noise, a shift by a pixel, less contrast.
 
     A detector that is fitted to clean images alone flags most images with a little noise, for no clean image had
-    any. Fitted to clean images and to as many that were altered like this, it learns in which directions harmless
-    changes move the effects, and tells an attack by the rest. One kind is drawn for each image, at a random strength
+    any. Fitted to clean images and to as many altered ones, it learns in which directions harmless changes move the
+    effects, and detects attacks by the other directions. One kind is drawn for each image, at a random strength
     from none to the full one.
 
     Args:
@@ -76,10 +76,10 @@ class Augmentation:
             seed: of the draws.
         """
         low, high = self.value_range
-        altered = torch.stack(
-            [self._one(image, generator(seed, i, "benign")) for image, i in zip(images, ids, strict=True)]
-        )
-        levels = (altered.clamp(low, high) - low) / (high - low) * 255
+        altered = []
+        for image, i in zip(images, ids, strict=True):
+            altered.append(self._one(image, generator(seed, i, "benign")))
+        levels = (torch.stack(altered).clamp(low, high) - low) / (high - low) * 255
         return levels.round() / 255 * (high - low) + low
 
     def _one(self, image: Tensor, random: torch.Generator) -> Tensor:

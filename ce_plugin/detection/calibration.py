@@ -16,7 +16,7 @@ Scores = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """The scores of clean images that the detector was not fitted on: what a new score is held against.
+    """The scores of clean images that the detector was not fitted on: new scores are compared with them.
 
     For a clean image exchangeable with these n, the p-value (1 + #{calibration >= s}) / (n + 1) is at most a with
     probability at most a, whatever the scores' distribution; with equal scores it is conservative.
@@ -92,7 +92,7 @@ class Calibration:
         return float(self.scores[self.n - _rank(self.n, fpr)])
 
     def realised_interval(self, fpr: float, level: float = 0.95, *, n_test: int | None = None) -> tuple[float, float]:
-        """Where the false-alarm rate of :meth:`threshold` lies: see :func:`realised_interval`."""
+        """Interval of the false-alarm rate of :meth:`threshold`: see :func:`realised_interval`."""
         return realised_interval(self.n, fpr, level, n_test=n_test)
 
     def __repr__(self) -> str:

@@ -1,9 +1,6 @@
-"""The classifier that a detector looks at: one network from images in image units to logits, and its fingerprint."""
+"""The classifier that a detector protects: one network from images in image units to logits, and its fingerprint."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -79,11 +76,9 @@ class ClassifierWrapper(nn.Module):
             raise ModelError(expected("classifier", "a network with logits (N, K), K >= 2", got, hint))
         return logits
 
-    @contextmanager
-    def guarded(self) -> Iterator[None]:
+    def guarded(self) -> state_guard:
         """Eval mode inside; the network and the random state as they were afterwards."""
-        with state_guard(self.network):
-            yield
+        return state_guard(networks=[self.network])
 
     def images(self, x: object, shape: tuple[int, ...] | None = None) -> Tensor:
         """The user's images as a tensor of the network's device and dtype, checked.
@@ -99,7 +94,7 @@ class ClassifierWrapper(nn.Module):
         if not isinstance(x, (np.ndarray, Tensor)) or x.ndim != 4 or not len(x):
             got = f"shape {tuple(x.shape)}" if isinstance(x, (np.ndarray, Tensor)) else type(x).__name__
             raise InputError(expected("x", "images (N, C, H, W), N >= 1, as an array or a tensor", got))
-        # What is made in inference mode could have no gradient later on.
+        # Tensors that are made in inference mode cannot have a gradient later on.
         with torch.inference_mode(False):
             if isinstance(x, np.ndarray):
                 native = np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
@@ -120,17 +115,22 @@ class ClassifierWrapper(nn.Module):
 
     def predict(self, images: Tensor, batch_size: int) -> Tensor:
         """Predicted classes of images, (N,); the network and the random state stay as they are."""
-        with self.guarded(), torch.no_grad():
-            return torch.cat([self(batch).argmax(1) for batch in torch.split(images, batch_size)])
+        with self.guarded():
+            return self.logits(images, batch_size).argmax(1)
+
+    def logits(self, images: Tensor, batch_size: int) -> Tensor:
+        """Logits (N, K) of any number of images, without gradients."""
+        with torch.no_grad():
+            return torch.cat(list(map(self, torch.split(images, batch_size))))
 
     def fingerprint(self) -> str:
-        """A digest of the network's parameters and buffers: another network has another one."""
+        """A hash of the network's parameters and buffers."""
         return fingerprint(self.network, exact=True)
 
     def version(self) -> tuple[tuple[int, ...], ...]:
-        """What changes when a parameter is replaced or written to: cheap to ask, unlike the fingerprint.
+        """Identity and version counter of each tensor: cheap to read, unlike the fingerprint.
 
-        Only what is written past autograd, through ``parameter.data``, is not seen.
+        Changes that bypass autograd, through ``parameter.data``, do not show.
         """
         values = self.network.state_dict(keep_vars=True).values()
         return tuple([(id(value), value._version, value.data_ptr()) for value in values])

@@ -19,10 +19,9 @@ _INCREMENTS = 15
 
 
 class Bounds:
-    """How far each image is moved in adversarial training: farther after its answer held, less far after it fell.
+    """A bound for each image in adversarial training: it grows when the answer was kept, and shrinks when it was not.
 
-    Some images lie next to another class, and what is asked of all would be too much for these and too little for the
-    others.
+    One bound for all images would be too large for those near another class and too small for the others.
 
     Args:
         n: images.
@@ -43,11 +42,11 @@ class Bounds:
         self._bounds = torch.full((n,), self._increment)
 
     def of(self, rows: Tensor) -> Tensor:
-        """Those of some images, (n,)."""
+        """Bounds of some images, (n,)."""
         return self._bounds[rows]
 
     def update(self, rows: Tensor, held: Tensor) -> None:
-        """Which of some images kept their answers when they were moved as far as they may be, (n,)."""
+        """Take whether some images kept their answers on their worst neighbours, (n,)."""
         change = torch.where(held.cpu(), self._increment, -self._increment)
         # An image may be among them twice.
         self._bounds = self._bounds.index_add(0, rows, change).clamp(0, self.greatest)
@@ -195,73 +194,69 @@ def train_denoiser(
     1706.06083), Eq. 2.1, of D with f held fixed.
     """
     low, high = classifier.clip_values
-    random = generator(seed, "denoiser")
-    with torch.random.fork_rng(devices=[]), classifier.guarded():
+    random, bounds = generator(seed, "denoiser"), Bounds(len(images), eps)
+    with torch.random.fork_rng(devices=[]), classifier.guarded(), torch.enable_grad():
         # Not torch.manual_seed, which would seed the accelerators as well.
         torch.default_generator.manual_seed(derived_seed(seed, "denoiser", "weights"))
         denoiser = Denoiser(images.shape[1], width, (low, high)).to(images.device, torch.float32).train()
         classifier.network.requires_grad_(False)  # the guard gives it back
-        _train(denoiser, classifier, images, random, n_steps, batch_size, eps)
+        logits = classifier.logits(images, batch_size).float()
+        variance = logits.var(unbiased=False).clamp_min(1e-12)
+        optimizer = torch.optim.AdamW(denoiser.parameters(), lr=_LEARNING_RATE / 2, weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=max(n_steps, 2))
+        for _ in range(n_steps):
+            rows = torch.randint(len(images), (min(batch_size, len(images)),), generator=random)
+            clean, wanted = images[rows.to(images.device)].float(), logits[rows.to(logits.device)]
+            noisy, known = _corrupted(clean, high - low, random)
+            restored = denoiser(noisy.clamp(low, high), known)
+            loss = _PIXELS * ((restored - clean) / (high - low)).square().mean()
+            found = classifier(restored.to(images.dtype)).float()
+            loss = loss + _LOGITS * ((found - wanted).square() / variance).mean()
+            if eps:
+                pixels, answers = _adversarial_losses(denoiser, classifier, clean, wanted, rows, bounds, random)
+                loss = loss + pixels + answers
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     return denoiser.eval().requires_grad_(False)
 
 
-def _train(
+def _adversarial_losses(
     denoiser: Denoiser,
     classifier: ClassifierWrapper,
-    images: Tensor,
+    clean: Tensor,
+    wanted: Tensor,
+    rows: Tensor,
+    bounds: Bounds,
     random: torch.Generator,
-    n_steps: int,
-    batch_size: int,
-    eps: float,
-) -> None:
+) -> tuple[Tensor, Tensor]:
+    """Losses of pixels and of answers on the worst images near clean ones of these logits; bounds are moved."""
     low, high = classifier.clip_values
-    with torch.no_grad():
-        answers = torch.cat([classifier(part) for part in torch.split(images, batch_size)]).float()
-    variance = answers.var(unbiased=False).clamp_min(1e-12)
-    bounds = Bounds(len(images), eps)
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=_LEARNING_RATE / 2, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=max(n_steps, 2))
+    dtype, predicted = classifier.like.dtype, wanted.argmax(1)
 
-    def run(restored: Tensor) -> Tensor:
-        logits: Tensor = classifier(restored.to(images.dtype))
+    def run(images: Tensor) -> Tensor:
+        logits: Tensor = classifier(denoiser(images).to(dtype))
         return logits.float()
 
-    def distance(restored: Tensor, clean: Tensor) -> Tensor:
-        return ((restored - clean) / (high - low)).square().mean()
-
-    with torch.enable_grad():
-        for _ in range(n_steps):
-            rows = torch.randint(len(images), (min(batch_size, len(images)),), generator=random)
-            clean, wanted = images[rows.to(images.device)].float(), answers[rows.to(answers.device)]
-            noisy, known = _spoiled(clean, high - low, random)
-            restored = denoiser(noisy.clamp(low, high), known)
-            loss = _PIXELS * distance(restored, clean)
-            loss = loss + _LOGITS * ((run(restored) - wanted).square() / variance).mean()
-            if eps:
-                seen = wanted.argmax(1)
-                worst = worst_nearby(lambda x: run(denoiser(x)), clean, seen, bounds.of(rows), (low, high), random)
-                restored = denoiser(worst)
-                logits = run(restored)
-                bounds.update(rows, logits.argmax(1) == seen)
-                loss = loss + _PIXELS * distance(restored, clean) + F.cross_entropy(logits, seen)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
+    worst = worst_nearby(run, clean, predicted, bounds.of(rows), (low, high), random)
+    restored = denoiser(worst)
+    logits = classifier(restored.to(dtype)).float()
+    bounds.update(rows, logits.argmax(1) == predicted)
+    pixels = ((restored - clean) / (high - low)).square().mean()
+    return _PIXELS * pixels, F.cross_entropy(logits, predicted)
 
 
-def _spoiled(clean: Tensor, unit: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
+def _corrupted(clean: Tensor, unit: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """Images with noise up to 0.3 of the range of values, and which pixels are known: all, or 30 to 80 %."""
     n, _, height, width = clean.shape
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=random)
-
+    each = (n, 1, 1, 1)
     white = torch.randn(clean.shape, generator=random)
     grid = (n, clean.shape[1], math.ceil(height / 3), math.ceil(width / 3))
     coarse = F.interpolate(torch.randn(grid, generator=random), size=(height, width), mode="bilinear")
-    kind = drawn(n, 1, 1, 1)
+    kind = torch.rand(each, generator=random)
     noise = torch.where(kind < 0.5, white, torch.where(kind < 0.8, white.sign(), 1.5 * coarse))
-    noisy = clean + 0.3 * unit * drawn(n, 1, 1, 1).to(clean) * noise.to(clean)
-    share = torch.where(drawn(n, 1, 1, 1) < 0.5, torch.ones(()), 0.3 + 0.5 * drawn(n, 1, 1, 1))
-    return noisy, (drawn(n, 1, height, width) < share).to(clean)
+    noisy = clean + 0.3 * unit * torch.rand(each, generator=random).to(clean) * noise.to(clean)
+    is_whole, some = torch.rand(each, generator=random) < 0.5, torch.rand(each, generator=random)
+    share = torch.where(is_whole, torch.ones(()), 0.3 + 0.5 * some)
+    return noisy, (torch.rand((n, 1, height, width), generator=random) < share).to(clean)

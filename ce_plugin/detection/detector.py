@@ -1,4 +1,4 @@
-"""The detector: an `EvasionDetector` of ART that looks at what interventions do to the network's answer."""
+"""The detector: an `EvasionDetector` of ART that measures effects of interventions on the network's logits."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ _REFIT = "Fit again: what is usual changes with the network."
 
 
 class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
-    """Tells adversarial images by the effects of interventions on them.
+    """Detects adversarial images by the effects of interventions on them.
 
-    An attack moves the network's answer with what it put into the image; interventions that take it out, or push back,
-    then have effects that they do not have on clean images. The detector measures the effects of a
-    :class:`~ce_plugin.detection.Signature` on the logits and asks for each of its probes how far they lie from those of
-    clean images of the same predicted class (a Mahalanobis distance of effects standardised by class), how much more
-    than usual an intervention takes from the predicted class's margin, and how little it leaves. What is unusual is
-    added up. The threshold is split-conformal: it holds its false-alarm rate on clean images whatever their
+    An attack changes the network's answer by a perturbation of the image; interventions that remove the perturbation,
+    or push back against it, then have effects that they do not have on clean images. The detector measures the effects
+    of a :class:`~ce_plugin.detection.Signature` on the logits and scores for each of its probes how far they lie from
+    those of clean images of the same predicted class (a Mahalanobis distance of effects standardised by class), how
+    much more than usual an intervention takes from the predicted class's margin, and how little it leaves. These scores
+    are added up. The threshold is split-conformal: it holds its false-alarm rate on clean images whatever their
     distribution. No adversarial images are needed.
 
     Args:
@@ -67,7 +67,7 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
 
     Attributes:
         classifier: the classifier, from images in image units to logits.
-        state: what was learned; None before :meth:`fit`.
+        state: the fitted state; None before :meth:`fit`.
 
     Raises:
         ModelError: no network.
@@ -87,8 +87,8 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         >>> is_adversarial.shape
         (5,)
 
-    Source: the interventions are those of Yang et al., ICIP 2019 (arXiv 1902.03380), Eq. 1, turned from explaining to
-    telling apart; the threshold is that of inductive conformal prediction (Vovk, Gammerman, Shafer 2005).
+    Source: the interventions are those of Yang et al., ICIP 2019 (arXiv 1902.03380), Eq. 1, used for detection instead
+    of explanation; the threshold is that of inductive conformal prediction (Vovk, Gammerman, Shafer 2005).
     """
 
     name = "CausalEffectDetector"
@@ -239,18 +239,18 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         self.restore(state.with_attacks(self.classifier, images, batch_size))
 
     def restore(self, state: State) -> None:
-        """Take over what was learned; :attr:`state` of this detector or of another one on the same network."""
+        """Take over a fitted state: :attr:`state` of this detector or of another one on the same network."""
         self.state, self._version = state, self.classifier.version()
 
     def learned(self, *, quick: bool = False) -> State:
-        """What was learned.
+        """The fitted state, checked against the network.
 
         Args:
-            quick: look at the network's parameters only where autograd says that they were written to.
+            quick: hash the network's parameters only where autograd's version counters have changed.
 
         Raises:
-            InferenceError: nothing was.
-            ModelError: the network is not the one that it was learned on.
+            InferenceError: not fitted.
+            ModelError: the network is not the one that the detector was fitted on.
         """
         if self.state is None:
             hint = "Call `fit(x)` with clean images first."
@@ -264,7 +264,7 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         return self.state
 
     def _inputs(self, x: Array, batch_size: int) -> tuple[State, Tensor]:
-        """What was learned, and the user's images, of the shape that it was learned on."""
+        """The fitted state, and the user's images, checked."""
         state = self.learned()
         _check_count("batch_size", batch_size)
         return state, self.classifier.images(x, state.shape)
@@ -306,14 +306,14 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         Args:
             x: images (N, C, H, W), image units.
             batch_size: images at a time; nothing depends on it.
-            explain: say for each flagged image what raised the alarm.
+            explain: add an explanation of each flagged image.
             layer: dotted name of a layer whose channels the explanation names.
             kwargs: of ART's interface, not used.
 
         Returns:
             The report, and which images are flagged, (N,), bool. The report holds ``scores`` (N,), conformal
-            ``p_values`` (N,), ``threshold``, ``predictions`` (N,), ``groups`` {name: (N,)}, what each probe found in
-            standard deviations of clean images, and with ``explain`` ``explanations``, one
+            ``p_values`` (N,), ``threshold``, ``predictions`` (N,), ``groups`` {name: (N,)}, how unusual each
+            probe's response is in standard deviations of clean images, and with ``explain`` ``explanations``, one
             :class:`~ce_plugin.detection.Alarm` or None for each.
 
         Raises:
@@ -382,7 +382,8 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Write what was learned to a file, without the network and without pickled code.
 
-        Options are kept as well; of ``attacks`` only presets, which have names (what they taught is kept in any case).
+        Options are kept as well; of ``attacks`` only presets, which have names (what was learned from them is kept in
+        any case).
 
         Args:
             path: the file.

@@ -1,4 +1,4 @@
-"""Why an image raised an alarm: which interventions, which channels, which regions."""
+"""Explanations of alarms: which interventions, which channels, which regions."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class UnusualEffect:
 
 @dataclass(frozen=True)
 class Alarm:
-    """What raised the alarm for one image.
+    """The explanation of one image's alarm.
 
     Args:
         deviations: name of a probe or intervention -> how unusual it is, in standard deviations, most unusual first.
@@ -54,7 +54,7 @@ class Alarm:
         channels: channel -> contribution to the predicted class's margin of its departure from the run under the
             strongest intervention on the input (a filter), the largest first; empty where no layer was named.
         regions: (H, W): how much this intervention on each place alone takes from the margin; positive: the answer
-            rests on what it removes there. None where no probe intervenes on the input like that.
+            depends on what it removes there. None where no probe has such an intervention on the input.
     """
 
     deviations: dict[str, float]
@@ -84,11 +84,11 @@ def explained(
     deviations: dict[str, float],
     layer: str | None,
 ) -> Alarm:
-    """Why one image, (1, C, H, W), raised an alarm.
+    """The explanation of the alarm of one image, (1, C, H, W).
 
     Args:
         classifier: the classifier.
-        state: what is measured, and what is usual.
+        state: the fitted state of the detector.
         sample: the image's responses.
         image: the image.
         deviations: its own, by the names of their columns.

@@ -1,11 +1,13 @@
-"""From the user's images to a fitted state: which are held out, which are attacked, are they enough, what is kept."""
+"""Fitting a detector: splitting the user's images, running attacks on them, and the fitted state."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,7 +40,7 @@ class FitConfig:
         augmentation: harmless alterations that are no reason for an alarm; None: clean images only.
         aggregate: how deviations become one score.
         seed: of everything random.
-        batch_size: images at a time.
+        batch_size: images at a time, on which the result does not depend.
         n_epochs: of what probes train.
     """
 
@@ -46,7 +48,7 @@ class FitConfig:
     augmentation: Augmentation | None
     aggregate: str
     seed: int
-    batch_size: int
+    batch_size: int = field(compare=False)
     n_epochs: int
 
     def check(self, clip_values: tuple[float, float]) -> None:
@@ -115,7 +117,7 @@ def adversarial_labels(y: npt.ArrayLike | None, n_images: int) -> npt.NDArray[np
 
 @dataclass(frozen=True)
 class Split:
-    """The user's images, sorted.
+    """The user's images: clean ones to fit to, clean ones held out, and attacked ones.
 
     Args:
         clean: (N, C, H, W).
@@ -135,8 +137,8 @@ class Split:
     def of(cls, images: Tensor, y: npt.ArrayLike | None, holdout: float, seed: int) -> Split:
         """Sort images by their labels and hold some out: by the images themselves, not by their order.
 
-        An attacked image whose nearest clean one is held out is left out, unless there are no others: a threshold is to
-        come from images of which nothing was learned, not even that what is nearly the same is an attack.
+        An attacked image whose nearest clean one is held out is left out, unless there are no others: the threshold
+        must come from images that did not influence the fit, not even through their attacked versions.
 
         Raises:
             InputError: labels that cannot be used, or without a clean image.
@@ -148,8 +150,7 @@ class Split:
         clean, attacked = images[~adversarial], images[adversarial]
         hashes = digests(clean)
         # Equal images stay on one side.
-        order = {one: derived_seed(seed, "hold out", one) for one in set(hashes)}
-        distinct = sorted(order, key=order.__getitem__)
+        distinct = sorted(set(hashes), key=functools.partial(derived_seed, seed, "hold out"))
         kept = set(distinct[: round(holdout * len(distinct))])
         held_out = torch.tensor(list(map(kept.__contains__, hashes)))
         if len(attacked):
@@ -159,8 +160,9 @@ class Split:
 
     @property
     def to_fit(self) -> Tensor:
-        """The clean images that are not held out."""
-        return self.clean[~self.held_out]
+        """The clean images that are not held out, in an order that does not depend on the user's."""
+        rows: list[int] = (~self.held_out).nonzero().squeeze(1).tolist()
+        return self.clean[sorted(rows, key=self.hashes.__getitem__)]
 
     def check(self, classifier: ClassifierWrapper, batch_size: int) -> None:
         """Whether there are enough clean images to fit to and to calibrate on.
@@ -169,16 +171,21 @@ class Split:
             InputError: too few clean images, or all of one predicted class.
         """
         counts = Counter(classifier.predict(self.clean, batch_size).tolist())
-        shown = ", ".join(f"{n} of class {k}" for k, n in sorted(counts.items())[:12]) + " ..." * (len(counts) > 12)
         n_held_out = int(self.held_out.sum())
         n_fit = len(self.held_out) - n_held_out
         if n_fit < LEAST_FIT or n_held_out < LEAST_CALIBRATION:
             wanted = f"clean images, {LEAST_FIT} or more to fit to and {LEAST_CALIBRATION} or more to calibrate on"
             hint = "About 50 of each predicted class are good; classes with fewer than 20 lean on the others."
-            raise InputError(expected("x", wanted, f"{n_fit} and {n_held_out} ({shown})", hint))
+            raise InputError(expected("x", wanted, f"{n_fit} and {n_held_out} ({_listed(counts)})", hint))
         if len(counts) < 2:
             hint = "Pass images of all classes; about 50 of each are good."
-            raise InputError(expected("x", "clean images of two predicted classes or more", shown, hint))
+            raise InputError(expected("x", "clean images of two predicted classes or more", _listed(counts), hint))
+
+
+def _listed(counts: Counter[int]) -> str:
+    """How many images there are of each class, in words."""
+    some = sorted(counts.items())[:12]
+    return ", ".join(f"{n} of class {k}" for k, n in some) + " ..." * (len(counts) > 12)
 
 
 def _nearest(images: Tensor, clean: Tensor) -> Tensor:
@@ -200,7 +207,7 @@ def attacked_versions(classifier: ClassifierWrapper, attacks: Sequence[Any], ima
     Args:
         classifier: the classifier.
         attacks: names of presets ("fgsm", "bim", "pgd", "jsma"), :class:`Adversarial` interventions, or attacks of ART.
-        images: clean ones.
+        images: clean ones, see :attr:`Split.to_fit`.
         batch_size: images at a time.
 
     Raises:
@@ -208,7 +215,6 @@ def attacked_versions(classifier: ClassifierWrapper, attacks: Sequence[Any], ima
         InputError: no attack changed any answer.
     """
     made = [_adversarial(classifier, one, batch_size) for one in attacks]
-    images = _in_own_order(images)
     before = classifier.predict(images, batch_size)
     successes = []
     low, high = classifier.clip_values
@@ -236,7 +242,7 @@ def _adversarial(classifier: ClassifierWrapper, attack: Any, batch_size: int) ->
 
 
 class State(FittedModule):
-    """What was learned, on which images and which network; its state dict holds all tensors.
+    """The fitted state of a detector; its state dict holds all tensors.
 
     Args:
         signature: what is measured, its probes fitted.
@@ -256,6 +262,7 @@ class State(FittedModule):
     held_out: Tensor
     features: Tensor
     calibration: Calibration
+    fitted = ("held_out", "features")
 
     def __init__(
         self,
@@ -268,7 +275,7 @@ class State(FittedModule):
         fingerprint: str,
         seed: int,
     ) -> None:
-        super().__init__("held_out", "features")
+        super().__init__()
         self.signature, self.scorer, self.columns = signature, scorer, list(columns)
         self.shape, self.seen, self.fingerprint, self.seed = shape, seen, fingerprint, seed
         self.probes = nn.ModuleList(signature.probes)
@@ -281,7 +288,7 @@ class State(FittedModule):
         return self
 
     def measure(self, classifier: ClassifierWrapper, images: Tensor, batch_size: int) -> Sample:
-        """What the signature finds in images."""
+        """The responses of all probes to images."""
         return self.signature.measure(classifier, images, batch_size=batch_size, seed=self.seed)
 
     def by_column(self, deviations: Tensor) -> dict[str, npt.NDArray[np.float64]]:
@@ -334,12 +341,12 @@ class Fitter:
         self._last: tuple[object, State] | None = None
 
     def fit(self, classifier: ClassifierWrapper, config: FitConfig, split: Split) -> State:
-        """What the clean images of a split show; its attacked ones are left aside."""
+        """The state fitted to the clean images of a split; its attacked ones are not used."""
         fingerprint = classifier.fingerprint()
-        key = (repr(replace(config, batch_size=1)), split.holdout, tuple(sorted(split.hashes)), fingerprint)
+        key = (config, split.holdout, sorted(split.hashes), fingerprint)
         if self._last is not None and self._last[0] == key:
             return self._last[1]
-        clean, size, seed = _in_own_order(split.to_fit), config.batch_size, config.seed
+        clean, size, seed = split.to_fit, config.batch_size, config.seed
         signature = config.signature.fit(classifier, clean, n_epochs=config.n_epochs, seed=seed)
         sample = signature.measure(classifier, clean, batch_size=size, seed=seed)
         altered = None
@@ -351,10 +358,11 @@ class Fitter:
             scorer,
             columns=signature.columns(sample),
             shape=tuple(split.clean.shape[1:]),
-            seen=frozenset(digests(clean)),
+            seen=frozenset(itertools.compress(split.hashes, ~split.held_out)),
             fingerprint=fingerprint,
             seed=seed,
         )
         held_out = state.measure(classifier, split.clean[split.held_out], size)
-        self._last = (key, state.calibrate(scorer.deviations(held_out), held_out.features()))
+        # A copy, for the user may go on to change a probe.
+        self._last = (copy.deepcopy(key), state.calibrate(scorer.deviations(held_out), held_out.features()))
         return state

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -23,9 +25,9 @@ from ce_plugin.randomness import generator
 # With up to so many classes all logits are looked at, with more the predicted class's and the next RANKS.
 FEW = 20
 RANKS = 8
-# How a probe's responses are judged. "distance": are the effects unlike those of clean images, in any way?
-# "reversal": does an intervention take more of the predicted class's margin than the idle logits promise? "margin":
-# does it leave less of it than on clean images?
+# How a probe's responses can be scored. "distance": how far the effects lie from those of clean images. "reversal": how
+# much more of the predicted class's margin an intervention takes away than is predicted from the idle logits. "margin":
+# how little of the margin it leaves, compared with clean images of the class.
 SIDES = ("distance", "reversal", "margin")
 _TINY = 1e-12
 
@@ -34,11 +36,11 @@ class Response(NamedTuple):
     """What a probe's interventions did to a batch of images; :meth:`View.response` makes it of their logits.
 
     Args:
-        effects: (N, F), judged by their distance from those of clean images; F may be 0.
-        margins: of the predicted class under each of S interventions, (N, S), judged by whether an intervention takes
-            away more than usual; S may be 0.
+        effects: (N, F), scored by their distance from those of clean images; F may be 0.
+        margins: of the predicted class under each of S interventions, (N, S), scored by how much more than usual an
+            intervention takes away; S may be 0.
         answers: the class that each of the S interventions leaves as the answer, (N, S).
-        left: the margins once more where they are also judged whatever the idle logits promise, (N, S); else (N, 0).
+        left: the same margins where they are also scored without regard to the idle logits, (N, S); else (N, 0).
     """
 
     effects: Tensor
@@ -48,9 +50,9 @@ class Response(NamedTuple):
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """The names in :data:`SIDES` that there is something to judge by."""
+        """The names in :data:`SIDES` by which this response can be scored."""
         widths = (self.effects.shape[1], self.margins.shape[1], self.left.shape[1])
-        return tuple(side for side, width in zip(SIDES, widths, strict=True) if width)
+        return tuple(itertools.compress(SIDES, widths))
 
 
 class View:
@@ -110,7 +112,7 @@ class View:
         return self._gradient
 
     def response(self, runs: Sequence[Tensor], judged: Sequence[str] = SIDES[:2]) -> Response:
-        """Effects, margins and answers of interventions, as far as they are judged.
+        """Effects, margins and answers of interventions, as far as they are scored.
 
         Args:
             runs: logits (N, K) under each intervention.
@@ -208,7 +210,7 @@ KINDS: dict[str, type[Probe]] = {}
 
 
 class Probe(nn.Module, ABC):
-    """Interventions whose effects are judged together: one distance, one place in the report.
+    """Interventions whose effects are scored together: one distance, one entry in the report.
 
     Subclasses write :meth:`respond`. They are known by their kind from their definition on, so that a file of a
     detector can be loaded wherever the module that defines them has been imported. What a probe learns from clean
@@ -274,12 +276,12 @@ class Probe(nn.Module, ABC):
         return []
 
     def interventions(self) -> list[str]:
-        """The interventions in words; where margins are judged, these are the S."""
+        """The interventions in words; where margins are scored, these are the S."""
         return []
 
     def input_interventions(self) -> Sequence[Intervention]:
-        """Interventions on the input that can be done to a part of the image alone: explanations say with them where
-        in the image the alarm lies, and through which channels.
+        """Interventions on the input that can also be applied to a part of the image: explanations locate the alarm
+        with them, in the image and in the channels of a layer.
         """
         return ()
 
@@ -292,10 +294,10 @@ class Probe(nn.Module, ABC):
         return {name: _plain(getattr(self, name)) for name in inspect.signature(type(self)).parameters}
 
     def fit(self, classifier: ClassifierWrapper, images: Tensor, *, n_epochs: int, seed: int) -> None:
-        """Learn what it needs from clean images (N, C, H, W); most need nothing."""
+        """Fit its own parameters to clean images (N, C, H, W); most probes have none."""
 
     def allocate(self, shape: tuple[int, ...], value_range: tuple[float, float]) -> None:
-        """Make what :meth:`fit` makes, its values still missing: a file's are loaded into it.
+        """Make the modules that :meth:`fit` makes, without values: those of a file are loaded into them.
 
         Args:
             shape: of an image, (C, H, W).
@@ -350,7 +352,7 @@ class Smoothing(Probe):
     Args:
         name: of the probe.
         filters: :class:`~ce_plugin.interventions.Smooth` interventions, or the arguments that make them.
-        judged: by "distance", "reversal" or "margin", or several of these.
+        judged: how it is scored: by "distance", "reversal" or "margin", or several of these.
 
     Example:
         >>> probe = Smoothing("smoothing", [Smooth.gauss(1.0), Smooth.bits(1)])
@@ -405,7 +407,7 @@ class CounterAttack(Probe):
     Args:
         steps: sizes of the steps, in image units; each is one pass.
         value_range: least and greatest value of an image.
-        judged: by "distance", "reversal" or "margin", or several of these.
+        judged: how it is scored: by "distance", "reversal" or "margin", or several of these.
         name: of the probe.
 
     Example:
@@ -426,8 +428,9 @@ class CounterAttack(Probe):
     ) -> None:
         super().__init__(name, passes=2 + len(steps))
         self.judged = _checked_sides(judged)
-        if any(not step > 0 for step in steps):
-            raise ArgumentError(expected("steps", "positive sizes in image units", tuple(steps)))
+        for step in steps:
+            if not step > 0:
+                raise ArgumentError(expected("steps", "positive sizes in image units", tuple(steps)))
         self.steps = tuple(map(float, steps))
         low, high = value_range
         self.value_range = (float(low), float(high))
@@ -456,7 +459,7 @@ class CounterAttack(Probe):
 
     def interventions(self) -> list[str]:
         """The steps."""
-        return [f"a counter-attack step of {step:g}" for step in self.steps]
+        return list(map("a counter-attack step of {:g}".format, self.steps))
 
     def ranges(self) -> list[tuple[float, float]]:
         """That of the images that steps are clipped to."""
@@ -525,7 +528,7 @@ class _ChannelEffects(Probe):
     """The effect of one intervention on each channel of a layer, on the logit of the predicted class and the margin.
 
     How many channels there are is known when it runs only, so effects have no labels; and as one channel seldom
-    changes an answer, no margin is judged.
+    changes an answer, margins are not scored.
     """
 
     differentiable = False
@@ -605,9 +608,8 @@ class Interchange(_ChannelEffects):
 class Denoising(Probe):
     """Effects of do(x = D(x)), where the denoiser D is trained, when the detector is fitted, on clean images alone.
 
-    An adversarially trained denoiser (``eps`` above 0) is trained as well on what shakes the network behind it most,
-    found anew in every step: an attacker who knows the detector has to deceive a network that was prepared for that.
-    Training takes about five times as long.
+    An adversarially trained denoiser (``eps`` above 0) is also trained on the worst images near the clean ones, found
+    anew in every step: it resists attackers who know the detector. Training takes about five times as long.
 
     Args:
         width: of the :class:`~ce_plugin.detection.denoiser.Denoiser`.
@@ -615,7 +617,7 @@ class Denoising(Probe):
         eps: greatest change of a value in adversarial training, in image units; 0: plain training.
         passes: what a denoised run costs, in forward passes of the network, the denoiser included; counted in
             floating-point operations when it is fitted.
-        judged: by "distance", "reversal" or "margin", or several of these.
+        judged: how it is scored: by "distance", "reversal" or "margin", or several of these.
         name: of the probe.
 
     Attributes:
@@ -656,8 +658,8 @@ class Denoising(Probe):
         n_steps = max(self.least_steps, n_epochs * len(images) // 64)
         denoiser = train_denoiser(classifier, images, width=self.width, n_steps=n_steps, eps=self.eps, seed=seed)
         with classifier.guarded():
-            one = flops_of(lambda: classifier(images[:1]))
-        cost = round(flops_of(lambda: denoiser(images[:1].float())) / one, 1) if one else 0.0
+            one = flops_of(functools.partial(classifier, images[:1]))
+        cost = round(flops_of(functools.partial(denoiser, images[:1].float())) / one, 1) if one else 0.0
         self.denoiser, self.passes = denoiser, 1 + cost
 
     def allocate(self, shape: tuple[int, ...], value_range: tuple[float, float]) -> None:

@@ -1,4 +1,4 @@
-"""What a detector of adversarial examples is to the harness and to the attack: images in, scores out."""
+"""Protocols of detectors of adversarial examples: images in, scores out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scorers: how unusual what the probes measured is, and how that becomes one score."""
+"""Scorers: how unusual the probes' responses are, and how this becomes one score."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -51,9 +52,6 @@ class Sample:
         largest = leading.topk(min(3, leading.shape[1]), dim=1).values
         return torch.cat([*columns, leading.double(), largest.double()], 1)
 
-    def __len__(self) -> int:
-        return len(self.idle)
-
     def detached(self) -> Sample:
         """Without gradients, on the CPU."""
         responses = {}
@@ -84,11 +82,16 @@ class FittedModule(nn.Module):
     """A module whose buffers are what was fitted: without values before it is fitted, or a state dict is loaded.
 
     Their shapes are those of what is loaded, so load with ``load_state_dict(..., assign=True)``.
+
+    Attributes:
+        fitted: names of these buffers.
     """
 
-    def __init__(self, *buffers: str) -> None:
+    fitted: ClassVar[tuple[str, ...]]
+
+    def __init__(self) -> None:
         super().__init__()
-        for name in buffers:
+        for name in self.fitted:
             self.register_buffer(name, UninitializedBuffer())
 
 
@@ -113,9 +116,7 @@ class ClassScale(FittedModule):
 
     center: Tensor
     scale: Tensor
-
-    def __init__(self) -> None:
-        super().__init__("center", "scale")
+    fitted = ("center", "scale")
 
     def fit(self, effects: Tensor, predicted: Tensor, n_classes: int) -> ClassScale:
         """Centres and scales of clean images' effects (N, F), of predicted classes (N,)."""
@@ -169,9 +170,10 @@ class EffectDistance(FittedModule):
 
     mean: Tensor
     precision: Tensor
+    fitted = ("mean", "precision")
 
     def __init__(self) -> None:
-        super().__init__("mean", "precision")
+        super().__init__()
         self.classes = ClassScale()
 
     def fit(self, effects: Tensor, predicted: Tensor, n_classes: int) -> EffectDistance:
@@ -202,15 +204,15 @@ _PENALTY = 1.0
 
 
 class MarginResidual(FittedModule):
-    """The margin that is left under an intervention, compared with what the idle run promises.
+    """The margin that is left under an intervention, compared with the one predicted from the idle run.
 
     With m the margin of the predicted class under do(...) and z the idle logits, arsinh(m / s) of clean images is
     predicted linearly from z, its largest entries and the predicted class; r is the residual, and -r, over its
     spread in the class, says how much more than usual the intervention takes away. It is one-sided: an image whose
     answer an intervention does *not* shake is no reason for an alarm.
 
-    Without the condition on z, -r says how near to another answer, or how far into it, the intervention brings an
-    image, compared with clean ones of its predicted class: images that an attack left next to a boundary stand out.
+    Without the condition on z, -r measures how near the intervention brings an image to another answer, or how far
+    into it, compared with clean images of its predicted class: images that an attack left next to a boundary stand out.
 
     Args:
         conditional: whether the prediction is from z, or from the predicted class only.
@@ -235,9 +237,10 @@ class MarginResidual(FittedModule):
     unit: Tensor
     coefficients: Tensor
     spread: Tensor
+    fitted = ("unit", "coefficients", "spread")
 
     def __init__(self, conditional: bool = True) -> None:
-        super().__init__("unit", "coefficients", "spread")
+        super().__init__()
         self.conditional = conditional
 
     def fit(self, margins: Tensor, idle: Tensor) -> MarginResidual:
@@ -293,17 +296,17 @@ _BATCH = 256
 _LEARNING_RATE = 5e-3
 _DECAY = 0.1
 _INITIAL = 0.33
-# Beyond so many standard deviations a feature says no more: an image far from all attacked examples is like none.
+# Features are clipped at so many standard deviations: an image far from all attacked examples is like none of them.
 _FAR = 8.0
 
 
 class AttackClassifier(FittedModule):
     """Likeness of an image's effects to those of attacked examples.
 
-    z = (h(t) - center) / spread, where h is the logit of a network with two hidden layers, trained to tell attacked
-    images from clean and harmlessly altered ones, both kinds counting the same; center and spread are those of clean
-    and altered images that h was not trained on (four folds). It is one score among others: an attack of another
-    kind, which it takes for clean, is still seen by its deviations.
+    z = (h(t) - center) / spread, where h is the logit of a network with two hidden layers, trained to distinguish
+    attacked images from clean and harmlessly altered ones, both with the same total weight; center and spread are those
+    of clean and altered images that h was not trained on (four folds). It is one score among others: an attack of
+    another kind, which it takes for clean, still has unusual deviations.
 
     Args:
         n_features: P.
@@ -324,9 +327,10 @@ class AttackClassifier(FittedModule):
     scale: Tensor
     center: Tensor
     spread: Tensor
+    fitted = ("mean", "scale", "center", "spread")
 
     def __init__(self, n_features: int) -> None:
-        super().__init__("mean", "scale", "center", "spread")
+        super().__init__()
         # Weights come from `fit` or from a file, and not from the global random state.
         layer = functools.partial(nn.Linear, dtype=torch.float64, device="meta")
         layers = layer(n_features, _HIDDEN), nn.SiLU(), layer(_HIDDEN, _HIDDEN), nn.SiLU(), layer(_HIDDEN, 1)
@@ -401,9 +405,9 @@ def aggregate(deviations: Tensor, how: str = "soft_square") -> Tensor:
     ============= ================================== ===========================================================
     how           score of z_1 ... z_D
     ============= ================================== ===========================================================
-    "soft_square" sum_d softplus(z_d)^2              what sees nothing unusual says nothing
-    "sum"         sum_d z_d                          what finds an image very usual makes up for another
-    "max"         max_d z_d                          the most suspicious one decides
+    "soft_square" sum_d softplus(z_d)^2              usual deviations hardly count
+    "sum"         sum_d z_d                          very usual deviations offset unusual ones
+    "max"         max_d z_d                          the most unusual one decides
     ============= ================================== ===========================================================
 
     Args:
@@ -432,7 +436,7 @@ def aggregate(deviations: Tensor, how: str = "soft_square") -> Tensor:
 
 
 class ProbeScorer(nn.Module):
-    """The up to three ways in which one probe's response can be unusual.
+    """Scores how unusual one probe's response is, in up to three ways.
 
     Args:
         sides: those of :data:`~ce_plugin.detection.probes.SIDES` that the probe's responses have.
@@ -440,7 +444,7 @@ class ProbeScorer(nn.Module):
     Attributes:
         distance: of effects and idle logits from those of clean images, or None.
         reversal: what interventions take from the predicted class beyond the usual, or None.
-        margin: how little they leave of its margin, whatever the idle logits promise, or None.
+        margin: how little they leave of its margin, without regard to the idle logits, or None.
     """
 
     def __init__(self, sides: Sequence[str]) -> None:
@@ -473,7 +477,7 @@ class ProbeScorer(nn.Module):
 
 
 def _beside(response: Response, sample: Sample) -> Tensor:
-    """Effects beside the idle logits: a distance then sees whether an effect fits the answer that it changed."""
+    """Effects and idle logits side by side: the distance then depends on whether effects fit the logits."""
     return torch.cat([response.effects, leading_logits(sample.idle).to(response.effects)], 1)
 
 
@@ -482,12 +486,12 @@ _ALLOWANCE = 2.0
 
 
 class Scorer(FittedModule):
-    """From measured images to scores: a scorer for each probe, what it gives on clean images, and known attacks.
+    """From responses to scores: a scorer for each probe, their values on clean images, and an attack classifier.
 
     Args:
         how: see :func:`~ce_plugin.detection.scorers.aggregate`.
-        sides: by what each probe is judged, in their order; :meth:`fit` sees it from the responses.
-        n_features: of attacked examples, where it knows some; None: it knows none.
+        sides: how each probe is scored, in their order; :meth:`fit` takes it from the responses.
+        n_features: of the attacked examples that it was fitted to; None where there were none.
 
     Attributes:
         probes: a :class:`ProbeScorer` for each probe.
@@ -495,16 +499,17 @@ class Scorer(FittedModule):
             on, (D,), float64.
         usual: features of the clean images, each as it is and harmlessly altered, (n, V, P).
         allowance: what is taken from each deviation before it counts, (D,): 0 for probes that lead, else 2.
-        attacks: knows attacks by examples, or None.
+        attacks: the attack classifier, or None where there were no attacked examples.
     """
 
     center: Tensor
     spread: Tensor
     usual: Tensor
     allowance: Tensor
+    fitted = ("center", "spread", "usual", "allowance")
 
     def __init__(self, how: str, sides: Sequence[Sequence[str]] = (), n_features: int | None = None) -> None:
-        super().__init__("center", "spread", "usual", "allowance")
+        super().__init__()
         self.how = how
         self.probes = nn.ModuleList(map(ProbeScorer, sides))
         self.attacks = None if n_features is None else AttackClassifier(n_features)
@@ -523,13 +528,13 @@ class Scorer(FittedModule):
             seed: of the folds.
             leading: names of the probes that count in full; None: all.
         """
-        folds, parts = _folds(len(clean), generator(seed, "folds")), []
+        folds, parts = _folds(len(clean.idle), generator(seed, "folds")), []
         for fold in range(_FOLDS):
             self._fit_probes(clean, altered, (folds != fold).nonzero().squeeze(1))
             parts.append(self._scores(clean.select((folds == fold).nonzero().squeeze(1))))
         unseen = torch.cat(parts)
         self.center, self.spread = unseen.mean(0), unseen.std(0).clamp_min(1e-9)
-        self._fit_probes(clean, altered, torch.arange(len(clean)))
+        self._fit_probes(clean, altered, torch.arange(len(clean.idle)))
         versions = [clean.features()] if altered is None else [clean.features(), altered.features()]
         self.usual = torch.stack(versions, 1)
         allowances = []
@@ -540,7 +545,7 @@ class Scorer(FittedModule):
         return self
 
     def with_attacks(self, attacked: Sample, seed: int) -> Scorer:
-        """A copy that knows what these attacked images have in common that clean ones have not."""
+        """A copy with a classifier that is fitted to these attacked images."""
         again = copy.deepcopy(self).to(attacked.idle.device)
         features = attacked.features()
         again.attacks = AttackClassifier(features.shape[1]).fit(self.usual, features, seed)

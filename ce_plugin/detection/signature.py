@@ -32,8 +32,8 @@ class Signature:
 
     Args:
         probes: their names differ.
-        leading: names of the probes that count in full; of the others counts only what is beyond two standard
-            deviations, so that nothing is won by looking very usual to them. None: all count in full.
+        leading: names of the probes that count in full; of the others only what is beyond two standard
+            deviations counts, so that looking very usual to them gains nothing. None: all count in full.
 
     Attributes:
         probes, leading: as given.
@@ -57,10 +57,14 @@ class Signature:
     def __init__(self, probes: Sequence[Probe], *, leading: Sequence[str] | None = None) -> None:
         self.probes = tuple(probes)
         self.leading = None if leading is None else tuple(leading)
-        if not self.probes or not all(isinstance(probe, Probe) for probe in self.probes):
-            got = [type(probe).__name__ for probe in self.probes]
-            raise ArgumentError(expected("probes", "at least one Probe, and nothing else", got))
-        self.names = tuple(probe.name for probe in self.probes)
+        wanted, names = "at least one Probe, and nothing else", []
+        if not self.probes:
+            raise ArgumentError(expected("probes", wanted, "none"))
+        for probe in self.probes:
+            if not isinstance(probe, Probe):
+                raise ArgumentError(expected("probes", wanted, [type(probe).__name__]))
+            names.append(probe.name)
+        self.names = tuple(names)
         if len(set(self.names)) < len(self.names):
             raise ArgumentError(expected("probes", "probes of different names", list(self.names), "Pass `name=`."))
         if isinstance(leading, str) or self.leading == ():
@@ -104,11 +108,11 @@ class Signature:
     ) -> Signature:
         """For small pictures, where attackers may know the detector: an adversarially trained denoiser leads.
 
-        An attacker who knows :meth:`small_images` makes an image look usual to each of its interventions; those that
-        nobody prepared give way first, and what looks very usual to many makes up for the rest. Here the margin that an
-        adversarially trained denoiser leaves counts in full, and what the others say only where an image is clearly
-        unusual: there is nothing to make up with. Attackers who do not know the detector are seen a little less well,
-        and fitting takes several times as long, for the denoiser is attacked at each step of its training.
+        An attacker who knows :meth:`small_images` makes an image look usual to each of its interventions, and probes to
+        which it looks very usual offset the others. Here the margin that an adversarially trained denoiser leaves
+        counts in full, and the other probes only where an image is clearly unusual, so that nothing can be offset.
+        Attacks that do not know the detector are detected a little less often, and fitting takes several times as
+        long, for the denoiser is attacked at each step of its training.
 
         Args:
             value_range: least and greatest value of an image.
@@ -133,7 +137,7 @@ class Signature:
     def photographs(cls, value_range: tuple[float, float] = (0.0, 1.0)) -> Signature:
         """For photographs of a hundred pixels a side and more.
 
-        A network sees the same photograph a few pixels further on; an attack is made for the grid on which it lies.
+        A network gives a shifted photograph the same class; an attack is made for one position of the pixels.
         """
 
         def shift(dx: int, dy: int) -> Smooth:
@@ -204,7 +208,7 @@ class Signature:
         # Inside inference mode no probe could ask for a gradient.
         with classifier.guarded(), torch.inference_mode(False), torch.no_grad():
             for batch in torch.split(images, batch_size):
-                # Random numbers belong to the image, so that nothing depends on its place.
+                # Random numbers depend on the image and not on its place in the batch.
                 ids = digests(batch)
                 altered = batch if augmentation is None else augmentation(batch, ids, seed)
                 parts.append(self.respond(View(classifier, altered, ids, seed)).detached())

@@ -21,12 +21,12 @@ _CHUNK = 1 << 17
 _SOFTENING = 0.01
 
 
-def in_chunks(work: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Apply ``work`` to a few images at a time on a CPU, so that they fit into its cache."""
+def in_chunks(work: Callable[..., Tensor], images: Tensor, *parameters: Any) -> Tensor:
+    """``work(images, *parameters)``, a few images at a time on a CPU, so that they fit into its cache."""
     each = max(1, _CHUNK // max(1, images[:1].numel()))
     if images.device.type != "cpu" or len(images) <= each:
-        return work(images)
-    return torch.cat([work(part) for part in torch.split(images, each)])
+        return work(images, *parameters)
+    return torch.cat([work(part, *parameters) for part in torch.split(images, each)])
 
 
 def straight_through(rounded: Tensor, images: Tensor) -> Tensor:
@@ -125,9 +125,7 @@ def median(images: Tensor, size: int) -> Tensor:
     """
     if size == 1:
         return images
-    if images.requires_grad:
-        return in_chunks(lambda part: _Median.apply(part, size), images)
-    return in_chunks(lambda part: _median(_windowed(part, size), size), images)
+    return in_chunks(_Median.apply if images.requires_grad else _median, images, size)
 
 
 def _windowed(images: Tensor, size: int) -> Tensor:
@@ -142,7 +140,8 @@ def _places(padded: Tensor, size: int) -> list[Tensor]:
     return [padded[..., y : y + height, x : x + width] for y, x in itertools.product(range(size), repeat=2)]
 
 
-def _median(padded: Tensor, size: int) -> Tensor:
+def _median(images: Tensor, size: int) -> Tensor:
+    padded = _windowed(images, size)
     if size == 2:
         return _median_of_4(padded)
     if size == 3:
@@ -158,7 +157,7 @@ class _Median(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, size: int) -> Tensor:
-        middle = _median(_windowed(images, size), size)
+        middle = _median(images, size)
         ctx.save_for_backward(images, middle)
         ctx.size = size
         return middle

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypedDict, Union
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ce_plugin.errors import ArgumentError, InputError, expected, unknown_name
 from ce_plugin.interventions import _filters as filters
 from ce_plugin.interventions.base import Context, Intervention, Normalization, NormalizationLike
 
-Step = tuple[Union[str, int, float], ...]
+Step = tuple[Any, ...]
 Range = tuple[float, float]
 
 
@@ -30,32 +30,59 @@ class _Parameter(NamedTuple):
 
     name: str
     wanted: str
-    fits: Callable[[Any], bool] = lambda value: True
+    least: float = -math.inf
+    greatest: float = math.inf
     whole: bool = False
 
 
-_WINDOW = _Parameter("size", "a whole number of pixels, 1 or more", lambda size: size >= 1, whole=True)
+class _Filter(NamedTuple):
+    """One filter.
+
+    Args:
+        apply: the images, least and greatest value of an image, and the filter's parameters to the filtered images.
+        parameters: what they may be.
+        pointwise: whether it looks at one value at a time, so that inputs need not be images.
+    """
+
+    apply: Callable[..., Tensor]
+    parameters: tuple[_Parameter, ...]
+    pointwise: bool = False
+
+
+_POSITIVE = math.nextafter(0.0, 1.0)
+_SIZE = _Parameter("size", "a whole number of pixels, 1 or more", least=1, whole=True)
+_DEPTH = _Parameter("depth", "a whole number of bits from 1 to 16", least=1, greatest=16, whole=True)
+_QUALITY = _Parameter("quality", "a whole number from 1 to 100", least=1, greatest=100, whole=True)
+_SIGMA = _Parameter("sigma", "a positive number", least=_POSITIVE)
 _ENDS = (_Parameter("low", "a number"), _Parameter("high", "a number"))
-_SIGMA = _Parameter("sigma", "a positive number", lambda sigma: sigma > 0)
-_KINDS: dict[str, tuple[_Parameter, ...]] = {
-    "bits": (_Parameter("depth", "a whole number of bits from 1 to 16", lambda depth: 1 <= depth <= 16, whole=True),),
-    "median": (_WINDOW,),
-    "mean": (_WINDOW,),
-    "gauss": (_SIGMA,),
-    "jpeg": (_Parameter("quality", "a whole number from 1 to 100", lambda quality: 1 <= quality <= 100, whole=True),),
-    "soft_threshold": (_Parameter("threshold", "a number, 0 or more", lambda threshold: threshold >= 0),),
-    "clip": _ENDS,
-    "stretch": _ENDS,
-    "scale": (_Parameter("factor", "a number, 0 or more", lambda factor: factor >= 0),),
-    "shift": tuple(_Parameter(name, "a whole number of pixels", whole=True) for name in ("dx", "dy")),
-    "tv": (
-        _Parameter("weight", "a positive number", lambda weight: weight > 0),
-        _Parameter("n_iter", "a whole number of steps, 1 or more", lambda n_iter: n_iter >= 1, whole=True),
+_OFFSETS = tuple(_Parameter(name, "a whole number of pixels", whole=True) for name in ("dx", "dy"))
+_THRESHOLD = _Parameter("threshold", "a number, 0 or more", least=0)
+_FACTOR = _Parameter("factor", "a number, 0 or more", least=0)
+_WEIGHT = _Parameter("weight", "a positive number", least=_POSITIVE)
+_N_ITER = _Parameter("n_iter", "a whole number of steps, 1 or more", least=1, whole=True)
+
+
+def _stretched(x: Tensor, low: float, high: float, start: float, end: float) -> Tensor:
+    return ((x - start) * ((high - low) / (end - start)) + low).clamp(low, high)
+
+
+_FILTERS = {
+    "bits": _Filter(lambda x, low, high, depth: filters.quantised(x, depth, low, high), (_DEPTH,), pointwise=True),
+    "median": _Filter(lambda x, low, high, size: filters.median(x, size), (_SIZE,)),
+    "mean": _Filter(lambda x, low, high, size: filters.box_mean(x, size), (_SIZE,)),
+    "gauss": _Filter(lambda x, low, high, sigma: filters.gaussian(x, sigma), (_SIGMA,)),
+    "jpeg": _Filter(lambda x, low, high, quality: filters.jpeg(x, quality, low, high), (_QUALITY,)),
+    "soft_threshold": _Filter(lambda x, low, high, t: filters.soft_threshold(x, t, low), (_THRESHOLD,), pointwise=True),
+    "clip": _Filter(lambda x, low, high, least, greatest: x.clamp(least, greatest), _ENDS, pointwise=True),
+    "stretch": _Filter(_stretched, _ENDS, pointwise=True),
+    "scale": _Filter(lambda x, low, high, factor: (x - low) * factor + low, (_FACTOR,), pointwise=True),
+    "shift": _Filter(lambda x, low, high, dx, dy: filters.translated(x, dx, dy), _OFFSETS),
+    "tv": _Filter(
+        lambda x, low, high, weight, n: filters.total_variation(x, weight, n, high - low), (_WEIGHT, _N_ITER)
     ),
-    "noise": (_SIGMA,),
+    # Its numbers depend on the examples as well: see `Smooth.values`.
+    "noise": _Filter(lambda x, low, high, sigma, drawn: x + sigma * drawn, (_SIGMA,), pointwise=True),
 }
-# These work on single values, so that inputs need not be images.
-_POINTWISE = ("bits", "soft_threshold", "clip", "stretch", "scale", "noise")
 
 
 def _checked_step(step: Sequence[str | float]) -> Step:
@@ -68,13 +95,13 @@ def _checked_step(step: Sequence[str | float]) -> Step:
     if isinstance(step, str) or not len(step) or not isinstance(step[0], str):
         raise ArgumentError(expected("steps", "tuples (name, parameters) such as ('gauss', 1.0)", repr(step)))
     kind, given = step[0], step[1:]
-    if kind not in _KINDS:
-        raise unknown_name("steps", kind, _KINDS)
-    parameters = _KINDS[kind]
+    if kind not in _FILTERS:
+        raise unknown_name("steps", kind, _FILTERS)
+    parameters = _FILTERS[kind].parameters
     if len(given) != len(parameters):
         names = ", ".join(f"`{parameter.name}`" for parameter in parameters)
         raise ArgumentError(expected("steps", f"{names} after {kind!r}", f"{len(given)} parameters"))
-    checked = [_checked_value(parameter, value) for parameter, value in zip(parameters, given, strict=True)]
+    checked = list(map(_checked_value, parameters, given))
     if kind in ("clip", "stretch") and not checked[0] < checked[1]:
         raise ArgumentError(expected("high", f"greater than low = {checked[0]}", checked[1]))
     return (kind, *checked)
@@ -85,8 +112,8 @@ def _checked_value(parameter: _Parameter, given: str | float) -> int | float:
         value = float(given)
     except (TypeError, ValueError):
         value = math.nan
-    fits = math.isfinite(value) and not isinstance(given, (str, bool)) and parameter.fits(value)
-    if not fits or (parameter.whole and not value.is_integer()):
+    fits = math.isfinite(value) and parameter.least <= value <= parameter.greatest
+    if not fits or isinstance(given, (str, bool)) or (parameter.whole and not value.is_integer()):
         raise ArgumentError(expected(parameter.name, parameter.wanted, repr(given)))
     return int(value) if parameter.whole else value
 
@@ -140,7 +167,7 @@ class Smooth(Intervention):
         if isinstance(steps, str) or not len(steps):
             wanted = "a sequence of steps such as [('gauss', 1.0), ('bits', 1)]"
             raise ArgumentError(expected("steps", wanted, repr(steps), "One filter is `Smooth.gauss(1.0)`."))
-        self.steps = tuple(_checked_step(step) for step in steps)
+        self.steps = tuple(map(_checked_step, steps))
         low, high = value_range
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ArgumentError(expected("value_range", "a pair (least, greatest) with least < greatest", value_range))
@@ -247,44 +274,27 @@ class Smooth(Intervention):
         """
         if not clean.is_floating_point():
             raise InputError(expected("inputs", "of a floating type", clean.dtype, "Write `x.float()`."))
-        if clean.dim() != 4 and any(step[0] not in _POINTWISE for step in self.steps):
+        if clean.dim() != 4 and not all(_FILTERS[step[0]].pointwise for step in self.steps):
             raise InputError(expected("inputs", f"images (N, C, H, W) for {self!r}", f"shape {tuple(clean.shape)}"))
         if not clean.numel():
             return clean
         exact = clean if clean.dtype in (torch.float32, torch.float64) else clean.float()
         image = self.normalization.to_image(exact)
-        for place, step in enumerate(self.steps):
-            image = self._filtered(image, step, context, place)
+        for place, (kind, *parameters) in enumerate(self.steps):
+            if kind == "noise":
+                parameters.append(_noise(image, context, place))
+            image = _FILTERS[kind].apply(image, *self.value_range, *parameters)
         return self.normalization.to_model(image).to(clean.dtype)
 
-    def _filtered(self, image: Tensor, step: Step, context: Context, place: int) -> Tensor:
-        kind = step[0]
-        a, b = (*(float(value) for value in step[1:]), 0.0)[:2]
-        low, high = self.value_range
-        filtered: dict[str, Callable[[], Tensor]] = {
-            "bits": lambda: filters.quantised(image, int(a), low, high),
-            "median": lambda: filters.median(image, int(a)),
-            "mean": lambda: filters.box_mean(image, int(a)),
-            "gauss": lambda: filters.gaussian(image, a),
-            "jpeg": lambda: filters.jpeg(image, int(a), low, high),
-            "soft_threshold": lambda: filters.soft_threshold(image, a, low),
-            "clip": lambda: image.clamp(a, b),
-            "stretch": lambda: ((image - a) * ((high - low) / (b - a)) + low).clamp(low, high),
-            "scale": lambda: (image - low) * a + low,
-            "shift": lambda: filters.translated(image, int(a), int(b)),
-            "tv": lambda: filters.total_variation(image, a, int(b), high - low),
-            "noise": lambda: image + a * _noise(image, context, place),
-        }
-        return filtered[str(kind)]()
-
     def __repr__(self) -> str:
-        parts = [f"Smooth.{step[0]}({', '.join(map(repr, step[1:]))})" for step in self.steps]
         units = []
         if not self.normalization.is_identity:
             units.append(f"normalization=({self.normalization.mean}, {self.normalization.std})")
         if self.value_range != (0.0, 1.0):
             units.append(f"value_range={self.value_range}")
-        parts = [", ".join([part[:-1], *units]) + ")" for part in parts]
+        parts = []
+        for kind, *parameters in self.steps:
+            parts.append(f"Smooth.{kind}({', '.join([*map(repr, parameters), *units])})")
         return parts[0] if len(parts) == 1 else f"Smooth.chain({', '.join(parts)})"
 
 

@@ -307,7 +307,7 @@ def test_some_rows_of_a_sample_and_several_samples() -> None:
     whole = sample(30)
     parts = [whole.select(slice(0, 10)), whole.select(torch.arange(10, 30))]
     again = Sample.joined(parts)
-    assert len(again) == 30
+    assert len(again.idle) == 30
     assert torch.equal(again.idle, whole.idle)
     assert torch.equal(again.predicted, whole.idle.argmax(1))
     for name in ("effects", "margins", "answers", "left"):

@@ -1,4 +1,4 @@
-"""The attack that knows the detector: it fools the classifier and looks clean at once."""
+"""The adaptive attack: it knows the detector, fools the classifier and keeps the detector's score low."""
 
 from ce_plugin.detection.adaptive.attack import AdaptiveEvasion
 from ce_plugin.detection.adaptive.objective import LOSSES

@@ -1,4 +1,4 @@
-"""The adaptive attack as ART knows attacks."""
+"""The adaptive attack as an attack of ART: its settings, its checks, and one call of `generate`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ce_plugin.detection.adaptive.objective import LOSSES, Ball, TargetModel
-from ce_plugin.detection.adaptive.results import AdaptiveReport, Curves, Incumbent, distances
-from ce_plugin.detection.adaptive.search import Candidates, SearchBatch, SearchConfig, search
+from ce_plugin.detection.adaptive.results import AdaptiveReport, Curves
+from ce_plugin.detection.adaptive.search import Candidates, Search, SearchBatch, SearchConfig
 from ce_plugin.detection.protocol import DifferentiableDetector
 from ce_plugin.errors import AttackError, InputError, ModelError, TargetError, expected, unknown_name
 from ce_plugin.networks.forward import load_art, unwrap
@@ -25,192 +25,6 @@ from ce_plugin.networks.guard import state_guard
 from ce_plugin.randomness import derived_seed
 
 Array = npt.NDArray[Any]
-_WRITE = "Give the class `score_tensor(images: Tensor) -> Tensor (N,)`, with a gradient, or use an attack without one."
-
-
-def norm_name(norm: object) -> str:
-    """ "inf" or "2", however it was written.
-
-    Example:
-        >>> norm_name(np.inf), norm_name(2)
-        ('inf', '2')
-    """
-    if norm in ("inf", math.inf):
-        return "inf"
-    if norm in ("2", 2):
-        return "2"
-    raise AttackError(expected("norm", "'inf' or 2", repr(norm)))
-
-
-def check_detector(detector: object) -> None:
-    """A detector must have a score with a gradient."""
-    if not callable(getattr(detector, "score_tensor", None)):
-        name = type(detector).__name__
-        raise ModelError(expected("detector", "one with a method `score_tensor`", f"{name}, which has none", _WRITE))
-
-
-def check_settings(attack: Any) -> None:
-    """The settings of an :class:`AdaptiveEvasion`, its attributes."""
-    norm_name(attack.norm)
-    if isinstance(attack.losses, str) or not len(attack.losses):
-        raise AttackError(expected("losses", "a sequence of names", repr(attack.losses), f"All: {tuple(LOSSES)}."))
-    for loss in attack.losses:
-        if loss not in LOSSES:
-            raise unknown_name("losses", loss, LOSSES)
-    if not _number(attack.eps) or not attack.eps > 0:
-        raise AttackError(expected("eps", "a number above 0, or math.inf", repr(attack.eps)))
-    if not _number(attack.eps_step) or not 0 < attack.eps_step < math.inf:
-        raise AttackError(expected("eps_step", "a share of eps, above 0", repr(attack.eps_step)))
-    for name, least in (("steps", 1), ("restarts", 1), ("width", 1), ("eot", 1), ("batch_size", 1)):
-        _check_count(name, getattr(attack, name), least)
-    if attack.levels is not None:
-        _check_count("levels", attack.levels, 2)
-    if not isinstance(attack.seed, (int, np.integer)):
-        raise AttackError(expected("seed", "an integer", repr(attack.seed)))
-    if attack.threshold is not None and (not _number(attack.threshold) or math.isnan(attack.threshold)):
-        raise AttackError(expected("threshold", "a score, or None", repr(attack.threshold)))
-
-
-def check_images(name: str, images: object, clip: tuple[float, float], shape: tuple[int, ...] | None = None) -> Array:
-    """Images (N, ...) of a floating type, finite, inside the clip values, and of a shape where that is given."""
-    array = np.asarray(images)
-    if array.ndim < 2 or not len(array) or not np.issubdtype(array.dtype, np.floating):
-        wanted = "images (N, ...) of a floating type"
-        raise InputError(
-            expected(name, wanted, f"{array.dtype} of shape {array.shape}", "Write `x.astype('float32')`.")
-        )
-    if shape is not None and array.shape[1:] != shape:
-        raise InputError(expected(name, f"images of shape {shape}", array.shape[1:]))
-    low, high = float(array.min()), float(array.max())
-    slack = 1e-6 * (clip[1] - clip[0])
-    if not (clip[0] - slack <= low and high <= clip[1] + slack):
-        hint = "Bring them into image units."
-        raise InputError(expected(name, f"images inside the clip values {clip}", f"values in [{low}, {high}]", hint))
-    return array
-
-
-def whole_labels(y: Array | None, predicted: Array, n_classes: int) -> Array:
-    """Labels (N,) as whole numbers, from indices, one-hot rows, or predictions where there are none."""
-    if y is None:
-        return predicted
-    labels = np.asarray(y)
-    if labels.ndim == 2 and labels.shape[1] == n_classes:
-        labels = labels.argmax(axis=1)
-    labels = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    if labels.shape != predicted.shape:
-        raise TargetError(expected("y", f"labels ({len(predicted)},) or ({len(predicted)}, {n_classes})", labels.shape))
-    whole = labels.astype(np.int64)
-    if (whole != labels).any() or whole.min() < 0 or whole.max() >= n_classes:
-        raise TargetError(expected("y", f"classes 0 to {n_classes - 1}", f"values {labels.min()} to {labels.max()}"))
-    return whole
-
-
-def check_ids(ids: Sequence[int] | None, n: int) -> list[int]:
-    """One id per image: its position where none is given."""
-    result = list(range(n)) if ids is None else [int(i) for i in ids]
-    if len(result) != n:
-        raise InputError(expected("ids", f"one id per image, {n}", len(result)))
-    return result
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-        raise AttackError(expected(name, f"a whole number from {least}", repr(value)))
-
-
-class AttackRun:
-    """One call of ``generate``, with everything checked that can be checked without running the network."""
-
-    def __init__(
-        self,
-        attack: AdaptiveEvasion,
-        model: TargetModel,
-        clip: tuple[float, float],
-        images: Array,
-        starts: Array | None,
-        candidates: Array | None,
-        ids: list[int],
-    ) -> None:
-        self.attack = attack
-        self.model = model
-        self.clip = clip
-        self.images = images
-        self.starts = starts
-        self.ids = ids
-        self.device = torch.device(attack.estimator.device)
-        self.config = SearchConfig(
-            losses=tuple(attack.losses),
-            restarts=attack.restarts,
-            width=attack.width,
-            steps=attack.steps,
-            step=attack.eps_step,
-            seed=attack.seed,
-            threshold=attack.threshold,
-        )
-        self.curves = Curves(self.config.losses, attack.restarts, attack.steps)
-        self.candidates = None if candidates is None else Candidates(model, self._tensor(candidates), attack.batch_size)
-
-    def run(self, y: Array | None) -> tuple[Array, AdaptiveReport]:
-        """Attack all images, batch by batch."""
-        size, n = max(1, self.attack.batch_size // self.config.width), len(self.images)
-        slices = [slice(begin, min(begin + size, n)) for begin in range(0, n, size)]
-        logits = torch.cat([self.model.predict(self._tensor(self.images[rows])) for rows in slices])
-        labels = whole_labels(y, logits.argmax(dim=1).cpu().numpy(), logits.shape[1])
-        balls = [self._ball(rows) for rows in slices]
-        ticks = len(slices) * self.config.restarts * len(self.config.losses)
-        parts = []
-        with tqdm(total=ticks, desc="AdaptiveEvasion", disable=not self.attack.verbose) as bar:
-            for rows, ball in zip(slices, balls, strict=True):
-                whole = torch.from_numpy(labels[rows]).to(self.device)
-                parts.append(self._attack(ball, whole, logits[rows], rows, bar))
-        found = np.concatenate([part[0] for part in parts])
-        columns = {key: np.concatenate([part[1][key] for part in parts]) for key in parts[0][1]}
-        return found, AdaptiveReport(**columns, curves=self.curves.means(), threshold=self.config.threshold)
-
-    def _tensor(self, images: Array) -> Tensor:
-        like = np.float64 if self.images.dtype == np.float64 else np.float32
-        return torch.from_numpy(np.ascontiguousarray(images, dtype=like)).to(self.device).clamp(*self.clip)
-
-    def _ball(self, rows: slice) -> Ball:
-        norm = norm_name(self.attack.norm)
-        ball = Ball(self._tensor(self.images[rows]), float(self.attack.eps), norm, self.clip, self.attack.levels)
-        if ball.is_frozen or not ball.contains(ball.store(ball.clean)).all():
-            step = (self.clip[1] - self.clip[0]) / ((self.attack.levels or 2) - 1)
-            hint = "Allow more, or pass `levels=None`."
-            raise AttackError(expected("eps", f"large enough for one level, {step:.4g}", self.attack.eps, hint))
-        return ball
-
-    def _attack(
-        self, ball: Ball, labels: Tensor, logits: Tensor, rows: slice, bar: Any
-    ) -> tuple[Array, dict[str, Array]]:
-        stored = ball.store(ball.clean)
-        incumbent = Incumbent(stored, self.model.evaluate(stored, labels), "clean")
-        everything = torch.arange(len(stored), device=self.device)
-        if self.starts is not None:
-            stored = ball.store(ball.project(self._tensor(self.starts[rows])))
-            incumbent.offer(stored, self.model.evaluate(stored, labels), everything, ("start", -1))
-        ids = self.ids[rows]
-        none = ball.clean[:, None][:, :0]
-        near = none if self.candidates is None else self.candidates.near(ball, labels, ids, self.config, incumbent)
-        search(
-            self.model, SearchBatch(ball, labels, ids, logits, near), self.config, incumbent, self.curves, bar.update
-        )
-        evaluated = self.model.evaluate(incumbent.images, labels)
-        columns = {
-            "success": incumbent.success.cpu().numpy(),
-            "score": evaluated.score.double().cpu().numpy(),
-            "margin": evaluated.margin.double().cpu().numpy(),
-            "norm": distances(ball.clean, incumbent.images, ball.norm),
-            "prediction": evaluated.predicted.cpu().numpy(),
-            "loss": np.array([name for name, _ in incumbent.origin], dtype=object),
-            "restart": np.array([restart for _, restart in incumbent.origin]),
-        }
-        return incumbent.images.cpu().numpy().astype(self.images.dtype), columns
-
 
 load_art()
 
@@ -229,27 +43,26 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
     * ``"selective"``: the gradient of the margin until the image is misclassified, then that of the score;
     * ``"orthogonal"``: the same, each without its component along the other;
     * ``"lagrangian"``: both at once, the margin's weighted by what each image needs to stay misclassified;
-    * ``"targeted"``: the same towards one class: each point another, or the one that a candidate or a find shows.
+    * ``"targeted"``: the same towards one class: each point another, or the one of a misclassified start.
 
     Every image on the way is rounded to ``levels`` before it is evaluated, and gradients are those at the rounded
-    image, so that one pass serves for both. The lead that is asked of the wrong class differs between points: large at
+    image, so that one pass serves for both. The lead that the wrong class is to have differs between points: large at
     first, or negative (the score falls first); it goes to zero over the first half of the steps. The first and the
     third restart start near the clean image, a share of its values replaced by random ones, the second at candidates,
-    and all others between the best image so far and other good finds of the runs before: where two valleys are known,
-    the way between them leads to lower ones. Each runs from ``width`` points at once. What is returned is the best
-    image of all: misclassified with the least score, or, where none is misclassified, that with the greatest margin,
-    which counts as a failure. A restart knows only of those before it, so that more restarts never weaken the attack.
+    and all others between the best image so far and other good results of earlier runs: between two minima there are
+    often lower ones. Each runs from ``width`` points at once. Returned is the best image of all: misclassified with the
+    least score, or, where none is misclassified, the one with the greatest margin, which counts as a failure. A restart
+    knows only of those before it, so that more restarts never weaken the attack.
 
-    Only two things are asked of what is attacked: the network inside the classifier, and
-    ``detector.score_tensor(images)``. Roundings inside a detector are its own affair (it passes gradients straight
-    through); for one that draws random numbers, ``eot`` draws are averaged.
+    Only two things are used: the network inside the classifier, and ``detector.score_tensor(images)``. A detector that
+    rounds should pass gradients straight through; for one that draws random numbers, ``eot`` draws are averaged.
 
-    A search that ends is no proof that nothing lower exists: look at ``report.late_gain()``, at whether the losses
-    agree, and at what more restarts bring. Seen in development (a CNN for MNIST, Mahalanobis distance, eps 0.3, the
-    stubborn ones among two dozen images): starts between finds led lower than as many starts between the best and
-    random points, and starts with few values changed lower than uniformly random ones. Without the condition that the
-    image be misclassified, nearly every start led down to one floor, below all that is found with it: it is the
-    boundary that holds scores up and divides the valleys.
+    The search proves no lower bound: look at ``report.late_gain()``, at whether the losses agree, and at what more
+    restarts bring. Measured in development (a CNN for MNIST, Mahalanobis distance, eps 0.3, the hardest of two dozen
+    images): starts between earlier results led to lower scores than as many starts between the best and random points,
+    and starts with few values changed to lower ones than uniformly random starts. Without the condition that the image
+    be misclassified, nearly every start led to the same minimum, below all that are found with it: the decision
+    boundary separates the local minima and keeps their scores up.
 
     Args:
         estimator: ART ``PyTorchClassifier`` with clip values, of at least two classes.
@@ -271,7 +84,7 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
         seed: of everything random, together with each image's id.
         threshold: score above which the detector raises an alarm. An image at or below it is not attacked further,
             which is quicker; None lowers every score as far as it goes. For an AUROC the least score of
-            clean images is enough: nothing is won below it.
+            clean images is enough.
         candidates: images (M, ...) of other classes, such as those that the detector was fitted on. At most 128
             of them are tried for each image; brought into the ball they are also starts.
         verbose: show progress.
@@ -379,7 +192,7 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
         starts: Array | None = None,
         ids: Sequence[int] | None = None,
     ) -> Array:
-        """The best image found for each image; :attr:`report` says what it reached.
+        """The best result for each image; :attr:`report` holds what it reaches.
 
         Args:
             x: images (N, ...) of a floating type, in image units, inside the clip values.
@@ -400,19 +213,142 @@ class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types
         network, clip = unwrap(self.estimator)
         if clip is None:
             raise AttackError(expected("estimator", "a classifier with clip values", "none", "Pass `clip_values=`."))
-        images = check_images("x", x, clip)
+        images = _checked_images("x", x, clip)
         shape = images.shape[1:]
-        given = None if starts is None else check_images("starts", starts, clip, shape)
+        given = None if starts is None else _checked_images("starts", starts, clip, shape)
         if given is not None and len(given) != len(images):
             raise InputError(expected("starts", f"one image for each of `x`, {len(images)}", len(given)))
-        candidates = None if self.candidates is None else check_images("candidates", self.candidates, clip, shape)
-        names = check_ids(ids, len(images))
+        candidates = None if self.candidates is None else _checked_images("candidates", self.candidates, clip, shape)
+        names = list(range(len(images))) if ids is None else [int(i) for i in ids]
+        if len(names) != len(images):
+            raise InputError(expected("ids", f"one id per image, {len(images)}", len(names)))
+
+        def tensor(array: Array) -> Tensor:
+            dtype = np.float64 if images.dtype == np.float64 else np.float32
+            return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype)).to(self.estimator.device).clamp(*clip)
+
         with state_guard(network, self.detector, seed=derived_seed(self.seed, "adaptive")):
-            run = AttackRun(self, TargetModel(network, self.detector, self.eot), clip, images, given, candidates, names)
-            found, self.report = run.run(y)
-        return found
+            model = TargetModel(network, self.detector, self.eot)
+            known = None if candidates is None else Candidates(model, tensor(candidates), self.batch_size)
+            size = max(1, self.batch_size // self.width)
+            slices = [slice(begin, min(begin + size, len(images))) for begin in range(0, len(images), size)]
+            logits = [model.predict(tensor(images[rows])) for rows in slices]
+            labels = _checked_labels(y, torch.cat(logits))
+            batches = []
+            for rows, some in zip(slices, logits, strict=True):
+                start = None if given is None else tensor(given[rows])
+                ball = self._ball(tensor(images[rows]), clip)
+                batches.append(SearchBatch(ball, labels[rows], names[rows], some, start))
+            found, self.report = self._search(model, batches, known)
+        return found.astype(images.dtype)
+
+    def _search(
+        self, model: TargetModel, batches: Sequence[SearchBatch], candidates: Candidates | None
+    ) -> tuple[Array, AdaptiveReport]:
+        """The best images, and what they reach."""
+        config = SearchConfig(
+            losses=tuple(self.losses),
+            restarts=self.restarts,
+            width=self.width,
+            steps=self.steps,
+            step=self.eps_step,
+            seed=self.seed,
+            threshold=self.threshold,
+        )
+        curves, images, columns = Curves(config.losses, config.restarts, config.steps), [], []
+        n_runs = len(batches) * config.restarts * len(config.losses)
+        with tqdm(total=n_runs, desc="AdaptiveEvasion", disable=not self.verbose) as bar:
+            for batch in batches:
+                incumbent = Search(model, batch, config, candidates).run(curves, lambda: bar.update())
+                columns.append(incumbent.columns(model.evaluate(incumbent.images, batch.labels), batch.ball))
+                images.append(incumbent.images.cpu().numpy())
+        joined = {name: np.concatenate([some[name] for some in columns]) for name in columns[0]}
+        return np.concatenate(images), AdaptiveReport(**joined, curves=curves.means(), threshold=config.threshold)
+
+    def _ball(self, clean: Tensor, clip: tuple[float, float]) -> Ball:
+        """Where the images of a batch may go."""
+        ball = Ball(clean, float(self.eps), _norm_name(self.norm), clip, self.levels)
+        if ball.is_frozen or not ball.contains(ball.store(ball.clean)).all():
+            step = (clip[1] - clip[0]) / ((self.levels or 2) - 1)
+            hint = "Allow more, or pass `levels=None`."
+            raise AttackError(expected("eps", f"large enough for one level, {step:.4g}", self.eps, hint))
+        return ball
 
     def _check_params(self) -> None:
+        """Whether the settings can be; ART calls it after `set_params`."""
         super()._check_params()
-        check_detector(self.detector)
-        check_settings(self)
+        if not callable(getattr(self.detector, "score_tensor", None)):
+            got = f"{type(self.detector).__name__}, which has none"
+            method = "`score_tensor(images: Tensor) -> Tensor (N,)`"
+            hint = f"Give the class {method}, with a gradient, or use an attack without one."
+            raise ModelError(expected("detector", "one with a method `score_tensor`", got, hint))
+        _norm_name(self.norm)
+        if isinstance(self.losses, str) or not len(self.losses):
+            raise AttackError(expected("losses", "a sequence of names", repr(self.losses), f"All: {tuple(LOSSES)}."))
+        for loss in self.losses:
+            if loss not in LOSSES:
+                raise unknown_name("losses", loss, LOSSES)
+        if not _is_number(self.eps) or not self.eps > 0:
+            raise AttackError(expected("eps", "a number above 0, or math.inf", repr(self.eps)))
+        if not _is_number(self.eps_step) or not 0 < self.eps_step < math.inf:
+            raise AttackError(expected("eps_step", "a share of eps, above 0", repr(self.eps_step)))
+        least = {"steps": 1, "restarts": 1, "width": 1, "eot": 1, "batch_size": 1, "levels": 2}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+            if (not is_whole or value < smallest) and not (name == "levels" and value is None):
+                raise AttackError(expected(name, f"a whole number from {smallest}", repr(value)))
+        if not isinstance(self.seed, (int, np.integer)):
+            raise AttackError(expected("seed", "an integer", repr(self.seed)))
+        if self.threshold is not None and (not _is_number(self.threshold) or math.isnan(self.threshold)):
+            raise AttackError(expected("threshold", "a score, or None", repr(self.threshold)))
+
+
+def _norm_name(norm: object) -> str:
+    """ "inf" or "2", however it was written."""
+    if norm in ("inf", math.inf):
+        return "inf"
+    if norm in ("2", 2):
+        return "2"
+    raise AttackError(expected("norm", "'inf' or 2", repr(norm)))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def _checked_images(
+    name: str, images: object, clip: tuple[float, float], shape: tuple[int, ...] | None = None
+) -> Array:
+    """Images (N, ...) of a floating type, finite, inside the clip values, and of a shape where that is given."""
+    array = np.asarray(images)
+    if array.ndim < 2 or not len(array) or not np.issubdtype(array.dtype, np.floating):
+        wanted = "images (N, ...) of a floating type"
+        raise InputError(
+            expected(name, wanted, f"{array.dtype} of shape {array.shape}", "Write `x.astype('float32')`.")
+        )
+    if shape is not None and array.shape[1:] != shape:
+        raise InputError(expected(name, f"images of shape {shape}", array.shape[1:]))
+    low, high = float(array.min()), float(array.max())
+    slack = 1e-6 * (clip[1] - clip[0])
+    if not (clip[0] - slack <= low and high <= clip[1] + slack):
+        hint = "Bring them into image units."
+        raise InputError(expected(name, f"images inside the clip values {clip}", f"values in [{low}, {high}]", hint))
+    return array
+
+
+def _checked_labels(y: Array | None, logits: Tensor) -> Tensor:
+    """Labels (N,) as whole numbers, from indices or one-hot rows; the predicted classes where there are none."""
+    if y is None:
+        return logits.argmax(dim=1)
+    n, n_classes = logits.shape
+    labels = np.asarray(y)
+    if labels.ndim == 2 and labels.shape[1] == n_classes:
+        labels = labels.argmax(axis=1)
+    labels = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if labels.shape != (n,):
+        raise TargetError(expected("y", f"labels ({n},) or ({n}, {n_classes})", labels.shape))
+    whole = labels.astype(np.int64)
+    if (whole != labels).any() or whole.min() < 0 or whole.max() >= n_classes:
+        raise TargetError(expected("y", f"classes 0 to {n_classes - 1}", f"values {labels.min()} to {labels.max()}"))
+    return torch.from_numpy(whole).to(logits.device)

@@ -1,4 +1,4 @@
-"""What is attacked: a classifier and a detector, evaluated and differentiated together."""
+"""What is attacked, within what bounds, and in which direction: the target model, the ball, the objective."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def margin_of(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What classifier and detector say to images, values only.
+    """Outputs of classifier and detector on images, values only.
 
     Attributes:
         margin: best other logit minus that of the label, (N,).
         wrong: misclassified, by more than a batch of another size could round away, (N,).
-        score: the detector's, (N,); infinite where it was not asked for.
+        score: the detector's, (N,); infinite where it was not run.
         predicted: predicted classes, (N,).
     """
 
@@ -37,8 +37,14 @@ class Evaluation:
     predicted: Tensor
 
     def select(self, rows: Tensor) -> Evaluation:
-        """What they say to some of the images."""
+        """The outputs on some of the images."""
         return Evaluation(self.margin[rows], self.wrong[rows], self.score[rows], self.predicted[rows])
+
+    @staticmethod
+    def joined(parts: Sequence[Evaluation]) -> Evaluation:
+        """The outputs on the images of several evaluations, one after the other."""
+        columns = [(one.margin, one.wrong, one.score, one.predicted) for one in parts]
+        return Evaluation(*map(torch.cat, zip(*columns, strict=True)))
 
     def foremost(self, width: int) -> Tensor:
         """Of every ``width`` images side by side the place of the best, (N / width,): misclassified with the least
@@ -55,10 +61,10 @@ class Gradients:
     """An evaluation, and the gradients at the same images.
 
     Attributes:
-        evaluated: what both say.
-        lead: what is climbed: the margin against the label, or of the target over all others, (N,).
+        evaluated: the outputs.
+        lead: the margin over the label, or of the target class over all others, (N,).
         classifier: gradient of ``lead``, (N, ...).
-        detector: gradient of the score, (N, ...); zero where it was not asked for.
+        detector: gradient of the score, (N, ...); zero where it was not run.
     """
 
     evaluated: Evaluation
@@ -68,7 +74,7 @@ class Gradients:
 
 
 class TargetModel:
-    """Classifier and detector, as one thing to ask.
+    """Classifier and detector, evaluated and differentiated together.
 
     Args:
         network: images in image units to logits (N, C).
@@ -82,7 +88,7 @@ class TargetModel:
         self.eot = eot
 
     def evaluate(self, images: Tensor, labels: Tensor) -> Evaluation:
-        """What both say to images (N, ...) with these labels (N,)."""
+        """Outputs of both on images (N, ...) with these labels (N,)."""
         with torch.no_grad():
             logits = self.network(images)
             return _evaluation(logits, labels, self._score(images))
@@ -102,8 +108,8 @@ class TargetModel:
             images: stored images.
             labels: classes to leave, (N,).
             targets: classes to reach, (N,); None: any other class.
-            selective: leads (N,) above which the detector is asked; None asks it about all. Misclassified images
-                are always asked about, as their score counts.
+            selective: leads (N,) above which the detector is run; None runs it on all images. It always runs on
+                misclassified images, as their score counts.
         """
         leaf = images.detach().requires_grad_()
         with torch.enable_grad():
@@ -113,16 +119,16 @@ class TargetModel:
         evaluated = _evaluation(logits.detach(), labels, torch.full_like(lead, torch.inf, requires_grad=False))
         lead = lead.detach()
         score, descent = evaluated.score, torch.zeros_like(images)
-        asked = torch.ones_like(evaluated.wrong) if selective is None else evaluated.wrong | (lead > selective)
-        if asked.any():
-            some = images[asked].detach().requires_grad_()
+        run = torch.ones_like(evaluated.wrong) if selective is None else evaluated.wrong | (lead > selective)
+        if run.any():
+            some = images[run].detach().requires_grad_()
             with torch.enable_grad():
                 values = self._score(some)
                 if not values.requires_grad:
                     raise ModelError(expected("detector", "one whose `score_tensor` has a gradient", "none"))
                 (gradient,) = torch.autograd.grad(values.sum(), some)
-            score[asked] = values.detach().double().nan_to_num(nan=torch.inf)
-            descent[asked] = gradient.to(descent.dtype)
+            score[run] = values.detach().double().nan_to_num(nan=torch.inf)
+            descent[run] = gradient.to(descent.dtype)
         return Gradients(evaluated, lead, _finite(climb), _finite(descent))
 
     def _score(self, images: Tensor) -> Tensor:
@@ -269,7 +275,7 @@ class Objective:
 
     Args:
         loss: a name of :data:`LOSSES`.
-        kappa: lead that the classifier's side is asked for at first, (N,); it falls to 0 over the first half of the
+        kappa: lead that the wrong class is to have at first, (N,); it falls to 0 over the first half of the
             steps, and is traded for a lower score.
     """
 
@@ -280,7 +286,7 @@ class Objective:
         self.weight = torch.ones_like(kappa)
 
     def move_to(self, share: float) -> None:
-        """Set the lead that is asked for after this share of the steps."""
+        """Set the lead that the wrong class is to have after this share of the steps."""
         self.kappa = self.first * max(0.0, 1 - share / _TRADED)
 
     @property

@@ -1,4 +1,4 @@
-"""What an attack found: the best image so far while it runs, and the report afterwards."""
+"""Results of the adaptive attack: the best images so far while it runs, and the report afterwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ce_plugin.detection.adaptive.objective import Evaluation
+from ce_plugin.detection.adaptive.objective import Ball, Evaluation
 
 Floats = npt.NDArray[np.float64]
 
@@ -22,7 +22,7 @@ class Incumbent:
 
     Args:
         images: (N, ...), where the search stands before it starts.
-        evaluated: what the target model says of them.
+        evaluated: the target model's outputs on them.
         origin: what they are called in the report.
     """
 
@@ -35,26 +35,25 @@ class Incumbent:
         self.origin = [(origin, -1)] * len(images)
 
     @classmethod
-    def nothing(cls, images: Tensor) -> Incumbent:
-        """What anything is better than."""
-        worst = images.new_full((len(images),), -torch.inf)
-        score = torch.full_like(worst, torch.inf, dtype=torch.float64)
-        return cls(images, Evaluation(worst, worst > 0, score, torch.zeros_like(worst, dtype=torch.long)), "nothing")
+    def placeholder(cls, images: Tensor) -> Incumbent:
+        """An incumbent that any image replaces."""
+        margin = images.new_full((len(images),), -torch.inf)
+        score = torch.full_like(margin, torch.inf, dtype=torch.float64)
+        return cls(images, Evaluation(margin, margin > 0, score, torch.zeros_like(margin, dtype=torch.long)), "none")
 
     def offer(self, images: Tensor, evaluated: Evaluation, rows: Tensor, origin: tuple[str, int]) -> None:
         """Take over what is better.
 
         Args:
             images: (n, ...).
-            evaluated: what the target model says of them.
+            evaluated: the target model's outputs on them.
             rows: which images of the batch these are, (n,).
             origin: loss and restart.
         """
-        won, score, margin = self.success[rows], self.score[rows], self.margin[rows]
+        success, score, margin = self.success[rows], self.score[rows], self.margin[rows]
         # An infinite score is no score: the first misclassified image counts all the same.
-        better = (evaluated.wrong & (~won | (evaluated.score < score))) | (
-            ~evaluated.wrong & ~won & (evaluated.margin > margin)
-        )
+        lower = evaluated.wrong & (~success | (evaluated.score < score))
+        better = lower | (~evaluated.wrong & ~success & (evaluated.margin > margin))
         if not better.any():
             return
         take = rows[better]
@@ -67,13 +66,27 @@ class Incumbent:
             self.origin[row] = origin
 
     def evaluation(self) -> Evaluation:
-        """What the target model says of the best images."""
+        """The target model's outputs on the best images."""
         return Evaluation(self.margin, self.success, self.score, self.predicted)
 
+    def columns(self, evaluated: Evaluation, ball: Ball) -> dict[str, npt.NDArray[Any]]:
+        """The columns of :class:`AdaptiveReport`, with the target model's outputs on the best images of a ball."""
+        change = (self.images - ball.clean).flatten(1).double()
+        norm = change.abs().amax(dim=1) if ball.norm == "inf" else change.norm(dim=1)
+        return {
+            "success": self.success.cpu().numpy(),
+            "score": evaluated.score.double().cpu().numpy(),
+            "margin": evaluated.margin.double().cpu().numpy(),
+            "norm": norm.cpu().numpy(),
+            "prediction": evaluated.predicted.cpu().numpy(),
+            "loss": np.array([name for name, _ in self.origin], dtype=object),
+            "restart": np.array([restart for _, restart in self.origin]),
+        }
+
     def open(self, threshold: float | None) -> Tensor:
-        """Rows whose score still is to be lowered, (n,)."""
-        done = self.score <= (-torch.inf if threshold is None else threshold)
-        return (~(self.success & done)).nonzero().squeeze(1)
+        """Rows that are not misclassified at or below the threshold, (n,)."""
+        is_low = self.score <= (-torch.inf if threshold is None else threshold)
+        return (~(self.success & is_low)).nonzero().squeeze(1)
 
 
 class Curves:
@@ -86,14 +99,14 @@ class Curves:
     def add(self, loss: str, restart: int, scores: Tensor) -> None:
         """Scores (steps + 1, n) at each step, infinite where an image was not misclassified."""
         best = scores.double().cummin(dim=0).values
-        found = best[-1].isfinite()
-        if not found.any():
+        is_success = best[-1].isfinite()
+        if not is_success.any():
             return
-        best = best[:, found]
+        best = best[:, is_success]
         # Before its first misclassification an image counts with the score that it had there.
         first = best.where(best.isfinite(), -torch.inf).amax(dim=0)
         self._sum[loss][restart] += best.minimum(first).sum(dim=1).cpu().numpy()
-        self._count[loss][restart] += int(found.sum())
+        self._count[loss][restart] += int(is_success.sum())
 
     def means(self) -> dict[str, Floats]:
         """For each loss (restarts, steps + 1); NaN where no image was misclassified."""
@@ -103,16 +116,16 @@ class Curves:
 
 @dataclass(frozen=True)
 class AdaptiveReport:
-    """What an attack reached, image by image.
+    """Results of an attack, image by image.
 
     Attributes:
         success: misclassified, as stored, (N,).
         score: the detector's score of what is returned, (N,).
         margin: best other logit minus that of the label, (N,).
         norm: distance from the clean image in the attack's norm, (N,).
-        prediction: the class that the classifier sees, (N,).
-        loss: the loss that found it; "clean", "start" or "candidate" where that was not bettered, (N,).
-        restart: the restart that found it; -1 where none did, (N,).
+        prediction: the predicted class, (N,).
+        loss: the loss of the run that reached it; "clean", "start" or "candidate" where no run improved on these, (N,).
+        restart: the restart that reached it; -1 where none did, (N,).
         curves: for each loss (restarts, steps + 1): mean over images of the least score so far in that run, from any
             of its starts, over the images that it fooled; before the first misclassification an image counts with its
             score there.
@@ -172,11 +185,3 @@ class AdaptiveReport:
         if self.success.any():
             parts.append(f"median score {np.median(self.score[self.success]):.3g}")
         return f"AdaptiveReport({', '.join(parts)})"
-
-
-def distances(clean: Tensor, images: Tensor, norm: str) -> Floats:
-    """Distance of each image from its clean one, (N,)."""
-    change = (images - clean).flatten(1).double()
-    size = change.abs().amax(dim=1) if norm == "inf" else change.norm(dim=1)
-    result: Floats = size.cpu().numpy()
-    return result

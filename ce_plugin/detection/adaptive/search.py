@@ -22,12 +22,12 @@ from ce_plugin.detection.adaptive.results import Curves, Incumbent
 from ce_plugin.randomness import generator, numpy_generator
 
 _KEPT = 8
-# Finds nearer to each other than this share of their change are one and the same.
+# Results nearer to each other than this share of their change count as the same.
 _SAME = 0.1
 
 
 class Archive:
-    """For each image of a batch the best finds so far that differ from each other.
+    """For each image of a batch the best results so far that differ from each other.
 
     Args:
         clean: the images, (N, ...).
@@ -39,7 +39,7 @@ class Archive:
         self.scores = torch.full((len(clean), _KEPT), torch.inf, dtype=torch.float64, device=clean.device)
 
     def offer(self, images: Tensor, scores: Tensor, rows: Tensor) -> None:
-        """Take finds (n, W, ...) with scores (n, W), infinite where they are none, for some images (n,)."""
+        """Take results (n, W, ...) with scores (n, W), infinite for failures, for some images (n,)."""
         scores, order = torch.cat([self.scores[rows], scores], 1).sort(dim=1, stable=True)
         images = _take(torch.cat([self.images[rows], images], 1), order)
         scores = torch.where(self._repeats(images, scores, rows), torch.inf, scores)
@@ -48,13 +48,13 @@ class Archive:
         self.images[rows] = _take(images, order[:, :_KEPT])
 
     def partners(self, rows: Tensor, share: Tensor, otherwise: Tensor) -> Tensor:
-        """For some images a find other than the best, at a share (n,) of their list; ``otherwise`` where none is."""
+        """For some images a result other than the best, at a share (n,) of their list; ``otherwise`` where none is."""
         others = self.scores[rows].isfinite().sum(dim=1) - 1
         place = 1 + (share * others.clamp_min(0)).long()
         return torch.where(per_image(others > 0, otherwise), self.images[rows, place], otherwise)
 
     def _repeats(self, images: Tensor, scores: Tensor, rows: Tensor) -> Tensor:
-        """Which of the images (n, K, ...), best first, are nearly one before them, (n, K)."""
+        """Which of the images (n, K, ...), best first, nearly equal an earlier one, (n, K)."""
         flat = (images - self.clean[rows][:, None]).flatten(2)
         # The quicker way by products would round equal images apart.
         distance = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
@@ -95,27 +95,27 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class SearchBatch:
-    """What is attacked together; nothing in it depends on the others.
+    """Images that are attacked together; results do not depend on the batch.
 
     Attributes:
         ball: where images may go.
         labels: classes to leave, (N,).
         ids: one for each image, which names its random numbers.
         logits: of the clean images, (N, C).
-        candidates: in the ball, the most promising first, (N, K, ...).
+        starts: images (N, ...) that are among the results from the first, or None.
     """
 
     ball: Ball
     labels: Tensor
     ids: Sequence[int]
     logits: Tensor
-    candidates: Tensor
+    starts: Tensor | None
 
 
 _KINDS = ("clean", "candidate", "clean")
-# Share of the values that differ from the clean image at the start. Few do in what is found in the end.
+# Share of the values that differ from the clean image at the start. In the results few do.
 _DENSITIES = (0.1, 0.02, 0.2, 0.05, 1.0)
-# How far a start lies on the way from the best to another find.
+# How far a start lies on the way from the best to another result.
 _WAYS = (0.1, 0.3, 0.05, 0.5, 0.2)
 
 
@@ -124,96 +124,99 @@ def kind_of(restart: int) -> str:
     return _KINDS[restart] if restart < len(_KINDS) else "best"
 
 
-class Starts:
-    """The points that runs start from, and the classes that they aim at.
+class Search:
+    """The search on one batch: every loss from every start.
 
     Args:
         model: classifier and detector.
         batch: the images.
         config: how the search is run.
-        incumbent: the best of what was found so far.
-        archive: finds of different runs.
+        candidates: images of other classes, or None.
     """
 
     def __init__(
-        self, model: TargetModel, batch: SearchBatch, config: SearchConfig, incumbent: Incumbent, archive: Archive
+        self, model: TargetModel, batch: SearchBatch, config: SearchConfig, candidates: Candidates | None
     ) -> None:
         self.model = model
         self.batch = batch
         self.config = config
-        self.incumbent = incumbent
-        self.archive = archive
+        ball = batch.ball
+        stored = ball.store(ball.clean)
+        self.incumbent = Incumbent(stored, model.evaluate(stored, batch.labels), "clean")
+        if batch.starts is not None:
+            stored = ball.store(ball.project(batch.starts))
+            everything = torch.arange(len(stored), device=stored.device)
+            self.incumbent.offer(stored, model.evaluate(stored, batch.labels), everything, ("start", -1))
+        self.candidates = None if candidates is None else candidates.near(batch, config.seed, self.incumbent)
+        self.archive = Archive(ball.clean)
         # The least unlikely class first.
         likely = batch.logits.scatter(1, batch.labels[:, None], -torch.inf)
         self.classes = likely.argsort(dim=1, descending=True, stable=True)[:, : likely.shape[1] - 1]
 
-    def __call__(self, loss: str, restart: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Points (n * width, ...) for some images (n,), each image's side by side, and the classes (n * width,)."""
+    def run(self, curves: Curves, tick: Callable[[], object]) -> Incumbent:
+        """The best images; a restart knows only of the restarts before it.
+
+        Args:
+            curves: take the scores of each run.
+            tick: called after each run.
+        """
+        for restart in range(self.config.restarts):
+            for loss in self.config.losses:
+                rows = self.incumbent.open(self.config.threshold)
+                if len(rows):
+                    points, targets = self._starts(loss, restart, rows)
+                    run = _Run(self.model, self.batch, self.config, loss, restart, rows)
+                    curves.add(loss, restart, run(points, targets, self.incumbent, self.archive))
+                tick()
+        return self.incumbent
+
+    def _starts(self, loss: str, restart: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Points (n * width, ...) for some images (n,), each image's side by side, and target classes (n * width,)."""
         kind = kind_of(restart)
-        if kind == "candidate" and not self.batch.candidates.shape[1]:
+        if kind == "candidate" and self.candidates is None:
             kind = "clean"
         ball, width = self.batch.ball.select(rows), range(self.config.width)
         points = [self._points(kind, loss, restart, copy, rows, ball) for copy in width]
         if loss != "targeted":
             return torch.stack(points, 1).flatten(0, 1), None
-        aims = [self._aims(kind, restart, copy, rows, point) for copy, point in zip(width, points, strict=True)]
-        return torch.stack(points, 1).flatten(0, 1), torch.stack(aims, 1).flatten()
+        targets = [self._targets(kind, restart, copy, rows, points[copy]) for copy in width]
+        return torch.stack(points, 1).flatten(0, 1), torch.stack(targets, 1).flatten()
 
     def _points(self, kind: str, loss: str, restart: int, copy: int, rows: Tensor, ball: Ball) -> Tensor:
         """One point for each image, (n, ...)."""
         number = self.config.losses.index(loss)
-        if kind == "candidate":
-            candidates = self.batch.candidates[rows]
+        if kind == "candidate" and self.candidates is not None:
+            candidates = self.candidates[rows]
             return candidates[:, (number * self.config.width + copy) % candidates.shape[1]]
         turn = restart * self.config.width + copy + number
-        names = [self.batch.ids[row] for row in rows.tolist()]
-        draws = [generator(self.config.seed, name, "start", loss, restart, copy) for name in names]
-        point = ball.random(draws)
+        ids = [self.batch.ids[row] for row in rows.tolist()]
+        randoms = [generator(self.config.seed, i, "start", loss, restart, copy) for i in ids]
+        point = ball.random(randoms)
         if kind == "clean":
-            place = torch.stack([torch.rand(ball.clean.shape[1:], generator=draw) for draw in draws]).to(point.device)
+            place = torch.stack([torch.rand(ball.clean.shape[1:], generator=one) for one in randoms]).to(point.device)
             return ball.project(torch.where(place < _DENSITIES[turn % len(_DENSITIES)], point, ball.clean))
-        share = torch.stack([torch.rand((), generator=draw) for draw in draws]).to(point.device)
-        found = self.incumbent.images[rows]
-        way = _WAYS[turn % len(_WAYS)] * (self.archive.partners(rows, share, point) - found)
-        return torch.where(per_image(self.incumbent.success[rows], found), found + way, point)
+        share = torch.stack([torch.rand((), generator=one) for one in randoms]).to(point.device)
+        best = self.incumbent.images[rows]
+        way = _WAYS[turn % len(_WAYS)] * (self.archive.partners(rows, share, point) - best)
+        return torch.where(per_image(self.incumbent.success[rows], best), best + way, point)
 
-    def _aims(self, kind: str, restart: int, copy: int, rows: Tensor, points: Tensor) -> Tensor:
-        """The class that each image is to reach, (n,): the one that a point shows, and else one after another."""
-        aims = self.classes[rows][:, (restart * self.config.width + copy) % self.classes.shape[1]]
+    def _targets(self, kind: str, restart: int, copy: int, rows: Tensor, points: Tensor) -> Tensor:
+        """The class that each image is to reach, (n,): that of a misclassified start, and else one after another."""
+        targets = self.classes[rows][:, (restart * self.config.width + copy) % self.classes.shape[1]]
         if kind not in ("candidate", "best"):
-            return aims
-        shown = self.model.predict(points).argmax(dim=1)
-        return torch.where(shown == self.batch.labels[rows], aims, shown)
+            return targets
+        predicted = self.model.predict(points).argmax(dim=1)
+        return torch.where(predicted == self.batch.labels[rows], targets, predicted)
 
 
-# The lead that is asked for at first, as a share of the clean image's; points differ in where they trade it for the
-# score. A negative one lets the score fall first. From the best so far the way to the boundary is short already.
+# The lead that the wrong class is to have at first, as a share of the clean image's. Points differ in where they trade
+# it for the score; a negative one lets the score fall first. From the best so far the boundary is near already.
 _KAPPAS = (0.1, -0.5, 0.3, -0.25, 0.0)
 _KAPPAS_OF_BEST = (0.0, 0.1, -0.25)
 _PACE_OF_BEST = 0.5
 _MOMENTUM = 0.5
 _LAST = 0.005
 _SOFT = 0.1
-
-
-def search(
-    model: TargetModel,
-    batch: SearchBatch,
-    config: SearchConfig,
-    incumbent: Incumbent,
-    curves: Curves,
-    tick: Callable[[], None],
-) -> None:
-    """Better ``incumbent`` by every loss from every start; a restart knows only of the restarts before it."""
-    archive = Archive(batch.ball.clean)
-    starts = Starts(model, batch, config, incumbent, archive)
-    for restart in range(config.restarts):
-        for loss in config.losses:
-            rows = incumbent.open(config.threshold)
-            if len(rows):
-                run = _Run(model, batch, config, loss, restart, rows)
-                curves.add(loss, restart, run(*starts(loss, restart, rows), incumbent, archive))
-            tick()
 
 
 class _Run:
@@ -245,20 +248,20 @@ class _Run:
         """Run, offer each point's best image to ``incumbent`` and ``archive``, and return scores (steps + 1, n)."""
         x, speed, width = start, torch.zeros_like(start), self.config.width
         points = torch.arange(len(start), device=start.device)
-        found = Incumbent.nothing(start)
+        best = Incumbent.placeholder(start)
         scores = []
         for step in range(self.config.steps + 1):
             self.objective.move_to(step / self.config.steps)
             stored = self.ball.store(x)
             at = self.model.differentiate(stored, self.labels, targets, self.objective.selective)
-            found.offer(stored, at.evaluated, points, (self.loss, self.restart))
-            scores.append(found.score.reshape(-1, width).amin(dim=1))
+            best.offer(stored, at.evaluated, points, (self.loss, self.restart))
+            scores.append(best.score.reshape(-1, width).amin(dim=1))
             speed = _MOMENTUM * speed + (1 - _MOMENTUM) * self._moving(self.objective.direction(at), step)
             x = self.ball.project(x + self._length(step) * self._shape(speed))
-        evaluated = found.evaluation()
+        evaluated = best.evaluation()
         first = evaluated.foremost(width)
-        incumbent.offer(found.images[first], evaluated.select(first), self.rows, (self.loss, self.restart))
-        archive.offer(found.images.reshape(-1, width, *start.shape[1:]), found.score.reshape(-1, width), self.rows)
+        incumbent.offer(best.images[first], evaluated.select(first), self.rows, (self.loss, self.restart))
+        archive.offer(best.images.reshape(-1, width, *start.shape[1:]), best.score.reshape(-1, width), self.rows)
         return torch.stack(scores)
 
     def _length(self, step: int) -> float:
@@ -291,7 +294,7 @@ _CANDIDATES_KEPT = 16
 
 
 class Candidates:
-    """The candidates, with what the classifier takes them for.
+    """Images of other classes, and their predicted classes.
 
     Args:
         model: classifier and detector.
@@ -306,26 +309,24 @@ class Candidates:
         parts = [model.predict(part).argmax(dim=1) for part in torch.split(images, batch_size)]
         self.predicted = torch.cat(parts).cpu().numpy()
 
-    def near(
-        self, ball: Ball, labels: Tensor, ids: Sequence[int], config: SearchConfig, incumbent: Incumbent
-    ) -> Tensor:
+    def near(self, batch: SearchBatch, seed: int, incumbent: Incumbent) -> Tensor:
         """Some candidates of each image in its ball, the most promising first, (N, K, ...).
 
         First come those that are misclassified, by their score, then the others, by their margin. The first of all is
         offered to ``incumbent``.
         """
-        rows = []
-        for row, name in enumerate(ids):
-            usable = (self.predicted != int(labels[row])).nonzero()[0]
+        clean, rows = batch.ball.clean, []
+        for row, name in enumerate(batch.ids):
+            usable = (self.predicted != int(batch.labels[row])).nonzero()[0]
             if not len(usable):
-                rows.append(ball.clean[row].expand(_CANDIDATES_KEPT, *ball.clean.shape[1:]))
+                rows.append(clean[row].expand(_CANDIDATES_KEPT, *clean.shape[1:]))
                 continue
-            order = numpy_generator(config.seed, name, "candidates").permutation(len(usable))[:_TRIED]
+            order = numpy_generator(seed, name, "candidates").permutation(len(usable))[:_TRIED]
             chosen = self.images[torch.from_numpy(usable[order]).to(self.images.device)]
             some = torch.full((len(chosen),), row, device=chosen.device)
-            near = ball.select(some)
-            stored = near.store(near.project(chosen))
-            evaluated = self._evaluate(stored, labels[some])
+            ball = batch.ball.select(some)
+            stored = ball.store(ball.project(chosen))
+            evaluated = self._evaluate(stored, batch.labels[some])
             ranks = _ranks(evaluated)
             rows.append(stored[ranks[torch.arange(_CANDIDATES_KEPT, device=ranks.device) % len(ranks)]])
             first = ranks[:1]
@@ -334,10 +335,7 @@ class Candidates:
 
     def _evaluate(self, images: Tensor, labels: Tensor) -> Evaluation:
         parts = zip(torch.split(images, self.batch_size), torch.split(labels, self.batch_size), strict=True)
-        evaluated = [self.model.evaluate(some, own) for some, own in parts]
-        return Evaluation(
-            *(torch.cat([getattr(j, f) for j in evaluated]) for f in ("margin", "wrong", "score", "predicted"))
-        )
+        return Evaluation.joined([self.model.evaluate(some, own) for some, own in parts])
 
 
 def _ranks(evaluated: Evaluation) -> Tensor:
