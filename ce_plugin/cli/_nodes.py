@@ -219,7 +219,7 @@ def _nodes_csv(options: NodesOptions, resolved: Resolved, found: _Channels) -> s
     if options.target is None:
         order = resolved.logits[0].argsort(descending=True, stable=True).tolist()
         others = [index for index in order if index != resolved.target]
-        classes = (classes + others)[: None if options.classes == "all" else int(options.classes or 3)]
+        classes = (classes + others)[: options.classes]
     header = ["channel", "class", "class_name", *(f"contribution_{evidence}" for evidence in found.contributions)]
     columns = [values.tolist() for values in found.contributions.values()]
     rows = (

@@ -24,9 +24,9 @@ def count(text: object) -> int:
     return value
 
 
-def class_count(text: str) -> str:
-    """How many classes: a positive whole number, or ``all``."""
-    return text if text == "all" else str(count(text))
+def class_count(text: str) -> int:
+    """How many classes: a positive whole number, or 0 for ``all``."""
+    return 0 if text == "all" else count(text)
 
 
 def share(text: object) -> float:
@@ -49,13 +49,24 @@ def open_share(text: object) -> float:
     return value
 
 
-def positive(text: object) -> float:
-    """A number above zero."""
+def weight(text: object) -> float:
+    """A number that is zero or more."""
     try:
         value = float(str(text))
     except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise typer.BadParameter(f"{text} is not a number that is zero or more")
+    return value
+
+
+def positive(text: object) -> float:
+    """A number above zero."""
+    try:
+        value = weight(text)
+    except typer.BadParameter:
         value = 0.0
-    if not 0 < value < float("inf"):
+    if value == 0:
         raise typer.BadParameter(f"{text} is not a number above zero")
     return value
 
@@ -334,7 +345,7 @@ class NodesOptions(LayerOptions):
 
     outcome: Outcome = "log_odds"
     classes: Annotated[
-        str | None,
+        int | None,
         _experiment(
             "N", "Effects on the N most probable classes, or all; not with --target.", parser=class_count, shown="3"
         ),
@@ -345,6 +356,8 @@ class NodesOptions(LayerOptions):
     def __post_init__(self) -> None:
         if self.target is not None and self.classes is not None:
             raise typer.BadParameter("--classes is not allowed with --target")
+        # From here on None means all of them.
+        self.classes = 3 if self.classes is None else self.classes or None
 
 
 @dataclass(kw_only=True)
@@ -405,11 +418,11 @@ class TrainOptions(NetworkOptions):
     batch_size: Annotated[int, _training("N", "Pictures per step.", parser=count)] = 32
     learning_rate: Annotated[float, _training("RATE", "At the start.", parser=positive)] = 1e-3
     held_out: Annotated[float, _training("SHARE", "Share of pictures that choose the epoch.", parser=open_share)] = 0.2
-    lambda_shallow: Annotated[float, _training("WEIGHT", "Of the reconstruction in the loss.", min=0)] = 1.0
-    lambda_deep: Annotated[float, _training("WEIGHT", "Of the network's answers in the loss.", min=0)] = 1.0
-    lambda_interpretability: Annotated[float, _training("WEIGHT", "Of a sparse, smooth code in the loss.", min=0)] = (
-        0.01
-    )
+    lambda_shallow: Annotated[float, _training("WEIGHT", "Of the reconstruction in the loss.", parser=weight)] = 1.0
+    lambda_deep: Annotated[float, _training("WEIGHT", "Of the network's answers in the loss.", parser=weight)] = 1.0
+    lambda_interpretability: Annotated[
+        float, _training("WEIGHT", "Of a sparse, smooth code in the loss.", parser=weight)
+    ] = 0.01
     resume: Annotated[bool, _run("", "Go on with a training that was interrupted.", "--resume")] = False
     seed: Seed = 0
     out: OutFile
@@ -438,7 +451,9 @@ class ShowOptions(NetworkOptions):
     images: Annotated[Path, _experiment("DIR", "Folder of pictures, and all below it.")]
     limit: Limit = None
     top: Annotated[int, _experiment("N", "Examples of each concept.", parser=count)] = 5
-    min_fidelity: Annotated[float, _experiment("SHARE", "Least share of held-out answers that it keeps.", min=0)] = 0.9
+    min_fidelity: Annotated[
+        float, _experiment("SHARE", "Least share of held-out answers that it keeps.", parser=weight)
+    ] = 0.9
     outcome: Outcome = "log_odds"
     out: Out = Path("ce-plugin-concepts")
     force: Force = False
@@ -574,3 +589,6 @@ class EvaluateOptions(NetworkOptions):
     out: Out = Path("ce-plugin-evaluation")
     force: Force = False
     quiet: Quiet = False
+
+    def __post_init__(self) -> None:
+        self.attacks = self.attacks or list(ATTACKS)
