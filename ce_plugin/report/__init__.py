@@ -19,15 +19,17 @@ from ce_plugin.report.evaluation import (
     save_evaluation,
     try_detector,
 )
-from ce_plugin.report.layer import Carried, LayerCase, LayerStudy, carried_by, carried_record
-from ce_plugin.report.manifest import build_manifest, file_sha256, state_sha256, tensor_sha256
+from ce_plugin.report.layer import carried_by, carried_record
 from ce_plugin.report.page import render, save_report, study
 from ce_plugin.report.photograph import (
     ATTACKS,
     OUTCOMES,
     Answer,
+    Carried,
     Case,
     ClassMaps,
+    LayerCase,
+    LayerStudy,
     Plan,
     Study,
     check_class,
@@ -35,7 +37,14 @@ from ce_plugin.report.photograph import (
     planned_attack,
     saliency,
 )
-from ce_plugin.report.sections import Section, check_out
+from ce_plugin.report.sections import (
+    Section,
+    build_manifest,
+    check_out,
+    file_sha256,
+    state_sha256,
+    tensor_sha256,
+)
 
 __all__ = [
     "ATTACKS",

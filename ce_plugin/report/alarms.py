@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ce_plugin.files import csv_text
 from ce_plugin.models import VisionModel
 from ce_plugin.report.sections import Section, cell, save_page
 from ce_plugin.visualization import data_uri, magnify, overlay, plot_scores
@@ -306,10 +305,3 @@ def save_screening(
     tables = {"scores.csv": csv_text(header, rows)}
     section = AlarmsSection(net.class_name)
     return save_page(section, found, out, manifest, tables, model=net.name, detector=detector)
-
-
-def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table as text."""
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
-    return buffer.getvalue()
