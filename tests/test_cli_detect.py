@@ -15,8 +15,8 @@ from PIL import Image
 from test_cli import unboxed
 
 from ce_plugin.cli import main
+from ce_plugin.cli._commands import EvaluateOptions
 from ce_plugin.cli._detect import column_of
-from ce_plugin.cli._options import EvaluateOptions
 from ce_plugin.cli._session import Pictures
 from ce_plugin.datasets import digits
 from ce_plugin.detection import CausalEffectDetector, CounterAttack, Denoising, Signature, Smoothing

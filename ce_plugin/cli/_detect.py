@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ce_plugin.cli._options import EvaluateOptions, FitOptions, ScoreOptions
+from ce_plugin.cli._commands import EvaluateOptions, FitOptions, ScoreOptions
 from ce_plugin.cli._session import Pictures, check_file, manifest, network, progress, say, table
 from ce_plugin.detection import CausalEffectDetector, Signature
 from ce_plugin.errors import ArgumentError, FileError, expected

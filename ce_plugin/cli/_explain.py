@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ce_plugin.cli._options import DemoOptions, ExplainOptions
+from ce_plugin.cli._commands import DemoOptions, ExplainOptions
 from ce_plugin.cli._session import manifest, network, progress
 from ce_plugin.datasets import read_image, sample_photographs
 from ce_plugin.designs import Design, LeaveOneIn, OneAtATime, RandomMask, RandomRegions
@@ -119,7 +119,7 @@ def _plan(net: VisionModel, options: ExplainOptions) -> Plan:
     if cells > net.framing.size:
         raise ArgumentError(expected("grid", f"at most {net.framing.size}, the network's pixels", cells))
     return Plan(
-        attacks=tuple(attack for attack in ATTACKS if attack in (options.attack or ())),
+        attacks=tuple(sorted({*(options.attack or ())} - {"none"}, key=ATTACKS.index)),
         eps=options.eps,
         intervention=PixelMask(_FILLS[options.fill][0], normalization=net.normalization),
         design=design,

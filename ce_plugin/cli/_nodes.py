@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ce_plugin.attribution import CausalEffectMap, CausalMediation, LayerCausalEffect
-from ce_plugin.cli._options import LayerOptions, MapOptions, NodesOptions
+from ce_plugin.cli._commands import LayerOptions, MapOptions, NodesOptions
 from ce_plugin.cli._session import Pictures, layer_name, manifest, network, say, table
 from ce_plugin.datasets import read_image
 from ce_plugin.errors import ArgumentError, TargetError, expected

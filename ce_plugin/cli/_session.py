@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ce_plugin.cli._options import NetworkOptions
+from ce_plugin.cli._commands import NetworkOptions
 from ce_plugin.datasets import read_image
 from ce_plugin.errors import ArgumentError, FileError, ModelError, expected
 from ce_plugin.interventions.base import Normalization
