@@ -5,11 +5,9 @@ joins them; see "Write your own".
 """
 
 from ce_plugin._lazy import deprecated_names
-from ce_plugin.networks.layers import last_conv_layer
 from ce_plugin.report.alarms import AlarmShown, Screened, Screening, save_screening, screen
 from ce_plugin.report.concepts import Concept, ConceptStudy, Example, concept_study, save_concepts
 from ce_plugin.report.evaluation import (
-    DETECTOR_ATTACKS,
     AttackResult,
     DetectorAttack,
     DetectorTrial,
@@ -48,7 +46,6 @@ from ce_plugin.report.sections import (
 
 __all__ = [
     "ATTACKS",
-    "DETECTOR_ATTACKS",
     "OUTCOMES",
     "AlarmShown",
     "Answer",
@@ -79,7 +76,6 @@ __all__ = [
     "digits_trial",
     "file_sha256",
     "grad_cam",
-    "last_conv_layer",
     "planned_attack",
     "render",
     "saliency",
@@ -98,6 +94,8 @@ __getattr__ = deprecated_names(
     __name__,
     {
         "AttackTried": "ce_plugin.report.AttackResult",
+        "DETECTOR_ATTACKS": "ce_plugin.report.evaluation.DETECTOR_ATTACKS",
+        "last_conv_layer": "ce_plugin.networks.last_conv_layer",
         "named_layer": "ce_plugin.networks.find_layer",
     },
 )

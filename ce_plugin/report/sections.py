@@ -303,7 +303,7 @@ def build_manifest(
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _DISTRIBUTIONS}},
         "machine": _machine(model),
     }
-    plain: dict[str, Any] = json.loads(json.dumps(manifest, default=_plain))
+    plain: dict[str, Any] = json.loads(json.dumps(manifest, default=str))
     return plain
 
 
@@ -328,10 +328,3 @@ def _machine(model: nn.Module) -> dict[str, Any]:
         described["gpu"] = torch.cuda.get_device_name(device)
         described["cuda"] = torch.version.cuda
     return described
-
-
-def _plain(value: Any) -> Any:
-    """What JSON does not know: sets as lists, paths and devices as text, anything else as its repr."""
-    if isinstance(value, (set, frozenset)):
-        return list(value)
-    return str(value) if isinstance(value, (Path, torch.device)) else repr(value)
