@@ -33,7 +33,7 @@ class Screened:
         p_value: conformal: the share of clean pictures that score at least as high.
         flagged: whether the score is above the threshold.
         predicted: the network's answer.
-        deviations: name of a group or intervention -> its standardised distance from clean pictures.
+        deviations: name of a probe or intervention -> its standardised distance from clean pictures.
     """
 
     name: str
@@ -151,7 +151,7 @@ def scored(
             float(report["p_values"][i]),
             bool(flags[i]),
             int(report["predictions"][i]),
-            {group: float(values[i]) for group, values in report["groups"].items()},
+            {probe: float(values[i]) for probe, values in report["groups"].items()},
         )
         for i, name in enumerate(names)
     ]
@@ -256,14 +256,14 @@ def _cells(shown: AlarmShown) -> list[dict[str, Any]]:
 
 
 def deviation_text(name: str) -> str:
-    """What a deviation is of: a group's effects, or what one of its interventions leaves of the margin.
+    """What a deviation is of: a probe's effects, or what one of its interventions leaves of the margin.
 
     Example:
         >>> deviation_text("filters"), deviation_text("filters: Smooth.median(2)")
         ('effects of filters', 'margin under Smooth.median(2)')
     """
-    group, separator, what = name.partition(": ")
-    return f"margin under {what}" if separator else f"effects of {group}"
+    probe, separator, what = name.partition(": ")
+    return f"margin under {what}" if separator else f"effects of {probe}"
 
 
 def save_screening(

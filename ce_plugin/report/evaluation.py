@@ -400,8 +400,8 @@ def digits_trial(
     announce("digits: training the network")
     network = DigitsCNN.trained(images[train], labels[train], seed=seed)
     announce("digits: fitting the detector on clean images")
-    groups = [one for one in Signature.small_images().probes if not isinstance(one, Denoising)]
-    detector = CausalEffectDetector(network, Signature([Denoising(least_steps=steps), *groups]), seed=seed)
+    probes = [one for one in Signature.small_images().probes if not isinstance(one, Denoising)]
+    detector = CausalEffectDetector(network, Signature([Denoising(least_steps=steps), *probes]), seed=seed)
     detector.fit(images[fit].numpy(), nb_epochs=1)
     return try_detector(
         detector,
