@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import pickle
 import secrets
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -17,8 +19,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ce_plugin.errors import FileError, expected
-
-__all__ = ["load", "save", "write_files", "written_whole"]
 
 _FORMAT = "ce_plugin"
 # Formats up to release 0.3: estimates and detectors; autoencoders and checkpoints, whose content is not nested.
@@ -80,6 +80,18 @@ def write_files(folder: str | os.PathLike[str], contents: Mapping[str, str | byt
         text = json.dumps(content, indent=2) + "\n" if isinstance(content, Mapping) else content
         with written_whole(Path(folder, name)) as stream:
             stream.write(text.encode("utf-8") if isinstance(text, str) else text)
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table that spreadsheets and pandas read.
+
+    Example:
+        >>> csv_text(["file", "score"], [["a.png", 0.5]])
+        'file,score\\na.png,0.5\\n'
+    """
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
+    return buffer.getvalue()
 
 
 def save(

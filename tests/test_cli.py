@@ -67,6 +67,7 @@ def test_explain_writes_a_report_and_its_manifest(folder: Path, capsys: pytest.C
     manifest = json.loads((page.parent / "manifest.json").read_text())
     assert manifest["command"] == "ce-plugin " + " ".join(words)
     assert manifest["seed"] == 5
+    assert manifest["arguments"]["command"] == "explain"
     assert manifest["arguments"]["eps"] == 0.2
     assert "RandomRegions" in manifest["arguments"]["design"]
     assert set(manifest["inputs"]) == {"one.png", "two.jpg"}

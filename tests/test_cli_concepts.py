@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_cli import unboxed
 from test_cli_layers import FACTORY
 
 import ce_plugin.cli._concepts as command
@@ -39,6 +40,7 @@ def test_train_writes_an_autoencoder_and_its_manifest(folder: Path, capsys: pyte
     loaded = ConceptAutoencoder.load(folder / "c.pt")
     assert (loaded.layer_name, loaded.concepts, len(loaded.history), loaded.seed) == ("2", 2, 3, 4)
     manifest = json.loads((folder / "c.pt.json").read_text())
+    assert (manifest["arguments"]["command"], manifest["arguments"]["action"]) == ("concepts", "train")
     assert manifest["findings"]["layer"] == "2"
     assert manifest["findings"]["fidelity"]["n_images"] == 2
     assert not (folder / "c.pt.checkpoint").exists()
@@ -106,6 +108,15 @@ def test_mistakes_get_one_line(
     assert captured.err.startswith("ce-plugin: error: Expected argument ")
     assert message in captured.err
     assert not (folder / "c.pt").exists()
+
+
+@pytest.mark.parametrize("given", ["inf", "nan", "-1", "much"])
+@pytest.mark.parametrize(
+    "words", [[*TRAIN, "--lambda-deep"], ["concepts", "show", "c.pt", "--images", "pictures", "--min-fidelity"]]
+)
+def test_a_weight_is_finite_and_not_negative(capsys: pytest.CaptureFixture[str], words: list[str], given: str) -> None:
+    assert main([*words, given]) == 2
+    assert f"{given} is not a number that is zero or more" in unboxed(capsys.readouterr().err)
 
 
 def test_an_autoencoder_that_changes_answers_is_refused_with_the_numbers(

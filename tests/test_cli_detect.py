@@ -15,6 +15,7 @@ from PIL import Image
 from test_cli import unboxed
 
 from ce_plugin.cli import main
+from ce_plugin.cli._commands import EvaluateOptions
 from ce_plugin.cli._detect import column_of
 from ce_plugin.cli._session import Pictures
 from ce_plugin.datasets import digits
@@ -200,7 +201,15 @@ def test_evaluate_attacks_what_is_classified_correctly(folder: Path, capsys: pyt
     page = (folder / "tried" / "evaluation.html").read_text()
     assert "None of these attackers knows the detector" in page
     assert "FGSM 0.2" in page
-    assert json.loads((folder / "tried" / "manifest.json").read_text())["findings"]["true_classes_given"]
+    manifest = json.loads((folder / "tried" / "manifest.json").read_text())
+    assert manifest["findings"]["true_classes_given"]
+    assert (manifest["arguments"]["command"], manifest["arguments"]["action"]) == ("detect", "evaluate")
+
+
+def test_the_attacks_of_an_evaluation_are_the_first_four() -> None:
+    given = {"images": [Path("one.png")], "detector": Path("d.ce")}
+    assert EvaluateOptions(**given).attacks == ["fgsm", "bim", "pgd", "jsma"]
+    assert EvaluateOptions(**given, attacks=["pgd"]).attacks == ["pgd"]
 
 
 def test_the_attacker_who_knows_the_detector(folder: Path) -> None:

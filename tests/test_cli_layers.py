@@ -75,6 +75,7 @@ def test_nodes_rank_by_the_size_of_the_contribution(folder: Path, capsys: pytest
     assert shown.startswith("Layer 2: 8 trials")
     assert "log-odds of bird" in shown
     manifest = json.loads((folder / "ce-plugin-nodes" / "manifest.json").read_text())
+    assert (manifest["arguments"]["command"], manifest["arguments"]["classes"]) == ("nodes", 3)
     listed = manifest["findings"]["channels"]
     assert len(listed) == 3
     rows = _rows(folder / "ce-plugin-nodes" / "nodes.csv")

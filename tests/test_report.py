@@ -17,6 +17,7 @@ from ce_plugin.errors import ArgumentError, FileError, InputError, ModelError, T
 from ce_plugin.interventions import PixelMask
 from ce_plugin.interventions.base import Normalization
 from ce_plugin.models import Framing, VisionModel
+from ce_plugin.networks import last_conv_layer
 from ce_plugin.report import (
     Plan,
     Section,
@@ -25,7 +26,6 @@ from ce_plugin.report import (
     check_out,
     file_sha256,
     grad_cam,
-    last_conv_layer,
     render,
     saliency,
     save_report,

@@ -4,6 +4,6 @@ Exit codes: 0 when all went well, 1 for something that can be put right (a messa
 that is not understood, 130 after an interrupt.
 """
 
-from ce_plugin.cli._app import app, main
+from ce_plugin.cli._commands import app, main
 
 __all__ = ["app", "main"]

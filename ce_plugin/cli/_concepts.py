@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ce_plugin.cli._options import ShowOptions, TrainOptions
+from ce_plugin.cli._commands import ShowOptions, TrainOptions
 from ce_plugin.cli._session import Pictures, check_file, layer_name, manifest, network, say
 from ce_plugin.concepts import ConceptAutoencoder, train_autoencoder
 from ce_plugin.errors import FileError, expected

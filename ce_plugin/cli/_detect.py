@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ce_plugin.cli._options import ATTACKS, EvaluateOptions, FitOptions, ScoreOptions
+from ce_plugin.cli._commands import EvaluateOptions, FitOptions, ScoreOptions
 from ce_plugin.cli._session import Pictures, check_file, manifest, network, progress, say, table
 from ce_plugin.detection import CausalEffectDetector, Signature
 from ce_plugin.errors import ArgumentError, FileError, expected
@@ -118,7 +118,7 @@ def evaluate(options: EvaluateOptions, argv: Sequence[str]) -> None:
     truth = None
     if options.truth is not None:
         truth = torch.tensor([net.class_index(text) for text in column_of(options.truth, names, "class", "truth")])
-    planned = _planned(options.attacks or ATTACKS, options.eps, net)
+    planned = _planned(options.attacks or (), options.eps, net)
     attacks = [detector_attack(detector, name, eps, batch_size=size, seed=options.seed) for name, eps in planned]
     with progress(-(-len(pictures) // 32) + 1 + len(attacks), quiet=options.quiet) as step:
         trial = try_detector(

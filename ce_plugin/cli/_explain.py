@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ce_plugin.cli._options import DemoOptions, ExplainOptions
+from ce_plugin.cli._commands import DemoOptions, ExplainOptions
 from ce_plugin.cli._session import manifest, network, progress
 from ce_plugin.datasets import read_image, sample_photographs
 from ce_plugin.designs import Design, LeaveOneIn, OneAtATime, RandomMask, RandomRegions
@@ -55,7 +54,12 @@ def demo(options: DemoOptions, argv: Sequence[str]) -> None:
 def explain(options: ExplainOptions, argv: Sequence[str]) -> None:
     """Explain the user's photographs."""
     check_out(options.out, force=options.force)
-    files = dict(zip(_names(options.images), options.images, strict=True))
+    files = {file.name: file for file in options.images}
+    if len(files) < len(options.images):
+        files = {str(file): file for file in options.images}  # two files have the same name
+    if len(files) < len(options.images):
+        twice = next(name for name, file in files.items() if options.images.count(file) > 1)
+        raise ArgumentError(expected("IMAGE", "each picture once", f"{twice!r} several times"))
     for file in files.values():
         read_image(file)  # whatever cannot be read is said before the network is loaded
     net = network(options)
@@ -119,7 +123,7 @@ def _plan(net: VisionModel, options: ExplainOptions) -> Plan:
     if cells > net.framing.size:
         raise ArgumentError(expected("grid", f"at most {net.framing.size}, the network's pixels", cells))
     return Plan(
-        attacks=tuple(attack for attack in ATTACKS if attack in (options.attack or ())),
+        attacks=tuple(sorted({*(options.attack or ())} - {"none"}, key=ATTACKS.index)),
         eps=options.eps,
         intervention=PixelMask(_FILLS[options.fill][0], normalization=net.normalization),
         design=design,
@@ -149,18 +153,6 @@ def _experiment(plan: Plan, fill: str) -> str:
     if isinstance(design, LeaveOneIn):
         return f"in each trial all but one of the {grid} were {done}"
     return f"in each trial one of the {grid} was {done}"
-
-
-def _names(files: Sequence[Path]) -> list[str]:
-    """File names, or whole paths where two files have the same name."""
-    short = [file.name for file in files]
-    if len(set(short)) == len(short):
-        return short
-    long = [str(file) for file in files]
-    if len(set(long)) < len(long):
-        twice = next(name for name in long if long.count(name) > 1)
-        raise ArgumentError(expected("IMAGE", "each picture once", f"{twice!r} several times"))
-    return long
 
 
 def _detected(trial: DetectorTrial) -> str:

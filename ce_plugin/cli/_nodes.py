@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ce_plugin.attribution import CausalEffectMap, CausalMediation, LayerCausalEffect
-from ce_plugin.cli._options import LayerOptions, MapOptions, NodesOptions
+from ce_plugin.cli._commands import LayerOptions, MapOptions, NodesOptions
 from ce_plugin.cli._session import Pictures, layer_name, manifest, network, say, table
 from ce_plugin.datasets import read_image
 from ce_plugin.errors import ArgumentError, TargetError, expected
 from ce_plugin.evaluation import rank_correlation
-from ce_plugin.files import write_files
+from ce_plugin.files import csv_text, write_files
 from ce_plugin.interventions import Intervention, MeanOut, Resample, ZeroOut
 from ce_plugin.models import VisionModel
 from ce_plugin.networks.layers import find_layer
@@ -204,22 +203,13 @@ def _channels(options: NodesOptions, resolved: Resolved) -> tuple[_Channels, obj
     return _Channels(estimates["clean"].labels_of(0), contributions, ranked[: options.top], carried), cost
 
 
-def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Rows as a table that spreadsheets and pandas read."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return buffer.getvalue()
-
-
 def _nodes_csv(options: NodesOptions, resolved: Resolved, found: _Channels) -> str:
     """A row for each channel and class."""
     classes = [resolved.target]
     if options.target is None:
         order = resolved.logits[0].argsort(descending=True, stable=True).tolist()
         others = [index for index in order if index != resolved.target]
-        classes = (classes + others)[: None if options.classes == "all" else int(options.classes or 3)]
+        classes = (classes + others)[: options.classes]
     header = ["channel", "class", "class_name", *(f"contribution_{evidence}" for evidence in found.contributions)]
     columns = [values.tolist() for values in found.contributions.values()]
     rows = (
@@ -227,12 +217,12 @@ def _nodes_csv(options: NodesOptions, resolved: Resolved, found: _Channels) -> s
         for unit, label in enumerate(found.labels)
         for index in classes
     )
-    return _csv(header, rows)
+    return csv_text(header, rows)
 
 
 def _carriers_csv(carried: Carried) -> str:
     rows = ((carried.labels[unit], float(carried.indirect[unit]), carried.share(unit)) for unit in carried.order)
-    return _csv(["channel", "natural_indirect_effect", "share_of_total_effect"], rows)
+    return csv_text(["channel", "natural_indirect_effect", "share_of_total_effect"], rows)
 
 
 def _plot(options: NodesOptions, resolved: Resolved, found: _Channels) -> bytes:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ce_plugin.cli._options import NetworkOptions
+from ce_plugin.cli._commands import NetworkOptions
 from ce_plugin.datasets import read_image
 from ce_plugin.errors import ArgumentError, FileError, ModelError, expected
 from ce_plugin.interventions.base import Normalization
@@ -196,9 +196,10 @@ def manifest(
     options: Any, argv: Sequence[str], net: VisionModel, inputs: Mapping[str, Any], **resolved: object
 ) -> dict[str, Any]:
     """The manifest of a command: its options, what they were resolved to, what went in, versions, machine."""
+    said = dict(zip(("command", "action") if argv[0] in ("concepts", "detect") else ("command",), argv, strict=False))
     arguments = {name: value for name, value in vars(options).items() if name not in ("force", "quiet")}
     return build_manifest(
-        arguments={**arguments, **resolved},
+        arguments={**said, **arguments, **resolved},
         command=["ce-plugin", *argv],
         seed=getattr(options, "seed", 0),
         inputs=inputs,

@@ -3,8 +3,7 @@
 from ce_plugin.models.digits import DigitsCNN
 from ce_plugin.models.fashion import FashionCNN
 from ce_plugin.models.imagenet import efficientnet_lite0, imagenet_classes
-from ce_plugin.models.loading import load_model, load_weights
-from ce_plugin.models.vision import Framing, VisionModel, as_batch
+from ce_plugin.models.vision import Framing, VisionModel, as_batch, load_model, load_weights
 
 __all__ = [
     "DigitsCNN",

@@ -5,11 +5,9 @@ joins them; see "Write your own".
 """
 
 from ce_plugin._lazy import deprecated_names
-from ce_plugin.networks.layers import last_conv_layer
 from ce_plugin.report.alarms import AlarmShown, Screened, Screening, save_screening, screen
 from ce_plugin.report.concepts import Concept, ConceptStudy, Example, concept_study, save_concepts
 from ce_plugin.report.evaluation import (
-    DETECTOR_ATTACKS,
     AttackResult,
     DetectorAttack,
     DetectorTrial,
@@ -19,15 +17,17 @@ from ce_plugin.report.evaluation import (
     save_evaluation,
     try_detector,
 )
-from ce_plugin.report.layer import Carried, LayerCase, LayerStudy, carried_by, carried_record
-from ce_plugin.report.manifest import build_manifest, file_sha256, state_sha256, tensor_sha256
+from ce_plugin.report.layer import carried_by, carried_record
 from ce_plugin.report.page import render, save_report, study
 from ce_plugin.report.photograph import (
     ATTACKS,
     OUTCOMES,
     Answer,
+    Carried,
     Case,
     ClassMaps,
+    LayerCase,
+    LayerStudy,
     Plan,
     Study,
     check_class,
@@ -35,11 +35,17 @@ from ce_plugin.report.photograph import (
     planned_attack,
     saliency,
 )
-from ce_plugin.report.sections import Section, check_out
+from ce_plugin.report.sections import (
+    Section,
+    build_manifest,
+    check_out,
+    file_sha256,
+    state_sha256,
+    tensor_sha256,
+)
 
 __all__ = [
     "ATTACKS",
-    "DETECTOR_ATTACKS",
     "OUTCOMES",
     "AlarmShown",
     "Answer",
@@ -70,7 +76,6 @@ __all__ = [
     "digits_trial",
     "file_sha256",
     "grad_cam",
-    "last_conv_layer",
     "planned_attack",
     "render",
     "saliency",
@@ -89,6 +94,8 @@ __getattr__ = deprecated_names(
     __name__,
     {
         "AttackTried": "ce_plugin.report.AttackResult",
+        "DETECTOR_ATTACKS": "ce_plugin.report.evaluation.DETECTOR_ATTACKS",
+        "last_conv_layer": "ce_plugin.networks.last_conv_layer",
         "named_layer": "ce_plugin.networks.find_layer",
     },
 )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ce_plugin.files import csv_text
 from ce_plugin.models import VisionModel
 from ce_plugin.report.sections import Section, cell, save_page
 from ce_plugin.visualization import data_uri, magnify, overlay, plot_scores
@@ -34,7 +33,7 @@ class Screened:
         p_value: conformal: the share of clean pictures that score at least as high.
         flagged: whether the score is above the threshold.
         predicted: the network's answer.
-        deviations: name of a group or intervention -> its standardised distance from clean pictures.
+        deviations: name of a probe or intervention -> its standardised distance from clean pictures.
     """
 
     name: str
@@ -152,7 +151,7 @@ def scored(
             float(report["p_values"][i]),
             bool(flags[i]),
             int(report["predictions"][i]),
-            {group: float(values[i]) for group, values in report["groups"].items()},
+            {probe: float(values[i]) for probe, values in report["groups"].items()},
         )
         for i, name in enumerate(names)
     ]
@@ -257,14 +256,14 @@ def _cells(shown: AlarmShown) -> list[dict[str, Any]]:
 
 
 def deviation_text(name: str) -> str:
-    """What a deviation is of: a group's effects, or what one of its interventions leaves of the margin.
+    """What a deviation is of: a probe's effects, or what one of its interventions leaves of the margin.
 
     Example:
         >>> deviation_text("filters"), deviation_text("filters: Smooth.median(2)")
         ('effects of filters', 'margin under Smooth.median(2)')
     """
-    group, separator, what = name.partition(": ")
-    return f"margin under {what}" if separator else f"effects of {group}"
+    probe, separator, what = name.partition(": ")
+    return f"margin under {what}" if separator else f"effects of {probe}"
 
 
 def save_screening(
@@ -306,10 +305,3 @@ def save_screening(
     tables = {"scores.csv": csv_text(header, rows)}
     section = AlarmsSection(net.class_name)
     return save_page(section, found, out, manifest, tables, model=net.name, detector=detector)
-
-
-def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table as text."""
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
-    return buffer.getvalue()

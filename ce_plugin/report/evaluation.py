@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ce_plugin.datasets import digits
 from ce_plugin.errors import InputError, expected, unknown_name
+from ce_plugin.files import csv_text
 from ce_plugin.interventions.adversarial import Adversarial
 from ce_plugin.models import DigitsCNN, VisionModel
 from ce_plugin.randomness import generator
-from ce_plugin.report.alarms import AlarmShown, Screened, alarm_shown, csv_text, explained, scored
+from ce_plugin.report.alarms import AlarmShown, Screened, alarm_shown, explained, scored
 from ce_plugin.report.photograph import ATTACKS, share
 from ce_plugin.report.sections import Section, save_page
 from ce_plugin.visualization import data_uri, plot_roc, plot_scores
@@ -399,8 +400,8 @@ def digits_trial(
     announce("digits: training the network")
     network = DigitsCNN.trained(images[train], labels[train], seed=seed)
     announce("digits: fitting the detector on clean images")
-    groups = [one for one in Signature.small_images().probes if not isinstance(one, Denoising)]
-    detector = CausalEffectDetector(network, Signature([Denoising(least_steps=steps), *groups]), seed=seed)
+    probes = [one for one in Signature.small_images().probes if not isinstance(one, Denoising)]
+    detector = CausalEffectDetector(network, Signature([Denoising(least_steps=steps), *probes]), seed=seed)
     detector.fit(images[fit].numpy(), nb_epochs=1)
     return try_detector(
         detector,

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ce_plugin.errors import ArgumentError, InputError, expected
+from ce_plugin.files import write_files
 from ce_plugin.models import VisionModel
 from ce_plugin.networks.layers import find_layer, last_conv_layer
 from ce_plugin.report.evaluation import DetectorTrial, TrialSection
 from ce_plugin.report.layer import LayerSection
 from ce_plugin.report.photograph import OUTCOMES, PhotographSection, Plan, Study, check_class, share
-from ce_plugin.report.sections import Section, check_out, rendered, write_page
+from ce_plugin.report.sections import Section, check_out, rendered
 
 
 def study(
@@ -125,7 +126,8 @@ def save_report(
     html = render(
         studies, model=model, plan=plan, experiment=experiment, manifest=full, incomplete=incomplete, digits=digits
     )
-    return write_page(folder, "report.html", html, full)
+    write_files(folder, {"manifest.json": full, "report.html": html})
+    return folder / "report.html"
 
 
 def render(
@@ -148,17 +150,9 @@ def render(
     """
     names = {
         "model": model,
-        "photographs": [
-            {
-                "name": study.name,
-                "explained": study.cases[0].explained.name,
-                "sections": [section.html(study.found[section.name]) for section in study.sections],
-            }
-            for study in studies
-        ],
+        "studies": studies,
         "experiment": experiment,
         "incomplete": incomplete,
-        "exact": all(study.cases[0].exact for study in studies),
         "outcome": OUTCOMES[plan.outcome],
         "plan": plan,
         "eps": share(plan.eps),

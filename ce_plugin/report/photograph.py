@@ -126,9 +126,10 @@ class Study:
         return cases
 
     @property
-    def layer(self) -> Any:
-        """The :class:`LayerStudy`; None for a network without a late convolution."""
-        return self.found.get("layer")
+    def layer(self) -> LayerStudy | None:
+        """The channels of the layer; None for a network without a late convolution."""
+        layer: LayerStudy | None = self.found.get("layer")
+        return layer
 
     def record(self) -> dict[str, Any]:
         """What the manifest keeps: strings, numbers, lists and dictionaries by the names of the sections."""
@@ -200,6 +201,69 @@ class Case:
     trials: int
     passes: Mapping[str, int]
     seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Which channels carry an attack, on one image.
+
+    Attributes:
+        total: by how much the attack changes the outcome of the class.
+        indirect: natural indirect effect of each channel, (U,): the change when that channel alone is as under attack.
+        labels: of the channels.
+        order: all channels, the strongest carrier first; empty where the attack has no effect.
+        needed: for each share of the total effect how many of the best channels together reach it; None where none do.
+        cut: everything passes through the layer, so that all channels together carry all of it by construction.
+    """
+
+    total: float
+    indirect: Tensor
+    labels: tuple[str, ...]
+    order: tuple[int, ...]
+    needed: Mapping[float, int | None]
+    cut: bool
+
+    def share(self, unit: int) -> float:
+        """A channel's indirect effect as a share of the total one."""
+        return float(self.indirect[unit]) / self.total
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """The explained class at a layer under one evidence; maps are (H, W).
+
+    Attributes:
+        case: what the photograph's section found under the same evidence.
+        effect_map: the causal effect map, of the logit.
+        correlation: Spearman's, of each method's map with its map of the clean photograph; empty for that one.
+        carried: what the channels carry of the attack; None for the clean photograph.
+        carried_map: where they do; positive where the attack takes support from the class.
+    """
+
+    case: Case
+    effect_map: Tensor
+    correlation: Mapping[str, float] = field(default_factory=dict)
+    carried: Carried | None = None
+    carried_map: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerStudy:
+    """The channels of a layer under all evidences.
+
+    Attributes:
+        name: of the layer.
+        cases: the clean photograph first; empty where the layer cannot be looked at.
+        note: why it cannot.
+        passes: passes through the whole network, by what they were for.
+        seconds: wall-clock time by what it was for.
+    """
+
+    name: str
+    cases: tuple[LayerCase, ...] = ()
+    note: str = ""
+    passes: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

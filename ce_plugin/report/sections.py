@@ -1,16 +1,28 @@
-"""Sections, the parts that reports are made of; and how they are shown, put on a page and written."""
+"""Sections, the parts that reports are made of; how they are shown, put on a page and written; and the manifest.
+
+The manifest is what is needed to run the same experiment again: versions, machine, seed, arguments, and fingerprints of
+what went in.
+"""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ce_plugin._version import __version__
 from ce_plugin.errors import FileError, expected
 from ce_plugin.files import write_files
 from ce_plugin.visualization import NEGATIVE, POSITIVE, data_uri
@@ -20,6 +32,17 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 Found = TypeVar("Found")
+
+_DISTRIBUTIONS = (
+    "torch",
+    "torchvision",
+    "captum",
+    "adversarial-robustness-toolbox",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "pillow",
+)
 
 
 class Section(Generic[Found]):
@@ -150,36 +173,24 @@ def save_page(
     tables: Mapping[str, str],
     **names: Any,
 ) -> Path:
-    """Write a section that is a whole page, its tables and the manifest.
+    """Write a section that is a whole page, its tables and the manifest; each file appears only when it is complete.
 
     Args:
         section: its template extends ``base.html.j2``; the page is named after it.
         found: what it found; its record is added to the manifest.
-        out, manifest, tables: as for :func:`write_page`.
-        names: that the template uses as well.
-    """
-    full = {**manifest, "findings": section.record(found)}
-    html = rendered(section.template, {**section.render(found), **names}, full)
-    return write_page(out, str(section.template).removesuffix(".j2"), html, full, tables)
-
-
-def write_page(
-    out: str | Path, name: str, html: str, manifest: Mapping[str, Any], tables: Mapping[str, str] | None = None
-) -> Path:
-    """Write a page and what stands beside it; each file appears only when it is complete.
-
-    Args:
         out: the folder, which :func:`check_out` has allowed.
-        name: of the page.
-        html: its text.
         manifest: see :func:`~ce_plugin.report.build_manifest`.
         tables: name -> text of other files.
+        names: that the template uses as well.
 
     Returns:
         Path of the page.
     """
-    write_files(out, {**(tables or {}), "manifest.json": manifest, name: html})
-    return Path(out, name)
+    full = {**manifest, "findings": section.record(found)}
+    html = rendered(section.template, {**section.render(found), **names}, full)
+    page = str(section.template).removesuffix(".j2")
+    write_files(out, {**tables, "manifest.json": full, page: html})
+    return Path(out, page)
 
 
 def check_out(out: str | Path, *, force: bool = False) -> Path:
@@ -211,3 +222,109 @@ def check_out(out: str | Path, *, force: bool = False) -> Path:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise FileError(expected("out", "a folder that can be written to", f"{str(folder)!r} in {str(nearest)!r}"))
     return folder
+
+
+def file_sha256(path: str | Path) -> str:
+    """The SHA-256 fingerprint of a file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     file_sha256(file.name)[:8]
+        'e3b0c442'
+    """
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """The SHA-256 fingerprint of a tensor's shape, type and values.
+
+    Example:
+        >>> tensor_sha256(torch.zeros(2)) == tensor_sha256(torch.zeros(2, 1))
+        False
+    """
+    digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+    flat = tensor.detach().cpu().contiguous().flatten()
+    digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def state_sha256(model: nn.Module) -> str:
+    """The SHA-256 fingerprint of a network's parameters and buffers.
+
+    Example:
+        >>> a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> state_sha256(a) == state_sha256(b)
+        False
+    """
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {tensor_sha256(value) if isinstance(value, Tensor) else repr(value)}\n".encode())
+    return digest.hexdigest()
+
+
+def build_manifest(
+    *, arguments: Mapping[str, Any], command: Sequence[str], seed: int, inputs: Mapping[str, Any], model: nn.Module
+) -> dict[str, Any]:
+    """The manifest of a report, ready for JSON.
+
+    Args:
+        arguments: every option with the value that was used, defaults included.
+        command: the words of the command that does it again.
+        seed: of everything random.
+        inputs: name of each picture and what identifies it.
+        model: the explained network.
+
+    Returns:
+        A dictionary of strings, numbers, lists and dictionaries.
+
+    Example:
+        >>> manifest = build_manifest(arguments={"eps": 0.3}, command=["ce-plugin", "demo"], seed=0, inputs={},
+        ...                           model=nn.Linear(1, 1))
+        >>> manifest["command"], manifest["seed"]
+        ('ce-plugin demo', 0)
+    """
+    manifest = {
+        "ce_plugin": __version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(command),
+        "seed": seed,
+        "arguments": dict(arguments),
+        "inputs": dict(inputs),
+        "model": {
+            "class": f"{type(model).__module__}.{type(model).__qualname__}",
+            "parameters": sum(map(torch.numel, model.parameters())),
+            "state_sha256": state_sha256(model),
+        },
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _DISTRIBUTIONS}},
+        "machine": _machine(model),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(manifest, default=str))
+    return plain
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed as a package"
+
+
+def _machine(model: nn.Module) -> dict[str, Any]:
+    device = next(model.parameters(), torch.empty(0, device="cpu")).device
+    described: dict[str, Any] = {
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "byte_order": sys.byteorder,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+    if device.type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+        described["cuda"] = torch.version.cuda
+    return described

@@ -1,17 +1,28 @@
-"""The options of every command, typed. Nothing here imports torch, so that help appears at once.
+"""The commands: which options each takes, and where it is run. Nothing here imports torch: help appears at once.
 
 A command's options are the fields of a dataclass. A field's annotation holds type, converter and help; the docstring is
-the help of the command, with its examples below the options.
+the help of the command, with its examples below the options. What runs a command is imported when it is called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import ctypes
+import importlib
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from functools import partial
+from inspect import Parameter, Signature, getdoc
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import typer
+from typer.core import TyperCommand
+
+from ce_plugin._version import __version__
+from ce_plugin.errors import CEPluginError
 
 # --- converters: from the text after an option to its value. typer hands the default to them as well.
 
@@ -24,9 +35,9 @@ def count(text: object) -> int:
     return value
 
 
-def class_count(text: str) -> str:
-    """How many classes: a positive whole number, or ``all``."""
-    return text if text == "all" else str(count(text))
+def class_count(text: str) -> int:
+    """How many classes: a positive whole number, or 0 for ``all``."""
+    return 0 if text == "all" else count(text)
 
 
 def share(text: object) -> float:
@@ -49,13 +60,24 @@ def open_share(text: object) -> float:
     return value
 
 
-def positive(text: object) -> float:
-    """A number above zero."""
+def weight(text: object) -> float:
+    """A number that is zero or more."""
     try:
         value = float(str(text))
     except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise typer.BadParameter(f"{text} is not a number that is zero or more")
+    return value
+
+
+def positive(text: object) -> float:
+    """A number above zero."""
+    try:
+        value = weight(text)
+    except typer.BadParameter:
         value = 0.0
-    if not 0 < value < float("inf"):
+    if value == 0:
         raise typer.BadParameter(f"{text} is not a number above zero")
     return value
 
@@ -112,17 +134,14 @@ def one_of(*names: str) -> dict[str, Any]:
 # --- options that several commands share, so that one name means one thing in all of them
 
 
-def _panel(title: str) -> Callable[..., Any]:
-    """Makes the options of one panel of the help: what stands for the value, what the option means, how it is read."""
-
-    def option(metavar: str, text: str, *flags: str, shown: bool | str = True, **details: Any) -> Any:
-        return typer.Option(*flags, metavar=metavar, help=text, show_default=shown, rich_help_panel=title, **details)
-
-    return option
+def _option(panel: str, metavar: str, text: str, *flags: str, shown: bool | str = True, **details: Any) -> Any:
+    """An option of one panel of the help: what stands for its value, what it means, how it is read."""
+    return typer.Option(*flags, metavar=metavar, help=text, show_default=shown, rich_help_panel=panel, **details)
 
 
-_network, _experiment, _run = _panel("The network"), _panel("The experiment"), _panel("The run")
-_detector, _autoencoder, _training = _panel("The detector"), _panel("The autoencoder"), _panel("The training")
+_network, _experiment = partial(_option, "The network"), partial(_option, "The experiment")
+_detector, _autoencoder = partial(_option, "The detector"), partial(_option, "The autoencoder")
+_training, _run = partial(_option, "The training"), partial(_option, "The run")
 
 ATTACKS = ("fgsm", "bim", "pgd", "jsma")
 
@@ -170,7 +189,7 @@ Force = Annotated[bool, _run("", "Replace results that exist.", "--force")]
 Quiet = Annotated[bool, _run("", "No progress and no summary, only where the results are.", "--quiet")]
 
 
-# --- commands
+# --- the options of each command
 
 
 @dataclass(kw_only=True)
@@ -334,7 +353,7 @@ class NodesOptions(LayerOptions):
 
     outcome: Outcome = "log_odds"
     classes: Annotated[
-        str | None,
+        int | None,
         _experiment(
             "N", "Effects on the N most probable classes, or all; not with --target.", parser=class_count, shown="3"
         ),
@@ -345,6 +364,8 @@ class NodesOptions(LayerOptions):
     def __post_init__(self) -> None:
         if self.target is not None and self.classes is not None:
             raise typer.BadParameter("--classes is not allowed with --target")
+        # From here on None means all of them.
+        self.classes = 3 if self.classes is None else self.classes or None
 
 
 @dataclass(kw_only=True)
@@ -405,11 +426,11 @@ class TrainOptions(NetworkOptions):
     batch_size: Annotated[int, _training("N", "Pictures per step.", parser=count)] = 32
     learning_rate: Annotated[float, _training("RATE", "At the start.", parser=positive)] = 1e-3
     held_out: Annotated[float, _training("SHARE", "Share of pictures that choose the epoch.", parser=open_share)] = 0.2
-    lambda_shallow: Annotated[float, _training("WEIGHT", "Of the reconstruction in the loss.", min=0)] = 1.0
-    lambda_deep: Annotated[float, _training("WEIGHT", "Of the network's answers in the loss.", min=0)] = 1.0
-    lambda_interpretability: Annotated[float, _training("WEIGHT", "Of a sparse, smooth code in the loss.", min=0)] = (
-        0.01
-    )
+    lambda_shallow: Annotated[float, _training("WEIGHT", "Of the reconstruction in the loss.", parser=weight)] = 1.0
+    lambda_deep: Annotated[float, _training("WEIGHT", "Of the network's answers in the loss.", parser=weight)] = 1.0
+    lambda_interpretability: Annotated[
+        float, _training("WEIGHT", "Of a sparse, smooth code in the loss.", parser=weight)
+    ] = 0.01
     resume: Annotated[bool, _run("", "Go on with a training that was interrupted.", "--resume")] = False
     seed: Seed = 0
     out: OutFile
@@ -438,7 +459,9 @@ class ShowOptions(NetworkOptions):
     images: Annotated[Path, _experiment("DIR", "Folder of pictures, and all below it.")]
     limit: Limit = None
     top: Annotated[int, _experiment("N", "Examples of each concept.", parser=count)] = 5
-    min_fidelity: Annotated[float, _experiment("SHARE", "Least share of held-out answers that it keeps.", min=0)] = 0.9
+    min_fidelity: Annotated[
+        float, _experiment("SHARE", "Least share of held-out answers that it keeps.", parser=weight)
+    ] = 0.9
     outcome: Outcome = "log_odds"
     out: Out = Path("ce-plugin-concepts")
     force: Force = False
@@ -574,3 +597,155 @@ class EvaluateOptions(NetworkOptions):
     out: Out = Path("ce-plugin-evaluation")
     force: Force = False
     quiet: Quiet = False
+
+    def __post_init__(self) -> None:
+        self.attacks = self.attacks or list(ATTACKS)
+
+
+# --- the commands
+
+
+class _SeveralValues(TyperCommand):
+    """A command of ``detect``, whose --attacks and --eps take several values at once: ``--eps 2/255 8/255``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given: list[str] = []
+        option = ""
+        for word in args:
+            if word.startswith("-"):
+                option = word if word in ("--attacks", "--eps") else ""
+            elif option and given[-1] != option:
+                given.append(option)
+            given.append(word)
+        return super().parse_args(ctx, given)
+
+
+def _help_and_epilog(described: object) -> tuple[str, str]:
+    """From a docstring: its examples, and all that follows them, are shown below the options."""
+    # The terminal wraps prose; indented lines stay as they are.
+    text = re.sub(r"(?<=\S)\n(?=\S)", " ", getdoc(described) or "")
+    summary, examples, rest = text.partition("examples:\n")
+    return summary.strip(), f"{examples}{rest}"
+
+
+def _command(group: typer.Typer, name: str, options: type[Any], runner: str) -> None:
+    """Add a command: its options are the fields of a dataclass, it is run by ``runner``, "module:function".
+
+    An error that can be put right becomes one line and an exit code.
+    """
+
+    module, _, function = runner.partition(":")
+
+    def call(context: typer.Context, **values: Any) -> None:
+        given = options(**values)
+        _keep_freed_memory()
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                run = getattr(importlib.import_module(f"ce_plugin.cli.{module}"), function)
+                run(given, context.obj)
+        except CEPluginError as error:
+            sys.stderr.write(f"ce-plugin: error: {error}\n")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            sys.stderr.write("ce-plugin: interrupted\n")
+            raise typer.Exit(130) from None
+
+    hints = get_type_hints(options, include_extras=True)
+    parameters = [Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    for one in fields(options):
+        default = Parameter.empty if one.default is MISSING else one.default
+        parameters.append(Parameter(one.name, Parameter.KEYWORD_ONLY, default=default, annotation=hints[one.name]))
+    call.__signature__ = Signature(parameters)  # type: ignore[attr-defined] # typer reads it
+    text, epilog = _help_and_epilog(options)
+    group.command(name, cls=_SeveralValues if group is _detect else None, help=text, epilog=epilog)(call)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ce-plugin {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Which parts of a picture, and which parts of a network, cause its answer?
+
+    ce-plugin covers patches of a photograph, sets channels of a layer, watches what the network answers, and writes
+    maps, tables and a report: clean and under attack, beside Grad-CAM and saliency.
+
+    examples:
+      ce-plugin demo
+      ce-plugin explain cat.jpg
+      ce-plugin explain cat.jpg dog.jpg --model torchvision:resnet50 --attack pgd
+      ce-plugin nodes cat.jpg --given pgd
+      ce-plugin map cat.jpg --contrast "tiger cat"
+      ce-plugin concepts train photographs --concepts 64 --out concepts.pt
+      ce-plugin concepts show concepts.pt --images photographs
+      ce-plugin detect fit photographs --out detector.ce
+      ce-plugin detect score inbox --detector detector.ce
+      ce-plugin explain --help      all options of a command
+
+    exit codes:
+      0 done; 1 something to put right, the message says what;
+      2 the command line was not understood; 130 interrupted
+    """
+
+
+_text, _epilog = _help_and_epilog(_root)
+_settings = {"help_option_names": ["--help", "-h"]}
+app = typer.Typer(
+    callback=_root, help=_text, epilog=_epilog, context_settings=_settings, pretty_exceptions_enable=False
+)
+_concepts = typer.Typer(help="A few concepts in place of a layer's many channels: train them, and look at them.")
+_detect = typer.Typer(help="Tell attacked pictures from clean ones, and say why.")
+
+_command(app, "demo", DemoOptions, "_explain:demo")
+_command(app, "explain", ExplainOptions, "_explain:explain")
+_command(app, "nodes", NodesOptions, "_nodes:nodes")
+_command(app, "map", MapOptions, "_nodes:draw_map")
+_command(_concepts, "train", TrainOptions, "_concepts:train")
+_command(_concepts, "show", ShowOptions, "_concepts:show")
+_command(_detect, "fit", FitOptions, "_detect:fit")
+_command(_detect, "score", ScoreOptions, "_detect:score")
+_command(_detect, "evaluate", EvaluateOptions, "_detect:evaluate")
+app.add_typer(_concepts, name="concepts")
+app.add_typer(_detect, name="detect")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: what follows ``ce-plugin`` on the command line; None means that of the terminal.
+
+    Returns:
+        The exit code: 0 done, 1 something to put right, 2 the command line was not understood, 130 interrupted.
+
+    Example:
+        >>> main(["explain", "no-such-picture.jpg", "--quiet"])
+        1
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        typer.main.get_command(app)(given, prog_name="ce-plugin", obj=given)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """A warning as one line, without the line of code that gave it."""
+    sys.stderr.write(f"ce-plugin: warning: {message}\n")
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory: convolutions on a CPU then run up to twice as fast (docs/performance.md)."""
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_max, 0)
