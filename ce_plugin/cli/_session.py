@@ -197,9 +197,11 @@ def manifest(
 ) -> dict[str, Any]:
     """The manifest of a command: its options, what they were resolved to, what went in, versions, machine."""
     said = dict(zip(("command", "action") if argv[0] in ("concepts", "detect") else ("command",), argv, strict=False))
-    arguments = {name: value for name, value in vars(options).items() if name not in ("force", "quiet")}
+    arguments = {**said, **vars(options), **resolved}
+    for name in ("force", "quiet"):  # they change nothing that comes out
+        arguments.pop(name, None)
     return build_manifest(
-        arguments={**said, **arguments, **resolved},
+        arguments=arguments,
         command=["ce-plugin", *argv],
         seed=getattr(options, "seed", 0),
         inputs=inputs,
