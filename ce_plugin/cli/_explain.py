@@ -63,8 +63,10 @@ def explain(options: ExplainOptions, argv: Sequence[str]) -> None:
     for file in files.values():
         read_image(file)  # whatever cannot be read is said before the network is loaded
     net = network(options)
-    hashes = {name: {"file": str(file), "sha256": file_sha256(file)} for name, file in files.items()}
-    inputs = {name: net.inputs([read_image(file)]) for name, file in files.items()}
+    hashes, inputs = {}, {}
+    for name, file in files.items():
+        hashes[name] = {"file": str(file), "sha256": file_sha256(file)}
+        inputs[name] = net.inputs([read_image(file)])
     _report(net, inputs, options, argv, hashes)
 
 

@@ -288,6 +288,17 @@ def build_manifest(
         >>> manifest["command"], manifest["seed"]
         ('ce-plugin demo', 0)
     """
+    device = next(model.parameters(), torch.empty(0, device="cpu")).device
+    machine = {
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "byte_order": sys.byteorder,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+    if device.type == "cuda":
+        machine |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     manifest = {
         "ce_plugin": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -301,7 +312,7 @@ def build_manifest(
             "state_sha256": state_sha256(model),
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _DISTRIBUTIONS}},
-        "machine": _machine(model),
+        "machine": machine,
     }
     plain: dict[str, Any] = json.loads(json.dumps(manifest, default=str))
     return plain
@@ -312,19 +323,3 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not installed as a package"
-
-
-def _machine(model: nn.Module) -> dict[str, Any]:
-    device = next(model.parameters(), torch.empty(0, device="cpu")).device
-    described: dict[str, Any] = {
-        "platform": platform.platform(),
-        "processor": platform.machine(),
-        "byte_order": sys.byteorder,
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-    }
-    if device.type == "cuda":
-        described["gpu"] = torch.cuda.get_device_name(device)
-        described["cuda"] = torch.version.cuda
-    return described
