@@ -71,21 +71,22 @@ def last_conv_layer(network: nn.Module, images: Tensor) -> tuple[str, nn.Module]
         >>> last_conv_layer(net, torch.zeros(1, 3, 8, 8))[0]
         '2'
     """
-    steps: list[tuple[nn.Module, bool]] = []
+    steps: list[nn.Module] = []  # all that ran, in order
+    planes: list[int] = []  # and where among them the convolutions are that see a plane
 
     def note(module: nn.Module, _: object, output: object) -> None:
-        plane = isinstance(module, nn.Conv2d) and isinstance(output, Tensor) and output.shape[-2:].numel() > 1
-        steps.append((module, plane))
+        if isinstance(module, nn.Conv2d) and isinstance(output, Tensor) and output.shape[-2:].numel() > 1:
+            planes.append(len(steps))
+        steps.append(module)
 
     with state_guard(network), torch.no_grad():  # the guard takes the hooks away again
         for module in network.modules():
             if isinstance(module, nn.Conv2d) or not list(module.children()):  # some convolutions hold their padding
                 module.register_forward_hook(note)
         network(images[:1])
-    planes = [step for step, (_, plane) in enumerate(steps) if plane]
     if not planes or (planes[-1] == 0 and len(steps) > 4):
         return None
-    return find_layer(network, steps[planes[-1]][0])
+    return find_layer(network, steps[planes[-1]])
 
 
 def read_layer(network: nn.Module, layer: Layer, images: Tensor) -> tuple[Tensor, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def study(
     own: list[Section[Any]] = [PhotographSection(plan)]
     if layer is not None:
         own.append(LayerSection(plan, layer[0]))
-    names = [section.name for section in (*own, *sections)]
+    names = list(map(attrgetter("name"), (*own, *sections)))
     if len(set(names)) < len(names):
         raise ArgumentError(expected("sections", "of different names", ", ".join(names)))
     with torch.no_grad():

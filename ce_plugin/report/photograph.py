@@ -279,15 +279,15 @@ class PhotographSection(Section[tuple[Case, ...]]):
 
     def record(self, found: tuple[Case, ...]) -> dict[str, Any]:
         """Answers, and how many patches are outlined."""
-        return {
-            case.name: {
+        record = {}
+        for case in found:
+            record[case.name] = {
                 "answer": asdict(case.top[0]),
                 "explained": asdict(case.explained),
                 "answer_changed": case.success,
                 "outlined": {maps.answer.name: [maps.n_outlined, maps.n_units] for maps in case.maps},
             }
-            for case in found
-        }
+        return record
 
     def render(self, found: tuple[Case, ...]) -> dict[str, Any]:
         """A table of the answers, and the maps."""

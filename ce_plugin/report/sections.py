@@ -15,6 +15,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -288,6 +289,10 @@ def build_manifest(
         >>> manifest["command"], manifest["seed"]
         ('ce-plugin demo', 0)
     """
+    versions = dict.fromkeys(_DISTRIBUTIONS, "not installed as a package")
+    for name in _DISTRIBUTIONS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     device = next(model.parameters(), torch.empty(0, device="cpu")).device
     machine = {
         "platform": platform.platform(),
@@ -311,15 +316,8 @@ def build_manifest(
             "parameters": sum(map(torch.numel, model.parameters())),
             "state_sha256": state_sha256(model),
         },
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _DISTRIBUTIONS}},
+        "versions": {"python": platform.python_version(), **versions},
         "machine": machine,
     }
     plain: dict[str, Any] = json.loads(json.dumps(manifest, default=str))
     return plain
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed as a package"
