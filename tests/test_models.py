@@ -136,7 +136,7 @@ def test_failed_download_says_where_the_weights_are(monkeypatch: pytest.MonkeyPa
         raise URLError("no network")
 
     monkeypatch.setattr(models, "get_model", offline)
-    with pytest.raises(FileError, match=r"no network.*Fetch https://.*resnet18.*pth"):
+    with pytest.raises(FileError, match=r"no network.*Download https://.*resnet18.*pth"):
         load_model("torchvision:resnet18")
 
 

@@ -232,16 +232,16 @@ class Probe(nn.Module, ABC):
         ArgumentError: when a subclass is defined: another class is of this kind.
 
     Example:
-        >>> class Mirror(Probe):
-        ...     def __init__(self, name="mirror"):
+        >>> class Flipped(Probe):
+        ...     def __init__(self, name="flipped"):
         ...         super().__init__(name, passes=1)
         ...     def respond(self, view):
         ...         return view.response([view.run(view.images.flip(-1))])
         ...     def interventions(self):
         ...         return ["mirroring"]
-        >>> Mirror()
-        Mirror(name='mirror')
-        >>> Mirror().respond(View(torch.nn.Flatten(), torch.tensor([[[[1.0, 3.0]]]]))).effects
+        >>> Flipped()
+        Flipped(name='flipped')
+        >>> Flipped().respond(View(torch.nn.Flatten(), torch.tensor([[[[1.0, 3.0]]]]))).effects
         tensor([[ 2., -2.]])
     """
 

@@ -54,6 +54,8 @@ class FromMean(Probe, kind="from-mean"):
 LOAD = """
 import sys
 import numpy as np
+import torch
+torch.set_num_threads(1)  # as in the tests: the network is trained there and here, and must be the same
 sys.path.insert(0, {tests!r})
 from _toy import classifier
 from ce_plugin.detection import CausalEffectDetector
