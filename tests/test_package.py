@@ -41,14 +41,14 @@ def modules() -> list[str]:
 INNER = ("ce_plugin.detection.adaptive",)
 
 
-def floors() -> list[str]:
+def public_packages() -> list[str]:
     """The modules and packages whose ``__all__`` is public: what lies deeper is how they are made."""
     return [name for name in modules() if name.count(".") == 1 or name in INNER]
 
 
 def public() -> Iterator[tuple[str, object]]:
     """Every public class and function."""
-    for name in floors():
+    for name in public_packages():
         module = importlib.import_module(name)
         for key in getattr(module, "__all__", ()):
             thing = getattr(module, key)
@@ -311,7 +311,7 @@ def test_every_error_class_has_its_page() -> None:
 def test_every_public_name_is_in_the_reference() -> None:
     pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
     shown = re.findall(r"^\.\. automodule:: ([\w.]+)$", pages, re.M)
-    assert sorted(shown) == sorted(floors())
+    assert sorted(shown) == sorted(public_packages())
     handed_out = {thing for _, thing in public()}
     assert [
         key for key in ce_plugin.__all__ if key != "__version__" and getattr(ce_plugin, key) not in handed_out
