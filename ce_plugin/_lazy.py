@@ -95,4 +95,6 @@ def warn_renamed(old: str, new: str) -> None:
     Warns:
         FutureWarning: always.
     """
-    warnings.warn(f"{old} is called {new} now; the old name will be removed in the next version.", FutureWarning, stacklevel=3)
+    warnings.warn(
+        f"{old} is called {new} now; the old name will be removed in the next version.", FutureWarning, stacklevel=3
+    )

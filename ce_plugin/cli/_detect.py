@@ -72,7 +72,9 @@ def _unfitted(options: FitOptions, net: VisionModel) -> CausalEffectDetector:
     )
     if options.hardened:
         old, new = "--hardened", "--adversarial-training"
-        warnings.warn(f"{old} is called {new} now; the old name will be removed in the next version.", FutureWarning, stacklevel=1)
+        warnings.warn(
+            f"{old} is called {new} now; the old name will be removed in the next version.", FutureWarning, stacklevel=1
+        )
     if options.adversarial_training or options.hardened:
         detector.set_params(signature=Signature.adversarially_trained(detector.classifier.clip_values))
     if options.attacks:

@@ -143,7 +143,7 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
 
     @property
     def protected(self) -> ClassifierWrapper:
-        """The old name of :attr:`classifier`; it goes in the next version."""
+        """The old name of :attr:`classifier`; it will be removed in the next version."""
         return self.classifier
 
     @renamed_keywords(benign="augmentation")

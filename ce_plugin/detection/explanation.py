@@ -66,7 +66,7 @@ class Alarm:
 
     @property
     def verdicts(self) -> dict[str, float]:
-        """The old name of :attr:`deviations`; it goes in the next version."""
+        """The old name of :attr:`deviations`; it will be removed in the next version."""
         warn_renamed("Alarm.verdicts", "Alarm.deviations")
         return self.deviations
 

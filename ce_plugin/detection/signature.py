@@ -129,7 +129,7 @@ class Signature:
 
     @classmethod
     def hardened(cls, value_range: tuple[float, float] = (0.0, 1.0), *, eps: float | None = None) -> Signature:
-        """The old name of :meth:`adversarially_trained`; it goes in the next version."""
+        """The old name of :meth:`adversarially_trained`; it will be removed in the next version."""
         warn_renamed("Signature.hardened", "Signature.adversarially_trained")
         return cls.adversarially_trained(value_range, eps=eps)
 
@@ -155,7 +155,7 @@ class Signature:
 
     @property
     def groups(self) -> tuple[Probe, ...]:
-        """The old name of :attr:`probes`; it goes in the next version."""
+        """The old name of :attr:`probes`; it will be removed in the next version."""
         warn_renamed("Signature.groups", "Signature.probes")
         return self.probes
 
