@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ce_plugin.concepts.images import Source
 from ce_plugin.networks.forward import OutputSelector, is_opaque, select_logits
-from ce_plugin.networks.graph import HookPoint, Suffix, SuffixConstants, Untraceable
+from ce_plugin.networks.graph import Suffix, SuffixConstants
 from ce_plugin.networks.layers import find_layer, inserted, read_layer
+from ce_plugin.networks.tracing import HookPoint, Untraceable
 
 _PROBE = 3
 

@@ -7,7 +7,6 @@ import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,7 +16,7 @@ from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ce_plugin.networks.forward import is_opaque
+from ce_plugin.networks.tracing import INPUT, HookPoint, TracedRoot, Untraceable, record, site, spliced
 
 _OPERATORS = {
     **{f"i{name}": name for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")},
@@ -106,7 +105,7 @@ def _may_share_memory(node: fx.Node, root: nn.Module) -> bool:
         return False
     name = getattr(node.target, "__name__", "")
     home = getattr(node.target, "__module__", None) or ""
-    if name == "site":  # an experiment puts a new tensor there
+    if name in ("site", "hooks") and home == site.__module__:  # new tensors: of an experiment, of the user's hooks
         return False
     return name in _VIEWS or not home.startswith(_HOMES)
 
@@ -148,149 +147,6 @@ def _had_inplace_argument(node: fx.Node) -> bool:
     return True
 
 
-# What tracing raises where a network looks at values, or does with its symbolic inputs what only tensors can do.
-_FAILURES = (
-    fx.proxy.TraceError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    RuntimeError,
-    AssertionError,
-    LookupError,
-    NameError,
-    ArithmeticError,
-)
-
-
-@dataclass(frozen=True)
-class HookPoint:
-    """Where in a network an experiment sets a value.
-
-    Args:
-        module: the module whose output is set; None: the network's first tensor input.
-        at_input: the module's input instead of its output.
-        element: which element of a tuple output, or which of the positional inputs.
-        call: which call, of a module that the network calls several times.
-
-    Example:
-        >>> HookPoint(nn.ReLU(), at_input=True)
-        HookPoint(module=ReLU(), at_input=True, element=None, call=0)
-    """
-
-    module: nn.Module | None = None
-    at_input: bool = False
-    element: int | None = None
-    call: int = 0
-
-
-class Untraceable(Exception):  # noqa: N818 - not an error of the user's: the run takes another way
-    """The network cannot be cut at this point; the one-line reason is the message."""
-
-
-def site(value: Any) -> Any:
-    """Marks the value that experiments set."""
-    return value
-
-
-def spliced(values: Any, value: Any, index: int) -> Any:
-    """A tuple with one element replaced."""
-    parts = [*values[:index], value, *values[index + 1 :]]
-    return type(values)(*parts) if hasattr(values, "_fields") else type(values)(parts)
-
-
-class _Root(nn.Module):
-    """The network, the decoder beside it, and which arguments are tensors."""
-
-    def __init__(
-        self, network: nn.Module, decoder: nn.Module | None, point: HookPoint, args: tuple[object, ...]
-    ) -> None:
-        super().__init__()
-        self.network, self.decoder, self.point, self.args = network, decoder, point, args
-
-    def forward(self, given: Any) -> Any:
-        args, tensors = list(self.args), 0
-        for position, arg in enumerate(args):
-            if isinstance(arg, Tensor) or arg is _INPUT:
-                args[position], tensors = given[tensors], tensors + 1
-        if self.point.module is None:
-            element = self.point.element or 0
-            args[element] = _mark(args[element], self.decoder)
-        return self.network(*args)
-
-
-_INPUT = object()
-
-
-def _mark(value: Any, decoder: nn.Module | None) -> Any:
-    marked = value.tracer.create_proxy("call_function", site, (value,), {})
-    return marked if decoder is None else decoder(marked)
-
-
-class _Tracer(fx.Tracer):
-    """Marks the point; a part of the network that cannot be traced, and does not hold the point, stays whole."""
-
-    def __init__(self, point: HookPoint, decoder: nn.Module | None) -> None:
-        super().__init__(autowrap_functions=())
-        self.point, self.decoder, self.calls = point, decoder, 0
-
-    def _holds_point(self, module: nn.Module) -> bool:
-        inside = self.point.module
-        return module is not inside and any(map(partial(operator.is_, inside), module.modules()))
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if is_opaque(m):
-            return True
-        return super().is_leaf_module(m, module_qualified_name) and not self._holds_point(m)
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        here = m is self.point.module
-        if here:
-            self.calls += 1
-            here = self.calls == self.point.call + 1
-        if here and self.point.at_input:
-            args, kwargs = self._with_marked_input(args, kwargs)
-        output = self._traced(m, forward, args, kwargs)
-        return self._with_marked_output(output) if here and not self.point.at_input else output
-
-    def _traced(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's output: traced, or as one operation where it is a leaf or cannot be traced and need not be."""
-        path = self.path_of_module(m)
-        ways = [] if self.is_leaf_module(m, path) else [forward]
-        if ways and (m._forward_hooks or m._forward_pre_hooks):
-            # A user's hook may look at values. What is traced without it is compared with the network before use.
-            ways.append(m.forward)
-        for way in ways:
-            before, calls = set(self.graph.nodes), self.calls
-            try:
-                return way(*args, **kwargs)
-            except _FAILURES:
-                if way is ways[-1] and (path == "network" or self._holds_point(m)):
-                    raise
-            # The graph as it was, but for parameters' nodes, which the tracer keeps for later uses.
-            self.calls = calls
-            for node in reversed(self.graph.nodes):
-                if node not in before and node.op != "get_attr":
-                    self.graph.erase_node(node)
-        return self.create_proxy("call_module", path, args, kwargs)
-
-    def _with_marked_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-        values, names = [*args, *kwargs.values()], list(kwargs)
-        element = self.point.element or 0
-        values[element] = _mark(values[element], self.decoder)
-        return tuple(values[: len(args)]), dict(zip(names, values[len(args) :], strict=True))
-
-    def _with_marked_output(self, output: Any) -> Any:
-        element = self.point.element
-        if element is None:
-            return _mark(output, self.decoder)
-        marked = _mark(output[element], self.decoder)
-        if isinstance(output, fx.Proxy):
-            return self.create_proxy("call_function", spliced, (output, marked, element), {})
-        return spliced(output, marked, element)
-
-
 class Graph:
     """The operations of a network in order, none of which changes a value in place.
 
@@ -316,18 +172,14 @@ class Graph:
     def __init__(
         self, network: nn.Module, point: HookPoint, decoder: nn.Module | None, n_inputs: int, args: tuple[object, ...]
     ) -> None:
-        tracer = _Tracer(point, decoder)
-        self._root = _Root(network, decoder, point, (*[_INPUT] * n_inputs, *args))
+        self._root = TracedRoot(network, decoder, point, (*[INPUT] * n_inputs, *args))
         self.n_inputs = n_inputs
+        graph = record(self._root)
         try:
-            graph = tracer.trace(self._root)
             _without_splices(graph)
             without_changes_in_place(graph, self._root)
         except ChangedInPlaceError as error:
             raise Untraceable(str(error)) from error
-        except _FAILURES as error:
-            first = (str(error).strip().splitlines() or [""])[0]
-            raise Untraceable(f"{type(error).__name__}: {first}"[:200]) from error
         self.given, *_, last = graph.nodes
         self.output, self.outputs = last.args[0], last.all_input_nodes
         self.nodes = list(graph.nodes)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_forward_hooks_with_kwargs",
@@ -200,7 +200,7 @@ class state_guard:  # noqa: N801 - a context manager, named as torch.no_grad is
                 if id(buffer) not in self._buffers and not (is_lazy(buffer) or buffer.is_meta):
                     self._buffers[id(buffer)] = (buffer, buffer.detach().clone())
         if not lazy:  # the hook that initialises a lazy module must run once only
-            for name in _HOOKS:
+            for name in HOOKS:
                 hooks = getattr(module, name, None)
                 if hooks is not None:
                     self._hooks.append((hooks, hooks.copy()))

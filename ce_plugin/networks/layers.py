@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ce_plugin.errors import ArgumentError, CEPluginError, InputError, ModelError, expected, unknown_name
 from ce_plugin.networks.forward import OutputSelector, select_logits
-from ce_plugin.networks.graph import HookPoint
 from ce_plugin.networks.guard import state_guard
+from ce_plugin.networks.tracing import HookPoint
 
 Layer = Union[str, nn.Module]
 

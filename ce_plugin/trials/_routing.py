@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ce_plugin.errors import InputError, ModelError, expected
 from ce_plugin.interventions.base import Context, Intervention
 from ce_plugin.networks.forward import Forward, is_opaque, select_heads
-from ce_plugin.networks.graph import HookPoint, Suffix, SuffixConstants, Untraceable
+from ce_plugin.networks.graph import Suffix, SuffixConstants
 from ce_plugin.networks.layers import find_layer, hooked, keep_copy
+from ce_plugin.networks.tracing import HookPoint, Untraceable
 from ce_plugin.sites import ConceptSite, LayerSite
 from ce_plugin.trials._incremental import IncrementalTrials
 from ce_plugin.trials._runner import AggregateError, Runner
