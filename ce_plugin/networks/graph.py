@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from ce_plugin.networks.forward import is_opaque
 
@@ -48,7 +49,7 @@ def out_of_place(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
         double.__dict__["inplace"] = False
         return double(*args, **kwargs)
     if not _is_torchs(module):
-        args = tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args)
+        args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
     return module(*args, **kwargs)
 
 
@@ -187,6 +188,26 @@ class Untraceable(Exception):  # noqa: N818 - not an error of the user's: the ru
     """The network cannot be cut at this point; the one-line reason is the message."""
 
 
+@contextmanager
+def traced() -> Iterator[None]:
+    """What fails inside, where a traced part is made or run, says nothing of the network: as a whole it may work.
+
+    Raises:
+        Untraceable: something failed, other than for lack of memory.
+    """
+    try:
+        yield
+    except (Untraceable, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise Untraceable(_in_one_line(error)) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"[:200]
+
+
 def site(value: Any) -> Any:
     """Marks the value that experiments set."""
     return value
@@ -215,7 +236,32 @@ class _Root(nn.Module):
         if self.point.module is None:
             element = self.point.element or 0
             args[element] = _mark(args[element], self.decoder)
-        return self.network(*args)
+        # The output of a graph keeps no classes of containers: they are kept here, and its output are the leaves.
+        leaves: list[Any] = []
+
+        def number(leaf: Any) -> int:
+            leaves.append(leaf)
+            return len(leaves) - 1
+
+        self.result = mapped(self.network(*args), number)
+        return leaves
+
+
+def mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """A value with its leaves replaced, in containers of the same classes at any depth."""
+    copied: Any = copy.copy(value) if isinstance(value, Mapping) or is_dataclass(value) else None
+    if isinstance(value, Mapping):
+        for key in value:
+            copied[key] = mapped(value[key], leaf)
+        return copied
+    if is_dataclass(value) and not isinstance(value, type):
+        for each in fields(value):
+            object.__setattr__(copied, each.name, mapped(getattr(value, each.name), leaf))
+        return copied
+    if isinstance(value, (tuple, list)):
+        parts = [mapped(part, leaf) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return leaf(value)
 
 
 _INPUT = object()
@@ -309,8 +355,7 @@ class Graph:
         nodes: what the output needs, in order.
         given: the node of all tensor arguments, a tuple.
         site: the node of the mark.
-        output: what the network returns, with nodes for its tensors.
-        outputs: these nodes.
+        outputs: the nodes of the tensors that the network returns.
     """
 
     def __init__(
@@ -326,16 +371,20 @@ class Graph:
         except ChangedInPlaceError as error:
             raise Untraceable(str(error)) from error
         except _FAILURES as error:
-            first = (str(error).strip().splitlines() or [""])[0]
-            raise Untraceable(f"{type(error).__name__}: {first}"[:200]) from error
+            raise Untraceable(_in_one_line(error)) from error
         self.given, *_, last = graph.nodes
-        self.output, self.outputs = last.args[0], last.all_input_nodes
+        self._leaves, self.outputs = last.args[0], last.all_input_nodes
         self.nodes = list(graph.nodes)
         self.nodes = self.needed(self.outputs)
         marks = [node for node in self.nodes if node.target is site]
         if len(marks) != 1:
             raise Untraceable("the layer is not reached, or its output is not used")
         self.site = marks[0]
+
+    def returned(self, value_of: Callable[[fx.Node], Any]) -> Any:
+        """What the network returns, in containers of the classes that it uses, from the values of ``outputs``."""
+        leaves = map_arg(self._leaves, value_of)
+        return mapped(self._root.result, leaves.__getitem__)
 
     def needed(self, wanted: Iterable[fx.Node]) -> list[fx.Node]:
         """Some nodes and all that they are computed from, in order."""
@@ -600,7 +649,7 @@ class Suffix:
         here = self.constants(captured, len(values), examples)
         here[self.graph.site] = values
         self.graph.evaluate(self.nodes, here, self.graph.outputs)
-        return map_arg(self.graph.output, here.__getitem__)
+        return self.graph.returned(here.__getitem__)
 
     def constants(self, captured: SuffixConstants, rows: int, examples: Tensor | None = None) -> dict[fx.Node, Any]:
         """The constants of a batch; without ``examples`` those of one example stand for all rows."""
