@@ -20,6 +20,7 @@ from ce_plugin.effects import Estimate, Interactions, Outcome, half_width, pairw
 from ce_plugin.errors import ArgumentError, ModelError, NoChangeWarning, UnitError, expected
 from ce_plugin.interventions import Context, Intervention
 from ce_plugin.networks.forward import Forward
+from ce_plugin.networks.graph import Untraceable, traced
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite, Masks, MaskUnits, Strides, Windows
 from ce_plugin.trials._routing import (
@@ -155,15 +156,27 @@ class Experiment:
         with self._guard():
             self._look()
             spec, captured_site = self._set(0)
-            captured_site, runner, heads = self.router.start(captured_site, self.runner, 1)
-            measure = self._measured(heads, captured_site.outputs)
-            options.setdefault("batch_size", runner.rows or 32)
-            options |= {"name": self.outcome.name, "device": spec.device, "dtype": spec.inputs[0].dtype}
-            labels, found = spec.units.labels, []
-            for i in range(self.n):
-                names = labels[i] if isinstance(labels[0], list) else labels
-                outcome = flip_outcome(spec, captured_site, measure, i)
-                found.append(pairwise(outcome, int(spec.units.n_units[i]), unit_labels=names, **options))
+            try:
+                return self._pairwise(spec, captured_site, **options)
+            except Untraceable as failure:
+                return self._pairwise(spec, self.router.uncut(captured_site, failure), **options)
+
+    def _pairwise(self, spec: TrialSpec, captured_site: CapturedSite, **options: Any) -> list[Interactions]:
+        captured_site, runner, heads = self.router.start(captured_site, self.runner, 1)
+        measure = self._measured(heads, captured_site.outputs)
+        options.setdefault("batch_size", runner.rows or 32)
+        options |= {"name": self.outcome.name, "device": spec.device, "dtype": spec.inputs[0].dtype}
+        labels, found = spec.units.labels, []
+        for i in range(self.n):
+            names = labels[i] if isinstance(labels[0], list) else labels
+            outcome, n_units = flip_outcome(spec, captured_site, measure, i), int(spec.units.n_units[i])
+            try:
+                found.append(pairwise(outcome, n_units, unit_labels=names, **options))
+            except RuntimeError as error:
+                # Gradients through a traced part may fail where those through the whole network do not.
+                if captured_site.route == "full" or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise Untraceable(str(error)) from error
         return found
 
     def cost(self) -> Cost:
@@ -171,7 +184,11 @@ class Experiment:
         with self._guard():
             self._look()
             heads = self._first_outputs()
-            route, each, once = self._route()
+            captured_site = self._example or CapturedSite(self.forward, *self._first())
+            try:
+                route, each, once = self._route(captured_site)
+            except Untraceable as failure:
+                route, each, once = self._route(self.router.uncut(captured_site, failure))
         # The outcome with all units set, which some designs compare with, is one more trial.
         once += self.spec.repeats if self.design.reference == "all" else 0
         once += self.intervention.forward_equivalents + self.evidence_forwards
@@ -182,9 +199,8 @@ class Experiment:
         outcomes = len(heads) if one else sum(head.numel() for head in heads.values())
         return Cost(self.trials, passes, route, 4 * outcomes * self.n * max(self.used))
 
-    def _route(self) -> tuple[str, float, float]:
+    def _route(self, captured_site: CapturedSite) -> tuple[str, float, float]:
         """How trials will be run, what a trial costs, and what is run once for each example, in forward passes."""
-        captured_site = self._example or CapturedSite(self.forward, *self._first())
         spec = replace(self.spec, inputs=captured_site.values)
         # Evidence at a layer is set by hooks, which only whole passes meet.
         if not self.evidence_at_layers:
@@ -192,10 +208,11 @@ class Experiment:
         cut = captured_site.forward
         if not isinstance(cut, ForwardFromSite) or cut.suffix is None or cut.captured is None:
             return "full", 1, 1
-        share = cut.suffix.share(cut.captured)
-        # A clean pass, another for what by-passes the site, and the reference.
-        once = 1 + (not cut.suffix.is_cut) + share
-        each = share if captured_site.flips is None else captured_site.flips.cost(spec)
+        with traced():
+            share = cut.suffix.share(cut.captured)
+            # A clean pass, another for what by-passes the site, and the reference.
+            once = 1 + (not cut.suffix.is_cut) + share
+            each = share if captured_site.flips is None else captured_site.flips.cost(spec)
         return captured_site.taken, each, once
 
     @property
@@ -253,6 +270,17 @@ class Experiment:
     def _draw(self, draw: int) -> dict[str, Answer]:
         """The effects under one draw of the random evidence."""
         spec, captured_site = self._set(draw)
+        try:
+            return self._answers(spec, captured_site)
+        except Untraceable as failure:
+            return self._answers(spec, self.router.uncut(captured_site, failure))
+
+    def _answers(self, spec: TrialSpec, captured_site: CapturedSite) -> dict[str, Answer]:
+        """The effects in trials from this site.
+
+        Raises:
+            Untraceable: they were to be run through a part of the network, which fails.
+        """
         try:
             captured_site, runner, heads, measure = self._start(spec, captured_site)
             check_memory(spec, measure, max(self.used))

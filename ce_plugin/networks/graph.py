@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from ce_plugin.networks.tracing import INPUT, HookPoint, TracedRoot, Untraceable, record, site, spliced
+from ce_plugin.networks.tracing import INPUT, HookPoint, TracedRoot, Untraceable, mapped, record, site, spliced
 
 _OPERATORS = {
     **{f"i{name}": name for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")},
@@ -47,7 +47,7 @@ def out_of_place(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
         double.__dict__["inplace"] = False
         return double(*args, **kwargs)
     if not _is_torchs(module):
-        args = tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args)
+        args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
     return module(*args, **kwargs)
 
 
@@ -165,8 +165,7 @@ class Graph:
         nodes: what the output needs, in order.
         given: the node of all tensor arguments, a tuple.
         site: the node of the mark.
-        output: what the network returns, with nodes for its tensors.
-        outputs: these nodes.
+        outputs: the nodes of the tensors that the network returns.
     """
 
     def __init__(
@@ -181,13 +180,18 @@ class Graph:
         except ChangedInPlaceError as error:
             raise Untraceable(str(error)) from error
         self.given, *_, last = graph.nodes
-        self.output, self.outputs = last.args[0], last.all_input_nodes
+        self._leaves, self.outputs = last.args[0], last.all_input_nodes
         self.nodes = list(graph.nodes)
         self.nodes = self.needed(self.outputs)
         marks = [node for node in self.nodes if node.target is site]
         if len(marks) != 1:
             raise Untraceable("the layer is not reached, or its output is not used")
         self.site = marks[0]
+
+    def returned(self, value_of: Callable[[fx.Node], Any]) -> Any:
+        """What the network returns, in containers of the classes that it uses, from the values of ``outputs``."""
+        leaves = map_arg(self._leaves, value_of)
+        return mapped(self._root.result, leaves.__getitem__)
 
     def needed(self, wanted: Iterable[fx.Node]) -> list[fx.Node]:
         """Some nodes and all that they are computed from, in order."""
@@ -452,7 +456,7 @@ class Suffix:
         here = self.constants(captured, len(values), examples)
         here[self.graph.site] = values
         self.graph.evaluate(self.nodes, here, self.graph.outputs)
-        return map_arg(self.graph.output, here.__getitem__)
+        return self.graph.returned(here.__getitem__)
 
     def constants(self, captured: SuffixConstants, rows: int, examples: Tensor | None = None) -> dict[fx.Node, Any]:
         """The constants of a batch; without ``examples`` those of one example stand for all rows."""

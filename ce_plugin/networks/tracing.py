@@ -9,9 +9,9 @@ import math
 import operator
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -54,6 +54,22 @@ class Untraceable(Exception):  # noqa: N818 - not an error of the user's: the ru
     """The network cannot be cut at this point; the one-line reason is the message."""
 
 
+@contextmanager
+def traced() -> Iterator[None]:
+    """What fails inside, where a traced part is made or run, says nothing of the network: as a whole it may work.
+
+    Raises:
+        Untraceable: something failed, other than for lack of memory.
+    """
+    try:
+        yield
+    except (Untraceable, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise Untraceable(f"{type(error).__name__}: {first}"[:200]) from error
+
+
 def site(value: Any) -> Any:
     """Marks the value that experiments set."""
     return value
@@ -85,7 +101,32 @@ class TracedRoot(nn.Module):
         if self.point.module is None:
             element = self.point.element or 0
             args[element] = _mark(args[element], self.decoder)
-        return self.network(*args)
+        # The output of a graph keeps no classes of containers: they are kept here, and its output are the leaves.
+        leaves: list[Any] = []
+
+        def number(leaf: Any) -> int:
+            leaves.append(leaf)
+            return len(leaves) - 1
+
+        self.result = mapped(self.network(*args), number)
+        return leaves
+
+
+def mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """A value with its leaves replaced, in containers of the same classes at any depth."""
+    copied: Any = copy.copy(value) if isinstance(value, Mapping) or is_dataclass(value) else None
+    if isinstance(value, Mapping):
+        for key in value:
+            copied[key] = mapped(value[key], leaf)
+        return copied
+    if is_dataclass(value) and not isinstance(value, type):
+        for each in fields(value):
+            object.__setattr__(copied, each.name, mapped(getattr(value, each.name), leaf))
+        return copied
+    if isinstance(value, (tuple, list)):
+        parts = [mapped(part, leaf) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return leaf(value)
 
 
 def _mark(value: Any, decoder: nn.Module | None) -> Any:
@@ -103,13 +144,10 @@ def record(root: TracedRoot) -> fx.Graph:
         Untraceable: the network looks at values, or a part of it hands a value on in a way that is not seen.
     """
     tracer = _Tracer(root.point)
-    try:
+    with traced():  # a network that meets symbolic values may raise anything
         with _recorded_functions(root):
             doubles = tracer.record(root)
         _check(tracer.graph, root, doubles)
-    except Exception as error:  # a network that meets symbolic values may raise anything
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise Untraceable(f"{type(error).__name__}: {first}"[:200]) from error
     return tracer.graph
 
 

@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from ce_plugin.networks.forward import OutputSelector, select_heads
-from ce_plugin.networks.graph import Suffix, SuffixConstants, flops_of
+from ce_plugin.networks.graph import Suffix, SuffixConstants, Untraceable, flops_of, traced
 from ce_plugin.trials._channels import follow_channels, mixes
 from ce_plugin.trials._operations import Cat, Conv, Operation, Pointwise, Pool, resolve
 from ce_plugin.trials._states import Channel, Clean, Dense, State, Window, as_dense, is_state, nbytes, select
@@ -48,12 +48,13 @@ class IncrementalTrials:
         """The clean outputs of N examples: the very numbers that a row in which nothing differs has."""
         parts: dict[str, list[Tensor]] = {}
         for example in range(n):
-            with torch.inference_mode():
+            with torch.inference_mode(), traced():
                 heads = select_heads(self.forward.clean_output(example), self.output)
             for name, head in heads.items():
                 parts.setdefault(name, []).append(head.clone())
             self._output_bytes = nbytes(heads)
-        return {name: torch.cat(part) for name, part in parts.items()}
+        with traced():
+            return {name: torch.cat(part) for name, part in parts.items()}
 
     def __call__(self, spec: TrialSpec, rows: TrialBatch, values: Values) -> dict[str, Tensor]:
         """The heads' outputs of one batch of rows, (B, ...) each."""
@@ -65,8 +66,9 @@ class IncrementalTrials:
         order: list[int] = []
         for (example, variant), members in groups.items():
             here = masks if len(groups) == 1 else masks[members]
-            with torch.inference_mode():
+            with torch.inference_mode(), traced():
                 heads = select_heads(self.forward(example, values[example][variant][0], here), self.output)
+                with_rows(heads, len(members))
             self.route = self.forward.route
             for name, head in heads.items():
                 parts.setdefault(name, []).append(head.to(spec.device).clone())
@@ -111,6 +113,18 @@ class IncrementalTrials:
         site = spec.inputs[0][:1]
         (masks,) = spec.units.masks(assignments, torch.zeros(len(chosen), dtype=torch.int64))
         return site, masks.to(site.device)
+
+
+def with_rows(heads: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """The heads of a traced part, which must have a value for each row.
+
+    Raises:
+        Untraceable: they have not; whether the network has is for a pass through the whole to say.
+    """
+    # For one row "a value per row" and "a value per batch" are the same.
+    if rows > 1 and any(head.dim() == 0 or len(head) != rows for head in heads.values()):
+        raise Untraceable("its traced part returns another number of rows than it is given")
+    return heads
 
 
 class IncrementalForward:
@@ -169,7 +183,7 @@ class IncrementalForward:
         for node in self.suffix.graph.outputs:
             if node in self.suffix.dependent:
                 values[node] = self.clean_value(node)
-        return map_arg(self.suffix.graph.output, values.__getitem__)
+        return self.suffix.graph.returned(values.__getitem__)
 
     def cost(self, do: Tensor, masks: Tensor, example: int = 0) -> float:
         """Floating-point operations of a row, in units of a full clean pass; measured on a few rows.
@@ -282,7 +296,7 @@ class IncrementalPass:
             for arg in self.forward.last_uses[node]:
                 self.values.pop(arg, None)
         self.forward.bytes_per_row = max(int(self.peak), self.forward.bytes_per_row, 1)
-        return map_arg(self.graph.output, self._output_of)
+        return self.graph.returned(self._output_of)
 
     def _output_of(self, node: fx.Node) -> Any:
         if self.rows == self.total:

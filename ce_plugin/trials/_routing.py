@@ -17,9 +17,9 @@ from ce_plugin.interventions.base import Context, Intervention
 from ce_plugin.networks.forward import Forward, is_opaque, select_heads
 from ce_plugin.networks.graph import Suffix, SuffixConstants
 from ce_plugin.networks.layers import find_layer, hooked, keep_copy
-from ce_plugin.networks.tracing import HookPoint, Untraceable
+from ce_plugin.networks.tracing import HookPoint, Untraceable, traced
 from ce_plugin.sites import ConceptSite, LayerSite
-from ce_plugin.trials._incremental import IncrementalTrials
+from ce_plugin.trials._incremental import IncrementalTrials, with_rows
 from ce_plugin.trials._runner import AggregateError, Runner
 from ce_plugin.trials.batches import TrialSpec, checked_values, rows_of
 
@@ -144,12 +144,15 @@ class ForwardFromSite(Forward):
         if not isinstance(examples, Tensor):
             raise TypeError("examples are a tensor of indices")
         if self.suffix is not None and self.captured is not None:
-            return select_heads(self.suffix.run(self.captured, values, examples), self.forward.output)
+            with traced():
+                heads = select_heads(self.suffix.run(self.captured, values, examples), self.forward.output)
+                return with_rows(heads, len(values))
         return self.full(values, examples)
 
     def full(self, values: Tensor, examples: Tensor) -> dict[str, Tensor]:
         """By a pass through the whole network, with a hook that sets the layer's value."""
-        layer = values if self.place.decoder is None else self.place.decoder(values)
+        # A copy, because the operation after the layer may write to it.
+        layer = values.clone() if self.place.decoder is None else self.place.decoder(values)
         n = len(self.inputs[0])
         args = rows_of(self.args, n, examples)
         if self.place.point.module is None:
@@ -312,7 +315,8 @@ class Router:
         if not isinstance(cut_out, ForwardFromSite) or cut_out.suffix is None or cut_out.captured is None:
             return captured_site
         flips = IncrementalTrials(cut_out.suffix, cut_out.captured, self.forward.output)
-        return replace(found, flips=flips) if self._pays(flips, cut_out, spec) else captured_site
+        with traced():
+            return replace(found, flips=flips) if self._pays(flips, cut_out, spec) else captured_site
 
     def _pays(self, flips: IncrementalTrials, cut: ForwardFromSite, spec: TrialSpec) -> bool:
         """Whether following differences takes less time; only for windows that needs to be measured."""
@@ -338,6 +342,7 @@ class Router:
 
         Raises:
             ModelError: the network is not deterministic.
+            Untraceable: the part that is cut out fails, or returns something else: see :meth:`uncut`.
         """
         own = runner.of(captured_site.forward)
         own.flips = captured_site.flips
@@ -359,8 +364,24 @@ class Router:
             hint = "Take another layer, or its input (`LayerSite(layer, at_input=True)`)."
             got = f"{whole.place.name!r}, whose own value put back changes the outputs"
             raise ModelError(expected("layer", "one whose value can be set", got, hint))
-        self._fall_back(whole.place.name, "its traced part gives other outputs on the clean input")
-        return self.start(replace(captured_site, forward=whole, route="full", whole=None, flips=None), runner, trials)
+        raise Untraceable("its traced part gives other outputs on the clean input")
+
+    def uncut(self, captured_site: CapturedSite, failure: Exception) -> CapturedSite:
+        """The same site with passes through the whole network, now and in later experiments.
+
+        Args:
+            captured_site: what :meth:`at` found, or the input.
+            failure: of the part that was cut out.
+
+        Raises:
+            ModelError: ``engine="suffix"`` insists on that part.
+        """
+        whole, reason = captured_site.whole, str(failure)
+        place = SiteHook("the input", HookPoint()) if whole is None else whole.place
+        inputs, args = (captured_site.values, captured_site.args) if whole is None else (whole.inputs, whole.args)
+        self._suffixes[_key(place, inputs, args)] = reason
+        self._fall_back(place.name, reason)
+        return replace(captured_site, forward=whole or captured_site.forward, route="full", whole=None, flips=None)
 
     def _cut(
         self, place: SiteHook, inputs: tuple[Tensor, ...], args: tuple[object, ...], values: Tensor
@@ -377,18 +398,18 @@ class Router:
         if is_opaque(network):
             self._fall_back(place.name, "the network is scripted or compiled")
             return None
-        fixed = [arg if isinstance(arg, (str, int, float, bool, type(None))) else id(arg) for arg in args]
-        key = (place.point, id(place.decoder), len(inputs), *fixed)
+        key = _key(place, inputs, args)
         try:
-            suffix = self._suffixes.get(key)
-            if suffix is None:
-                suffix = Suffix(network, place.point, decoder=place.decoder, n_inputs=len(inputs), args=args)
-                self._suffixes[key] = suffix
-            if isinstance(suffix, Suffix):
-                with torch.inference_mode():
-                    captured = suffix.capture(inputs, args, values)
-                return ForwardFromSite(self.forward, place, inputs, args, suffix, captured)
-            reason = suffix
+            with traced():
+                suffix = self._suffixes.get(key)
+                if suffix is None:
+                    suffix = Suffix(network, place.point, decoder=place.decoder, n_inputs=len(inputs), args=args)
+                    self._suffixes[key] = suffix
+                if isinstance(suffix, Suffix):
+                    with torch.inference_mode():
+                        captured = suffix.capture(inputs, args, values)
+                    return ForwardFromSite(self.forward, place, inputs, args, suffix, captured)
+                reason = suffix
         except Untraceable as error:
             reason = str(error)
             # Where the capture failed the suffix stays: it may succeed with other inputs.
@@ -403,6 +424,12 @@ class Router:
         if reason not in self._logged:
             self._logged.add(reason)
             logger.info("%s: every trial passes through the whole network, because %s", name, reason)
+
+
+def _key(place: SiteHook, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> object:
+    """What a traced part of a network belongs to."""
+    fixed = [arg if isinstance(arg, (str, int, float, bool, type(None))) else id(arg) for arg in args]
+    return (place.point, id(place.decoder), len(inputs), *fixed)
 
 
 def check_deterministic(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
