@@ -28,8 +28,8 @@ __all__ = [
 ]
 
 
-# (rows, columns) of a grid of units.
-Grid: TypeAlias = tuple[int, int]
+# The number of cells of a grid along each dimension: (rows, columns) for images.
+Grid: TypeAlias = tuple[int, ...]
 
 
 class Design(ABC):
@@ -62,7 +62,8 @@ class Design(ABC):
         Args:
             n_units: number of units U.
             example: the example's id: equal ids get equal assignments.
-            grid: (rows, columns) if the units are the cells of a grid, row by row.
+            grid: its number of cells along each dimension if the units are the cells of a grid; the last runs
+                fastest, so that images (rows, columns) are read row by row.
 
         Returns:
             bool (T, U).
@@ -316,7 +317,7 @@ class _OverGrid(_Random):
     _p = ("a share of the area in (0, 1)", "Write 0.5 for a half.")
 
     def _grid(self, n_units: int, grid: Grid | None) -> Grid:
-        if grid is None or grid[0] * grid[1] != n_units:
+        if grid is None or math.prod(grid) != n_units:
             hint = "Leave out `feature_mask` and windows for images (N, C, H, W), or use RandomMask or OneAtATime."
             raise DesignError(expected("design", "one for units that are not a grid", repr(self), hint))
         return grid
@@ -326,7 +327,7 @@ class _OverGrid(_Random):
 
 
 class RandomWindows(_OverGrid):
-    """Square windows of several sizes at random places, until they cover a share of the image.
+    """Square windows (cubes in volumes) of several sizes at random places, until they cover a share of the input.
 
     Args:
         p: share of the area that each trial sets, in (0, 1), as closely as whole windows allow.
@@ -357,23 +358,23 @@ class RandomWindows(_OverGrid):
         self.sizes = tuple(float(size) for size in sizes)
 
     def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
-        rows, columns = self._grid(n_units, grid)
+        cells = self._grid(n_units, grid)
         draw = generator(self.seed, example, "windows")
-        sides = torch.tensor([max(1, round(size * max(rows, columns))) for size in self.sizes])
+        sides = torch.tensor([max(1, round(size * max(cells))) for size in self.sizes])
         # Enough windows for any share, although late ones add little to what is covered already.
-        count = 4 + int(6 * n_units / float(sides.double().square().mean()))
-        return torch.stack([self._trial(sides, count, rows, columns, draw) for _ in range(self.n_trials)])
+        count = 4 + int(6 * n_units / float((sides.double() ** len(cells)).mean()))
+        return torch.stack([self._trial(sides, count, cells, draw) for _ in range(self.n_trials)])
 
-    def _trial(self, sides: Tensor, count: int, rows: int, columns: int, draw: torch.Generator) -> Tensor:
+    def _trial(self, sides: Tensor, count: int, cells: Grid, draw: torch.Generator) -> Tensor:
         """The union of windows whose covered share is closest to p."""
         side = sides[torch.randint(len(sides), (count,), generator=draw)]
-        # Windows may extend beyond the border, so that units at the border flip as often as the others.
-        top = _start(side, rows, draw)
-        left = _start(side, columns, draw)
-        row, column = torch.arange(rows), torch.arange(columns)
-        high = (row >= top[:, None]) & (row < (top + side)[:, None])
-        wide = (column >= left[:, None]) & (column < (left + side)[:, None])
-        union = (high[:, :, None] & wide[:, None, :]).flatten(1).cummax(0).values
+        inside = torch.ones(count, 1, dtype=torch.bool)
+        for size in cells:
+            # Windows may extend beyond the border, so that units at the border flip as often as the others.
+            start, place = _start(side, size, draw), torch.arange(size)
+            along = (place >= start[:, None]) & (place < (start + side)[:, None])
+            inside = (inside[:, :, None] & along[:, None, :]).flatten(1)
+        union = inside.cummax(0).values
         best = (union.double().mean(1) - self.p).abs().argmin()
         return union[best]
 
@@ -408,11 +409,13 @@ class RandomRegions(_OverGrid):
         self.length = float(length)
 
     def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
-        rows, columns = self._grid(n_units, grid)
+        cells = self._grid(n_units, grid)
         draw = generator(self.seed, example, "regions")
         pad = math.ceil(3 * self.length)
-        noise = torch.randn(self.n_trials, rows + 2 * pad, columns + 2 * pad, generator=draw, dtype=torch.float64)
-        field = _gaussian(rows, pad, self.length) @ noise @ _gaussian(columns, pad, self.length).T
+        padded = [size + 2 * pad for size in cells]
+        field = torch.randn(self.n_trials, *padded, generator=draw, dtype=torch.float64)
+        for dim, size in enumerate(cells, 1):
+            field = (field.movedim(dim, -1) @ _gaussian(size, pad, self.length).T).movedim(-1, dim)
         above: Tensor = torch.special.ndtri(torch.tensor(1 - self.p, dtype=torch.float64))
         return field.flatten(1) > above
 

@@ -7,7 +7,12 @@ a page in the documentation (``docs/errors/``).
 from __future__ import annotations
 
 import difflib
+import math
+import operator
 from collections.abc import Iterable
+from contextlib import suppress
+from numbers import Real
+from typing import SupportsIndex, cast
 
 __all__ = [
     "ArgumentError",
@@ -27,6 +32,8 @@ __all__ = [
     "TargetError",
     "UnitError",
     "UnknownNameError",
+    "check_integer",
+    "check_number",
     "expected",
     "unknown_name",
 ]
@@ -114,6 +121,61 @@ def expected(argument: str, wanted: str, got: object, hint: str = "") -> str:
         'Expected argument `p` to be a float in (0, 1), but got 1.5. Write 0.1 for ten per cent.'
     """
     return f"Expected argument `{argument}` to be {wanted}, but got {got}.{' ' + hint if hint else ''}"
+
+
+def check_integer(
+    argument: str,
+    value: object,
+    wanted: str = "",
+    *,
+    least: int | None = None,
+    error: type[CEPluginError] = ArgumentError,
+) -> int:
+    """The value as an int; nothing that would have to be rounded, and no bool.
+
+    Args:
+        argument: its name, as the user wrote it.
+        value: any object; numpy's integers count too.
+        wanted: what was expected; None writes it from ``least``.
+        least: the smallest value that is allowed.
+        error: class of the error.
+
+    Example:
+        >>> check_integer("seed", 7)
+        7
+        >>> check_integer("n_trials", 1.5, least=2)
+        Traceback (most recent call last):
+        ce_plugin.errors.ArgumentError: Expected argument `n_trials` to be a whole number, 2 or more, but got 1.5.
+    """
+    number = None
+    with suppress(TypeError):
+        number = None if isinstance(value, bool) else operator.index(cast(SupportsIndex, value))
+    if number is None or (least is not None and number < least):
+        default = "a whole number" + ("" if least is None else f", {least} or more")
+        raise error(expected(argument, wanted or default, repr(value)))
+    return number
+
+
+def check_number(
+    argument: str,
+    value: object,
+    wanted: str = "a number",
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+    hint: str = "",
+    error: type[CEPluginError] = ArgumentError,
+) -> float:
+    """The value as a float strictly between two numbers; no bool, no text, no NaN.
+
+    Example:
+        >>> check_number("p", 0.5, "a share in (0, 1)", above=0, below=1)
+        0.5
+    """
+    number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    if not above < number < below:
+        raise error(expected(argument, wanted, repr(value), hint))
+    return number
 
 
 def unknown_name(argument: str, name: object, known: Iterable[str]) -> UnknownNameError:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, Union, cast
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from ce_plugin.concepts import ConceptAutoencoder
 from ce_plugin.designs import RandomMask
-from ce_plugin.errors import ArgumentError, InputError, UnitError, expected, unknown_name
+from ce_plugin.errors import ArgumentError, InputError, UnitError, check_integer, expected, unknown_name
 from ce_plugin.interventions.base import Intervention
 from ce_plugin.networks.layers import find_layer
+from ce_plugin.networks.layout import channel_dim, mixes_heads
 from ce_plugin.randomness import derived_seed
 
 __all__ = [
@@ -29,6 +31,8 @@ __all__ = [
     "patch_grid",
 ]
 
+logger = logging.getLogger("ce_plugin")
+
 
 class Units(ABC):
     """The units of a site for N examples: turns assignments into masks, and values of units into maps.
@@ -36,12 +40,13 @@ class Units(ABC):
     Attributes:
         n_units: number of units of each example, int64 (N,).
         labels: a name for each unit; one list for all examples, or one per example if they differ.
-        grid: (rows, columns) if the units are the cells of a grid, row by row; else None.
+        grid: the number of cells along each dimension ((rows, columns) for images) if the units are the cells of a
+            grid, the last dimension running fastest; else None.
     """
 
     n_units: Tensor
     labels: list[str] | list[list[str]]
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, ...] | None = None
 
     @property
     def width(self) -> int:
@@ -97,7 +102,7 @@ class MaskUnits(Units):
         self,
         inputs: tuple[Tensor, ...],
         masks: tuple[Tensor, ...],
-        grid: tuple[int, int] | None = None,
+        grid: tuple[int, ...] | None = None,
         *,
         none: int | None = None,
         labels: list[str] | None = None,
@@ -229,10 +234,17 @@ def patch_grid(height: int, width: int, cells: int = 14) -> Tensor:
         >>> patch_grid(2, 4, cells=2)[0, 0].tolist()
         [[0, 0, 1, 1], [2, 2, 3, 3]]
     """
-    rows, columns = min(height, cells), min(width, cells)
-    row = torch.arange(height) * rows // height
-    column = torch.arange(width) * columns // width
-    return (row[:, None] * columns + column[None, :])[None, None]
+    check_integer("cells", cells, least=1, error=UnitError)
+    return _cells((height, width), cells)[None, None]
+
+
+def _cells(sizes: Sequence[int], cells: int) -> Tensor:
+    """The cell of each position of a grid with at most ``cells`` cells along each dimension."""
+    index = torch.zeros((), dtype=torch.int64)
+    for size in sizes:
+        count = min(size, cells)
+        index = index[..., None] * count + torch.arange(size) * count // size
+    return index
 
 
 def _checked_masks(inputs: tuple[Tensor, ...], masks: tuple[Tensor, ...]) -> list[Tensor]:
@@ -261,20 +273,37 @@ Windows: TypeAlias = "tuple[int, ...] | tuple[tuple[int, ...], ...] | None"
 Strides: TypeAlias = "int | tuple[int | tuple[int, ...], ...] | None"
 
 
+# Cells along each dimension of the default grid, by the number of dimensions: about as many regions of the default
+# design fit into each of them.
+_CELLS = {1: 64, 2: 14, 3: 8}
+
+
 @dataclass(frozen=True)
 class InputSite:
-    """The network's input as the site: its units are patches, scalars, a feature mask's regions, or windows.
+    """The network's input as the site: its units are cells of a grid, scalars, a feature mask's regions, or windows.
+
+    The default grid has 14 x 14 cells over an image (N, C, H, W), 8 x 8 x 8 over a volume or video (N, C, D, H, W), and
+    64 along a signal (N, C, L) or sequence (N, L, C), where ``channel_dim`` says which of the two it is; fewer where
+    there are fewer values. All channels of a cell are one unit. For anything else each scalar is a unit.
 
     Args:
         feature_mask: see :class:`MaskUnits`; a tensor, or a tuple with one per input.
         sliding_window_shapes: see :class:`WindowUnits`; for one input a tuple of sizes, else a tuple of such tuples.
         strides: strides of the windows; None means 1.
-        cells: largest number of rows and of columns of the default grid for images, see :func:`patch_grid`.
+        cells: largest number of cells along each dimension of the default grid, see :func:`patch_grid`; None for the
+            numbers above.
+        channel_dim: dimension of the channels of the default grid, 1 or -1; None means 1 for images and volumes, and
+            that nothing is known of inputs of three dimensions: (N, C, L) or (N, L, C).
+
+    Raises:
+        UnitError: ``cells`` or ``channel_dim`` is no such number; masks, windows or strides that do not fit.
 
     Example:
         >>> site = InputSite()
         >>> site.units_of((torch.zeros(1, 3, 224, 224),)).grid
         (14, 14)
+        >>> InputSite(channel_dim=1).units_of((torch.zeros(1, 2, 1000),)).grid
+        (64,)
         >>> site.units_of((torch.zeros(1, 5),)).labels
         ['0', '1', '2', '3', '4']
     """
@@ -282,12 +311,19 @@ class InputSite:
     feature_mask: Masks = None
     sliding_window_shapes: Windows = None
     strides: Strides = None
-    cells: int = 14
+    cells: int | None = None
+    channel_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.cells is not None:
+            check_integer("cells", self.cells, least=1, error=UnitError)
+        if self.channel_dim is not None:
+            _check_channel_dim(self.channel_dim)
 
     def __repr__(self) -> str:
         given: dict[str, object] = {"feature_mask": self.feature_mask}
-        given |= {"sliding_window_shapes": self.sliding_window_shapes, "strides": self.strides}
-        given["cells"] = None if self.cells == 14 else self.cells
+        given |= {"sliding_window_shapes": self.sliding_window_shapes, "strides": self.strides, "cells": self.cells}
+        given["channel_dim"] = self.channel_dim
         shown = []
         for name, value in given.items():
             if value is not None:
@@ -295,12 +331,19 @@ class InputSite:
         return f"InputSite({', '.join(shown)})"
 
     def is_grid(self, inputs: tuple[Tensor, ...]) -> bool:
-        """Whether the units are the cells of a grid: one tensor of images (N, C, H, W), no mask and no windows."""
+        """Whether the units are the cells of a grid: one tensor of signals, images or volumes, no mask, no windows."""
         plain = self.feature_mask is None and self.sliding_window_shapes is None
-        return plain and len(inputs) == 1 and inputs[0].dim() == 4
+        return plain and len(inputs) == 1 and bool(self.sizes(inputs[0]))
+
+    def sizes(self, x: Tensor) -> tuple[int, ...]:
+        """The sizes of the dimensions that the default grid divides; none where each scalar is a unit."""
+        if x.dim() - 2 not in _CELLS or (x.dim() == 3 and self.channel_dim is None):
+            return ()
+        dim = _dim(self.channel_dim or 1, x)
+        return tuple(size for k, size in enumerate(x.shape) if k not in (0, dim))
 
     def units_of(self, inputs: tuple[Tensor, ...]) -> Units:
-        """The units of these inputs: patches for images (N, C, H, W), each scalar for anything else."""
+        """The units of these inputs: the cells of a grid, or each scalar of inputs that have no positions."""
         if self.sliding_window_shapes is not None:
             if self.feature_mask is not None:
                 raise UnitError(expected("feature_mask", "None when sliding windows are the units", "a mask"))
@@ -310,18 +353,18 @@ class InputSite:
         if self.feature_mask is not None:
             given = self.feature_mask if isinstance(self.feature_mask, tuple) else (self.feature_mask,)
             return MaskUnits(inputs, given)
-        masks, offset = [], 0
+        masks, offset, grid = [], 0, None
         for x in inputs:
-            if x.dim() == 4:
-                mask = patch_grid(x.shape[2], x.shape[3], self.cells)
+            sizes = self.sizes(x)
+            if sizes:
+                cells = self.cells or _CELLS[len(sizes)]
+                mask = _cells(sizes, cells)[None].unsqueeze(_dim(self.channel_dim or 1, x))
+                grid = tuple(min(size, cells) for size in sizes)
             else:
                 mask = torch.arange(x[0].numel()).reshape(1, *x.shape[1:])
             masks.append(mask + offset)
             offset += int(mask.max()) + 1 if mask.numel() else 0
-        grid = None
-        if self.is_grid(inputs):
-            grid = (min(inputs[0].shape[2], self.cells), min(inputs[0].shape[3], self.cells))
-        return MaskUnits(inputs, tuple(masks), grid)
+        return MaskUnits(inputs, tuple(masks), grid if self.is_grid(inputs) else None)
 
 
 def _window_units(inputs: tuple[Tensor, ...], windows: Windows, strides: Strides) -> WindowUnits:
@@ -389,17 +432,20 @@ class LayerSite:
         at_input: use the layer's input instead of its output.
         element: which element, if the layer returns a tuple (or takes several arguments).
         call: which call, counted from 0, if the network calls the layer several times.
-        channel_dim: dimension of the channels; None means dimension 1 of (N, C), (N, C, h, w) and longer ones, and the
-            last of (N, T, D). Swin's maps (N, h, w, C) need ``channel_dim=-1``.
-        n_heads: number of blocks for ``units="heads"``.
+        channel_dim: dimension of the channels; None asks the module that produces the value: 1 for convolutions and
+            batch normalisation, the last for linear layers, layer normalisation, embeddings and recurrent ones (so
+            that Swin's maps (N, h, w, C) are understood). Where the modules do not tell you are asked.
+        n_heads: number of blocks for ``units="heads"``: equal blocks of channels, where an attention's heads still lie
+            side by side (the *input* of its projection).
         reshape_transform: from the layer's value to a map (N, C, h, w), as pytorch-grad-cam takes it for
             transformers; units are then those of the map, and values that it drops (a class token) belong to none.
 
     Raises:
         ArgumentError: ``layer`` is neither a module nor a name; ``units`` is unknown; ``n_heads`` is missing for heads.
+        UnitError: ``channel_dim`` is no dimension, or 0, that of the examples.
 
     Example:
-        >>> site = LayerSite("0", units="positions")
+        >>> site = LayerSite("0", units="positions", channel_dim=1)
         >>> site.units_of((torch.zeros(1, 8, 2, 2),)).labels
         ['0,0', '0,1', '1,0', '1,1']
     """
@@ -420,8 +466,19 @@ class LayerSite:
             raise ArgumentError(expected("layer", "a module of the network or its dotted name", type(layer).__name__))
         if self.units not in _KINDS:
             raise unknown_name("units", self.units, _KINDS)
-        if self.units == "heads" and (self.n_heads is None or self.n_heads < 1):
-            raise ArgumentError(expected("n_heads", "the number of heads for units='heads'", self.n_heads))
+        if self.units == "heads" or self.n_heads is not None:
+            check_integer("n_heads", self.n_heads, "the number of heads for units='heads'", least=1)
+        if self.channel_dim is not None:
+            _check_channel_dim(self.channel_dim)
+        mask: object = self.layer_mask
+        if not isinstance(mask, (Tensor, type(None))):
+            raise ArgumentError(expected("layer_mask", "None or a tensor of unit ids", type(mask).__name__))
+        transform: object = self.reshape_transform
+        if transform is not None and not callable(transform):
+            raise ArgumentError(expected("reshape_transform", "None or a callable", type(transform).__name__))
+        at_input: object = self.at_input
+        if not isinstance(at_input, bool):
+            raise ArgumentError(expected("at_input", "True or False", repr(self.at_input)))
         for name in ("element", "call"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 0):
@@ -445,11 +502,50 @@ class LayerSite:
         """
         return find_layer(networks, self.layer)
 
+    def laid_out(self, value: Tensor, networks: Sequence[nn.Module], *, maps: bool = False) -> LayerSite:
+        """The site with its ``channel_dim`` decided, for values like this one of these networks.
+
+        Args:
+            value: of the layer, (N, ...).
+            networks: that hold the layer.
+            maps: whether :meth:`map` will be asked for.
+
+        Raises:
+            UnitError: heads that are mixed there.
+            InputError: no maps, or tokens of which nothing says how they lie.
+        """
+        name, module = self.module(networks)
+        if self.units == "heads" and not self.at_input and self.layer_mask is None:
+            mixing = mixes_heads(networks, module)
+            if mixing is not None:
+                whole = isinstance(module, nn.MultiheadAttention)
+                hint = f"Take what goes into it: LayerSite({mixing!r}, units='heads', n_heads=..., at_input=True)."
+                hint = (
+                    "Take a network whose attention has its projection as a layer, as timm's have." if whole else hint
+                )
+                got = f"{name!r}, where {mixing} has mixed them"
+                raise UnitError(expected("layer", "one where the heads lie side by side", got, hint))
+        site = self
+        if self.channel_dim is None and self.reshape_transform is None and value.dim() > 2:
+            found = channel_dim(networks, module, value.shape, at_input=self.at_input)
+            if found is not None:
+                dim, source = found
+                logger.info("%s %s: dimension %d holds the channels, as %s has it", name, _shape(value), dim, source)
+                site = replace(self, channel_dim=dim)
+            if maps and value.dim() == 3 and site.channel_dim == 2:
+                hint = "For transformers pass `reshape_transform=`, from (N, T, D) to (N, D, h, w); for a map along a "
+                hint += "sequence `channel_dim=-1`."
+                raise InputError(expected("layer", "one with maps (N, C, h, w)", f"values {_shape(value)}", hint))
+        if maps:
+            site.map(value[:1])
+        return site
+
     def units_of(self, values: tuple[Tensor, ...]) -> MaskUnits:
         """The units of the layer's value, a tuple of one tensor (N, ...).
 
         Raises:
-            UnitError: the value has no such units (no positions, channels that cannot be divided into the heads ...).
+            UnitError: the value has no such units (no positions, channels that cannot be divided into the heads ...),
+                or nothing says which dimension holds the channels.
         """
         (value,) = values
         if value.dim() < 2:
@@ -464,7 +560,7 @@ class LayerSite:
 
     def _ids(self, value: Tensor, channel_dim: int | None) -> tuple[Tensor, list[str] | None]:
         """Each element's unit, in a shape that broadcasts to the value; and names, if they are not just numbers."""
-        dim = (2 if value.dim() == 3 else 1) if channel_dim is None else channel_dim % value.dim()
+        dim = self._channels(value, channel_dim)
         ones = [1] * value.dim()
         if self.units == "channels":
             return torch.arange(value.shape[dim]).reshape(*ones[:dim], -1, *ones[dim + 1 :]), None
@@ -485,6 +581,17 @@ class LayerSite:
         labels = [",".join(map(str, row)) for row in index.tolist()]
         return torch.arange(len(labels)).reshape(shape), labels
 
+    def _channels(self, value: Tensor, channel_dim: int | None) -> int:
+        """The dimension of the channels, counted from 0."""
+        if channel_dim is not None:
+            return _dim(channel_dim, value)
+        if value.dim() > 2:
+            name = self.layer if isinstance(self.layer, str) else type(self.layer).__name__
+            got = f"{name!r} with values {_shape(value)}"
+            hint = "Say which: `LayerSite(layer, channel_dim=1)` for (N, C, ...), `channel_dim=-1` for (N, ..., C)."
+            raise UnitError(expected("layer", "one whose modules show which dimension holds the channels", got, hint))
+        return 1
+
     def _reshaped(self, value: Tensor) -> tuple[Tensor, list[str] | None]:
         """Units of the map that ``reshape_transform`` returns, found by passing element indices through it."""
         numbers = torch.arange(1, value[0].numel() + 1, dtype=torch.float64).reshape(1, *value.shape[1:])
@@ -499,25 +606,40 @@ class LayerSite:
         return out.reshape(1, *value.shape[1:]), labels
 
     def map(self, value: Tensor) -> Tensor:
-        """The layer's value as maps (N, C, h, w).
+        """The layer's value as maps: (N, C, h, w), (N, C, l) or (N, C, d, h, w).
 
         Raises:
-            InputError: it has no positions, and there is no ``reshape_transform``.
+            InputError: it has no positions, or they are a transformer's tokens and there is no ``reshape_transform``.
         """
         if self.reshape_transform is not None:
             maps = self.reshape_transform(value)
-            if not isinstance(maps, Tensor) or maps.dim() != 4 or len(maps) != len(value):
+            if not isinstance(maps, Tensor) or maps.dim() - 2 not in _CELLS or len(maps) != len(value):
                 got = _shape(maps) if isinstance(maps, Tensor) else type(maps).__name__
                 raise ArgumentError(expected("reshape_transform", "one that returns maps (N, C, h, w)", got))
             return maps
-        if value.dim() != 4:
-            hint = "For transformers pass `reshape_transform=`, from (N, T, D) to (N, D, h, w)."
+        if value.dim() - 2 not in _CELLS:
+            hint = "Take a layer before the pooling, whose values have positions."
             raise InputError(expected("layer", "one with maps (N, C, h, w)", f"values {_shape(value)}", hint))
-        return value if self.channel_dim is None else value.movedim(self.channel_dim, 1)
+        return value.movedim(self._channels(value, self.channel_dim), 1)
 
 
 def _shape(value: Tensor) -> str:
     return f"of shape {tuple(value.shape)}"
+
+
+def _check_channel_dim(dim: object) -> None:
+    check_integer("channel_dim", dim, "a dimension other than 0, that of the examples", error=UnitError)
+    if dim == 0:
+        hint = "Write 1 for (N, C, ...), -1 for (N, ..., C)."
+        raise UnitError(expected("channel_dim", "a dimension other than 0, that of the examples", dim, hint))
+
+
+def _dim(channel_dim: int, value: Tensor) -> int:
+    """The dimension of the channels counted from 0; an error where the value has no such dimension."""
+    if not -value.dim() < channel_dim < value.dim():
+        wanted = f"from 1 to {value.dim() - 1}, or -1 to {1 - value.dim()}, for values {_shape(value)}"
+        raise UnitError(expected("channel_dim", wanted, channel_dim))
+    return channel_dim % value.dim()
 
 
 @dataclass(frozen=True)
@@ -565,7 +687,7 @@ class ConceptSite:
 
     def units_of(self, values: tuple[Tensor, ...]) -> MaskUnits:
         """The channels of the code."""
-        return LayerSite("code").units_of(values)
+        return LayerSite("code", channel_dim=1).units_of(values)
 
     def map(self, value: Tensor) -> Tensor:
         """The code is a map already, (N, K, h, w)."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -17,11 +19,20 @@ from torch.nn.utils.rnn import pad_sequence
 from ce_plugin.attribution._estimation import Answer, OutcomeMeasure, Target, answers, average, check_design
 from ce_plugin.designs import Design, EveryUnit, Joint
 from ce_plugin.effects import Estimate, Interactions, Outcome, half_width, pairwise
-from ce_plugin.errors import ArgumentError, ModelError, NoChangeWarning, UnitError, expected
+from ce_plugin.errors import (
+    ArgumentError,
+    CEPluginError,
+    InputError,
+    ModelError,
+    NoChangeWarning,
+    UnitError,
+    expected,
+)
 from ce_plugin.interventions import Context, Intervention
-from ce_plugin.networks.forward import Forward
-from ce_plugin.networks.graph import Untraceable, traced
+from ce_plugin.networks.forward import Forward, Shared
 from ce_plugin.networks.guard import state_guard
+from ce_plugin.networks.layout import misfit
+from ce_plugin.networks.tracing import Untraceable, traced
 from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite, Masks, MaskUnits, Strides, Windows
 from ce_plugin.trials._routing import (
     CapturedSite,
@@ -31,17 +42,21 @@ from ce_plugin.trials._routing import (
     LayerEvidence,
     Router,
     SiteHook,
+    close,
     hook_of,
 )
 from ce_plugin.trials._runner import AggregateError, Runner, as_one_row, run_aggregated
 from ce_plugin.trials.batches import Cost, TrialSpec, checked_values, free_memory, rows_of
 
+logger = logging.getLogger("ce_plugin")
 Baselines: TypeAlias = "Tensor | float | tuple[Tensor | float, ...] | None"
 Given: TypeAlias = "Intervention | Evidence | Sequence[Intervention | Evidence] | None"
 Ids: TypeAlias = "Sequence[int] | Tensor | None"
 
 # Trials before the first look at the intervals of a run that may stop early, and between two looks.
 _FIRST, _ROUND = 100, 50
+# The most examples that are passed together, and the most arguments, to find out which belong to all examples.
+_TOGETHER, _UNCLEAR = 256, 4
 # Donors that pass through the network together.
 _DONORS = 16
 
@@ -124,6 +139,7 @@ class Experiment:
             self.evidence_forwards += evidence.intervention.forward_equivalents
             self.evidence_at_layers |= not isinstance(evidence.site, InputSite)
         self._example: CapturedSite | None = None
+        self.spec: TrialSpec
         if isinstance(self.site, InputSite):
             self._prepare(self.inputs)
         else:
@@ -220,8 +236,13 @@ class Experiment:
         """Trials of the whole run."""
         return self.n_draws * self.spec.repeats * sum(self.used)
 
-    def _guard(self) -> AbstractContextManager[None]:
-        """Everything that may hold a network is left as it was."""
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """Everything that may hold a network is left as it was; errors that the inputs explain say so.
+
+        Raises:
+            InputError: a pass failed, and the network's first module shows why.
+        """
         holders = [self.outcome.function, self.intervention]
         if isinstance(self.site, ConceptSite):
             holders.append(self.site.autoencoder)
@@ -229,10 +250,23 @@ class Experiment:
             holders.append(evidence.intervention)
             if isinstance(evidence.site, ConceptSite):
                 holders.append(evidence.site.autoencoder)
-        return state_guard(*holders, networks=self.forward.modules)
+        try:
+            with state_guard(*holders, networks=self.forward.modules):
+                self.args = with_shared(self.runner, self.inputs, self.args)
+                if isinstance(self.site, InputSite):
+                    self.spec = replace(self.spec, args=self.args)
+                yield
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            found = None if isinstance(error, CEPluginError) else misfit(self.forward.modules, self.inputs)
+            if found is None:
+                raise
+            wanted, got, hint = found
+            raise InputError(expected("inputs", wanted, got, hint)) from error
 
     def _prepare(self, values: tuple[Tensor, ...]) -> None:
         """Units and trials of the site's values, (N, ...) each, and whether the design fits them."""
+        if isinstance(self.site, LayerSite):
+            self.site = self.site.laid_out(values[0], self.forward.modules, maps=self.call.keep_values)
         units = self.site.units_of(values)
         self.spec = TrialSpec(values, self.args, units, self.design, self.intervention, self.context)
         self.used = list(map(self.spec.n_trials, range(self.n)))
@@ -412,10 +446,67 @@ class Experiment:
                 "route": self.route,
                 "cut": self.cut,
                 "units_of_site": units.width,
+                "channel_dim": None if isinstance(self.site, ConceptSite) else self.site.channel_dim,
             },
             p=self.design.flip_probability(),
             blocks=None if answer.outcomes is None else self.design.blocks(answer.outcomes.shape[1]),
         )
+
+
+def with_shared(runner: Runner, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> tuple[object, ...]:
+    """The additional arguments, with those tensors marked that belong to all examples alike.
+
+    What a tensor with as many rows as examples means is not in its shape. What the model returns for all examples at
+    once decides: a few of them, with the rows of the argument or with the whole of it, must give the same.
+
+    Raises:
+        ArgumentError: neither gives the same.
+    """
+    n = len(inputs[0])
+    tensors = [k for k, arg in enumerate(args) if isinstance(arg, Tensor) and arg.dim()]
+    if not tensors:
+        return args
+    unclear = [k for k in tensors if len(cast(Tensor, args[k])) == n][:_UNCLEAR]
+    if n > _TOGETHER:
+        logger.info("additional_forward_args: a row of each tensor with %d rows is taken for each example", n)
+        return args
+    shapes = [tuple(cast(Tensor, args[k]).shape) for k in tensors]
+    try:
+        whole = runner.evaluate(_copies(inputs), args)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        other = any(shape[0] not in (1, n) for shape in shapes)
+        if isinstance(error, CEPluginError) or not other or misfit(runner.forward.modules, inputs) is not None:
+            raise
+        got = f"tensors of shapes {shapes}, at which it fails ({str(error).splitlines()[0]})"
+        taken = f"what the model takes with inputs {tuple(inputs[0].shape)}"
+        raise ArgumentError(expected("additional_forward_args", taken, got)) from error
+    if any(not head.dim() or len(head) != n for head in whole.values()):
+        return args  # one value for the batch, which is then passed as a whole
+    choices = sorted(itertools.product((False, True), repeat=len(unclear)), key=sum)
+    for index in (torch.tensor([0, n - 1, 0]), torch.tensor([0])):  # some networks take one row at a time only
+        wanted = {name: head[index.to(head.device)] for name, head in whole.items()}
+        for choice in choices:
+            shared = {k for k, chosen in zip(unclear, choice, strict=True) if chosen}
+            marked = tuple(Shared(cast(Tensor, arg)) if k in shared else arg for k, arg in enumerate(args))
+            with suppress(RuntimeError, ValueError, TypeError, IndexError):
+                found = runner.evaluate(_copies(rows_of(inputs, n, index)), rows_of(marked, n, index))
+                if close(found, wanted):
+                    for k in shared:
+                        logger.info(
+                            "additional_forward_args[%d] belongs to all examples: by rows the outputs differ", k
+                        )
+                    return marked
+    again = runner.evaluate(_copies(inputs), args)
+    if not close(again, whole):
+        return args  # a random network, which is refused as one
+    got = f"tensors of shapes {shapes}, with which examples give other outputs than all {n} together"
+    hint = "Give each example its own row, (N, ...)."
+    raise ArgumentError(expected("additional_forward_args", "one row for each example, or the same for all", got, hint))
+
+
+def _copies(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Copies, because a network may write to its input."""
+    return tuple(x.clone() for x in inputs)
 
 
 def with_evidence(
@@ -476,7 +567,11 @@ def layers_with_evidence(
             def chosen(n_units: int, evidence: Evidence = evidence, order: int = order) -> Tensor:
                 return torch.stack([evidence.assignment(n_units, i, draw, order) for i in context.ids])
 
-            holds.append(LayerEvidence(site, hook, evidence.intervention, replace(context, donors=donors), chosen))
+            holds.append(
+                LayerEvidence(
+                    site, hook, evidence.intervention, replace(context, donors=donors), chosen, forward.modules
+                )
+            )
     if not holds:
         return forward, args
     return EvidenceForward(forward, holds), (*args, torch.arange(len(context.ids)))

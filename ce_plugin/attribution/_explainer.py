@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, TypedDict
 
 import torch
 from captum.attr import PerturbationAttribution
-from torch import Tensor
+from torch import Tensor, nn
 
 from ce_plugin.attribution._estimation import Target
 from ce_plugin.attribution._experiment import Baselines, Call, Experiment, Given, Ids
@@ -124,13 +124,12 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
 
     def _experiment(self, call: Call) -> Experiment:
         """The experiment that answers the call; its arguments are checked."""
-        inputs = as_inputs(call.inputs)
+        inputs = as_inputs(call.inputs, self.forward.modules)
         site, intervention, design = self._setup(call, inputs)
-        args = call.additional_forward_args
         return Experiment(
             call=call,
             inputs=inputs,
-            args=() if args is None else args if isinstance(args, tuple) else (args,),
+            args=as_args(call.additional_forward_args),
             evidences=as_evidences(call.given),
             ids=as_ids(call.ids, len(inputs[0])),
             site=site,
@@ -178,32 +177,64 @@ def false_discovery_rate(significant_only: bool | float, experiment: Experiment)
     return float(rate)
 
 
-def as_inputs(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def as_inputs(inputs: Tensor | tuple[Tensor, ...], networks: Sequence[nn.Module] = ()) -> tuple[Tensor, ...]:
     """The inputs as a tuple.
 
+    Args:
+        inputs: as the user wrote them.
+        networks: whose type is advised.
+
     Raises:
-        InputError: they are no tensors, empty, of unequal length, of integer type, or not finite.
+        InputError: they are no tensors, empty, of unequal length, sparse, without data, not of a floating-point type,
+            or not finite.
     """
     tensors: tuple[Any, ...] = inputs if isinstance(inputs, tuple) else (inputs,)
+    if not tensors:
+        raise InputError(expected("inputs", "one tensor or more", "an empty tuple"))
+    dtype = next((p.dtype for root in networks for p in root.parameters() if p.is_floating_point()), torch.float32)
     for position, x in enumerate(tensors):
         name = "inputs" if len(tensors) == 1 else f"inputs[{position}]"
         if not isinstance(x, Tensor):
-            got, hint = type(x).__name__, "Write `torch.as_tensor(x)`."
-            raise InputError(expected(name, "a tensor, or a tuple of tensors", got, hint))
-        if x.dim() == 0 or x.numel() == 0:
-            raise InputError(expected(name, "one or more examples (N, ...), not empty", f"shape {tuple(x.shape)}"))
-        if not x.is_floating_point():
-            hint = "Write `images.float() / 255` if the model takes images in [0, 1]."
-            raise InputError(expected(name, "of a floating-point type", str(x.dtype), hint))
+            hint = f"Write `torch.as_tensor(x, dtype={dtype})`."
+            hint = "" if x is None or isinstance(x, (str, dict)) else hint
+            raise InputError(expected(name, "a tensor, or a tuple of tensors", type(x).__name__, hint))
+        _check_input(name, x, dtype)
         if len(x) != len(tensors[0]):
             raise InputError(expected(name, f"as many examples as the first input, {len(tensors[0])}", len(x)))
-        if not bool(torch.isfinite(x).all()):
-            bad = [i for i in range(len(x)) if not bool(torch.isfinite(x[i]).all())]
-            raise InputError(expected(name, "finite everywhere", f"NaN or infinity in example(s) {bad[:5]}"))
-    if not tensors:
-        raise InputError(expected("inputs", "one tensor or more", "an empty tuple"))
     # What is computed here is no function of the user's graph.
     return tuple(map(Tensor.detach, tensors))
+
+
+def _check_input(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    if x.layout != torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else str(x.layout)
+        raise InputError(expected(name, "a dense tensor", kind, "Write `x.to_dense()`." if not x.is_nested else ""))
+    if x.is_meta:
+        raise InputError(expected(name, "a tensor with data", "one on the meta device"))
+    if x.dim() == 0 or x.numel() == 0:
+        raise InputError(expected(name, "one or more examples (N, ...), not empty", f"shape {tuple(x.shape)}"))
+    if not x.is_floating_point():
+        hint = "Write `images.float() / 255` if the model takes images in [0, 1]." if x.dtype == torch.uint8 else ""
+        hint = hint or ("" if x.is_complex() or x.is_quantized else f"Write `x.to({dtype})`.")
+        raise InputError(expected(name, "of a floating-point type", str(x.dtype), hint))
+    if not bool(torch.isfinite(x).all()):
+        bad = [i for i in range(len(x)) if not bool(torch.isfinite(x[i]).all())]
+        raise InputError(expected(name, "finite everywhere", f"NaN or infinity in example(s) {bad[:5]}"))
+
+
+def as_args(args: Any) -> tuple[object, ...]:
+    """The additional forward arguments as a tuple.
+
+    Raises:
+        ArgumentError: a sparse tensor, or one without data.
+    """
+    found: tuple[object, ...] = () if args is None else args if isinstance(args, tuple) else (args,)
+    for arg in found:
+        if isinstance(arg, Tensor) and (arg.layout != torch.strided or arg.is_meta):
+            hint = "" if arg.is_meta else "Write `p.to_dense()`."
+            got = "one on the meta device" if arg.is_meta else str(arg.layout)
+            raise ArgumentError(expected("additional_forward_args", "dense tensors, or anything else", got, hint))
+    return found
 
 
 def as_ids(ids: Ids, n: int) -> tuple[int, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from captum.log import log_usage
@@ -19,12 +21,14 @@ from ce_plugin.errors import ArgumentError, NormalizationWarning, expected
 from ce_plugin.interventions import Intervention, Normalization, PixelMask
 from ce_plugin.interventions.base import NormalizationLike
 from ce_plugin.networks.forward import OutputSelector
+from ce_plugin.networks.layout import input_channel_dim
 from ce_plugin.sites import InputSite, Masks, Strides, Windows
 from ce_plugin.trials import Cost
 
+logger = logging.getLogger("ce_plugin")
 Inputs = TypeVar("Inputs", bound="Tensor | tuple[Tensor, ...]")
 
-# Below this many pixels a side there are so few units that each can be asked for by itself.
+# Below this many values a side there are so few units that each can be asked for by itself.
 _SMALLEST_GRID = 5
 
 
@@ -57,6 +61,9 @@ class CausalEffect(Explainer):
     0.216 (``benchmarks/results/faithfulness.md``). Its errors belong to that smooth picture: 95 % intervals cover that
     much or more on average, but next to nothing where a single patch stands out alone (``coverage_smooth.md``). Where
     you need the effect of each patch by itself, take RandomMask, whose intervals cover 95 % (``coverage.md``).
+
+    **Volumes** (N, C, D, H, W) have the same defaults on a grid of 8 x 8 x 8, **signals** (N, C, L) and **sequences**
+    (N, L, C) on one of 64 pieces, where the network's first module shows which of the two they are.
 
     **For anything else** each scalar (or unit of the mask) is set to zero by itself, exactly: FeatureAblation.
 
@@ -129,7 +136,8 @@ class CausalEffect(Explainer):
             baselines: as in captum, in model units; replaces the fill.
             target: as in captum; None explains each example's predicted class (given the evidence, and given its
                 first draw where it is random).
-            additional_forward_args: as in captum; tensors with N rows go with their example.
+            additional_forward_args: as in captum. Of a tensor with N rows each goes with its example, unless the model
+                called on all examples shows that it belongs to all alike (which the log says, level INFO).
             feature_mask: integer ids that broadcast to the inputs; equal ids are one unit.
             perturbations_per_eval: trials of each example per forward pass; None chooses it by memory and speed.
             show_progress: a progress bar.
@@ -239,7 +247,13 @@ class CausalEffect(Explainer):
 
     def _setup(self, call: Call, inputs: tuple[Tensor, ...]) -> tuple[InputSite, Intervention, Design]:
         site = InputSite(call.mask, call.windows, call.strides)
-        grid = site.is_grid(inputs) and min(inputs[0].shape[2:]) >= _SMALLEST_GRID
+        shape = inputs[0].shape
+        found = input_channel_dim(self.forward.modules, shape) if len(shape) > 2 else None
+        if found is not None and (len(shape) == 3 or found[0] != 1):
+            site = replace(site, channel_dim=found[0])
+            if site.is_grid(inputs):
+                logger.info("inputs %s: dimension %d holds the channels, as %s has it", tuple(shape), *found)
+        grid = site.is_grid(inputs) and min(site.sizes(inputs[0])) >= _SMALLEST_GRID
         intervention = self.intervention
         if intervention is None:
             # For images black, mean and blur in turn: no single fill then passes for evidence.

@@ -37,8 +37,9 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
 
     Args:
         forward_func: as in :class:`CausalEffect`.
-        layer: with maps (N, C, h, w): a module, its dotted name, a :class:`LayerSite` (transformers need its
-            ``reshape_transform``), or a :class:`ConceptSite`, whose map is made of concepts.
+        layer: with maps (N, C, h, w), or (N, C, l) of a signal, or (N, C, d, h, w) of a volume: a module, its dotted
+            name, a :class:`LayerSite` (transformers need its ``reshape_transform``), or a :class:`ConceptSite`, whose
+            map is made of concepts.
         intervention: what units are set to; None means :class:`~ce_plugin.interventions.ZeroOut`.
         design: None means each unit by itself, exactly.
         weighting: ``"change"`` as above; ``"activation"`` is the plain product of the paper's sentence,
@@ -117,7 +118,9 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
                 random designs.
 
         Returns:
-            (N, 1, h, w), signed: positive supports the class (rather than those of the contrast).
+            (N, 1, h, w), signed: positive supports the class (rather than those of the contrast); (N, 1, l) or
+            (N, 1, d, h, w) for other layers. ``CausalEffectMap.interpolate(map, sizes, mode)`` enlarges it, by the mode
+            "linear", "bilinear" or "trilinear".
 
         Raises:
             As :meth:`CausalEffect.attribute`; InputError where the layer has no maps; TargetError for a contrast
@@ -153,7 +156,7 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
         significant_only: bool | float | None = None,
         show_progress: bool = False,
     ) -> Tensor:
-        """The maps of every class from one run, (N, C, h, w).
+        """The maps of every class from one run, (N, C, h, w), or in the layer's own number of dimensions.
 
         Example:
             >>> import torch
@@ -239,7 +242,7 @@ def change_weights(change: Tensor, unit_of: Tensor, n_units: int) -> Tensor:
     """Where each unit changes, as shares that sum to one: |d_u(s)| / sum_s' |d_u(s')|.
 
     Args:
-        change: d, the value under ``do`` minus the clean one, (N, K, h, w).
+        change: d, the value under ``do`` minus the clean one, (N, K, h, w); one or three dimensions of places do too.
         unit_of: the unit of each element, int64 (1 or N, K, h, w); ``n_units`` means none.
         n_units: number of units U.
 
@@ -252,7 +255,8 @@ def change_weights(change: Tensor, unit_of: Tensor, n_units: int) -> Tensor:
         [[0.25, 0.75], [0.0, 0.0]]
     """
     mass = _by_unit(change.abs(), unit_of, n_units)
-    return mass / mass.sum((2, 3), keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
+    total = mass.sum(tuple(range(2, mass.dim())), keepdim=True)
+    return mass / total.clamp(min=torch.finfo(mass.dtype).tiny)
 
 
 def activation_weights(clean: Tensor, unit_of: Tensor, n_units: int) -> Tensor:
@@ -281,17 +285,17 @@ def effect_map(contribution: Tensor, weights: Tensor) -> Tensor:
 
     Source: Yang et al., ICIP 2019 (arXiv 1902.03380), Figure 3 (II).
     """
-    n, _, height, width = weights.shape
-    found = contribution.to(weights).transpose(1, 2) @ weights.reshape(n, weights.shape[1], -1)
-    return found.reshape(n, contribution.shape[2], height, width)
+    n, units, *places = weights.shape
+    found = contribution.to(weights).transpose(1, 2) @ weights.reshape(n, units, -1)
+    return found.reshape(n, contribution.shape[2], *places)
 
 
 def _by_unit(values: Tensor, unit_of: Tensor, n_units: int) -> Tensor:
     """Sums over the elements of each unit at each position, (N, U, h, w)."""
-    n, channels, height, width = values.shape
-    alone = torch.arange(channels, device=unit_of.device).reshape(1, -1, 1, 1)
+    n, channels, *places = values.shape
+    alone = torch.arange(channels, device=unit_of.device).reshape(1, -1, *[1] * len(places))
     if n_units == channels and bool((unit_of == alone).all()):
         return values
     index = unit_of.to(values.device).expand_as(values)
     # One row more, for what belongs to no unit.
-    return values.new_zeros(n, n_units + 1, height, width).scatter_add_(1, index, values)[:, :n_units]
+    return values.new_zeros(n, n_units + 1, *places).scatter_add_(1, index, values)[:, :n_units]

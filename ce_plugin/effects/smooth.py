@@ -19,7 +19,7 @@ _RATIOS = 31
 def smooth(
     assignments: Tensor,
     outcomes: Tensor,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     variants: Tensor | None = None,
     *,
     lengths: tuple[float, ...] = LENGTHS,
@@ -45,7 +45,7 @@ def smooth(
     Args:
         assignments: (T, U) boolean, True where the trial sets the unit.
         outcomes: (T, C).
-        grid: rows and columns, U = rows * columns.
+        grid: number of cells along each dimension, rows and columns for images; U is their product.
         variants: (T,) integers: which alternative value a trial set; None where there is one.
         lengths: length scales that are tried, as shares of the grid's longer side.
 
@@ -67,10 +67,9 @@ def smooth(
     Source: Rasmussen and Williams 2006, chapter 2; restricted likelihood: Patterson and Thompson 1971; errors from
     deleted residuals: MacKinnon and White 1985.
     """
-    rows, columns = grid
-    if assignments.dim() != 2 or rows * columns != assignments.shape[1] or len(assignments) != len(outcomes):
+    if assignments.dim() != 2 or math.prod(grid) != assignments.shape[1] or len(assignments) != len(outcomes):
         got = f"{tuple(assignments.shape)} for a grid {grid} and outcomes {tuple(outcomes.shape)}"
-        raise UnitError(expected("assignments", "of shape (T, rows * columns) with T outcomes", got))
+        raise UnitError(expected("assignments", "of shape (T, cells of the grid) with T outcomes", got))
     a, y = assignments.double(), outcomes.double()
     held = _intercepts(variants, a)
     if len(a) < held.shape[1] + 3:
@@ -120,15 +119,15 @@ def _posterior(
     return hat @ y, error, max(float(n - (w / (w + ratio)).sum()), 1.0)
 
 
-def _kernel(grid: tuple[int, int], length: float, like: Tensor) -> Tensor:
+def _kernel(grid: tuple[int, ...], length: float, like: Tensor) -> Tensor:
     """Matern-3/2 between the units' centres, plus 1."""
-    place = torch.cartesian_prod(*map(torch.arange, grid)).to(like) / max(grid)
+    place = torch.cartesian_prod(*map(torch.arange, grid)).reshape(-1, len(grid)).to(like) / max(grid)
     # Not torch.cdist: it goes through a matrix product and loses digits.
     distance = (place[:, None] - place[None]).square().sum(-1).sqrt() * (math.sqrt(3) / length)
     return (1 + distance) * torch.exp(-distance) + 1
 
 
-def _basis(a: Tensor, grid: tuple[int, int], length: float) -> tuple[Tensor, Tensor, Tensor]:
+def _basis(a: Tensor, grid: tuple[int, ...], length: float) -> tuple[Tensor, Tensor, Tensor]:
     """M (U, k), G (T, k), w (k,) with K = M M', A M = G and G' G = diag(w)."""
     values, vectors = torch.linalg.eigh(_kernel(grid, length, a))
     root = vectors * values.clamp_min(0).sqrt()

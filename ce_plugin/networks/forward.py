@@ -7,7 +7,7 @@ import logging.config
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 import torch
@@ -35,6 +35,12 @@ def is_opaque(module: nn.Module) -> bool:
     """Scripted and compiled modules: a hook or another memory layout would make them compile again."""
     compiled = (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)
     return isinstance(module, compiled) or getattr(module, "_compiled_call_impl", None) is not None
+
+
+class Shared(NamedTuple):
+    """An additional forward argument that belongs to all examples alike, although it has as many rows as they are."""
+
+    value: Tensor
 
 
 OutputSelector = Union[str, int, Callable[[Any], Tensor], Sequence[str], None]
@@ -72,8 +78,11 @@ class Forward:
         self.clip_values = None
         if is_art_classifier(forward_func):
             forward_func, self.clip_values = unwrap(forward_func)
-        if not callable(forward_func):
-            raise ModelError(expected("forward_func", "a callable or an ART classifier", type(forward_func).__name__))
+        if not callable(forward_func) or isinstance(forward_func, type):
+            shown = (
+                f"the class {forward_func.__name__}" if isinstance(forward_func, type) else type(forward_func).__name__
+            )
+            raise ModelError(expected("forward_func", "a callable or an ART classifier", shown, _advice(forward_func)))
         several = isinstance(output, (list, tuple)) and output and all(isinstance(key, str) for key in output)
         if not (several or output is None or callable(output) or isinstance(output, (str, int))):
             wanted = "None, a key, an index, a callable, or a list of keys"
@@ -89,7 +98,18 @@ class Forward:
 
     def __call__(self, inputs: tuple[Tensor, ...], args: tuple[object, ...] = ()) -> dict[str, Tensor]:
         """The heads of the output by name; a single head has the name ``""``."""
-        return select_heads(self.forward_func(*inputs, *args), self.output)
+        own = [arg.value if isinstance(arg, Shared) else arg for arg in args]
+        return select_heads(self.forward_func(*inputs, *own), self.output)
+
+
+def _advice(thing: object) -> str:
+    """How to get a network out of what was passed instead of one."""
+    if isinstance(thing, type):
+        return f"Make one: `{thing.__name__}(...)`."
+    for name in ("network", "model", "module"):
+        if isinstance(getattr(thing, name, None), nn.Module):
+            return f"Pass its `.{name}`."
+    return ""
 
 
 def select_heads(result: Any, output: OutputSelector) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ce_plugin.errors import InputError, ModelError, expected
 from ce_plugin.interventions.base import Context, Intervention
-from ce_plugin.networks.forward import Forward, is_opaque, select_heads
+from ce_plugin.networks.forward import Forward, Shared, is_opaque, select_heads
 from ce_plugin.networks.graph import Suffix, SuffixConstants
 from ce_plugin.networks.layers import find_layer, hooked, keep_copy
 from ce_plugin.networks.tracing import HookPoint, Untraceable, traced
@@ -170,6 +170,7 @@ class LayerEvidence:
         intervention: what is set.
         context: of all N examples.
         chosen: from a number of units to what is set for each example, bool (N, U).
+        networks: that hold the layer.
     """
 
     site: LayerSite | ConceptSite
@@ -177,11 +178,13 @@ class LayerEvidence:
     intervention: Intervention
     context: Context
     chosen: Callable[[int], Tensor]
+    networks: list[nn.Module]
 
     def __call__(self, value: Tensor, examples: Tensor) -> Tensor:
         """The layer's value with the evidence set, for rows of these examples."""
         own = value if self.place.encoder is None else self.place.encoder(value)
-        units = self.site.units_of((own,))
+        site = self.site.laid_out(own, self.networks) if isinstance(self.site, LayerSite) else self.site
+        units = site.units_of((own,))
         rows = self.chosen(units.width)[examples.cpu()]
         (mask,) = units.masks(rows, torch.zeros(len(rows), dtype=torch.int64))
         mask = mask.to(own.device)
@@ -397,6 +400,9 @@ class Router:
             return None
         if is_opaque(network):
             self._fall_back(place.name, "the network is scripted or compiled")
+            return None
+        if any(isinstance(arg, Shared) for arg in args):
+            self._fall_back(place.name, "an additional argument belongs to all examples")
             return None
         key = _key(place, inputs, args)
         try:

@@ -130,7 +130,7 @@ def test_neighbours_flip_together() -> None:
 
 def test_errors() -> None:
     a, y = trials()
-    with pytest.raises(UnitError, match="rows \\* columns"):
+    with pytest.raises(UnitError, match="cells of the grid"):
         smooth(a, y, (4, 4))
     with pytest.raises(DesignError, match="n_trials"):
         smooth(a[:3], y[:3], GRID)
