@@ -116,6 +116,102 @@ def test_factories_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.M
     assert sys.path == path
 
 
+OWN = """
+import json
+import torch
+from torch import nn
+import my_sibling
+from my_sibling import other
+
+def small():
+    import my_lazy_sibling
+    return nn.Flatten()
+
+def wide(width, depth=2, *rest, **options): return nn.Flatten()
+def broken(): raise RuntimeError("no\\nweights")
+def leaves(): raise SystemExit(3)
+ready = nn.Flatten()
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file with factories, in a folder that is not the current one."""
+    folder = tmp_path / "my networks"
+    folder.mkdir()
+    (folder / "own.py").write_text(OWN)
+    (folder / "my_sibling.py").write_text("def other(): pass\n")
+    (folder / "my_lazy_sibling.py").write_text("")
+    (folder / "json.py").write_text("import torch\ndef mine(): return torch.nn.Flatten()\n")
+    for name in ("own", "my_sibling", "my_lazy_sibling"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return folder / "own.py"
+
+
+def test_a_network_of_a_file(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    path = list(sys.path)
+    assert load_model(f"{own}:small").name == "small"
+    assert load_model(f"{own}:ready").name == "ready"
+    # The file is taken, not what else has its name.
+    assert isinstance(load_model(f"{own.parent / 'json.py'}:mine").model, nn.Flatten)
+    assert sys.modules["json"] is json
+    monkeypatch.chdir(own.parent)
+    assert load_model("./own.py:small").name == "small"
+    assert load_model("own:small").name == "small"
+    assert sys.path == path
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("own:nosuch", UnknownNameError, r"one of 'broken', 'leaves', 'ready', 'small', 'wide', but got 'nosuch'\.$"),
+        ("own:smal", UnknownNameError, r"Did you mean 'small'\?"),
+        ("own:wide", ModelError, r"a factory without arguments .*'own:wide', which needs width\. Write one without"),
+        ("own:broken", ModelError, r"'own:broken', which raises RuntimeError: no weights \(own\.py, line 13\)"),
+        ("own:leaves", ModelError, r"which raises SystemExit: 3 \(own\.py, line 14\)"),
+        ("torch.nn:Linear", ModelError, r"which needs in_features, out_features"),
+        ("my_sibling:x", UnknownNameError, "Did you mean|one of 'other'"),
+        ("my_lazy_sibling:x", UnknownNameError, "a factory in 'my_lazy_sibling', but got 'x'; it defines none"),
+        ("syntax:x", ModelError, r"'syntax', which raises SyntaxError: .*\(syntax\.py, line 2\)"),
+        ("./syntax.py:x", ModelError, r"syntax\.py', which raises SyntaxError: .*\(syntax\.py, line 2\)"),
+        (
+            "raising:x",
+            ModelError,
+            r"'raising', which raises ZeroDivisionError: division by zero \(raising\.py, line 1\)",
+        ),
+        ("./leaving.py:x", ModelError, r"leaving\.py', which raises SystemExit"),
+        ("./none.py:x", FileError, r"an existing \.py file, but got 'none\.py'"),
+        ("needing:x", UnknownNameError, r"an importable module, but got 'needing' \(No module named 'nothing_such'\)"),
+    ],
+)
+def test_whatever_is_wrong_with_the_user_s_module_is_one_line(
+    own: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: type[Exception], message: str
+) -> None:
+    monkeypatch.chdir(own.parent)
+    Path("syntax.py").write_text("x = 1\ndef x(:\n")
+    Path("raising.py").write_text("1 / 0\n")
+    Path("leaving.py").write_text("import sys\nsys.exit()\n")
+    Path("needing.py").write_text("import nothing_such\n")
+    modules, path = set(sys.modules), list(sys.path)
+    with pytest.raises(error, match=message) as raised:
+        load_model(name)
+    assert "\n" not in str(raised.value)
+    assert sys.path == path
+    for new in set(sys.modules) - modules:
+        del sys.modules[new]
+
+
+def test_a_class_is_blamed_on_its_argument() -> None:
+    net = VisionModel(nn.Flatten(), class_names=("cat", "dog", "dog"))
+    for name, message in (("zzz", "one of"), ("dog", r"names \[1, 2\]")):
+        with pytest.raises((UnknownNameError, TargetError), match=f"Expected argument `contrast` to be .*{message}"):
+            net.class_index(name, "contrast")
+    with pytest.raises(TargetError, match="`truth` to be the index of a class"):
+        VisionModel(nn.Flatten()).class_index("cat", "truth")
+
+
 @pytest.mark.parametrize("name", ["resnet50", ":resnet50", "torchvision:", ""])
 def test_names_without_their_two_parts_are_refused(name: str) -> None:
     with pytest.raises(ArgumentError, match=r"torchvision:NAME or MODULE:FACTORY"):

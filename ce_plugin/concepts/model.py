@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ce_plugin.concepts.fidelity import Fidelity
-from ce_plugin.errors import ArgumentError, FileError, InputError, ModelError, expected
-from ce_plugin.files import load, save
+from ce_plugin.errors import ArgumentError, InputError, ModelError, expected
+from ce_plugin.files import damaged, load, save
 from ce_plugin.networks.layers import Layer, find_layer, fingerprint
 from ce_plugin.randomness import generator
 
@@ -228,14 +228,12 @@ class ConceptAutoencoder(nn.Module):
         content = load(path, _KIND, _VERSION)
         try:
             loaded = cls(**content["config"])
-            state = content["state"]
-            loaded.to(next(iter(state.values())).dtype).load_state_dict(state)
+            loaded.load_state_dict(content["state"], assign=True)
             loaded.layer_name, loaded.fingerprint = content["layer_name"], content["fingerprint"]
             loaded.fidelity = None if content["fidelity"] is None else Fidelity(**content["fidelity"])
             loaded.history = content["history"]
-        except (KeyError, TypeError, RuntimeError, ArgumentError) as error:
-            came = f"{str(path)!r}, which lacks parts ({error})"
-            raise FileError(expected("path", "a file written by ConceptAutoencoder.save", came)) from error
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise damaged(path, "a file written by ConceptAutoencoder.save", error) from error
         return loaded.eval()
 
 

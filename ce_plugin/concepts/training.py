@@ -20,7 +20,7 @@ from ce_plugin.concepts.losses import check_outcome, deep_loss, interpretability
 from ce_plugin.concepts.model import ConceptAutoencoder, check_sizes
 from ce_plugin.concepts.recorded import Batch, Recorded
 from ce_plugin.errors import ArgumentError, ModelError, expected
-from ce_plugin.files import load, save
+from ce_plugin.files import damaged, load, save
 from ce_plugin.networks.forward import OutputSelector
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.networks.layers import Layer, find_layer, fingerprint, probe
@@ -143,6 +143,7 @@ class Objective:
 State = dict[str, Tensor]
 # Version of a checkpoint's content.
 _CHECKPOINT = 1
+_WANTED = "a checkpoint of train_autoencoder"
 
 
 class Progress:
@@ -182,7 +183,7 @@ class Progress:
         return progress
 
     def _read(self, path: str | PathLike[str]) -> None:
-        content = load(path, "checkpoint", _CHECKPOINT, "a checkpoint of train_autoencoder")
+        content = load(path, "checkpoint", _CHECKPOINT, _WANTED)
         hint = "Choose another file, or delete this one to begin again."
         here = (self.layer, self.fingerprint)
         if (content["layer_name"], content["fingerprint"]) != here:
@@ -205,12 +206,13 @@ class Progress:
             ArgumentError: the checkpoint is of a training on other images.
         """
         now = autoencoder.state_dict()
-        if self._state:
+        if self.path is not None and self._state:
+            shapes = {key: value.shape for key, value in now.items()}
+            if any({key: value.shape for key, value in s.items()} != shapes for s in (self._state, self.best)):
+                raise damaged(self.path, _WANTED, "its weights are of another autoencoder")
             keys = [key for key in now if key.startswith("encoder.standardize.")]
             same = n_images == self._n_images and all(
-                self._state[key].shape == now[key].shape
-                and torch.allclose(self._state[key], now[key].cpu(), rtol=1e-2, atol=1e-5)
-                for key in keys
+                torch.allclose(self._state[key], now[key].cpu(), rtol=1e-2, atol=1e-5) for key in keys
             )
             if not same:
                 hint = "Choose another file, or delete this one to begin again."
@@ -224,8 +226,11 @@ class Progress:
     def restore(self, autoencoder: ConceptAutoencoder, optimizer: torch.optim.Optimizer) -> None:
         """Weights and optimizer as they were when the file was written."""
         autoencoder.load_state_dict(self._state)
-        if self._optimizer is not None:
-            optimizer.load_state_dict(self._optimizer)
+        if self.path is not None and self._optimizer is not None:
+            try:
+                optimizer.load_state_dict(self._optimizer)
+            except (LookupError, TypeError, AttributeError, ValueError) as error:
+                raise damaged(self.path, _WANTED, error) from error
 
     @property
     def epoch(self) -> int:

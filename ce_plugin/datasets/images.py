@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import struct
 import warnings
 from os import PathLike
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import TYPE_CHECKING, Union
 import torch
 from torch import Tensor
 
-from ce_plugin.errors import FileError, expected
+from ce_plugin.errors import CEPluginWarning, FileError, expected
+from ce_plugin.files import existing_file, path_of, printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,14 +27,23 @@ def read_image(path: FilePath) -> Tensor:
     The EXIF orientation is applied; grayscale and palette images become RGB; transparent pixels are blended with white;
     16-bit images are scaled to 8 bits; of an animation the first frame is read.
 
+    Floating-point images are taken to range from 0 to 1 where all values are in it. Else they, and 32-bit integers, are
+    taken to range from 0 to 255, or to 65535 where a value is larger, and a warning says so.
+
     Args:
-        path: a file in any format that Pillow reads (JPEG, PNG, WebP, TIFF, BMP, GIF ...).
+        path: a file in any format that Pillow reads (JPEG, PNG, WebP, TIFF, BMP, GIF ...), of at most
+            ``PIL.Image.MAX_IMAGE_PIXELS`` pixels.
 
     Returns:
         (3, H, W), uint8, values 0 to 255.
 
     Raises:
-        FileError: the file does not exist, is a directory, is not an image, or is truncated.
+        ArgumentError: ``path`` is no file name.
+        FileError: the file does not exist, is a directory, a pipe or a device, is not an image, is truncated, has too
+            many pixels, or has values of an unknown range: not finite, below 0 or above 65535.
+
+    Warns:
+        CEPluginWarning: the range of the values was taken from themselves.
 
     Example:
         >>> import tempfile, pathlib
@@ -44,14 +56,12 @@ def read_image(path: FilePath) -> Tensor:
     """
     from torchvision.transforms.v2 import functional as transform
 
-    file = Path(path)
-    if not file.exists():
-        raise FileError(expected("image", "an existing file", repr(str(file)), "Check the spelling and the folder."))
-    if file.is_dir():
+    file = path_of(path, "image")
+    if os.path.isdir(file):  # where Path.is_dir raises, the next check says why
         raise FileError(
             expected("image", "a picture file", f"the folder {str(file)!r}", f"Name its files: {file / '*.jpg'}")
         )
-    pixels: Tensor = transform.pil_to_tensor(_decode(file))
+    pixels: Tensor = transform.pil_to_tensor(_decode(existing_file(file, "image")))
     return pixels
 
 
@@ -60,37 +70,85 @@ def _decode(file: Path) -> Image:
 
     try:
         with warnings.catch_warnings():
-            # No warning for large photographs; one that would exhaust memory still raises DecompressionBombError.
+            # Above the limit for which Pillow warns, it is an error here.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file) as opened:
+                limit = Image.MAX_IMAGE_PIXELS
+                if limit is not None and opened.width * opened.height > limit:
+                    raise _too_large(file, f"{opened.width} x {opened.height}")
                 opened.load()
-                return _to_rgb(ImageOps.exif_transpose(opened))
+                picture = ImageOps.exif_transpose(opened)
+                file_format = opened.format
+    except FileError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise _too_large(file, str(error).partition(",")[0]) from error
     except UnidentifiedImageError as error:
         hint = "Convert it to JPEG or PNG, or leave it out."
         raise FileError(expected("image", "a picture in a known format", repr(str(file)), hint)) from error
     except PermissionError as error:
         raise FileError(expected("image", "a readable file", repr(str(file)), "Check its permissions.")) from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, LookupError, TypeError, struct.error) as error:
         # Pillow's decoders report damage with all of these (PNG: SyntaxError; TIFF, WebP: ValueError, EOFError).
         hint = "The file is truncated or damaged: fetch it again, or leave it out."
         raise FileError(expected("image", "a complete picture", f"{str(file)!r} ({error})", hint)) from error
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        return _to_eight_bits(picture, file, sixteen=picture.mode.startswith("I;16") or file_format in ("PNG", "PPM"))
+    return _to_rgb(picture, file)
 
 
-def _to_rgb(image: Image) -> Image:
+def _too_large(file: Path, size: str) -> FileError:
+    from PIL import Image
+
+    hint = "Make it smaller: networks see a few hundred pixels of a side. Or raise PIL.Image.MAX_IMAGE_PIXELS."
+    wanted = f"a picture of at most {Image.MAX_IMAGE_PIXELS} pixels"
+    return FileError(expected("image", wanted, f"{str(file)!r} ({size})", hint))
+
+
+def _to_eight_bits(image: Image, file: Path, *, sixteen: bool) -> Image:
+    """Gray values of more than 8 bits as 8-bit RGB. Pillow's own conversion clips them at 255."""
+    import numpy as np
     from PIL import Image as Pillow
 
-    if image.mode.startswith("I") or image.mode == "F":
-        import numpy as np
+    values = np.asarray(image, dtype=np.float64)
+    low, high = float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
+    if not (low >= 0 and high <= 65535):  # or NaN
+        hint = "Scale it and save it with 8 or 16 bits."
+        came = f"{str(file)!r}, whose values range from {low:g} to {high:g}"
+        raise FileError(expected("image", "a picture of finite values from 0 to 1, 255 or 65535", came, hint))
+    top = (
+        65535.0
+        if sixteen
+        else next(top for top in (1.0, 255.0, 65535.0) if high <= top and (top > 1 or _is_float(image)))
+    )
+    if not sixteen and top > 1:
+        kind = "floating-point numbers" if _is_float(image) else "32-bit integers"
+        warnings.warn(
+            f"{printable(file)} holds {kind} from {low:g} to {high:g}, which are taken as values of 0 (black) to "
+            f"{top:g} (white). Save it with 8 or 16 bits to leave no doubt.",
+            CEPluginWarning,
+            stacklevel=4,
+        )
+    return Pillow.fromarray((values / top * 255.0).round().astype(np.uint8)).convert("RGB")
 
-        # Pillow's own conversion clips 16-bit values at 255, which turns most images white.
-        values = np.asarray(image, dtype=np.float64)
-        top = 1.0 if image.mode == "F" and values.max(initial=0.0) <= 1.0 else 65535.0
-        return Pillow.fromarray(np.clip(values / top * 255.0, 0, 255).round().astype(np.uint8)).convert("RGB")
-    if "A" in image.mode or "transparency" in image.info:
-        shown = image.convert("RGBA")
-        white = Pillow.new("RGBA", shown.size, "white")
-        return Pillow.alpha_composite(white, shown).convert("RGB")
-    return image.convert("RGB")
+
+def _is_float(image: Image) -> bool:
+    return image.mode == "F"
+
+
+def _to_rgb(image: Image, file: Path) -> Image:
+    from PIL import Image as Pillow
+
+    try:
+        if "A" in image.mode or "transparency" in image.info:
+            shown = image.convert("RGBA")
+            white = Pillow.new("RGBA", shown.size, "white")
+            return Pillow.alpha_composite(white, shown).convert("RGB")
+        return image.convert("RGB")
+    except (ValueError, OSError) as error:
+        hint = "Convert it to RGB."
+        wanted = "a picture in colours or gray values that can be shown"
+        raise FileError(expected("image", wanted, f"{str(file)!r} of mode {image.mode}", hint)) from error
 
 
 def sample_photographs() -> dict[str, Tensor]:

@@ -24,8 +24,16 @@ from ce_plugin.detection.fitting import FitConfig, Fitter, Split, State, attacke
 from ce_plugin.detection.protocol import Array
 from ce_plugin.detection.scorers import AGGREGATES, Scorer
 from ce_plugin.detection.signature import Signature
-from ce_plugin.errors import ArgumentError, FileError, InferenceError, ModelError, expected, unknown_name
-from ce_plugin.files import load, save
+from ce_plugin.errors import (
+    ArgumentError,
+    CEPluginError,
+    FileError,
+    InferenceError,
+    ModelError,
+    expected,
+    unknown_name,
+)
+from ce_plugin.files import damaged, load, save
 from ce_plugin.interventions.base import NormalizationLike
 from ce_plugin.networks.forward import load_art
 
@@ -440,23 +448,28 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
             hint = f"Fit again, or use ce_plugin {content['versions']['ce_plugin']}."
             got = f"format {content['file_format']}"
             raise FileError(expected("path", f"a file of format {_FORMAT}", got, hint))
-        augmentation = content["augmentation"]
-        if isinstance(augmentation, dict):
-            augmentation = Augmentation(**{**augmentation, "value_range": tuple(augmentation["value_range"])})
-        detector = cls(
-            classifier,
-            Signature.from_settings(content["probes"]) if content["own_signature"] else None,
-            clip_values=tuple(content["clip_values"]),
-            normalization=normalization,
-            fpr=content["fpr"],
-            holdout=content["holdout"],
-            augmentation=augmentation,
-            aggregate=content["aggregate"],
-            attacks=content["attacks"],
-            seed=content["seed"],
-        )
-        _check_network(detector.classifier, content)
-        detector.restore(_stored_state(content))
+        try:
+            augmentation = content["augmentation"]
+            if isinstance(augmentation, dict):
+                augmentation = Augmentation(**{**augmentation, "value_range": tuple(augmentation["value_range"])})
+            detector = cls(
+                classifier,
+                Signature.from_settings(content["probes"]) if content["own_signature"] else None,
+                clip_values=tuple(content["clip_values"]),
+                normalization=normalization,
+                fpr=content["fpr"],
+                holdout=content["holdout"],
+                augmentation=augmentation,
+                aggregate=content["aggregate"],
+                attacks=content["attacks"],
+                seed=content["seed"],
+            )
+            _check_network(detector.classifier, content)
+            detector.restore(_stored_state(content))
+        except CEPluginError:
+            raise
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise damaged(path, f"a file written by {_KIND}.save", error) from error
         return detector
 
     @property

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from ce_plugin.errors import (
     UnitError,
     expected,
 )
-from ce_plugin.files import load, save
+from ce_plugin.files import damaged, load, save
 from ce_plugin.sites import InputSite
 from ce_plugin.visualization.pictures import NEGATIVE, POSITIVE, overlay
 
@@ -322,14 +323,19 @@ class Estimate:
         """Read what :meth:`save` wrote; runs no code from the file.
 
         Raises:
-            FileError: where the file is missing or holds something else.
+            FileError: where the file is missing or damaged, or holds something else.
         """
-        values = load(path, "Estimate", 1)
-        known = {f.name for f in fields(cls)}
-        values = {name: value for name, value in values.items() if name in known}
-        values["class_shape"] = tuple(values["class_shape"])
-        if values["groups"] is not None:
-            values["groups"] = tuple(map(tuple, values["groups"]))
+        content = load(path, "Estimate", 1)
+        values = {f.name: content[f.name] for f in fields(cls)}
+        try:
+            values["class_shape"] = tuple(values["class_shape"])
+            if values["groups"] is not None:
+                values["groups"] = tuple(map(tuple, values["groups"]))
+            misfit = _misfit(values)
+        except (TypeError, ValueError, AttributeError) as error:
+            misfit = str(error)
+        if misfit:
+            raise damaged(path, "a file written by Estimate.save", misfit)
         return cls(**values)
 
     def equals(self, other: Estimate) -> bool:
@@ -356,6 +362,51 @@ class Estimate:
                 stacklevel=3,
             )
         return self.std_error, self.dof
+
+
+# Shape and type of what a file holds; one letter is one size everywhere. "?" may be None.
+_TENSORS = {
+    "effect": ("NUC", "float"),
+    "reference": ("NC", "float"),
+    "std_error": ("NUC", "float?"),
+    "dof": ("NUC", "float?"),
+    "n_units": ("N", "int"),
+    "predicted": ("N", "int?"),
+    "insertion_effect": ("NC", "float?"),
+    "assignments": ("NTU", "bool?"),
+    "outcomes": ("NTC", "float?"),
+    "blocks": ("T", "int?"),
+}
+
+
+def _misfit(values: Mapping[str, Any]) -> str:
+    """What does not fit together in the values of an estimate; nothing where all of it does."""
+    sizes: dict[str, int] = {}
+    for name, (letters, kind) in _TENSORS.items():
+        value = values[name]
+        if value is None and kind.endswith("?"):
+            continue
+        if not isinstance(value, Tensor) or value.dim() != len(letters):
+            return f"`{name}` is not of shape ({', '.join(letters)})"
+        found = "float" if value.is_floating_point() else "bool" if value.dtype == torch.bool else "int"
+        if found != kind.rstrip("?"):
+            return f"`{name}` is of type {value.dtype}"
+        for letter, size in zip(letters, value.shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                return f"`{name}` is of shape {tuple(value.shape)}, and {letter} is {sizes[letter]} elsewhere"
+    target, n_units, labels = values["target"], values["n_units"], values["unit_labels"]
+    if target is not None and len(target) != sizes["N"]:
+        return "`target` is not one for each example"
+    if target is None and math.prod(values["class_shape"]) != sizes["C"]:
+        return f"`class_shape` is {values['class_shape']}, and C is {sizes['C']}"
+    if bool((n_units < 0).any()) or bool((n_units > sizes["U"]).any()):
+        return f"`n_units` is outside of 0 to {sizes['U']}"
+    several = bool(labels) and isinstance(labels[0], list)
+    if not all(
+        len(some) >= int(n) for some, n in zip(labels if several else [labels] * sizes["N"], n_units, strict=True)
+    ):
+        return "`unit_labels` are too few"
+    return ""
 
 
 def _same(mine: Any, theirs: Any) -> bool:

@@ -6,10 +6,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import inspect
 import pickle
 import struct
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -28,11 +32,17 @@ from ce_plugin.errors import (
     expected,
     unknown_name,
 )
+from ce_plugin.files import existing_file
 from ce_plugin.interventions.base import Normalization
 
 Weights = Union[str, "PathLike[str]", None]
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+# No network takes larger squares; one of them is 3 GB already.
+_LARGEST = 16_384
+_SLIMMEST = 200
+# The weights of ITU-R BT.601 in thousandths: together exactly 1, so that gray stays as it is.
+_LUMA = (299, 587, 114)
 
 
 @dataclass(frozen=True)
@@ -40,12 +50,12 @@ class Framing:
     """How a photograph of any size becomes a square input: resize the shorter side, crop the centre.
 
     Args:
-        size: height and width of the square, in pixels.
+        size: height and width of the square, in pixels, 1 to 16384.
         resize: what the shorter side is resized to before the crop; at least ``size``. None means ``size``.
         interpolation: ``"bilinear"``, ``"bicubic"`` or ``"nearest"``; antialiased.
 
     Raises:
-        ArgumentError: a size below 1, a resize below the size, or an unknown interpolation.
+        ArgumentError: a size or resize that is no whole number in its range, or an unknown interpolation.
 
     Example:
         >>> Framing(224, resize=256)(torch.zeros(3, 427, 640, dtype=torch.uint8)).shape
@@ -57,12 +67,11 @@ class Framing:
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ArgumentError(expected("size", "a positive number of pixels", self.size))
-        if self.resize is not None and self.resize < self.size:
-            raise ArgumentError(
-                expected("resize", f"None or at least size = {self.size}", self.resize, "A crop cannot be larger.")
-            )
+        if not _whole(self.size) or not 1 <= self.size <= _LARGEST:
+            raise ArgumentError(expected("size", f"a number of pixels, 1 to {_LARGEST}", repr(self.size)))
+        if self.resize is not None and (not _whole(self.resize) or not self.size <= self.resize <= _LARGEST):
+            wanted = f"None, or from size = {self.size} to {_LARGEST}"
+            raise ArgumentError(expected("resize", wanted, repr(self.resize), "A crop cannot be larger."))
         if self.interpolation not in _INTERPOLATIONS:
             raise ArgumentError(expected("interpolation", f"one of {_INTERPOLATIONS}", repr(self.interpolation)))
 
@@ -76,13 +85,18 @@ class Framing:
             (C, size, size), of the same dtype.
 
         Raises:
-            InputError: the image does not have the shape (C, H, W).
+            InputError: the image does not have the shape (C, H, W), or is more than 200 times as long as wide.
         """
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2 import functional as transform
 
         if image.dim() != 3 or 0 in image.shape:
             raise InputError(expected("image", "of shape (C, H, W)", tuple(image.shape)))
+        shorter, longer = sorted(image.shape[1:])
+        if longer > _SLIMMEST * shorter:
+            # Once its shorter side is that of the square, it would not fit into memory.
+            wanted = f"at most {_SLIMMEST} times as long as wide"
+            raise InputError(expected("image", wanted, f"{tuple(image.shape)}", "Crop it first."))
         resized = transform.resize(
             image, [self.resize or self.size], interpolation=InterpolationMode(self.interpolation), antialias=True
         )
@@ -90,8 +104,16 @@ class Framing:
         return framed
 
 
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def as_batch(
-    images: Sequence[Tensor], framing: Framing | None = None, *, value_range: tuple[float, float] = (0.0, 1.0)
+    images: Sequence[Tensor],
+    framing: Framing | None = None,
+    *,
+    value_range: tuple[float, float] = (0.0, 1.0),
+    grayscale: bool = False,
 ) -> Tensor:
     """8-bit images of any sizes as one float batch in image units.
 
@@ -99,9 +121,10 @@ def as_batch(
         images: images as :func:`ce_plugin.datasets.read_image` returns them, each (3, H, W), uint8.
         framing: how each is resized and cropped; None means 224 x 224.
         value_range: the values, in image units, that 0 and 255 become.
+        grayscale: one channel, the luma of ITU-R BT.601 (0.299 R + 0.587 G + 0.114 B) in whole steps.
 
     Returns:
-        (N, 3, size, size), float32, within ``value_range``.
+        (N, 3, size, size), or (N, 1, size, size) in gray, float32, within ``value_range``.
 
     Raises:
         InputError: no images, or one that is not uint8.
@@ -122,7 +145,11 @@ def as_batch(
         if image.dtype != torch.uint8:
             raise InputError(expected("images", "of type uint8, values 0 to 255", image.dtype, "Use `read_image`."))
         framed.append(frame(image))
-    return torch.stack(framed).float() / 255.0 * (high - low) + low
+    batch = torch.stack(framed).float()
+    if grayscale:
+        weights = torch.tensor(_LUMA, dtype=torch.float64)[:, None, None]
+        batch = ((batch.double() * weights).sum(1, keepdim=True) / 1000).round().float()
+    return batch / 255.0 * (high - low) + low
 
 
 @dataclass(frozen=True)
@@ -130,12 +157,13 @@ class VisionModel:
     """An image classifier with the preparation of its inputs.
 
     Args:
-        model: the network: (N, 3, H, W) in model units to (N, C).
+        model: the network: (N, 3, H, W), or (N, 1, H, W), in model units to (N, C).
         name: its name in reports.
         framing: input size, and how a photograph is resized and cropped to it.
         normalization: normalisation of the image before the network, in image units.
         value_range: lowest and highest value of a pixel in image units: (0, 1), or (0, 255).
         class_names: one per output, or None.
+        grayscale: whether the network takes one channel; see :func:`as_batch`.
 
     Raises:
         ArgumentError: ``model`` is not a module, or ``value_range`` is empty.
@@ -154,6 +182,7 @@ class VisionModel:
     normalization: Normalization = field(default_factory=Normalization)
     value_range: tuple[float, float] = (0.0, 1.0)
     class_names: tuple[str, ...] | None = field(default=None, repr=False)
+    grayscale: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -168,9 +197,10 @@ class VisionModel:
             images: each (3, H, W), uint8, as :func:`ce_plugin.datasets.read_image` returns them.
 
         Returns:
-            (N, 3, size, size), float32, in model units, on the device of the network's first parameter.
+            (N, C, size, size), float32, in model units, on the device of the network's first parameter; C is 3, or 1 in
+            gray.
         """
-        batch = as_batch(images, self.framing, value_range=self.value_range)
+        batch = as_batch(images, self.framing, value_range=self.value_range, grayscale=self.grayscale)
         return self.normalization.to_model(batch).to(self.device)
 
     def pictures(self, inputs: Tensor) -> Tensor:
@@ -190,8 +220,12 @@ class VisionModel:
             return f"class {index}"
         return self.class_names[index]
 
-    def class_index(self, target: int | str) -> int:
+    def class_index(self, target: int | str, argument: str = "target") -> int:
         """The index of a class given by its index or its name (case does not matter).
+
+        Args:
+            target: index or name.
+            argument: what messages call it.
 
         Raises:
             UnknownNameError: no class has this name.
@@ -201,23 +235,23 @@ class VisionModel:
             return int(target)
         if self.class_names is None:
             hint = "The classes of this network have no names."
-            raise TargetError(expected("target", "the index of a class", repr(target), hint))
+            raise TargetError(expected(argument, "the index of a class", repr(target), hint))
         wanted = target.strip().casefold()
         found = [i for i, name in enumerate(self.class_names) if name.casefold() == wanted]
         if not found:
-            raise unknown_name("target", target.strip(), set(self.class_names))
+            raise unknown_name(argument, target.strip(), set(self.class_names))
         if len(found) > 1:
-            raise TargetError(expected("target", "a class", f"{target!r}, which names {found}", "Write the index."))
+            raise TargetError(expected(argument, "a class", f"{target!r}, which names {found}", "Write the index."))
         return found[0]
 
 
 def load_model(name: str, weights: Weights = "DEFAULT") -> VisionModel:
-    """Load a network by name: ``"torchvision:resnet50"``, or ``"package.module:factory"``.
+    """Load a network by name: ``"torchvision:resnet50"``, ``"package.module:factory"`` or ``"folder/file.py:factory"``.
 
     Args:
         name: ``torchvision:NAME``, any classifier of ``torchvision.models``; or ``MODULE:FACTORY``, a function
             without arguments that returns a :class:`VisionModel` or a ``torch.nn.Module``. Modules are also found
-            in the current folder.
+            in the current folder; a path that ends in ``.py`` names a file.
         weights: ``"DEFAULT"``: torchvision's best weights (downloaded once), or the factory's own; a file written by
             ``torch.save(model.state_dict(), FILE)``; None: torchvision's network, untrained.
 
@@ -228,19 +262,20 @@ def load_model(name: str, weights: Weights = "DEFAULT") -> VisionModel:
     Raises:
         ArgumentError: the name has no ``:``.
         UnknownNameError: there is no such network, module or factory; the message suggests the closest name.
-        ModelError: the factory does not return a network, or the weights do not fit.
-        FileError: the weights cannot be read or downloaded.
+        ModelError: the module cannot be imported, the factory needs arguments, raises, or does not return a network,
+            or the weights do not fit.
+        FileError: there is no such file, or the weights cannot be read or downloaded.
 
     Example:
         >>> load_model("torchvision:squeezenet1_1", weights=None).framing
         Framing(size=224, resize=256, interpolation='bilinear')
     """
-    prefix, colon, rest = name.partition(":")
+    prefix, colon, rest = name.rpartition(":")
     if not (prefix and colon and rest):
-        hint = "For example: torchvision:resnet50, or my_module:my_factory."
+        hint = "For example: torchvision:resnet50, my_module:my_factory, or folder/my_file.py:my_factory."
         raise ArgumentError(expected("model", "torchvision:NAME or MODULE:FACTORY", repr(name), hint))
-    if weights is not None and str(weights) != "DEFAULT" and not Path(weights).is_file():
-        raise FileError(expected("weights", "DEFAULT or an existing file", repr(str(weights))))
+    if weights is not None and str(weights) != "DEFAULT":
+        existing_file(weights, "weights", "DEFAULT or an existing file")
     loaded = _from_torchvision(rest, weights) if prefix == "torchvision" else _from_factory(prefix, rest)
     if weights is not None and str(weights) != "DEFAULT":
         load_weights(loaded.model, weights)
@@ -271,11 +306,14 @@ def _from_torchvision(name: str, weights: Weights) -> VisionModel:
 
 
 def _from_factory(module_name: str, factory_name: str) -> VisionModel:
-    module = _module(module_name)
-    if not hasattr(module, factory_name):
-        raise unknown_name("model", factory_name, [name for name in vars(module) if not name.startswith("_")])
-    factory = getattr(module, factory_name)
-    made = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
+    file = existing_file(module_name, "model", "an existing .py file") if module_name.endswith(".py") else None
+    # A console script does not have the current folder on its path, but `python -m` does: make both find the same,
+    # also when the factory imports more.
+    with _importable(Path.cwd() if file is None else file.absolute().parent):
+        module = _module(module_name) if file is None else _module_of_file(file)
+        if not hasattr(module, factory_name):
+            raise _no_factory(module, module_name, factory_name)
+        made = _made(getattr(module, factory_name), f"{module_name}:{factory_name}")
     if isinstance(made, VisionModel):
         return made
     if not isinstance(made, nn.Module):
@@ -284,20 +322,95 @@ def _from_factory(module_name: str, factory_name: str) -> VisionModel:
     return VisionModel(made, name=factory_name)
 
 
-def _module(name: str) -> Any:
-    # A console script does not have the current folder on its path, but `python -m` does: make both find the same.
-    here = str(Path.cwd())
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """A folder on the path of modules, for a while."""
+    here = str(folder)
     added = here not in sys.path
     if added:
         sys.path.insert(0, here)
     try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        hint = "It must be installed, or be a .py file in the current folder, and so must everything that it imports."
-        raise UnknownNameError(expected("model", "an importable module", f"{name!r} ({error})", hint)) from error
+        yield
     finally:
         if added and here in sys.path:
             sys.path.remove(here)
+
+
+def _module(name: str) -> Any:
+    hint = "It must be installed, or be a .py file in the current folder, and so must everything that it imports."
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UnknownNameError(expected("model", "an importable module", f"{name!r} ({error})", hint)) from error
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
+        raise ModelError(expected("model", "an importable module", f"{name!r}, which raises {_told(error)}")) from error
+
+
+def _module_of_file(file: Path) -> Any:
+    """A module from a file, whatever else has its name."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ModelError(expected("model", "a Python file", repr(str(file))))
+    module = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(file.stem)
+    sys.modules[file.stem] = module  # where dataclasses look for it
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        if before is None:
+            del sys.modules[file.stem]
+        wanted = "a file that can be imported"
+        raise ModelError(expected("model", wanted, f"{str(file)!r}, which raises {_told(error)}")) from error
+    finally:
+        if before is not None:
+            sys.modules[file.stem] = before
+    return module
+
+
+def _no_factory(module: Any, module_name: str, factory_name: str) -> UnknownNameError:
+    """The error that suggests what the module makes networks with; not what it imported."""
+    named = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and (isinstance(value, nn.Module | VisionModel) or getattr(value, "__module__", "") == module.__name__)
+    }
+    if named:
+        return unknown_name("model", factory_name, named)
+    return UnknownNameError(expected("model", f"a factory in {module_name!r}", f"{factory_name!r}; it defines none"))
+
+
+def _made(factory: Any, name: str) -> Any:
+    """What a factory makes; a network is its own."""
+    if not callable(factory) or isinstance(factory, nn.Module):
+        return factory
+    wanted = "a factory without arguments that returns a network"
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):  # of functions written in C
+        signature = inspect.Signature()
+    needed = [
+        one.name
+        for one in signature.parameters.values()
+        if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+    ]
+    if needed:
+        hint = "Write one without arguments that calls it."
+        raise ModelError(expected("model", wanted, f"{name!r}, which needs {', '.join(needed)}", hint))
+    try:
+        return factory()
+    except (Exception, SystemExit) as error:
+        raise ModelError(expected("model", wanted, f"{name!r}, which raises {_told(error)}")) from error
+
+
+def _told(error: BaseException) -> str:
+    """An error of the user's code on one line: its class, what it says, and where it was raised."""
+    said = " ".join(str(error).split())
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {said}"  # which names the line
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}{': ' if said else ''}{said}{place}"
 
 
 def load_weights(model: nn.Module, file: str | PathLike[str]) -> None:
@@ -311,7 +424,7 @@ def load_weights(model: nn.Module, file: str | PathLike[str]) -> None:
         file: written by ``torch.save(model.state_dict(), file)``.
 
     Raises:
-        FileError: the file is missing or damaged, or holds anything but tensors.
+        FileError: the file is missing, no regular file or damaged, or holds anything but tensors.
         ModelError: names or shapes do not fit the network.
 
     Example:
@@ -321,8 +434,7 @@ def load_weights(model: nn.Module, file: str | PathLike[str]) -> None:
         ...     torch.save(nn.Linear(2, 3).state_dict(), file)
         ...     load_weights(nn.Linear(2, 3), file)
     """
-    if not Path(file).is_file():
-        raise FileError(expected("weights", "an existing file", repr(str(file))))
+    file = existing_file(file, "weights")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, struct.error, pickle.UnpicklingError) as error:

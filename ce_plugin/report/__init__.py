@@ -5,6 +5,7 @@ joins them; see "Write your own".
 """
 
 from ce_plugin._lazy import deprecated_names
+from ce_plugin.files import check_out
 from ce_plugin.report.alarms import AlarmShown, Screened, Screening, save_screening, screen
 from ce_plugin.report.concepts import Concept, ConceptStudy, Example, concept_study, save_concepts
 from ce_plugin.report.evaluation import (
@@ -38,7 +39,6 @@ from ce_plugin.report.photograph import (
 from ce_plugin.report.sections import (
     Section,
     build_manifest,
-    check_out,
     file_sha256,
     state_sha256,
     tensor_sha256,

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ce_plugin.errors import ArgumentError, InputError, expected
-from ce_plugin.files import write_files
+from ce_plugin.files import check_out, write_files
 from ce_plugin.models import VisionModel
 from ce_plugin.networks.layers import find_layer, last_conv_layer
 from ce_plugin.report.evaluation import DetectorTrial, TrialSection
 from ce_plugin.report.layer import LayerSection
 from ce_plugin.report.photograph import OUTCOMES, PhotographSection, Plan, Study, check_class, share
-from ce_plugin.report.sections import Section, check_out, rendered
+from ce_plugin.report.sections import Section, rendered
 
 
 def study(

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import sys
@@ -24,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from ce_plugin._version import __version__
-from ce_plugin.errors import FileError, expected
 from ce_plugin.files import write_files
 from ce_plugin.visualization import NEGATIVE, POSITIVE, data_uri
 
@@ -192,37 +190,6 @@ def save_page(
     page = str(section.template).removesuffix(".j2")
     write_files(out, {**tables, "manifest.json": full, page: html})
     return Path(out, page)
-
-
-def check_out(out: str | Path, *, force: bool = False) -> Path:
-    """Refuse a folder that must not, or cannot, be written to; meant to be called before any work.
-
-    Args:
-        out: the folder of the report.
-        force: it may exist; then only the report's own two files in it are replaced.
-
-    Returns:
-        The folder, which is not made yet.
-
-    Raises:
-        FileError: it exists and ``force`` is False; it is a file; or it cannot be made here.
-
-    Example:
-        >>> check_out("a-new-folder").name
-        'a-new-folder'
-    """
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise FileError(expected("out", "a folder", f"the file {str(folder)!r}", "Choose another name."))
-    if folder.exists() and not force:
-        hint = "Choose another name, or allow its report to be replaced with --force (force=True)."
-        raise FileError(expected("out", "a folder that does not exist yet", repr(str(folder)), hint))
-    nearest = folder
-    while not nearest.exists():
-        nearest = nearest.absolute().parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise FileError(expected("out", "a folder that can be written to", f"{str(folder)!r} in {str(nearest)!r}"))
-    return folder
 
 
 def file_sha256(path: str | Path) -> str:

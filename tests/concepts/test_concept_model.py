@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from ce_plugin.concepts import ConceptAutoencoder, Fidelity, fingerprint, train_autoencoder
 from ce_plugin.errors import ArgumentError, FileError, InputError, ModelError, UnknownNameError
+from ce_plugin.files import load, save
 
 
 @settings(max_examples=20, deadline=None)
@@ -175,6 +176,15 @@ def test_double_precision_survives_a_file(tmp_path: Path) -> None:
     assert torch.equal(loaded(h), autoencoder(h))
 
 
+def test_each_weight_keeps_its_type(tmp_path: Path) -> None:
+    autoencoder = ConceptAutoencoder(8, 2)
+    autoencoder.encoder.half()
+    autoencoder.decoder.bfloat16()
+    loaded = ConceptAutoencoder.load(autoencoder.save(tmp_path / "a.pt")).state_dict()
+    assert all(loaded[key].dtype == value.dtype for key, value in autoencoder.state_dict().items())
+    assert {value.dtype for value in loaded.values()} == {torch.float16, torch.bfloat16}
+
+
 class Trap:
     """What a pickle may do when it is read."""
 
@@ -200,13 +210,12 @@ def test_what_is_no_such_file_is_said_and_not_run(tmp_path: Path) -> None:
     torch.save(ConceptAutoencoder(8, 2).state_dict(), file)
     with pytest.raises(FileError, match="which holds something else"):
         ConceptAutoencoder.load(file)
-    content = torch.load(ConceptAutoencoder(8, 2).save(tmp_path / "b.pt"), weights_only=True)
-    torch.save({**content, "version": 99}, file)
+    content = load(ConceptAutoencoder(8, 2).save(tmp_path / "b.pt"), "ConceptAutoencoder", 1)
+    save(file, "ConceptAutoencoder", 99, content, force=True)
     with pytest.raises(FileError, match="version 1, but got version 99"):
         ConceptAutoencoder.load(file)
-    facts = json.loads(content["json"]) | {"config": {"channels": 8, "concepts": 3}}
-    torch.save({**content, "json": json.dumps(facts)}, file)
-    with pytest.raises(FileError, match="which lacks parts"):
+    save(file, "ConceptAutoencoder", 1, {**content, "config": {"channels": 8, "concepts": 3}}, force=True)
+    with pytest.raises(FileError, match="which does not fit together"):
         ConceptAutoencoder.load(file)
 
 
@@ -225,10 +234,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     file = ConceptAutoencoder(8, 2).save(tmp_path / "a.pt")
     before = file.read_bytes()
 
-    def full(content: object, handle: object) -> None:
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(FileError, match=r"can be written, but got .*No space left"):
         ConceptAutoencoder(8, 3).save(file, force=True)
     assert file.read_bytes() == before
