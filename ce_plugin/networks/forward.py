@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import logging.config
 import sys
@@ -148,6 +149,30 @@ def _tensor(value: object) -> Tensor:
     hint = "Name the part to explain with `output=` (a key, an index or a callable)."
     wanted = "a callable that returns a tensor or a dict of tensors"
     raise ModelError(expected("forward_func", wanted, type(value).__name__, hint))
+
+
+def double(x: Tensor) -> Tensor:
+    """In float64, on the CPU, with its gradient: where statistics are computed, as not every device has float64.
+
+    Example:
+        >>> double(torch.ones(1))
+        tensor([1.], dtype=torch.float64)
+    """
+    return x.cpu().double()
+
+
+@functools.lru_cache
+def widest(device: torch.device) -> torch.dtype:
+    """What statistics become when they go back to a device: float64, or float32 where it has none (MPS).
+
+    Example:
+        >>> widest(torch.device("cpu"))
+        torch.float64
+    """
+    try:
+        return torch.empty(0, dtype=torch.float64, device=device).dtype
+    except (TypeError, RuntimeError):
+        return torch.float32
 
 
 ClipValues = tuple[float, float]
