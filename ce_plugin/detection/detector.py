@@ -27,9 +27,7 @@ from ce_plugin.detection.signature import Signature
 from ce_plugin.errors import ArgumentError, FileError, InferenceError, ModelError, expected, unknown_name
 from ce_plugin.files import load, save
 from ce_plugin.interventions.base import NormalizationLike
-from ce_plugin.networks.forward import load_art
-
-load_art()
+from ce_plugin.networks.guard import state_guard
 
 Scores = npt.NDArray[np.float64]
 
@@ -440,6 +438,16 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
             hint = f"Fit again, or use ce_plugin {content['versions']['ce_plugin']}."
             got = f"format {content['file_format']}"
             raise FileError(expected("path", f"a file of format {_FORMAT}", got, hint))
+        with state_guard():  # modules draw the weights that the file's take the place of
+            detector = cls._stored(content, classifier, normalization)
+        _check_network(detector.classifier, content)
+        return detector
+
+    @classmethod
+    def _stored(
+        cls, content: dict[str, Any], classifier: object, normalization: NormalizationLike
+    ) -> CausalEffectDetector:
+        """The detector of the content of a file."""
         augmentation = content["augmentation"]
         if isinstance(augmentation, dict):
             augmentation = Augmentation(**{**augmentation, "value_range": tuple(augmentation["value_range"])})
@@ -455,7 +463,6 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
             attacks=content["attacks"],
             seed=content["seed"],
         )
-        _check_network(detector.classifier, content)
         detector.restore(_stored_state(content))
         return detector
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import logging.config
 import sys
@@ -234,17 +235,20 @@ def clip_values_of(estimator: Any) -> ClipValues | None:
     return None if clip is None else (float(np.min(clip[0])), float(np.max(clip[1])))
 
 
+_ART = {"art.attacks.evasion", "art.defences.detector.evasion", "art.estimators.classification"}
+
+
 def load_art() -> None:
     """Import ART and leave the user's logging and random state alone."""
-    if "art.attacks.evasion" in sys.modules:
+    if sys.modules.keys() >= _ART:
         return
     # ART configures logging at import, which closes every handler that the user has: a log file then loses lines.
     configure = logging.config.dictConfig
     logging.config.dictConfig = lambda config: None
     try:
         with state_guard():
-            import art.attacks.evasion
-            import art.estimators.classification  # noqa: F401
+            for name in _ART:
+                importlib.import_module(name)
     finally:
         logging.config.dictConfig = configure
     logging.getLogger("art").addHandler(logging.NullHandler())
