@@ -94,7 +94,7 @@ def _effects(spec: TrialSpec, example: int, drawn: Tensor | None, outcomes: Tens
     if drawn is None:
         effects = exact_difference(outcomes, compared)
         return Effects(-effects.effect) if design.reference == "all" else effects
-    own = drawn[:, : int(spec.units.n_units[example])].to(outcomes.device)
+    own = drawn[:, : int(spec.units.n_units[example])]
     blocks = design.blocks(len(own))
     if design.estimator == "difference_in_means":
         return difference_in_means(own, outcomes, blocks)

@@ -21,6 +21,7 @@ from ce_plugin.effects import Estimate, Outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
 from ce_plugin.errors import ArgumentError, OutcomeError, TargetError, expected, unknown_name
 from ce_plugin.interventions import Intervention
+from ce_plugin.networks.forward import widest
 from ce_plugin.sites import ConceptSite, InputSite, LayerSite, MaskUnits
 from ce_plugin.trials.batches import checked_values
 
@@ -191,7 +192,7 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
             raise TypeError("maps are made at layers")
         for spec in experiment.kept:
             (clean,) = spec.inputs
-            numbers = units.ids[0].to(clean.device, torch.float64).expand(len(units.ids[0]), *clean.shape[1:])
+            numbers = units.ids[0].to(clean.device).to(widest(clean.device)).expand(len(units.ids[0]), *clean.shape[1:])
             unit_of = site.map(numbers).round().long()
             if self.weighting == "activation":
                 parts.append(activation_weights(site.map(clean), unit_of, units.width))

@@ -21,6 +21,7 @@ from ce_plugin.evaluation import rank_correlation
 from ce_plugin.files import csv_text, write_files
 from ce_plugin.interventions import Intervention, MeanOut, Resample, ZeroOut
 from ce_plugin.models import VisionModel
+from ce_plugin.networks.forward import double
 from ce_plugin.networks.layers import find_layer
 from ce_plugin.report import (
     OUTCOMES,
@@ -82,7 +83,7 @@ class Resolved:
         lines = []
         for evidence, image in self.images.items():
             with torch.no_grad():
-                probability = self.net.model(image).double().softmax(1)[0]
+                probability = double(self.net.model(image)).softmax(1)[0]
             best = int(probability.argmax())
             text = f"{self.net.class_name(best)} ({float(probability[best]):.2f})"
             if best != self.target:
@@ -192,7 +193,7 @@ def _channels(options: NodesOptions, resolved: Resolved) -> tuple[_Channels, obj
     cost = explainer.estimate_cost(resolved.images["clean"])
     _say_cost(resolved, cost, quiet=quiet)
     estimates = {name: explainer.estimate(image, show_progress=not quiet) for name, image in resolved.images.items()}
-    contributions = {name: estimate.contribution[0].double().cpu() for name, estimate in estimates.items()}
+    contributions = {name: double(estimate.contribution[0]) for name, estimate in estimates.items()}
     ranked = contributions["clean"][:, resolved.target].abs().argsort(descending=True, stable=True).tolist()
     carried = None
     if options.given is not None:
@@ -358,9 +359,9 @@ def _maps(options: MapOptions, resolved: Resolved, contrast: Any) -> tuple[dict[
     for name, image in resolved.images.items():
         small = explainer.attribute(image, resolved.target, contrast=contrast, show_progress=not options.quiet)
         large = explainer.interpolate(small, tuple(image.shape[2:]), "bilinear")
-        arrays[f"{name}_effect_map"] = small[0, 0].detach().double().cpu()
-        arrays[f"{name}_effect_map_enlarged"] = large[0, 0].detach().double().cpu()
-        arrays[f"{name}_grad_cam"] = grad_cam(model, module, image, resolved.target)[0].double()
+        arrays[f"{name}_effect_map"] = double(small[0, 0].detach())
+        arrays[f"{name}_effect_map_enlarged"] = double(large[0, 0].detach())
+        arrays[f"{name}_grad_cam"] = double(grad_cam(model, module, image, resolved.target)[0])
     return arrays, cost
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ce_plugin.concepts.images import Images, as_source
 from ce_plugin.concepts.model import ConceptAutoencoder
 from ce_plugin.errors import ArgumentError, ModelError, expected
+from ce_plugin.networks.forward import double
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.networks.layers import Layer, find_layer, probe, read_layer
 
@@ -206,7 +207,7 @@ class _Activity:
     def add(self, code: Tensor, shape: tuple[int, ...]) -> None:
         """The code of some images, (n, K, h, w), and the images' shape."""
         code = code.cpu()
-        flat = code.double().transpose(0, 1).flatten(1)
+        flat = double(code).transpose(0, 1).flatten(1)
         self.sums += flat.sum(1)
         self.products += flat @ flat.T
         self.n_positions += flat.shape[1]

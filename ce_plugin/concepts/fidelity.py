@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ce_plugin.concepts.images import Images, as_source
 from ce_plugin.concepts.losses import check_outcome, kl_per_image
 from ce_plugin.errors import ArgumentError, expected
-from ce_plugin.networks.forward import OutputSelector, select_logits
+from ce_plugin.networks.forward import OutputSelector, double, select_logits
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.networks.layers import Layer, find_layer, inserted, probe, read_layer
 
@@ -114,17 +114,18 @@ def measure_fidelity(
 def compare_outputs(pairs: Iterable[tuple[Tensor, Tensor]], outcome: str) -> Fidelity:
     """The fidelity from pairs of logits, without and with the autoencoder, each (n, C)."""
     same, kl, change = [], [], []
-    for before, after in pairs:
-        kl.append(kl_per_image(before.double(), after.double(), outcome))
+    for without, instead in pairs:
+        before, after = double(without), double(instead)
+        kl.append(kl_per_image(before, after, outcome))
         if before.shape[1] == 1:
             same.append((before > 0) == (after > 0))
         else:
             same.append(before.argmax(1) == after.argmax(1))
         top = before.argmax(1, keepdim=True)
-        p, q = (x.softmax(1) if outcome == "probability" else x.sigmoid() for x in (before.double(), after.double()))
+        p, q = (x.softmax(1) if outcome == "probability" else x.sigmoid() for x in (before, after))
         change.append((q.gather(1, top) - p.gather(1, top)).abs()[:, 0])
     return Fidelity(
-        agreement=float(torch.cat(same).double().mean()),
+        agreement=float(double(torch.cat(same)).mean()),
         kl=max(0.0, float(torch.cat(kl).mean())),
         outcome_change=float(torch.cat(change).mean()),
         n_images=sum(map(len, kl)),

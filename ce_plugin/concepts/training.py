@@ -21,7 +21,7 @@ from ce_plugin.concepts.model import ConceptAutoencoder, check_sizes
 from ce_plugin.concepts.recorded import Batch, Recorded
 from ce_plugin.errors import ArgumentError, ModelError, expected
 from ce_plugin.files import damaged, load, save
-from ce_plugin.networks.forward import OutputSelector
+from ce_plugin.networks.forward import OutputSelector, double
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.networks.layers import Layer, find_layer, fingerprint, probe
 from ce_plugin.randomness import generator
@@ -422,7 +422,7 @@ def _moments(fit: Part, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     count, found = 0, []
     total = square = torch.zeros(recorded.shape[0], dtype=torch.float64)
     for start in range(0, len(rows), settings.batch_size):
-        h = recorded.batch(rows[start : start + settings.batch_size]).activations.flatten(2).cpu().double()
+        h = double(recorded.batch(rows[start : start + settings.batch_size]).activations.flatten(2))
         count += h[:, 0].numel()
         total, square = total + h.sum((0, 2)), square + h.square().sum((0, 2))
         if len(rows) > _POSITIONS:

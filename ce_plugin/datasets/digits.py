@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ce_plugin.errors import ArgumentError, expected
+from ce_plugin.networks.guard import state_guard
 
 _SIDE = 8
 
@@ -33,7 +34,8 @@ def digits(size: int = _SIDE) -> tuple[Tensor, Tensor]:
     """
     if size < _SIDE:
         raise ArgumentError(expected("size", f"{_SIDE} pixels or more", size))
-    from sklearn.datasets import load_digits
+    with state_guard():  # its first import moves the global random state
+        from sklearn.datasets import load_digits
 
     values, labels = load_digits(return_X_y=True)
     images = torch.from_numpy(values).reshape(-1, 1, _SIDE, _SIDE) / 16.0

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ce_plugin.errors import CEPluginWarning, FileError, expected
 from ce_plugin.files import existing_file, path_of, printable
+from ce_plugin.networks.guard import state_guard
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -161,7 +162,8 @@ def sample_photographs() -> dict[str, Tensor]:
         >>> {name: tuple(image.shape) for name, image in sample_photographs().items()}
         {'flower.jpg': (3, 427, 640), 'china.jpg': (3, 427, 640)}
     """
-    from sklearn.datasets import load_sample_image
+    with state_guard():  # its first import moves the global random state
+        from sklearn.datasets import load_sample_image
 
     return {
         name: torch.from_numpy(load_sample_image(name).copy()).permute(2, 0, 1) for name in ("flower.jpg", "china.jpg")

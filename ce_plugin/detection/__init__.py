@@ -1,6 +1,11 @@
 """Detectors of adversarial examples, and the attack on them: the face to the Adversarial Robustness Toolbox."""
 
+# ruff: noqa: E402
 from ce_plugin._lazy import deprecated_names
+from ce_plugin.networks.forward import load_art
+
+load_art()  # Before the modules that name ART's classes: importing it moves the global random state.
+
 from ce_plugin.detection.adaptive import AdaptiveEvasion, AdaptiveReport
 from ce_plugin.detection.augmentation import Augmentation
 from ce_plugin.detection.calibration import Calibration, Rate, rate, realised_interval

@@ -35,9 +35,7 @@ from ce_plugin.errors import (
 )
 from ce_plugin.files import damaged, load, save
 from ce_plugin.interventions.base import NormalizationLike
-from ce_plugin.networks.forward import load_art
-
-load_art()
+from ce_plugin.networks.guard import state_guard
 
 Scores = npt.NDArray[np.float64]
 
@@ -449,27 +447,36 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
             got = f"format {content['file_format']}"
             raise FileError(expected("path", f"a file of format {_FORMAT}", got, hint))
         try:
-            augmentation = content["augmentation"]
-            if isinstance(augmentation, dict):
-                augmentation = Augmentation(**{**augmentation, "value_range": tuple(augmentation["value_range"])})
-            detector = cls(
-                classifier,
-                Signature.from_settings(content["probes"]) if content["own_signature"] else None,
-                clip_values=tuple(content["clip_values"]),
-                normalization=normalization,
-                fpr=content["fpr"],
-                holdout=content["holdout"],
-                augmentation=augmentation,
-                aggregate=content["aggregate"],
-                attacks=content["attacks"],
-                seed=content["seed"],
-            )
+            with state_guard():  # modules draw the weights that the file's take the place of
+                detector = cls._stored(content, classifier, normalization)
             _check_network(detector.classifier, content)
-            detector.restore(_stored_state(content))
         except CEPluginError:
             raise
         except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise damaged(path, f"a file written by {_KIND}.save", error) from error
+        return detector
+
+    @classmethod
+    def _stored(
+        cls, content: dict[str, Any], classifier: object, normalization: NormalizationLike
+    ) -> CausalEffectDetector:
+        """The detector of the content of a file."""
+        augmentation = content["augmentation"]
+        if isinstance(augmentation, dict):
+            augmentation = Augmentation(**{**augmentation, "value_range": tuple(augmentation["value_range"])})
+        detector = cls(
+            classifier,
+            Signature.from_settings(content["probes"]) if content["own_signature"] else None,
+            clip_values=tuple(content["clip_values"]),
+            normalization=normalization,
+            fpr=content["fpr"],
+            holdout=content["holdout"],
+            augmentation=augmentation,
+            aggregate=content["aggregate"],
+            attacks=content["attacks"],
+            seed=content["seed"],
+        )
+        detector.restore(_stored_state(content))
         return detector
 
     @property

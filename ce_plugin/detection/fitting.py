@@ -307,7 +307,7 @@ class State(FittedModule):
             raise ArgumentError(expected("signature", "probes that have a gradient", f"{names}, which have none"))
         with classifier.guarded():
             sample = self.signature.respond(View(classifier, images, digests(images), self.seed))
-            return self.scorer.score(self.scorer.deviations(sample)).to(images.dtype)
+            return self.scorer.score(self.scorer.deviations(sample)).to(images.dtype).to(images.device)
 
     def with_attacks(self, classifier: ClassifierWrapper, images: Tensor, batch_size: int) -> State:
         """A copy that has learned from these attacked images."""

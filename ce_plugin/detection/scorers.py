@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedBuffer
 
 from ce_plugin.detection.probes import FEW, Response, leading_logits
 from ce_plugin.errors import InputError, expected, unknown_name
+from ce_plugin.networks.forward import double
 from ce_plugin.randomness import generator
 
 # Images' worth of weight that a class's own centre and scale have to outweigh before they count more than everyone's.
@@ -47,18 +48,23 @@ class Sample:
         """All effects and margins (their inverse hyperbolic sines) and the leading logits in a row, (N, P), float64."""
         columns = []
         for response in self.responses.values():
-            columns += [response.effects.double().asinh(), response.margins.double().asinh()]
-        leading = leading_logits(self.idle)
+            columns += [double(response.effects).asinh(), double(response.margins).asinh()]
+        leading = double(leading_logits(self.idle))
         largest = leading.topk(min(3, leading.shape[1]), dim=1).values
-        return torch.cat([*columns, leading.double(), largest.double()], 1)
+        return torch.cat([*columns, leading, largest], 1)
+
+    def cpu(self) -> Sample:
+        """On the CPU, where scores are computed in float64, with their gradients."""
+        responses = {}
+        for name, response in self.responses.items():
+            responses[name] = Response(*(one.cpu() for one in response))
+        return Sample(responses, self.idle.cpu())
 
     def detached(self) -> Sample:
         """Without gradients, on the CPU."""
         responses = {}
-        for name, (effects, margins, answers, left) in self.responses.items():
-            responses[name] = Response(
-                effects.detach().cpu(), margins.detach().cpu(), answers.detach().cpu(), left.detach().cpu()
-            )
+        for name, response in self.responses.items():
+            responses[name] = Response(*(one.detach().cpu() for one in response))
         return Sample(responses, self.idle.detach().cpu())
 
     def select(self, rows: Tensor | slice) -> Sample:
@@ -184,7 +190,7 @@ class EffectDistance(FittedModule):
         """
         from sklearn.covariance import LedoitWolf
 
-        effects, predicted = effects.detach().double().cpu(), predicted.cpu()
+        effects, predicted = double(effects.detach()), predicted.cpu()
         _check_finite("effects", effects)
         values = self.classes.fit(effects, predicted, n_classes)(effects, predicted).asinh()
         shrunk = LedoitWolf().fit(values.numpy())
@@ -253,7 +259,7 @@ class MarginResidual(FittedModule):
         Raises:
             InputError: logits that are not finite.
         """
-        margins, idle = margins.detach().double().cpu(), idle.detach().double().cpu()
+        margins, idle = double(margins.detach()), double(idle.detach())
         _check_finite("logits", margins, idle)
         self.unit = margins.abs().median().clamp_min(1e-9)
         predicted = idle.argmax(1)
@@ -546,7 +552,7 @@ class Scorer(FittedModule):
 
     def with_attacks(self, attacked: Sample, seed: int) -> Scorer:
         """A copy with a classifier that is fitted to these attacked images."""
-        again = copy.deepcopy(self).to(attacked.idle.device)
+        again = copy.deepcopy(self)
         features = attacked.features()
         again.attacks = AttackClassifier(features.shape[1]).fit(self.usual, features, seed)
         return again
@@ -555,8 +561,7 @@ class Scorer(FittedModule):
         """Every score of the probes, centred and scaled on clean images, (N, D), float64; the likeness to known attacks
         is the last column.
         """
-        if self.center.device != sample.idle.device:
-            self.to(sample.idle.device)
+        sample = sample.cpu()
         deviations = (self._scores(sample) - self.center) / self.spread
         return deviations if self.attacks is None else self.with_likeness(deviations, sample.features())
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ce_plugin.effects.mediation import Mediation, check_bootstrap, ratio_of_means, refuse_without_total
 from ce_plugin.errors import ArgumentError, InferenceError, UnitError, expected
+from ce_plugin.networks.forward import double
 from ce_plugin.visualization.pictures import NEGATIVE, POSITIVE
 
 if TYPE_CHECKING:
@@ -88,12 +89,12 @@ def ranking(mediation: Mediation, class_index: int | Tensor | None = None) -> tu
         (1, 2, 0)
     """
     total, indirect, _ = mediation.column(class_index)
-    direction = total.double().mean().sign()
+    direction = double(total).mean().sign()
     if not bool(direction.abs() == 1):
-        got = f"{float(total.double().mean()):+.4g} over {len(total)} images"
+        got = f"{float(double(total).mean()):+.4g} over {len(total)} images"
         hint = "Take other images, a stronger intervention or another class."
         raise InferenceError(expected("mediation", "one with a mean total effect other than 0", got, hint))
-    score = indirect.double().mean(dim=0) * direction
+    score = double(indirect).mean(dim=0) * direction
     return tuple(score.nan_to_num(-torch.inf).argsort(descending=True, stable=True).tolist())
 
 
@@ -271,7 +272,7 @@ def carriers(
             raise UnitError(expected("run", f"a callable that returns {(len(total), len(hint))}", tuple(found.shape)))
         columns.update(zip(hint, found.unbind(dim=1), strict=True))
         sizes = sorted(columns)
-        share = torch.stack([columns[k].double().mean() for k in sizes]) / total.double().mean()
+        share = torch.stack([double(columns[k]).mean() for k in sizes]) / double(total).mean()
         hint = next_sizes(sizes, share, levels)
     joint = torch.stack([columns[k] for k in sizes], dim=1)
     return carried(order, joint, total, sizes=sizes, levels=levels, level=level, n_boot=n_boot, seed=seed)

@@ -27,6 +27,7 @@ from ce_plugin.errors import (
     expected,
 )
 from ce_plugin.files import damaged, load, save
+from ce_plugin.networks.forward import double
 from ce_plugin.sites import InputSite
 from ce_plugin.visualization.pictures import NEGATIVE, POSITIVE, overlay
 
@@ -500,8 +501,8 @@ def plot_estimate(
     if int(units.n_units[0]) != n_units:
         hint = "Hand over the `feature_mask` or windows that the estimate was made with."
         raise UnitError(expected("image", f"with the {n_units} units of the estimate", int(units.n_units[0]), hint))
-    (plane,) = units.spread(values[None].to(torch.float64))
-    region = None if found is None else units.spread(found[None].to(torch.float64))[0][0].amax(0) > 0.5
+    (plane,) = units.spread(double(values)[None])
+    region = None if found is None else units.spread(double(found)[None])[0][0].amax(0) > 0.5
     return overlay(plane[0], image, significant=region, width=width, title=heading)
 
 

@@ -1,8 +1,8 @@
 """From the outcomes of trials to effects and their standard errors: pure functions on plain tensors.
 
 Every estimator takes the outcomes (T, C) of T trials and returns effects (U, C) of all units on all classes at once,
-by matrix products in float64. An effect is the outcome under ``do`` minus the outcome when idle (Eq. 1 of Yang et
-al., ICIP 2019); in random designs it is averaged over the other units' random assignment (Eq. 2).
+by matrix products in float64 on the CPU. An effect is the outcome under ``do`` minus the outcome when idle (Eq. 1 of
+Yang et al., ICIP 2019); in random designs it is averaged over the other units' random assignment (Eq. 2).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ce_plugin.errors import ArgumentError, DesignError, UnitError, expected
+from ce_plugin.networks.forward import double
 
 SKEW = 4.27
 """Weight of squared skewness in the degrees of freedom, where that of excess kurtosis is 1.
@@ -275,7 +276,7 @@ def exact_difference(outcomes: Tensor, reference: Tensor) -> Effects:
         wanted = f"of shape (C,) or (R, C) for outcomes {tuple(outcomes.shape)}"
         raise UnitError(expected("reference", wanted, f"shape {tuple(reference.shape)}"))
     # In place on a copy: with thousands of units and classes another one would take noticeable memory.
-    return Effects(outcomes.to(torch.float64, copy=True).sub_(double(reference)))
+    return Effects(outcomes.cpu().to(torch.float64, copy=True).sub_(double(reference)))
 
 
 def difference_in_means(assignments: Tensor, outcomes: Tensor, blocks: Tensor | None = None) -> Effects:
@@ -469,11 +470,6 @@ def joint_interaction(effect: Tensor, groups: Sequence[tuple[int, ...]]) -> Tens
     return effect - parts @ effect
 
 
-def double(x: Tensor) -> Tensor:
-    """Float64 on the tensor's device, or on the CPU where the device has no such numbers."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
-
-
 def _checked(assignments: Tensor, outcomes: Tensor) -> tuple[Tensor, Tensor]:
     """Assignments and centred outcomes in float64; constant outcomes become exact zeros."""
     if assignments.dim() != 2 or outcomes.dim() != 2 or len(assignments) != len(outcomes):
@@ -489,7 +485,7 @@ def _checked(assignments: Tensor, outcomes: Tensor) -> tuple[Tensor, Tensor]:
 
 def _standardised(a: Tensor, p: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(a - p) / sqrt(p (1 - p)), the scale sqrt(p (1 - p)) as (U, 1), and the kurtosis of these weights, (U,)."""
-    prob = torch.as_tensor(p, dtype=torch.float64, device=a.device).expand(a.shape[1])
+    prob = (double(p) if isinstance(p, Tensor) else torch.tensor(p, dtype=torch.float64)).expand(a.shape[1])
     if not bool(((prob > 0) & (prob < 1)).all()):
         hint = "A unit that is always or never flipped has no effect to compare."
         raise ArgumentError(expected("p", "in (0, 1)", p, hint))

@@ -1,6 +1,7 @@
 """Intervals, p-values and the false discovery rate: pure functions on plain tensors.
 
-All results are float64 and on the device of the effects. NaN (padding of ragged units) goes in and comes out.
+All results are on the device of the effects, in float64, or in float32 where the device has none. NaN (padding of
+ragged units) goes in and comes out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ce_plugin.errors import ArgumentError, expected
+from ce_plugin.networks.forward import double, widest
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 
@@ -148,10 +150,9 @@ def _quantile(q: float, dof: Tensor | None, like: Array) -> Array:
 
 def _array(x: Tensor) -> Array:
     """A float64 array of the tensor's values."""
-    return x.detach().cpu().double().numpy()
+    return double(x.detach()).numpy()
 
 
 def _tensor(x: Array, like: Tensor) -> Tensor:
-    """A float64 tensor on the device of ``like``, or on the CPU where the device has no such numbers."""
-    out = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64))
-    return out if like.device.type == "mps" else out.to(like.device)
+    """A tensor on the device of ``like``."""
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64)).to(widest(like.device)).to(like.device)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ce_plugin.effects.estimate import chosen_examples
-from ce_plugin.effects.estimators import double
 from ce_plugin.errors import ArgumentError, InferenceError, TargetError, UnitError, expected
+from ce_plugin.networks.forward import double, widest
 from ce_plugin.randomness import generator
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def _check(part: Tensor, total: Tensor, level: float, n_boot: int) -> None:
 
 def _ratio(part: Tensor, total: Tensor, key: Tensor, level: float, n_boot: int, seed: int) -> Ratio:
     """Ratios and their intervals; images take part in the resampling by the rank of ``key``, (N,)."""
-    y, x = part.detach().cpu().double(), total.detach().cpu().double()
+    y, x = double(part.detach()), double(total.detach())
     n, mean = len(x), x.mean()
     share = y.sum(dim=0) / x.sum() + 0.0  # no -0.0 in tables
     # What the ratios leave over: a share that is 1 but for rounding then has an interval of rounding's size.
@@ -332,7 +332,8 @@ def mediation_effects(clean: Tensor, intervened: Tensor, mediated: Tensor, block
         raise UnitError(expected("clean, intervened, mediated, blocked", wanted, ", ".join(map(str, shapes))))
     y, y1, through, around = map(double, (clean, intervened, mediated, blocked))
     total, indirect, direct = y1 - y, through - y[:, None], around - y[:, None]
-    return MediationEffects(total, indirect, direct, total[:, None] - direct - indirect)
+    found = (total, indirect, direct, total[:, None] - direct - indirect)
+    return MediationEffects(*(one.to(widest(clean.device)).to(clean.device) for one in found))
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

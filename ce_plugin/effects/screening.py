@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ce_plugin.errors import ArgumentError, OutcomeError, UnitError, expected
+from ce_plugin.networks.forward import double
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -231,7 +232,7 @@ class _Runner:
         found = []
         with torch.no_grad():
             for units in torch.split(flipped, self.batch_size):
-                found.append(self._outcome(self._states(units, 0.0)).double())
+                found.append(double(self._outcome(self._states(units, 0.0))))
                 self.n_trials += len(units)
         values = torch.cat(found)
         if not bool(values.isfinite().all()):
@@ -248,7 +249,7 @@ class _Runner:
                 raise OutcomeError(expected("outcome", "differentiable with respect to the states", "no graph", hint))
             columns = [torch.autograd.grad(column.sum(), states, retain_graph=True)[0] for column in out.unbind(dim=1)]
         self.n_gradients += len(flipped)
-        return torch.stack(columns, dim=1).double()
+        return double(torch.stack(columns, dim=1))
 
     def idle_gradients(self, nudges: Sequence[float]) -> list[tuple[float, Tensor]]:
         """Each nudge with the gradient (1, C, U) where no unit is flipped."""
@@ -274,7 +275,7 @@ class _Runner:
 def _screen(runner: _Runner, idle: Sequence[tuple[float, Tensor]], single: Tensor | None) -> Tensor:
     """Scores (U, U), the largest over nudges, columns and the two directions."""
     n = runner.n_units
-    scores = torch.zeros(n, n, dtype=torch.float64, device=runner.device)
+    scores = torch.zeros(n, n, dtype=torch.float64)
     for nudge, at_rest in idle:
         for units in torch.split(torch.arange(n), runner.batch_size):
             slopes = runner.gradients(units[:, None], nudge)

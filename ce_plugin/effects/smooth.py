@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ce_plugin.effects.estimators import Effects
 from ce_plugin.errors import DesignError, UnitError, expected
+from ce_plugin.networks.forward import double
 
 LENGTHS = (0.03, 0.1, 0.2, 0.3, 0.5, 0.8)
 """Length scales that are tried, as shares of the grid's longer side; the shortest is less than a cell of 14."""
@@ -70,7 +71,7 @@ def smooth(
     if assignments.dim() != 2 or math.prod(grid) != assignments.shape[1] or len(assignments) != len(outcomes):
         got = f"{tuple(assignments.shape)} for a grid {grid} and outcomes {tuple(outcomes.shape)}"
         raise UnitError(expected("assignments", "of shape (T, cells of the grid) with T outcomes", got))
-    a, y = assignments.double(), outcomes.double()
+    a, y = double(assignments), double(outcomes)
     held = _intercepts(variants, a)
     if len(a) < held.shape[1] + 3:
         raise DesignError(expected("n_trials", f"at least {held.shape[1] + 3}", len(a)))
@@ -85,7 +86,7 @@ def smooth(
     best = torch.cat(fits).argmax(0)
     effect = y.new_zeros(a.shape[1], y.shape[1])
     error, dof = effect.clone(), effect + n
-    live = energy > 1e-24 * len(y) * outcomes.double().square().amax(0).clamp_min(1e-300)
+    live = energy > 1e-24 * len(y) * double(outcomes).square().amax(0).clamp_min(1e-300)
     for choice in sorted(set(best[live].tolist())):
         basis = bases[choice // _RATIOS]
         ratio = scale[choice % _RATIOS] * basis[2].sum() / n
@@ -99,7 +100,7 @@ def _intercepts(variants: Tensor | None, a: Tensor) -> Tensor:
     """Orthonormal columns (T, V), one per alternative value."""
     if variants is None:
         return a.new_full((len(a), 1), len(a) ** -0.5)
-    _, alternatives = torch.unique(variants, return_inverse=True)
+    _, alternatives = torch.unique(variants.cpu(), return_inverse=True)
     columns = torch.nn.functional.one_hot(alternatives).to(a)
     return columns / columns.sum(0).sqrt()
 

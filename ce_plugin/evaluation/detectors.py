@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ce_plugin.detection.calibration import Calibration, Rate, rate
 from ce_plugin.errors import ArgumentError, InputError, expected
+from ce_plugin.networks.guard import state_guard
 from ce_plugin.randomness import numpy_generator
 
 # The false-alarm rates that are reported.
@@ -186,7 +187,8 @@ def auroc(clean: npt.ArrayLike, attacked: npt.ArrayLike) -> float:
 
     Source: Hanley, McNeil, Radiology 143(1), 1982.
     """
-    from sklearn.metrics import roc_auc_score
+    with state_guard():  # its first import moves the global random state
+        from sklearn.metrics import roc_auc_score
 
     below, above = checked_scores("clean", clean), checked_scores("attacked", attacked)
     # Ranks instead of scores: scikit-learn raises an error on infinity.

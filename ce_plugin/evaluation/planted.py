@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ce_plugin.effects import MediationEffects, Outcome, resolve_outcome
 from ce_plugin.errors import ArgumentError, UnitError, expected, unknown_name
+from ce_plugin.networks.forward import double
 from ce_plugin.randomness import generator
 
 __all__ = [
@@ -147,7 +148,7 @@ def _doubled(network: PlantedNetwork) -> PlantedNetwork:
         network.main, network.pairs, network.strength, centre=network.centre,
         hidden=(network.inner, network.outer), bias=network.bias,
     )  # fmt: skip
-    return copy.double()
+    return copy.cpu().double()
 
 
 class PlantedMediation(nn.Module):
@@ -265,12 +266,12 @@ def mediation_truth(
     chosen = [[k] for k in range(units)] if sets is None else [list(one) for one in sets]
     if any(not one or len(set(one)) != len(one) or not set(one) <= set(range(units)) for one in chosen):
         raise UnitError(expected("sets", f"sets of different channels in range({units})", chosen[:8]))
-    net = copy.deepcopy(network).double()
+    net = copy.deepcopy(network).cpu().double()
     with torch.no_grad():
-        flat, flat1 = (x.double().flatten(1) for x in (clean, intervened))
-        m, m1 = ((net.mediator(x.double()) * net.readout).sum(dim=(2, 3)) for x in (clean, intervened))
+        flat, flat1 = (double(x).flatten(1) for x in (clean, intervened))
+        m, m1 = ((net.mediator(double(x)) * net.readout).sum(dim=(2, 3)) for x in (clean, intervened))
         step, lever, lever_step = m1 - m, flat @ net.lever, (flat1 - flat) @ net.lever
-        inside = torch.zeros(len(chosen), units, dtype=torch.float64, device=m.device)
+        inside = torch.zeros(len(chosen), units, dtype=torch.float64)
         for row, one in zip(inside, chosen, strict=True):
             row[one] = 1.0
         moved = step[:, None] * inside  # (N, U, K): the change that passes through each set

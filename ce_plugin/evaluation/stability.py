@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ce_plugin.errors import InputError, ModelError, expected
+from ce_plugin.networks.forward import double
 
 __all__ = ["map_stability", "rank_correlation"]
 
@@ -40,7 +41,7 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
         raise InputError(expected("maps", "finite", "NaN or infinity", "Set undefined values to 0."))
     from scipy.stats import rankdata
 
-    ranks = (rankdata(maps.detach().flatten(1).double().cpu(), axis=1) for maps in (first, second))
+    ranks = (rankdata(double(maps.detach().flatten(1)), axis=1) for maps in (first, second))
     a, b = (torch.from_numpy(one).to(first.device) for one in ranks)
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     scale = (a.square().sum(1) * b.square().sum(1)).sqrt()

@@ -319,7 +319,8 @@ class ImageNetwork(nn.Module):
         tensors = (*model.parameters(), *model.buffers())
         like = next((t for t in tensors if t.is_floating_point()), images)
         x = images.to(like.device, like.dtype)
-        scores = self._scores(model(x if self.to_model is None else self.to_model(x)))
+        # Back where the images are: ART keeps its labels there, and knows no devices but CPU and CUDA.
+        scores = self._scores(model(x if self.to_model is None else self.to_model(x))).to(images.device)
         if not self.probabilities:
             return scores
         # Clamped where float32 would overflow or underflow; the gradient is zero there in any case.

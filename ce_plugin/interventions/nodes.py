@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ce_plugin.errors import ArgumentError, InputError, expected
 from ce_plugin.interventions.base import Context, Intervention
+from ce_plugin.networks.forward import double
 
 
 class ZeroOut(Intervention):
@@ -74,7 +75,7 @@ class MeanOut(_FromReference):
         """The mean over the reference set, (1, ...); summed in float64, batch by batch."""
         total, count, like = None, 0, None
         for some in values:
-            part = some.double().sum(0, keepdim=True)
+            part = double(some).sum(0, keepdim=True)
             total, count, like = part if total is None else total + part, count + len(some), some
         if total is None or like is None:
             raise InputError(expected("reference", "one example or more", "none"))

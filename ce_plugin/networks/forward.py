@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
 import logging.config
 import sys
@@ -170,6 +172,30 @@ def _tensor(value: object) -> Tensor:
     raise ModelError(expected("forward_func", wanted, type(value).__name__, hint))
 
 
+def double(x: Tensor) -> Tensor:
+    """In float64, on the CPU, with its gradient: where statistics are computed, as not every device has float64.
+
+    Example:
+        >>> double(torch.ones(1))
+        tensor([1.], dtype=torch.float64)
+    """
+    return x.cpu().double()
+
+
+@functools.lru_cache
+def widest(device: torch.device) -> torch.dtype:
+    """What statistics become when they go back to a device: float64, or float32 where it has none (MPS).
+
+    Example:
+        >>> widest(torch.device("cpu"))
+        torch.float64
+    """
+    try:
+        return torch.empty(0, dtype=torch.float64, device=device).dtype
+    except (TypeError, RuntimeError):
+        return torch.float32
+
+
 ClipValues = tuple[float, float]
 
 
@@ -229,17 +255,20 @@ def clip_values_of(estimator: Any) -> ClipValues | None:
     return None if clip is None else (float(np.min(clip[0])), float(np.max(clip[1])))
 
 
+_ART = {"art.attacks.evasion", "art.defences.detector.evasion", "art.estimators.classification"}
+
+
 def load_art() -> None:
     """Import ART and leave the user's logging and random state alone."""
-    if "art.attacks.evasion" in sys.modules:
+    if sys.modules.keys() >= _ART:
         return
     # ART configures logging at import, which closes every handler that the user has: a log file then loses lines.
     configure = logging.config.dictConfig
     logging.config.dictConfig = lambda config: None
     try:
         with state_guard():
-            import art.attacks.evasion
-            import art.estimators.classification  # noqa: F401
+            for name in _ART:
+                importlib.import_module(name)
     finally:
         logging.config.dictConfig = configure
     logging.getLogger("art").addHandler(logging.NullHandler())

@@ -14,6 +14,7 @@ from ce_plugin.attribution import ConceptCausalEffect
 from ce_plugin.concepts import ConceptAutoencoder, ConceptReport, Fidelity, examine, measure_fidelity
 from ce_plugin.errors import ModelError, expected
 from ce_plugin.models import VisionModel
+from ce_plugin.networks.forward import double
 from ce_plugin.report.photograph import OUTCOMES
 from ce_plugin.report.sections import Section, cell, digits, save_page
 from ce_plugin.visualization import spotlight
@@ -186,13 +187,13 @@ def _effects(
         for start in range(0, len(images), _BATCH):
             batch = torch.stack([images[i] for i in range(start, min(start + _BATCH, len(images)))])
             found = explainer.estimate(batch)
-            contribution = found.contribution.double().cpu()
+            contribution = double(found.contribution)
             total = contribution.sum(0) if total is None else total + contribution.sum(0)
             with torch.no_grad():
                 best = explainer.forward.forward_func(batch).argmax(1).cpu()
             rows = torch.arange(len(best))
             own.append(contribution[rows, :, best])
-            insertion.append(found.insertion_effect.double().cpu()[rows, best])
+            insertion.append(double(found.insertion_effect)[rows, best])
             answers += best.tolist()
             bar.update(len(batch))
     mean = torch.zeros(0, 0) if total is None else total / len(images)

@@ -15,6 +15,7 @@ from ce_plugin.effects import nested_sets, next_sizes, ranking
 from ce_plugin.errors import CEPluginError
 from ce_plugin.evaluation import rank_correlation
 from ce_plugin.interventions import Patch
+from ce_plugin.networks.forward import double
 from ce_plugin.report.photograph import OUTCOMES, Carried, Case, LayerCase, LayerStudy, Meter, Plan, Study
 from ce_plugin.report.sections import Section, cell, percent, signed
 from ce_plugin.visualization import overlay
@@ -43,7 +44,7 @@ class LayerSection(Section[LayerStudy]):
         def enlarged(small: Tensor) -> Tensor:
             """A map (1, 1, h, w) at the size of the photograph, (H, W), on the CPU."""
             large: Tensor = CausalEffectMap.interpolate(small, tuple(clean.shape[2:]), "bilinear")
-            return large[0, 0].detach().double().cpu()
+            return double(large[0, 0].detach())
 
         try:
             # Of the logit, as Grad-CAM is: the odds against the answer under attack would drown what speaks for the
@@ -178,7 +179,7 @@ def carried_by(
         (torch.Size([4]), [0.5, 0.9])
     """
     found = mediation.estimate(clean, target)
-    total, indirect = float(found.total[0, 0]), found.indirect[0, :, 0].double().cpu()
+    total, indirect = float(found.total[0, 0]), double(found.indirect[0, :, 0])
     reference = 0.0 if found.reference is None else float(found.reference[0, 0])
     if abs(total) <= _NOTHING * max(1.0, abs(reference)):
         return Carried(total, indirect, tuple(found.unit_labels), (), dict.fromkeys(levels), found.cut)
@@ -187,7 +188,7 @@ def carried_by(
     hint = [len(chosen) for chosen in nested_sets(order)]
     while hint:
         joint = mediation.estimate(clean, target, sets=nested_sets(order, hint)).indirect[0, :, 0]
-        curve.update(zip(hint, (joint.double() / total).tolist(), strict=True))
+        curve.update(zip(hint, (double(joint) / total).tolist(), strict=True))
         sizes = sorted(curve)
         hint = _between(sizes, next_sizes(sizes, torch.tensor([curve[k] for k in sizes]), levels))
     needed = {level: next((k for k in sizes if curve[k] >= level), None) for level in levels}

@@ -21,6 +21,7 @@ from ce_plugin.errors import ArgumentError, ModelError, TargetError, expected, u
 from ce_plugin.interventions import Intervention
 from ce_plugin.interventions.adversarial import Adversarial
 from ce_plugin.models import VisionModel
+from ce_plugin.networks.forward import double
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.report.sections import Section, cell
 from ce_plugin.sites import InputSite, patch_grid
@@ -310,7 +311,7 @@ def _case(study: Study, evidence: str) -> Case:
             inputs = attack.perturb(inputs, ids=[study.example_id], seed=plan.seed)
     study.progress(f"{study.name}: {name}, effects")
     with torch.no_grad():
-        clean_answer, output = int(net.model(study.inputs).argmax()), net.model(inputs).double()
+        clean_answer, output = int(net.model(study.inputs).argmax()), double(net.model(inputs))
     values = zip(output.softmax(1)[0].tolist(), resolve_outcome("log_odds")(output, output)[0].tolist(), strict=True)
     answers = [Answer(i, net.class_name(i), probability, odds) for i, (probability, odds) in enumerate(values)]
     top = sorted(answers, key=attrgetter("probability"), reverse=True)[:3]
@@ -374,7 +375,7 @@ def _maps(study: Study, inputs: Tensor, answers: list[Answer], meter: Meter) -> 
             ClassMaps(
                 answer=answer,
                 contribution=plane(estimate.contribution[:, :, answer.index]),
-                outlined=plane(region.double()) > 0.5,
+                outlined=plane(double(region)) > 0.5,
                 n_outlined=int(region.sum()),
                 n_units=region.shape[1],
                 saliency=gradients,
@@ -561,7 +562,7 @@ def _map_cells(case: Case, number: int, unit: str, scale: float) -> list[dict[st
             cells.append({"text": f"{label} needs a late convolution; this network has none."})
         else:
             # A few pixels have gradients far above all others, which would leave the rest colourless.
-            high = float(values.double().quantile(0.995))
+            high = float(double(values).quantile(0.995))
             shown = overlay(values, case.picture, scale=high or None, sign="positive")
             empty = "" if values.any() else "zero everywhere"
             cells.append(cell(f"{label} of “{name}”", f"{label} of {name}, {case.name}", shown, caption=empty))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ce_plugin.errors import InputError, ModelError, expected
 from ce_plugin.interventions.base import Context, Intervention
-from ce_plugin.networks.forward import Forward, Shared, is_opaque, select_heads
+from ce_plugin.networks.forward import Forward, Shared, double, is_opaque, select_heads
 from ce_plugin.networks.graph import Suffix, SuffixConstants
 from ce_plugin.networks.layers import find_layer, hooked, keep_copy
 from ce_plugin.networks.tracing import HookPoint, Untraceable, traced
@@ -446,7 +446,7 @@ def check_deterministic(first: dict[str, Tensor], second: dict[str, Tensor]) -> 
     """
     if close(first, second):
         return
-    gap = max(float((first[k].double() - second[k].double()).abs().max()) for k in first)
+    gap = max(float((double(first[k]) - double(second[k])).abs().max()) for k in first)
     hint = "Seed or switch off what is random (dropout that ignores eval mode, random transforms)."
     got = f"outputs that differ by {gap:.2g} between two passes of the same input"
     raise ModelError(expected("forward_func", "a deterministic model", got, hint))
@@ -457,7 +457,7 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     if a.keys() != b.keys():
         return False
     for k in a:
-        one, other = a[k].double(), b[k].double()
+        one, other = double(a[k]), double(b[k])
         if one.shape != other.shape:
             return False
         tolerance = _TOLERANCE.get(a[k].dtype, 1e-4) * float(one.abs().max().clamp(min=1e-12))

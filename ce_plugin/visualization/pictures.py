@@ -216,7 +216,7 @@ def _encoded(image: Any, kind: str) -> str:
 
 
 def _plane(attribution: Tensor) -> Pixels:
-    values = attribution.detach().double().cpu()
+    values = attribution.detach().cpu().double()
     if values.dim() == 3:
         values = values.mean(dim=0)
     if values.dim() != 2 or not bool(torch.isfinite(values).all()):
@@ -229,7 +229,7 @@ def _channels_last(image: Tensor) -> Pixels:
     if image.dim() != 3 or image.shape[0] not in (1, 3):
         hint = "`VisionModel.pictures` turns a batch of inputs into such pictures."
         raise InputError(expected("image", "of shape (1 or 3, H, W)", tuple(image.shape), hint))
-    shown: Pixels = image.detach().double().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
+    shown: Pixels = image.detach().cpu().double().clamp(0, 1).permute(1, 2, 0).numpy()
     return shown
 
 

@@ -20,13 +20,11 @@ from ce_plugin.detection.adaptive.results import AdaptiveReport, Curves
 from ce_plugin.detection.adaptive.search import Candidates, Search, SearchBatch, SearchConfig
 from ce_plugin.detection.protocol import DifferentiableDetector
 from ce_plugin.errors import AttackError, InputError, ModelError, TargetError, expected, unknown_name
-from ce_plugin.networks.forward import load_art, unwrap
+from ce_plugin.networks.forward import unwrap
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.randomness import derived_seed
 
 Array = npt.NDArray[Any]
-
-load_art()
 
 
 class AdaptiveEvasion(EvasionAttack):  # type: ignore[misc]  # ART has no types

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ce_plugin.detection.protocol import DifferentiableDetector
 from ce_plugin.errors import ModelError, expected
+from ce_plugin.networks.forward import widest
 
 
 def margin_of(logits: Tensor, labels: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ class TargetModel:
                 if not values.requires_grad:
                     raise ModelError(expected("detector", "one whose `score_tensor` has a gradient", "none"))
                 (gradient,) = torch.autograd.grad(values.sum(), some)
-            score[run] = values.detach().double().nan_to_num(nan=torch.inf)
+            score[run] = values.detach().to(score.dtype).nan_to_num(nan=torch.inf)
             descent[run] = gradient.to(descent.dtype)
         return Gradients(evaluated, lead, _finite(climb), _finite(descent))
 
@@ -144,7 +145,9 @@ def _evaluation(logits: Tensor, labels: Tensor, score: Tensor) -> Evaluation:
     margin = margin_of(logits, labels)
     # Ties that a batch of another size breaks otherwise are no misclassifications.
     ties = 100 * torch.finfo(logits.dtype).eps * (1 + logits.abs().amax(dim=1))
-    return Evaluation(margin, margin > ties, score.double().nan_to_num(nan=torch.inf), logits.argmax(dim=1))
+    return Evaluation(
+        margin, margin > ties, score.to(widest(score.device)).nan_to_num(nan=torch.inf), logits.argmax(dim=1)
+    )
 
 
 def _finite(gradient: Tensor) -> Tensor:

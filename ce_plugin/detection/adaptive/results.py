@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ce_plugin.detection.adaptive.objective import Ball, Evaluation
+from ce_plugin.networks.forward import double, widest
 
 Floats = npt.NDArray[np.float64]
 
@@ -38,7 +39,7 @@ class Incumbent:
     def placeholder(cls, images: Tensor) -> Incumbent:
         """An incumbent that any image replaces."""
         margin = images.new_full((len(images),), -torch.inf)
-        score = torch.full_like(margin, torch.inf, dtype=torch.float64)
+        score = torch.full_like(margin, torch.inf, dtype=widest(margin.device))
         return cls(images, Evaluation(margin, margin > 0, score, torch.zeros_like(margin, dtype=torch.long)), "none")
 
     def offer(self, images: Tensor, evaluated: Evaluation, rows: Tensor, origin: tuple[str, int]) -> None:
@@ -71,13 +72,13 @@ class Incumbent:
 
     def columns(self, evaluated: Evaluation, ball: Ball) -> dict[str, npt.NDArray[Any]]:
         """The columns of :class:`AdaptiveReport`, with the target model's outputs on the best images of a ball."""
-        change = (self.images - ball.clean).flatten(1).double()
+        change = double((self.images - ball.clean).flatten(1))
         norm = change.abs().amax(dim=1) if ball.norm == "inf" else change.norm(dim=1)
         return {
             "success": self.success.cpu().numpy(),
-            "score": evaluated.score.double().cpu().numpy(),
-            "margin": evaluated.margin.double().cpu().numpy(),
-            "norm": norm.cpu().numpy(),
+            "score": double(evaluated.score).numpy(),
+            "margin": double(evaluated.margin).numpy(),
+            "norm": norm.numpy(),
             "prediction": evaluated.predicted.cpu().numpy(),
             "loss": np.array([name for name, _ in self.origin], dtype=object),
             "restart": np.array([restart for _, restart in self.origin]),
@@ -98,14 +99,14 @@ class Curves:
 
     def add(self, loss: str, restart: int, scores: Tensor) -> None:
         """Scores (steps + 1, n) at each step, infinite where an image was not misclassified."""
-        best = scores.double().cummin(dim=0).values
+        best = double(scores).cummin(dim=0).values
         is_success = best[-1].isfinite()
         if not is_success.any():
             return
         best = best[:, is_success]
         # Before its first misclassification an image counts with the score that it had there.
         first = best.where(best.isfinite(), -torch.inf).amax(dim=0)
-        self._sum[loss][restart] += best.minimum(first).sum(dim=1).cpu().numpy()
+        self._sum[loss][restart] += best.minimum(first).sum(dim=1).numpy()
         self._count[loss][restart] += int(is_success.sum())
 
     def means(self) -> dict[str, Floats]:

@@ -19,6 +19,7 @@ from ce_plugin.detection.adaptive.objective import (
     per_image,
 )
 from ce_plugin.detection.adaptive.results import Curves, Incumbent
+from ce_plugin.networks.forward import widest
 from ce_plugin.randomness import generator, numpy_generator
 
 _KEPT = 8
@@ -36,7 +37,7 @@ class Archive:
     def __init__(self, clean: Tensor) -> None:
         self.clean = clean
         self.images = clean[:, None].repeat_interleave(_KEPT, dim=1)
-        self.scores = torch.full((len(clean), _KEPT), torch.inf, dtype=torch.float64, device=clean.device)
+        self.scores = torch.full((len(clean), _KEPT), torch.inf, dtype=widest(clean.device), device=clean.device)
 
     def offer(self, images: Tensor, scores: Tensor, rows: Tensor) -> None:
         """Take results (n, W, ...) with scores (n, W), infinite for failures, for some images (n,)."""
