@@ -10,13 +10,15 @@ import torch
 from captum.attr import FeatureAblation, NoiseTunnel, Occlusion
 from captum.metrics import infidelity, sensitivity_max
 from captum.robust import AttackComparator, MinParamPerturbation
-from captum.testing.attr.helpers.test_config import config
-from captum.testing.helpers.basic_models import BasicModel_ConvNet, BasicModel_MultiLayer
 from torch import Tensor, nn
 
 from ce_plugin import CausalEffect
 from ce_plugin.designs import OneAtATime
 from ce_plugin.interventions import Adversarial, PixelMask
+
+WHERE = "captum's wheels hold its test cases from version 0.8"
+config = pytest.importorskip("captum.testing.attr.helpers.test_config", reason=WHERE).config
+models = pytest.importorskip("captum.testing.helpers.basic_models", reason=WHERE)
 
 CASES = [
     pytest.param(case, algorithm, id=f"{case['name']}-{algorithm.__name__}")
@@ -91,7 +93,7 @@ def test_no_hook_is_left(case: dict[str, Any], algorithm: type) -> None:
 
 
 def test_noise_tunnel_without_noise_is_the_attribution() -> None:
-    net, x = BasicModel_MultiLayer(), torch.randn(3, 3)
+    net, x = models.BasicModel_MultiLayer(), torch.randn(3, 3)
     explainer = CausalEffect(net, outcome=None)
     tunnel = NoiseTunnel(explainer).attribute(x, nt_samples=3, stdevs=0.0, target=1, nt_type="smoothgrad")
     assert torch.allclose(tunnel, explainer.attribute(x, target=1), atol=1e-5)
@@ -111,7 +113,7 @@ def test_infidelity_of_a_linear_network_is_zero() -> None:
 
 
 def test_sensitivity_max_runs() -> None:
-    net, x = BasicModel_ConvNet(), torch.rand(2, 1, 10, 10)
+    net, x = models.BasicModel_ConvNet(), torch.rand(2, 1, 10, 10)
     explainer = CausalEffect(net, outcome=None)
     value = sensitivity_max(explainer.attribute, x, target=1, n_perturb_samples=2)
     assert value.shape == (2,)
