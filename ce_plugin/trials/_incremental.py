@@ -13,7 +13,8 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from ce_plugin.networks.forward import OutputSelector, select_heads
-from ce_plugin.networks.graph import Suffix, SuffixConstants, Untraceable, flops_of, traced
+from ce_plugin.networks.graph import Suffix, SuffixConstants, flops_of
+from ce_plugin.networks.tracing import Untraceable, traced
 from ce_plugin.trials._channels import follow_channels, mixes
 from ce_plugin.trials._operations import Cat, Conv, Operation, Pointwise, Pool, resolve
 from ce_plugin.trials._states import Channel, Clean, Dense, State, Window, as_dense, is_state, nbytes, select
