@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import logging.config
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Union
@@ -27,8 +28,7 @@ def learned(module: nn.Module) -> dict[object, object]:
     key = id(module)
     if key not in _LEARNED:
         weakref.finalize(module, _LEARNED.pop, key, None).atexit = False
-        _LEARNED[key] = {}
-    return _LEARNED[key]
+    return _LEARNED.setdefault(key, {})
 
 
 def is_opaque(module: nn.Module) -> bool:
@@ -209,17 +209,22 @@ def clip_values_of(estimator: Any) -> ClipValues | None:
     return None if clip is None else (float(np.min(clip[0])), float(np.max(clip[1])))
 
 
+_IMPORTING = threading.Lock()
+
+
 def load_art() -> None:
     """Import ART and leave the user's logging and random state alone."""
     if "art.attacks.evasion" in sys.modules:
         return
-    # ART configures logging at import, which closes every handler that the user has: a log file then loses lines.
-    configure = logging.config.dictConfig
-    logging.config.dictConfig = lambda config: None
-    try:
-        with state_guard():
-            import art.attacks.evasion
-            import art.estimators.classification  # noqa: F401
-    finally:
-        logging.config.dictConfig = configure
+    me = threading.get_ident()
+    with _IMPORTING:
+        # ART configures logging at import, which closes every handler that the user has: a log file then loses lines.
+        configure = logging.config.dictConfig
+        logging.config.dictConfig = lambda config: None if threading.get_ident() == me else configure(config)
+        try:
+            with state_guard():
+                import art.attacks.evasion
+                import art.estimators.classification  # noqa: F401
+        finally:
+            logging.config.dictConfig = configure
     logging.getLogger("art").addHandler(logging.NullHandler())

@@ -22,6 +22,7 @@ from ce_plugin.interventions import Intervention
 from ce_plugin.interventions.adversarial import Adversarial
 from ce_plugin.models import VisionModel
 from ce_plugin.networks.guard import state_guard
+from ce_plugin.networks.layers import in_this_thread
 from ce_plugin.report.sections import Section, cell
 from ce_plugin.sites import InputSite, patch_grid
 from ce_plugin.visualization import magnify, overlay
@@ -477,7 +478,7 @@ class Meter:
         def note(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             self.passes[purpose] = self.passes.get(purpose, 0) + (len(inputs[0]) if inputs else 1)
 
-        handle = self.model.register_forward_pre_hook(note)
+        handle = self.model.register_forward_pre_hook(in_this_thread(note))
         start = time.perf_counter()
         try:
             yield
