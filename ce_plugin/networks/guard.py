@@ -296,7 +296,7 @@ class state_guard:  # noqa: N801 - a context manager, named as torch.no_grad is
 
     def __enter__(self) -> None:
         with ExitStack() as steps:
-            steps.callback(_TURNS.release, _TURNS.claim(self._keys()))
+            steps.callback(_surely, functools.partial(_TURNS.release, _TURNS.claim(self._keys())))
             steps.enter_context(_RANDOM)
             # Everything is saved before anything is changed, so that an error on the way leaves nothing to take back.
             self._training: list[tuple[nn.Module, bool]] = []
@@ -310,9 +310,8 @@ class state_guard:  # noqa: N801 - a context manager, named as torch.no_grad is
             for module in self._modules.values():
                 self._save_module(module)
             # An ExitStack runs every step, from the last to the first, even where one fails.
-            steps.callback(self._restore_modules)
-            steps.callback(self._restore_buffers)
-            steps.callback(self._restore_parameters)
+            for step in (self._restore_modules, self._restore_buffers, self._restore_parameters):
+                steps.callback(_surely, step)
             for module, _ in self._training:
                 if module.training:
                     # By the flag alone: an overridden ``train()`` may do more than can be taken back (merge weights).
@@ -418,6 +417,15 @@ class state_guard:  # noqa: N801 - a context manager, named as torch.no_grad is
             parameter.grad = grad
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
+
+
+def _surely(step: Callable[[], object]) -> None:
+    """Take a step, and once more where it is interrupted."""
+    try:
+        step()
+    except BaseException:
+        step()
+        raise
 
 
 def _is_same(now: Any, before: Any) -> bool:
