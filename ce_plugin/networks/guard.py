@@ -14,7 +14,7 @@ import random
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -252,6 +252,29 @@ if hasattr(os, "register_at_fork"):  # only the thread that forks lives on in th
     os.register_at_fork(after_in_child=_TURNS.reset)
 
 
+@contextmanager
+def turn(network: nn.Module) -> Iterator[None]:
+    """Have a network for this thread, as :class:`state_guard` has it, and leave all that is done to it."""
+    claimed = _TURNS.claim(_keys_of(network.modules()))
+    try:
+        yield
+    finally:
+        _TURNS.release(claimed)
+
+
+def _keys_of(modules: Iterable[nn.Module]) -> set[int]:
+    """What no other thread may have meanwhile: modules, and tensors that networks may share."""
+    keys = set()
+    for module in modules:
+        keys.add(id(module))
+        for name in ("_parameters", "_buffers"):
+            tensors = vars(module).get(name)
+            if tensors:
+                keys.update(map(id, tensors.values()))
+    keys.discard(id(None))
+    return keys
+
+
 class state_guard:  # noqa: N801 - a context manager, named as torch.no_grad is
     """Run networks in eval mode and leave them, and the global random state, as they were, also after an error.
 
@@ -296,7 +319,10 @@ class state_guard:  # noqa: N801 - a context manager, named as torch.no_grad is
 
     def __enter__(self) -> None:
         with ExitStack() as steps:
-            steps.callback(_surely, functools.partial(_TURNS.release, _TURNS.claim(self._keys())))
+            keys = _keys_of(self._modules.values())
+            if self._seed is not None:
+                keys.add(id(_SEEDED))
+            steps.callback(_surely, functools.partial(_TURNS.release, _TURNS.claim(keys)))
             steps.enter_context(_RANDOM)
             # Everything is saved before anything is changed, so that an error on the way leaves nothing to take back.
             self._training: list[tuple[nn.Module, bool]] = []
@@ -325,19 +351,6 @@ class state_guard:  # noqa: N801 - a context manager, named as torch.no_grad is
 
     def __exit__(self, *error: object) -> None:
         self._steps.close()
-
-    def _keys(self) -> set[int]:
-        """What no other thread may have meanwhile: modules, and tensors that networks may share."""
-        keys = set(self._modules)
-        for module in self._modules.values():
-            for name in ("_parameters", "_buffers"):
-                tensors = vars(module).get(name)
-                if tensors:
-                    keys.update(map(id, tensors.values()))
-        keys.discard(id(None))
-        if self._seed is not None:
-            keys.add(id(_SEEDED))
-        return keys
 
     def _save_module(self, module: nn.Module) -> None:
         scripted = isinstance(module, torch.jit.ScriptModule)

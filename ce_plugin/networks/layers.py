@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ce_plugin.errors import ArgumentError, CEPluginError, InputError, ModelError, expected, unknown_name
 from ce_plugin.networks.forward import OutputSelector, select_logits
-from ce_plugin.networks.guard import state_guard
+from ce_plugin.networks.guard import state_guard, turn
 from ce_plugin.networks.tracing import HookPoint
 
 Layer = Union[str, nn.Module]
@@ -130,11 +130,8 @@ def read_layer(network: nn.Module, layer: Layer, images: Tensor) -> tuple[Tensor
     def keep(_: nn.Module, args: object, output: object) -> None:
         outputs.append(output.clone() if isinstance(output, Tensor) else output)
 
-    handle = module.register_forward_hook(in_this_thread(keep))
-    try:
+    with turn(network), module.register_forward_hook(in_this_thread(keep)):
         result = network(images)
-    finally:
-        handle.remove()
     if len(outputs) != 1:
         hint = "Give each use a module of its own." if outputs else "Choose a layer that every image passes through."
         came = f"one that is reached {len(outputs)} times" if outputs else "one that is not reached"
@@ -168,7 +165,7 @@ def probe(network: nn.Module, layer: Layer, images: Tensor, output: OutputSelect
 
 @contextmanager
 def inserted(network: nn.Module, layer: Layer, autoencoder: Callable[[Tensor], Tensor]) -> Iterator[nn.Module]:
-    """Inside, the network runs with the autoencoder in the place of the layer's output.
+    """Inside, the network runs with the autoencoder in the place of the layer's output, in this thread only.
 
     Args:
         network: left as it was afterwards, also after an error.
@@ -197,11 +194,8 @@ def inserted(network: nn.Module, layer: Layer, autoencoder: Callable[[Tensor], T
         # What follows may work in place, on a tensor that the caller still needs.
         return autoencoder(output).clone()
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with turn(network), module.register_forward_hook(hook):
         yield network
-    finally:
-        handle.remove()
 
 
 def fingerprint(network: nn.Module, *, exact: bool = False) -> str:
