@@ -163,6 +163,7 @@ class OutcomeMeasure:
         predicted_only: without a target keep each example's predicted class only.
         decided: the outputs that say which class is predicted, where these are others than the reference's: those of
             the network without an autoencoder.
+        warn: whether warnings come; not where the same outputs were, or will be, looked at once more.
 
     Attributes:
         reference: the reference's outcomes, (N, C) for each head.
@@ -183,6 +184,7 @@ class OutcomeMeasure:
         target: Target,
         predicted_only: bool,
         decided: dict[str, Tensor] | None = None,
+        warn: bool = True,
     ) -> None:
         if predicted_only and len(heads) > 1:
             hint = "Name one with `output=`, or call `estimate`, which returns them all."
@@ -198,7 +200,7 @@ class OutcomeMeasure:
                 hint = "Check the inputs' range and the model's weights."
                 wanted = "a model with finite outputs on the clean inputs"
                 raise ModelError(expected("forward_func", wanted, "NaN", hint))
-            check_outcome(outcome, head)
+            check_outcome(outcome, head, warn=warn)
             deciding = head if decided is None else decided[name]
             self.predicted[name] = deciding.argmax(1) if head.dim() == 2 and head.shape[1] > 1 else None
             # Copies, because a user's outcome may write to what it is given.

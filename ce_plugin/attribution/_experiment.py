@@ -294,12 +294,12 @@ class Experiment:
         every = {}
         for name, head in heads.items():
             every[name] = head.expand(self.n, *head.shape[1:])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they come again, with the outputs under evidence
-            self._measured(every)
+        self._measured(every, warn=False)  # warnings come with the outputs under evidence
 
-    def _measured(self, heads: dict[str, Tensor], decided: dict[str, Tensor] | None = None) -> OutcomeMeasure:
-        return OutcomeMeasure(heads, self.outcome, self.target, self.call.predicted_only, decided)
+    def _measured(
+        self, heads: dict[str, Tensor], decided: dict[str, Tensor] | None = None, warn: bool = True
+    ) -> OutcomeMeasure:
+        return OutcomeMeasure(heads, self.outcome, self.target, self.call.predicted_only, decided, warn)
 
     def _draw(self, draw: int) -> dict[str, Answer]:
         """The effects under one draw of the random evidence."""
@@ -378,10 +378,8 @@ class Experiment:
             self._check_target(known)
             followed = self.router.followed(captured_site, spec)
         captured_site, runner, heads = self.router.start(followed, self.runner, self.trials)
-        with warnings.catch_warnings():
-            if captured_site.outputs is None:
-                warnings.simplefilter("ignore")  # they came with the outputs above
-            return captured_site, runner, heads, self._measured(heads, captured_site.outputs)
+        warn = captured_site.outputs is not None  # otherwise warnings came with the outputs above
+        return captured_site, runner, heads, self._measured(heads, captured_site.outputs, warn)
 
     def _with_insertion(
         self, found: dict[str, Answer], heads: dict[str, Tensor], captured_site: CapturedSite

@@ -22,7 +22,7 @@ from ce_plugin.concepts.recorded import Batch, Recorded
 from ce_plugin.errors import ArgumentError, ModelError, expected
 from ce_plugin.files import damaged, load, save
 from ce_plugin.networks.forward import OutputSelector, double
-from ce_plugin.networks.guard import state_guard
+from ce_plugin.networks.guard import state_guard, turn
 from ce_plugin.networks.layers import Layer, find_layer, fingerprint, probe
 from ce_plugin.randomness import generator
 
@@ -542,6 +542,7 @@ def train_autoencoder(
     name, _ = find_layer(network, layer)
     with ExitStack() as stack:
         progress = Progress.open(checkpoint, settings, name, fingerprint(network))
+        stack.enter_context(turn(network))
         stack.enter_context(_on(network, device))
         stack.enter_context(state_guard(network))
         stack.enter_context(torch.inference_mode(False))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ce_plugin.detection.classifier import ClassifierWrapper
+from ce_plugin.networks.guard import state_guard
 from ce_plugin.randomness import derived_seed, generator
 
 _STEPS = 2
@@ -195,10 +196,10 @@ def train_denoiser(
     """
     low, high = classifier.clip_values
     random, bounds = generator(seed, "denoiser"), Bounds(len(images), eps)
-    with torch.random.fork_rng(devices=[]), classifier.guarded(), torch.enable_grad():
-        # Not torch.manual_seed, which would seed the accelerators as well.
-        torch.default_generator.manual_seed(derived_seed(seed, "denoiser", "weights"))
-        denoiser = Denoiser(images.shape[1], width, (low, high)).to(images.device, torch.float32).train()
+    with classifier.guarded(), torch.enable_grad():
+        with state_guard(seed=derived_seed(seed, "denoiser", "weights")):
+            denoiser = Denoiser(images.shape[1], width, (low, high))
+        denoiser = denoiser.to(images.device, torch.float32).train()
         classifier.network.requires_grad_(False)  # the guard gives it back
         logits = classifier.logits(images, batch_size).float()
         variance = logits.var(unbiased=False).clamp_min(1e-12)

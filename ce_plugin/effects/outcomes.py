@@ -173,12 +173,13 @@ def resolve_outcome(outcome: object) -> Outcome:
     return Outcome(name, _wrapped(outcome, name))
 
 
-def check_outcome(outcome: Outcome, output: Tensor) -> None:
+def check_outcome(outcome: Outcome, output: Tensor, *, warn: bool = True) -> None:
     """Whether an outcome fits what the model returns, before any work is done.
 
     Args:
         outcome: the resolved outcome.
         output: the model's output on the clean inputs, (N, *K).
+        warn: whether to warn.
 
     Raises:
         OutcomeError: for a comparison of classes where there is one class only.
@@ -203,7 +204,7 @@ def check_outcome(outcome: Outcome, output: Tensor) -> None:
             "outcome=None to take it as it is."
         )
         raise OutcomeError(expected("outcome", "one for a single output ('sigmoid' or None)", got, hint))
-    if OUTCOMES.get(outcome.name) is not outcome or output.numel() == 0:
+    if not warn or OUTCOMES.get(outcome.name) is not outcome or output.numel() == 0:
         return
     values, layer = _widen(output.detach()), ""
     if outcome.name in _SOFTMAX:

@@ -6,7 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -37,12 +37,20 @@ from ce_plugin.networks.art import (
     limit_steps,
 )
 from ce_plugin.networks.forward import clip_values_of, is_art_classifier, unwrap
-from ce_plugin.networks.guard import modules_of, state_guard
+from ce_plugin.networks.guard import Shared, modules_of, state_guard
 from ce_plugin.randomness import generator
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _SIZES = ("eps", "theta")
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
+
+
+# A compiled backward pass can run only once and ART runs it again; this also avoids recompilation.
+_EAGER = Shared(_uncompiled)
 # Class names, so that ART is imported only when an attack is made.
 _WITH_MASK = {"FastGradientMethod", "ProjectedGradientDescentCommon", "ProjectedGradientDescent"}
 _ALWAYS_TARGETED = {"SaliencyMapMethod", "LowProFool", "TargetedUniversalPerturbation"}
@@ -424,9 +432,7 @@ class TargetClassifier:
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Eval mode with gradients enabled; the state is restored afterwards."""
-        # A compiled backward pass can run only once and ART runs it again; this also avoids recompilation.
-        eager = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
-        with torch.inference_mode(False), torch.enable_grad(), eager, state_guard(networks=self.networks):
+        with torch.inference_mode(False), torch.enable_grad(), state_guard(networks=self.networks), _EAGER:
             for parameter in {p for module in self.networks for p in module.parameters() if p.is_leaf}:
                 # Only the gradient with respect to the image is needed.
                 parameter.requires_grad_(False)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ce_plugin.errors import ArgumentError, InputError, expected
+from ce_plugin.networks.guard import state_guard
 from ce_plugin.randomness import derived_seed, generator
 
 
@@ -69,8 +70,7 @@ class DigitsCNN(nn.Module):
         if len(labels) != len(images):
             raise InputError(expected("labels", f"one for each of {len(images)} images", len(labels)))
         order = generator(seed, "order")
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(derived_seed(seed, "weights"))
+        with state_guard(seed=derived_seed(seed, "weights")), torch.enable_grad():
             network = cls(images.shape[-1])
             optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
             for _ in range(epochs):

@@ -7,6 +7,7 @@ import importlib
 import logging
 import logging.config
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Union
@@ -29,8 +30,7 @@ def learned(module: nn.Module) -> dict[object, object]:
     key = id(module)
     if key not in _LEARNED:
         weakref.finalize(module, _LEARNED.pop, key, None).atexit = False
-        _LEARNED[key] = {}
-    return _LEARNED[key]
+    return _LEARNED.setdefault(key, {})
 
 
 def is_opaque(module: nn.Module) -> bool:
@@ -256,19 +256,22 @@ def clip_values_of(estimator: Any) -> ClipValues | None:
 
 
 _ART = {"art.attacks.evasion", "art.defences.detector.evasion", "art.estimators.classification"}
+_IMPORTING = threading.Lock()
 
 
 def load_art() -> None:
     """Import ART and leave the user's logging and random state alone."""
     if sys.modules.keys() >= _ART:
         return
-    # ART configures logging at import, which closes every handler that the user has: a log file then loses lines.
-    configure = logging.config.dictConfig
-    logging.config.dictConfig = lambda config: None
-    try:
-        with state_guard():
-            for name in _ART:
-                importlib.import_module(name)
-    finally:
-        logging.config.dictConfig = configure
+    me = threading.get_ident()
+    with _IMPORTING:
+        # ART configures logging at import, which closes every handler that the user has: a log file then loses lines.
+        configure = logging.config.dictConfig
+        logging.config.dictConfig = lambda config: None if threading.get_ident() == me else configure(config)
+        try:
+            with state_guard():
+                for name in _ART:
+                    importlib.import_module(name)
+        finally:
+            logging.config.dictConfig = configure
     logging.getLogger("art").addHandler(logging.NullHandler())

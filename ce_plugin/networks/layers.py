@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from ce_plugin.errors import ArgumentError, CEPluginError, InputError, ModelError, expected, unknown_name
 from ce_plugin.networks.forward import OutputSelector, select_logits
-from ce_plugin.networks.guard import state_guard
+from ce_plugin.networks.guard import state_guard, turn
 from ce_plugin.networks.tracing import HookPoint
 
 Layer = Union[str, nn.Module]
@@ -55,6 +57,18 @@ def find_layer(network: nn.Module | Sequence[nn.Module], layer: Layer) -> tuple[
     raise ModelError(expected("layer", "a module of the network", f"another {type(layer).__name__}", hint))
 
 
+def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that acts in the thread that made it; the passes of other threads through the same module are theirs."""
+    me = threading.get_ident()
+
+    @functools.wraps(hook)
+    def own(*given: Any) -> Any:
+        # A compiler cannot ask which thread it is in: what it makes of a hook acts in all of them.
+        return hook(*given) if torch.compiler.is_compiling() or threading.get_ident() == me else None
+
+    return own
+
+
 def last_conv_layer(network: nn.Module, images: Tensor) -> tuple[str, nn.Module] | None:
     """The last convolution that still sees a plane: the layer that Grad-CAM is meant for.
 
@@ -82,7 +96,7 @@ def last_conv_layer(network: nn.Module, images: Tensor) -> tuple[str, nn.Module]
     with state_guard(network), torch.no_grad():  # the guard takes the hooks away again
         for module in network.modules():
             if isinstance(module, nn.Conv2d) or not list(module.children()):  # some convolutions hold their padding
-                module.register_forward_hook(note)
+                module.register_forward_hook(in_this_thread(note))
         network(images[:1])
     if not planes or (planes[-1] == 0 and len(steps) > 4):
         return None
@@ -116,11 +130,8 @@ def read_layer(network: nn.Module, layer: Layer, images: Tensor) -> tuple[Tensor
     def keep(_: nn.Module, args: object, output: object) -> None:
         outputs.append(output.clone() if isinstance(output, Tensor) else output)
 
-    handle = module.register_forward_hook(keep)
-    try:
+    with turn(network), module.register_forward_hook(in_this_thread(keep)):
         result = network(images)
-    finally:
-        handle.remove()
     if len(outputs) != 1:
         hint = "Give each use a module of its own." if outputs else "Choose a layer that every image passes through."
         came = f"one that is reached {len(outputs)} times" if outputs else "one that is not reached"
@@ -154,7 +165,7 @@ def probe(network: nn.Module, layer: Layer, images: Tensor, output: OutputSelect
 
 @contextmanager
 def inserted(network: nn.Module, layer: Layer, autoencoder: Callable[[Tensor], Tensor]) -> Iterator[nn.Module]:
-    """Inside, the network runs with the autoencoder in the place of the layer's output.
+    """Inside, the network runs with the autoencoder in the place of the layer's output, in this thread only.
 
     Args:
         network: left as it was afterwards, also after an error.
@@ -178,15 +189,13 @@ def inserted(network: nn.Module, layer: Layer, autoencoder: Callable[[Tensor], T
     """
     _, module = find_layer(network, layer)
 
+    @in_this_thread
     def hook(_: nn.Module, args: object, output: Tensor) -> Tensor:
         # What follows may work in place, on a tensor that the caller still needs.
         return autoencoder(output).clone()
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with turn(network), module.register_forward_hook(hook):
         yield network
-    finally:
-        handle.remove()
 
 
 def fingerprint(network: nn.Module, *, exact: bool = False) -> str:
@@ -254,6 +263,7 @@ def hooked(point: HookPoint, act: Callable[[Tensor], Tensor | None], name: str) 
     if module is None:
         raise ModelError(expected("layer", "a module", "the network's input"))
 
+    @in_this_thread
     def hook(_: object, *given: Any) -> Any:
         parts = given[-1]  # a hook before the module is given its arguments, one after it also its output
         here, found.calls = found.calls == point.call, found.calls + 1

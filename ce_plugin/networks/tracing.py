@@ -8,11 +8,11 @@ import functools
 import math
 import operator
 import threading
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from types import MethodType, SimpleNamespace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -20,9 +20,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ce_plugin.networks.forward import is_opaque
-from ce_plugin.networks.guard import HOOKS
+from ce_plugin.networks.guard import CONTAINERS, HOOKS, is_plain
 
-_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
 _ATOMS = (Tensor, int, float, complex, str, bytes, type, type(None))
 # Objects within objects are copied so deep; modules and containers count as nothing.
 _DEPTH = 3
@@ -342,9 +341,9 @@ class _Doubles:
         if kind is tuple or (isinstance(value, tuple) and hasattr(kind, "_make")):
             parts = [self.of(part, depth) for part in value]
             return getattr(kind, "_make", tuple)(parts)
-        if kind in _CONTAINERS:
+        if kind in CONTAINERS:
             return self._container(value, depth)
-        if depth and _is_plain(kind):
+        if depth and is_plain(kind):
             double = self._doubles[id(value)] = copy.copy(value)
             vars(double).update({name: self.of(part, depth - 1) for name, part in vars(value).items()})
             return double
@@ -389,7 +388,7 @@ class _Doubles:
         for ancestor in reversed(base.__mro__):
             if not ancestor.__module__.startswith(("torch.nn.", "builtins")):
                 for name, value in list(vars(ancestor).items()):
-                    if type(value) in _CONTAINERS and not name.startswith("__"):
+                    if type(value) in CONTAINERS and not name.startswith("__"):
                         namespace[name] = self.of(value)
         methods = {"__call__": call, "__getattr__": attribute}
         # Not by calling the metaclass, which may do more: keep a list of classes, for instance.
@@ -410,21 +409,6 @@ class _Whole(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["whole"], name)
-
-
-def _is_plain(kind: type) -> bool:
-    """Whether objects of a class are their attributes and nothing else, so that a copy of these is a copy of them."""
-    if kind is SimpleNamespace:
-        return True
-    usual = ("__new__", "__reduce__", "__reduce_ex__", "__setattr__", "__getattribute__")
-    if (
-        type(kind) is not type
-        or not kind.__dictoffset__
-        or any(getattr(kind, n) is not getattr(object, n) for n in usual)
-    ):
-        return False
-    special = {"__slots__", "__del__", "__copy__", "__deepcopy__", "__getstate__", "__setstate__"}
-    return not any(special & vars(ancestor).keys() for ancestor in kind.__mro__[:-1])
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from ce_plugin.interventions import Intervention
 from ce_plugin.interventions.adversarial import Adversarial
 from ce_plugin.models import VisionModel
 from ce_plugin.networks.forward import double
-from ce_plugin.networks.guard import state_guard
+from ce_plugin.networks.guard import state_guard, turn
+from ce_plugin.networks.layers import in_this_thread
 from ce_plugin.report.sections import Section, cell
 from ce_plugin.sites import InputSite, patch_grid
 from ce_plugin.visualization import magnify, overlay
@@ -478,12 +479,11 @@ class Meter:
         def note(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             self.passes[purpose] = self.passes.get(purpose, 0) + (len(inputs[0]) if inputs else 1)
 
-        handle = self.model.register_forward_pre_hook(note)
         start = time.perf_counter()
         try:
-            yield
+            with turn(self.model), self.model.register_forward_pre_hook(in_this_thread(note)):
+                yield
         finally:
-            handle.remove()
             self.seconds[purpose] = self.seconds.get(purpose, 0.0) + time.perf_counter() - start
 
 

@@ -17,6 +17,7 @@ from ce_plugin.designs import Design
 from ce_plugin.errors import ArgumentError, expected
 from ce_plugin.interventions.base import Context, Intervention
 from ce_plugin.networks.forward import is_opaque
+from ce_plugin.networks.layers import in_this_thread
 from ce_plugin.sites import Units
 
 _FIRST, _LARGEST = (4, 8, 16), 4096
@@ -51,11 +52,13 @@ def bytes_per_row(modules: list[nn.Module], rows: int, inputs: tuple[Tensor, ...
     """Measure during a forward pass what one row takes at its peak; the list's one entry is valid afterwards.
 
     The peak of inference is where some operation holds its input and output; residual connections keep a few more
-    such tensors alive, hence the factor. Scripted and compiled modules are not hooked.
+    such tensors alive, hence the factor. Scripted and compiled modules are not hooked. Passes of other threads do not
+    count.
     """
     row = max(sum(map(_nbytes, inputs)) // max(rows, 1), 1)
     result, largest, handles = [64 * row], 0, []
 
+    @in_this_thread
     def hook(module: nn.Module, args: object, output: object) -> None:
         nonlocal largest
         largest = max(largest, _nbytes(args) + _nbytes(output))

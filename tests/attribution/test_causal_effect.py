@@ -461,18 +461,26 @@ def test_inputs_and_baselines_are_not_changed() -> None:
 # --- cost, memory, progress --------------------------------------------------------------------------------------
 
 
+class Count:
+    """What a network that is guarded can count on: the attributes of the network itself are restored."""
+
+    __slots__ = ("calls", "largest", "refused", "rows")
+
+    def __init__(self) -> None:
+        self.calls = self.largest = self.refused = self.rows = 0
+
+
 class Counted(nn.Module):
     """Counts the rows that go through, and the largest batch."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net = net
-        self.rows = self.largest = self.calls = 0
+        self.net, self.count = net, Count()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        self.rows += len(x)
-        self.largest = max(self.largest, len(x))
+        self.count.calls += 1
+        self.count.rows += len(x)
+        self.count.largest = max(self.count.largest, len(x))
         return self.net(x)
 
 
@@ -483,10 +491,10 @@ def test_the_estimated_cost_is_what_a_run_takes(name: str, fill: Any, given_: An
     net, x = Counted(network()), inputs(3)
     explainer = CausalEffect(net, PixelMask(fill), DESIGNS[name])
     cost = explainer.estimate_cost(x, given=given_)
-    assert net.rows == 1
-    net.rows = 0
+    assert net.count.rows == 1
+    net.count.rows = 0
     estimate = explainer.estimate(x, given=given_)
-    assert net.rows == cost.forward_passes == estimate.cost
+    assert net.count.rows == cost.forward_passes == estimate.cost
     exact = DESIGNS[name].exact
     per_example = DESIGNS[name].n_trials_for(16) * (len(fill) if isinstance(fill, tuple) and exact else 1)
     assert cost.trials == 3 * per_example
@@ -499,9 +507,9 @@ def test_the_cost_of_convolutions_counts_the_search_for_a_memory_layout() -> Non
     x = torch.rand(1, 3, 8, 8)
     for passes in (64 + 1 + 2, 64 + 1):  # known the second time
         assert explainer.estimate_cost(x).forward_passes == passes
-        net.rows = 0
+        net.count.rows = 0
         explainer.attribute(x)
-        assert net.rows == passes
+        assert net.count.rows == passes
 
 
 def test_the_cost_with_masks_of_each_examples_own() -> None:
@@ -514,7 +522,7 @@ def test_the_cost_with_masks_of_each_examples_own() -> None:
 def test_perturbations_per_eval_bounds_the_batch() -> None:
     net, x = Counted(network()), inputs(2)
     CausalEffect(net, PixelMask("zero"), OneAtATime()).attribute(x, perturbations_per_eval=3)
-    assert net.largest == 6
+    assert net.count.largest == 6
 
 
 @pytest.mark.parametrize("budget", [1, 20_000, 200_000])
@@ -522,16 +530,16 @@ def test_a_memory_budget_bounds_the_batch(budget: int) -> None:
     net, x = Counted(nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(288, 2))), torch.rand(40, 1, 8, 8)
     CausalEffect(net, PixelMask("zero"), RandomMask(0.5, 64), memory_budget=budget).attribute(x)
     row = 4 * (64 + 8 * 36)  # what the convolution reads and writes
-    assert net.largest <= max(1, budget // row)
-    assert budget == 1 or net.largest > 1
+    assert net.count.largest <= max(1, budget // row)
+    assert budget == 1 or net.count.largest > 1
 
 
 def test_a_budget_that_was_small_once_does_not_slow_later_runs_down() -> None:
     net, x = Counted(nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(288, 2))), torch.rand(2, 1, 8, 8)
     CausalEffect(net, PixelMask("zero"), RandomMask(0.5, 64), memory_budget=1).attribute(x)
-    assert net.largest == 1
+    assert net.count.largest == 1
     CausalEffect(net, PixelMask("zero"), RandomMask(0.5, 200)).attribute(x)
-    assert net.largest >= 8
+    assert net.count.largest >= 8
 
 
 class Small(Counted):
@@ -539,11 +547,11 @@ class Small(Counted):
 
     def __init__(self, net: nn.Module, room: int) -> None:
         super().__init__(net)
-        self.room, self.refused = room, 0
+        self.room = room
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) > self.room:
-            self.refused += 1
+            self.count.refused += 1
             raise torch.OutOfMemoryError("pretended")
         return super().forward(x)
 
@@ -557,8 +565,8 @@ def test_running_out_of_memory_halves_the_batch(room: int, per_eval: int | None)
     found = explainer.estimate(x, perturbations_per_eval=per_eval)
     wanted = CausalEffect(network(), PixelMask(("zero", "noise")), RandomMask(0.4, 40)).estimate(x)
     assert same(found, wanted)
-    assert 0 < net.refused < 20
-    assert net.largest <= room
+    assert 0 < net.count.refused < 20
+    assert net.count.largest <= room
 
 
 def test_where_not_even_one_row_fits_the_error_is_the_devices() -> None:
@@ -599,7 +607,7 @@ def test_until_stops_when_the_intervals_are_narrow_enough() -> None:
     assert used[1] % 50 == 0
     assert found.peeked
     assert (found.half_width() <= 0.35).all()
-    assert net.rows == found.cost == 2 + sum(used)
+    assert net.count.rows == found.cost == 2 + sum(used)
     before = CausalEffect(noisy, PixelMask("zero"), RandomMask(0.5, 1000), outcome=None).estimate(x, until=1e-9)
     assert before.settings["trials_per_example"] == [1000, 1000]
     assert same(before, CausalEffect(noisy, PixelMask("zero"), design, outcome=None).estimate(x))
@@ -684,7 +692,7 @@ def test_significance_of_exact_designs_is_refused_before_the_run() -> None:
             ArgumentError, match=r"`significant_only` to be True, or a false discovery rate in \(0, 1\)"
         ):
             CausalEffect(net, PixelMask("zero"), RandomMask()).attribute(inputs(), significant_only=rate)
-    assert net.calls == 0
+    assert net.count.calls == 0
 
 
 def test_the_smallest_random_designs() -> None:
