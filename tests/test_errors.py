@@ -217,7 +217,7 @@ def test_targets_are_checked_with_the_first_outputs(design: Design, target: Any,
     net = Counted()
     with pytest.raises(TargetError, match=message):
         CausalEffect(net, PixelMask("zero"), design).attribute(image(), target=target)
-    assert net.calls <= 2
+    assert net.calls <= 3
     assert net.training
 
 
@@ -234,7 +234,7 @@ def test_a_missing_target() -> None:
         explainer.attribute(image())
     with pytest.raises(TargetError, match=r"3 indices per example for outputs \(2, 2, 3, 2\), but got 1"):
         explainer.attribute(image(), target=1)
-    assert net.calls <= 4
+    assert net.calls <= 6  # a clean row is passed twice
 
 
 def test_a_target_where_there_is_nothing_to_choose() -> None:
@@ -249,7 +249,7 @@ def test_comparisons_of_one_class_with_itself(outcome: str) -> None:
         OutcomeError, match=rf"one for a single output .* but got '{outcome}'.*Write outcome=\"sigmoid\""
     ):
         CausalEffect(net, PixelMask("zero"), OneAtATime(), outcome=outcome).attribute(image())
-    assert net.calls <= 2
+    assert net.calls <= 3
     assert (
         CausalEffect(net, PixelMask("zero"), OneAtATime(), outcome="sigmoid").attribute(image()).shape == image().shape
     )
@@ -274,7 +274,7 @@ def test_outputs_that_are_not_finite() -> None:
     nn.init.constant_(net.linear.bias, torch.nan)
     with pytest.raises(ModelError, match="a model with finite outputs on the clean inputs"):
         CausalEffect(net, PixelMask("zero"), OneAtATime()).attribute(image())
-    assert net.calls <= 2
+    assert net.calls <= 3
 
 
 def test_a_callable_outcome_that_returns_something_else() -> None:
