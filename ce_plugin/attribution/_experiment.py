@@ -171,7 +171,7 @@ class Experiment:
                 return self._pairwise(spec, self.router.uncut(captured_site, failure), **options)
 
     def _pairwise(self, spec: TrialSpec, captured_site: CapturedSite, **options: Any) -> list[Interactions]:
-        captured_site, runner, heads = self.router.start(captured_site, self.runner, 1)
+        captured_site, runner, heads = self.router.start(captured_site, self.runner, 1, repeat=True)
         measure = self._measured(heads, captured_site.outputs)
         options.setdefault("batch_size", runner.rows or 32)
         options |= {"name": self.outcome.name, "device": spec.device, "dtype": spec.inputs[0].dtype}
@@ -685,4 +685,4 @@ def check_repeats(outcome: Callable[[Tensor], Tensor], n_units: int) -> None:
 
     with torch.no_grad():
         both = outcome(torch.tensor([[0.0], [1.0]]).expand(2, n_units))
-        check_repeated({"": both[1:]}, alone(), {"": both}, alone)
+        check_repeated({"": both[1:]}, alone, {"": both})

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ce_plugin.errors import InputError, ModelError, expected
 from ce_plugin.interventions.base import Context, Intervention
 from ce_plugin.networks.forward import Forward, is_opaque, select_heads
-from ce_plugin.networks.graph import HookPoint, Suffix, SuffixConstants, Untraceable, traced
-from ce_plugin.networks.layers import find_layer, hooked, keep_copy
+from ce_plugin.networks.graph import Element, HookPoint, Suffix, SuffixConstants, Untraceable, traced
+from ce_plugin.networks.layers import find_layer, hooked, keep_copy, rows_dim
 from ce_plugin.sites import ConceptSite, LayerSite
 from ce_plugin.trials._incremental import IncrementalTrials, with_rows
 from ce_plugin.trials._repeats import check_deterministic, close
@@ -59,7 +59,8 @@ def hook_of(site: LayerSite | ConceptSite, networks: list[nn.Module]) -> SiteHoo
     """
     layer = site.place if isinstance(site, ConceptSite) else site
     name, module = find_layer(networks, layer.layer)
-    point = HookPoint(module, at_input=layer.at_input, element=layer.element, call=layer.call or 0)
+    rows = rows_dim(module, layer.element, layer.at_input)
+    point = HookPoint(module, at_input=layer.at_input, element=layer.element, call=layer.call or 0, rows=rows)
     if isinstance(site, ConceptSite):
         return SiteHook(name, point, site.autoencoder.encoder, site.autoencoder.decoder)
     return SiteHook(name, point)
@@ -77,7 +78,7 @@ class CapturingForward(Forward):
     def __init__(self, forward: Forward, place: SiteHook, once: bool) -> None:
         self.forward, self.place, self.once = forward, place, once
         self.modules, self.learned = forward.modules, {}
-        self.element: int | None = None
+        self.element: Element = None
 
     def __call__(self, inputs: tuple[Tensor, ...], args: tuple[object, ...] = ()) -> dict[str, Tensor]:
         store: list[Tensor] = []

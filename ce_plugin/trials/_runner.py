@@ -15,7 +15,7 @@ from ce_plugin.errors import CEPluginError, ModelError, expected
 from ce_plugin.networks.forward import Forward, is_opaque
 from ce_plugin.networks.graph import Untraceable
 from ce_plugin.trials._incremental import IncrementalTrials
-from ce_plugin.trials._repeats import COPIES, check_repeated, random_marks
+from ce_plugin.trials._repeats import check_repeated, random_marks
 from ce_plugin.trials.batches import (
     BatchSize,
     Counterfactuals,
@@ -118,14 +118,17 @@ class Runner:
         Raises:
             ModelError: the network is not deterministic.
         """
-        found: list[dict[str, Tensor]] = []
-        for _ in range(2 if repeat else 1):
+
+        def run() -> dict[str, Tensor]:
             # Copies, because a network may write to its input.
             heads = self.evaluate(tuple(x.clone() for x in inputs), args)
-            found.append({name: as_one_row(head) for name, head in heads.items()})
+            return {name: as_one_row(head) for name, head in heads.items()}
+
+        marks = random_marks(inputs[0].device) if repeat else ()
+        found = run()
         if repeat:
-            check_repeated(found[0], found[1], found[0])
-        return found[0]
+            check_repeated(found, run, found, drawn=marks != random_marks(inputs[0].device))
+        return found
 
     def fewest(self, n: int) -> int:
         """How many of N examples to pass where one would do: all of them where a network may insist on their number."""
@@ -187,17 +190,14 @@ class Runner:
         """Pass the last example again: alone, or before others, where the number of rows is not to change."""
         n = len(inputs[0])
         examples = torch.arange(n - rows, n).roll(1)
-        if rows == 1 and self._shared.drawn:
-            examples = examples.expand(COPIES)
-        copies = int((examples == n - 1).sum())
 
         def again() -> dict[str, Tensor]:
             heads = self.evaluate(rows_of(inputs, n, examples), rows_of(args, n, examples))
             _check_rows(heads, len(examples), found)
-            return {name: head[:copies] for name, head in heads.items()}
+            return {name: head[:1] for name, head in heads.items()}
 
         last = {name: head[-1:] for name, head in found.items()}
-        check_repeated(last, again(), found, None if self._shared.drawn else again)
+        check_repeated(last, again, found, self._shared.drawn)
 
     def _sized(self, inputs: tuple[Tensor, ...], args: tuple[object, ...], examples: Tensor) -> dict[str, Tensor]:
         """The outputs of some of N examples.
@@ -281,11 +281,11 @@ class Runner:
         k = int(unlike[1:].argmax()) + 1 if len(rows) > 1 else 0  # alone it will be the first: here it is not
         one, first = rows[k : k + 1], {name: head[k : k + 1] for name, head in heads.items()}
         clean = 0 if self.rows is None else passed - 1
-        examples = one.examples.expand(clean + (COPIES if self._shared.drawn and not clean else 1))
+        examples = one.examples.expand(clean + 1)
         inputs = []
         for x, do in zip(spec.inputs, self._intervened(spec, one, values), strict=True):
             beside = self._laid_out(x[examples[:clean].to(x.device)])
-            inputs.append(torch.cat([beside, do.expand(len(examples) - clean, *x.shape[1:])]))
+            inputs.append(torch.cat([beside, do]))
 
         def again() -> dict[str, Tensor]:
             if flips is not None and values is not None:
@@ -297,7 +297,7 @@ class Runner:
 
         if values is None:  # they depend on the trial, and may be drawn anew: two passes of the same are compared
             first = again()
-        check_repeated(first, again(), heads, None if self._shared.drawn else again)
+        check_repeated(first, again, heads, self._shared.drawn)
 
     def _budget(self, device: torch.device) -> int:
         return self.memory_budget if self.memory_budget is not None else free_memory(device) // 2
