@@ -430,7 +430,9 @@ class LayerSite:
             a map (N, C, h, w); ``"heads"``, equal blocks of channels.
         layer_mask: integer ids that broadcast to the value; equal ids are one unit. Replaces ``units``.
         at_input: use the layer's input instead of its output.
-        element: which element, if the layer returns a tuple (or takes several arguments).
+        element: which element, if the layer returns a tuple (or takes several arguments); indices, such as (1, 0), for
+            one of a tuple inside it. A layer that returns several tensors is asked for it: an LSTM returns
+            (output, (h, c)), and its states h and c, (layers, N, H), are seen as (N, layers, H).
         call: which call, counted from 0, if the network calls the layer several times.
         channel_dim: dimension of the channels; None asks the module that produces the value: 1 for convolutions and
             batch normalisation, the last for linear layers, layer normalisation, embeddings and recurrent ones (so
@@ -454,7 +456,7 @@ class LayerSite:
     units: Literal["channels", "tokens", "positions", "heads"] = "channels"
     layer_mask: Tensor | None = None
     at_input: bool = False
-    element: int | None = None
+    element: int | tuple[int, ...] | None = None
     call: int | None = None
     channel_dim: int | None = None
     n_heads: int | None = None
@@ -479,10 +481,11 @@ class LayerSite:
         at_input: object = self.at_input
         if not isinstance(at_input, bool):
             raise ArgumentError(expected("at_input", "True or False", repr(self.at_input)))
-        for name in ("element", "call"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 0):
-                raise ArgumentError(expected(name, "None or an index from 0", value))
+        path = self.element if isinstance(self.element, tuple) and self.element else (self.element,)
+        if self.element is not None and not all(isinstance(index, int) and index >= 0 for index in path):
+            raise ArgumentError(expected("element", "None, an index from 0, or a tuple of such", repr(self.element)))
+        if self.call is not None and (not isinstance(self.call, int) or self.call < 0):
+            raise ArgumentError(expected("call", "None or an index from 0", self.call))
 
     def __repr__(self) -> str:
         shown = [repr(self.layer) if isinstance(self.layer, str) else type(self.layer).__name__]

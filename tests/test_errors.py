@@ -113,7 +113,7 @@ BEFORE: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("integers", lambda: {"inputs": image().long()}, InputError, "of a floating-point type, but got torch.int64"),
     ("booleans", lambda: {"inputs": image() > 0.5}, InputError, "of a floating-point type, but got torch.bool"),
     ("complex", lambda: {"inputs": image() * 1j}, InputError, "of a floating-point type, but got torch.complex64"),
-    ("numpy", lambda: {"inputs": image().numpy()}, InputError, r"but got ndarray. Write `torch.as_tensor\(x, dtype=torch.fl"),
+    ("numpy", lambda: {"inputs": image().numpy()}, InputError, r"ndarray. Write `torch.as_tensor\(x, dtype=torch.fl"),
     ("a list", lambda: {"inputs": [image()]}, InputError, "a tensor, or a tuple of tensors, but got list"),
     ("an empty tuple", lambda: {"inputs": ()}, InputError, "one tensor or more, but got an empty tuple"),
     ("unequal", lambda: {"inputs": (image(2), image(3))}, InputError, r"`inputs\[1\]` to be as many examples as the"),
@@ -226,7 +226,7 @@ def test_targets_are_checked_with_the_first_outputs(design: Design, target: Any,
     net = Counted()
     with pytest.raises(TargetError, match=message):
         CausalEffect(net, PixelMask("zero"), design).attribute(image(), target=target)
-    assert net.count.calls <= 2
+    assert net.count.calls <= 3
     assert net.training
 
 
@@ -243,7 +243,7 @@ def test_a_missing_target() -> None:
         explainer.attribute(image())
     with pytest.raises(TargetError, match=r"3 indices per example for outputs \(2, 2, 3, 2\), but got 1"):
         explainer.attribute(image(), target=1)
-    assert net.count.calls <= 4
+    assert net.count.calls <= 6  # a clean row is passed twice
 
 
 def test_a_target_where_there_is_nothing_to_choose() -> None:
@@ -258,7 +258,7 @@ def test_comparisons_of_one_class_with_itself(outcome: str) -> None:
         OutcomeError, match=rf"one for a single output .* but got '{outcome}'.*Write outcome=\"sigmoid\""
     ):
         CausalEffect(net, PixelMask("zero"), OneAtATime(), outcome=outcome).attribute(image())
-    assert net.count.calls <= 2
+    assert net.count.calls <= 3
     assert (
         CausalEffect(net, PixelMask("zero"), OneAtATime(), outcome="sigmoid").attribute(image()).shape == image().shape
     )
@@ -283,7 +283,7 @@ def test_outputs_that_are_not_finite() -> None:
     nn.init.constant_(net.linear.bias, torch.nan)
     with pytest.raises(ModelError, match="a model with finite outputs on the clean inputs"):
         CausalEffect(net, PixelMask("zero"), OneAtATime()).attribute(image())
-    assert net.count.calls <= 2
+    assert net.count.calls <= 3
 
 
 def test_a_callable_outcome_that_returns_something_else() -> None:

@@ -13,9 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from ce_plugin.designs import Design
 from ce_plugin.effects import Outcome
 from ce_plugin.effects.estimators import Effects, adjusted, difference_in_means, exact_difference
-from ce_plugin.effects.outcomes import check_outcome
+from ce_plugin.effects.outcomes import OUTCOMES, check_outcome
 from ce_plugin.effects.smooth import smooth
-from ce_plugin.errors import DesignError, ModelError, TargetError, expected
+from ce_plugin.errors import DesignError, ModelError, OutcomeError, TargetError, expected
 from ce_plugin.trials.batches import TrialSpec
 
 Target: TypeAlias = "int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | None"
@@ -62,7 +62,14 @@ def answers(
 
     Returns:
         For each head its answer, (N, U, C) tensors in the outcome's type, NaN where an example has no such unit.
+
+    Raises:
+        ModelError, OutcomeError: outcomes that are NaN or infinite.
     """
+    for name, outcome in outcomes.items():
+        ran = torch.arange(outcome.shape[1]) < torch.tensor(used)[:, None]
+        check_finite(spec, measure, outcome, ran)
+        check_finite(spec, measure, compared[name][:, None], ran.any(1, keepdim=True))
     drawn = [None if spec.design.exact else spec.assignments(i, 0, trials) for i, trials in enumerate(used)]
     random = [rows for rows in drawn if rows is not None]
     found = {}
@@ -86,6 +93,39 @@ def answers(
             outcomes=outcome if keep else None,
         )
     return found
+
+
+def check_finite(spec: TrialSpec, measure: OutcomeMeasure, outcomes: Tensor, ran: Tensor) -> None:
+    """Whether the outcomes of trials are numbers from which effects can be computed.
+
+    Args:
+        spec: the trials.
+        measure: by which outcomes were measured.
+        outcomes: (N, T, C).
+        ran: which of the trials were run, bool (N, T).
+
+    Raises:
+        ModelError: some are NaN or infinite, because outputs of the network are.
+        OutcomeError: they are, and the outputs are not.
+    """
+    bad = ~torch.isfinite(outcomes).all(-1) & ran.to(outcomes.device)
+    counts = bad.sum(1).tolist()  # the one look at values
+    if not any(counts):
+        return
+    examples = [i for i, count in enumerate(counts) if count]
+    first = examples[0]
+    where = f"{counts[first]} of {int(ran[first].sum())} trials of example {first}"
+    others = f" (and in {len(examples) - 1} other example(s))" if len(examples) > 1 else ""
+    if measure.outputs_finite is not None and bool(measure.outputs_finite):
+        hint = "Bound it where outputs are extreme: logarithms and quotients from below."
+        got = f"{measure.outcome.name!r}, which is NaN or infinite in {where}{others}"
+        raise OutcomeError(expected("outcome", f"finite under {spec.intervention!r}", got, hint))
+    wanted = f"a model with finite outputs under {spec.intervention!r}"
+    hint = (
+        "The network divides by, or takes a logarithm of, what this intervention sets. Set another value: another fill "
+        "(PixelMask('blur')), other baselines, or at a layer MeanOut(...)."
+    )
+    raise ModelError(expected("forward_func", wanted, f"NaN or infinity in {where}{others}", hint))
 
 
 def _effects(spec: TrialSpec, example: int, drawn: Tensor | None, outcomes: Tensor, compared: Tensor) -> Effects:
@@ -170,10 +210,11 @@ class OutcomeMeasure:
         targets: index into the flattened output for each example, (N,), or None where all are kept, by head.
         predicted: predicted class, (N,), or None where the output is not (N, C >= 2), by head.
         class_shapes: trailing shape of the outcomes, by head.
+        outputs_finite: whether all outputs were so far, bool (); None for outcomes that are finite where outputs are.
 
     Raises:
         ModelError: the reference's outputs are not finite, or there are several heads and one class is asked for.
-        OutcomeError: the outcome does not fit the output.
+        OutcomeError: the outcome does not fit the output, or is not finite for the reference's.
         TargetError: the target does not fit the output, or is missing where it is needed.
     """
 
@@ -190,6 +231,8 @@ class OutcomeMeasure:
             hint = "Name one with `output=`, or call `estimate`, which returns them all."
             raise ModelError(expected("forward_func", "a model with one output head", sorted(heads), hint))
         self.outcome = outcome
+        own_function = OUTCOMES.get(outcome.name) is not outcome
+        self.outputs_finite = torch.tensor(True) if own_function else None
         self._outputs = heads
         self.targets: dict[str, Tensor | None] = {}
         self.predicted: dict[str, Tensor | None] = {}
@@ -199,7 +242,7 @@ class OutcomeMeasure:
             if not bool(torch.isfinite(head).all()):
                 hint = "Check the inputs' range and the model's weights."
                 wanted = "a model with finite outputs on the clean inputs"
-                raise ModelError(expected("forward_func", wanted, "NaN", hint))
+                raise ModelError(expected("forward_func", wanted, "NaN or infinity", hint))
             check_outcome(outcome, head, warn=warn)
             deciding = head if decided is None else decided[name]
             self.predicted[name] = deciding.argmax(1) if head.dim() == 2 and head.shape[1] > 1 else None
@@ -208,6 +251,10 @@ class OutcomeMeasure:
             self.targets[name] = self._target(name, head, own, target, predicted_only)
             self.class_shapes[name] = () if self.targets[name] is not None else tuple(own.shape[1:])
             self.reference[name] = self._kept(name, own, torch.arange(len(head), device=head.device))
+            if own_function and not bool(torch.isfinite(self.reference[name]).all()):
+                hint = "Bound it where outputs are extreme: logarithms and quotients from below."
+                got = f"{outcome.name!r}, which is NaN or infinite"
+                raise OutcomeError(expected("outcome", "finite on the clean outputs", got, hint))
 
     def _target(self, name: str, head: Tensor, own: Tensor, target: Target, predicted_only: bool) -> Tensor | None:
         if not self.outcome.per_class:
@@ -235,6 +282,8 @@ class OutcomeMeasure:
         """Outcomes (B, C) of a batch of rows, each against its own example's reference."""
         measured = {}
         for name, head in heads.items():
+            if self.outputs_finite is not None:  # no look at values, which would make every batch wait
+                self.outputs_finite = torch.isfinite(head).all() & self.outputs_finite.to(head.device)
             measured[name] = self._kept(name, self.outcome(head, self._outputs[name][examples]), examples)
         return measured
 

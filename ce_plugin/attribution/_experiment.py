@@ -16,7 +16,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from ce_plugin.attribution._estimation import Answer, OutcomeMeasure, Target, answers, average, check_design
+from ce_plugin.attribution._estimation import (
+    Answer,
+    OutcomeMeasure,
+    Target,
+    answers,
+    average,
+    check_design,
+    check_finite,
+)
 from ce_plugin.designs import Design, EveryUnit, Joint
 from ce_plugin.effects import Estimate, Interactions, Outcome, half_width, pairwise
 from ce_plugin.errors import (
@@ -34,6 +42,7 @@ from ce_plugin.networks.guard import state_guard
 from ce_plugin.networks.layout import misfit
 from ce_plugin.networks.tracing import Untraceable, traced
 from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite, Masks, MaskUnits, Strides, Windows
+from ce_plugin.trials._repeats import check_repeated, close
 from ce_plugin.trials._routing import (
     CapturedSite,
     CapturingForward,
@@ -42,10 +51,9 @@ from ce_plugin.trials._routing import (
     LayerEvidence,
     Router,
     SiteHook,
-    close,
     hook_of,
 )
-from ce_plugin.trials._runner import AggregateError, Runner, as_one_row, run_aggregated
+from ce_plugin.trials._runner import AggregateError, Runner, run_aggregated
 from ce_plugin.trials.batches import Cost, TrialSpec, checked_values, free_memory, rows_of
 
 logger = logging.getLogger("ce_plugin")
@@ -156,7 +164,7 @@ class Experiment:
             if self.evidence_forwards:
                 self._check_target(self._first_outputs())
             for draw in range(self.n_draws):
-                draws.append(self._draw(draw))
+                draws.append(self._draw(draw, repeat=draw == 0))
                 if self.call.predicted_only and self.target is None:
                     # One class for all draws: differences between classes are no effects.
                     self.target = next(iter(draws[0].values())).target
@@ -171,14 +179,14 @@ class Experiment:
         """Pairwise interactions of each example's units; options are those of :func:`~ce_plugin.effects.pairwise`."""
         with self._guard():
             self._look()
-            spec, captured_site = self._set(0)
+            spec, captured_site = self._set(0, repeat=True)
             try:
                 return self._pairwise(spec, captured_site, **options)
             except Untraceable as failure:
                 return self._pairwise(spec, self.router.uncut(captured_site, failure), **options)
 
     def _pairwise(self, spec: TrialSpec, captured_site: CapturedSite, **options: Any) -> list[Interactions]:
-        captured_site, runner, heads = self.router.start(captured_site, self.runner, 1)
+        captured_site, runner, heads = self.router.start(captured_site, self.runner, 1, repeat=True)
         measure = self._measured(heads, captured_site.outputs)
         options.setdefault("batch_size", runner.rows or 32)
         options |= {"name": self.outcome.name, "device": spec.device, "dtype": spec.inputs[0].dtype}
@@ -186,6 +194,8 @@ class Experiment:
         for i in range(self.n):
             names = labels[i] if isinstance(labels[0], list) else labels
             outcome, n_units = flip_outcome(spec, captured_site, measure, i), int(spec.units.n_units[i])
+            if i == 0:
+                check_repeats(outcome, n_units)
             try:
                 found.append(pairwise(outcome, n_units, unit_labels=names, **options))
             except RuntimeError as error:
@@ -209,6 +219,8 @@ class Experiment:
         once += self.spec.repeats if self.design.reference == "all" else 0
         once += self.intervention.forward_equivalents + self.evidence_forwards
         passes = self.trials * each + self.n_draws * self.n * once + (self.evidence_forwards > 0)
+        # One clean row is run twice, and one trial.
+        passes += 1 + each
         if route == "full":
             passes += self.runner.layout_passes(self.inputs, self.args, self.trials)
         one = self.target is not None or self.call.predicted_only or not self.outcome.per_class
@@ -272,21 +284,32 @@ class Experiment:
         self.used = list(map(self.spec.n_trials, range(self.n)))
         check_design(self.spec)
 
-    def _first(self) -> tuple[tuple[Tensor, ...], tuple[object, ...]]:
-        """The first example's inputs and additional arguments, without its evidence."""
-        first = torch.tensor([0])
+    def _first(self, rows: int = 1) -> tuple[tuple[Tensor, ...], tuple[object, ...]]:
+        """The first examples' inputs and additional arguments, without their evidence."""
+        first = torch.arange(rows)
         return rows_of(self.inputs, self.n, first), rows_of(self.args, self.n, first)
 
     def _first_outputs(self) -> dict[str, Tensor]:
         """The first example's outputs, without its evidence."""
         known = None if self._example is None else self._example.outputs
-        return self.runner.evaluate(*self._first()) if known is None else known
+        return self.runner.first(self.inputs, self.args) if known is None else known
 
     def _look(self) -> None:
         """At a layer the units are known only when one example has passed through it."""
         if isinstance(self.site, InputSite) or self._example is not None:
             return
-        self._example = self.router.at(self.site, *self._first(), self.runner)
+        fewest = self.runner.fewest(self.n)
+        try:
+            example = self.router.at(self.site, *self._first(fewest), self.runner)
+        except CEPluginError:
+            raise
+        except Exception:
+            # Where it is the number of rows that the network cannot take, the pass of all examples says so.
+            if fewest < self.n:
+                self.router.at(self.site, self.inputs, self.args, self.runner)
+            raise
+        outputs = {name: head[:1] for name, head in (example.outputs or {}).items()}
+        self._example = replace(example, values=tuple(value[:1] for value in example.values), outputs=outputs)
         self._prepare(tuple(value.expand(self.n, *value.shape[1:]) for value in self._example.values))
 
     def _check_target(self, heads: dict[str, Tensor]) -> None:
@@ -301,26 +324,30 @@ class Experiment:
     ) -> OutcomeMeasure:
         return OutcomeMeasure(heads, self.outcome, self.target, self.call.predicted_only, decided, warn)
 
-    def _draw(self, draw: int) -> dict[str, Answer]:
+    def _draw(self, draw: int, repeat: bool) -> dict[str, Answer]:
         """The effects under one draw of the random evidence."""
-        spec, captured_site = self._set(draw)
+        spec, captured_site = self._set(draw, repeat)
         try:
-            return self._answers(spec, captured_site)
+            return self._answers(spec, captured_site, repeat)
         except Untraceable as failure:
-            return self._answers(spec, self.router.uncut(captured_site, failure))
+            return self._answers(spec, self.router.uncut(captured_site, failure), repeat)
 
-    def _answers(self, spec: TrialSpec, captured_site: CapturedSite) -> dict[str, Answer]:
+    def _answers(self, spec: TrialSpec, captured_site: CapturedSite, repeat: bool) -> dict[str, Answer]:
         """The effects in trials from this site.
+
+        Args:
+            spec, captured_site: the experiment.
+            repeat: run one clean row and one trial twice, which must give the same.
 
         Raises:
             Untraceable: they were to be run through a part of the network, which fails.
         """
         try:
-            captured_site, runner, heads, measure = self._start(spec, captured_site)
+            captured_site, runner, heads, measure = self._start(spec, captured_site, repeat)
             check_memory(spec, measure, max(self.used))
             if self.call.until is not None:
-                return answers_until(spec, runner, measure, self.used, self.call.until, self.call.keep_trials)
-            outcomes = runner.run(spec, 0, max(self.used), measure)
+                return answers_until(spec, runner, measure, self.used, self.call.until, self.call.keep_trials, repeat)
+            outcomes = runner.run(spec, 0, max(self.used), measure, repeat=repeat)
             compared = measure.reference
             if spec.design.reference == "all":
                 every = runner.run(replace(spec, design=EveryUnit()), 0, 1, measure)
@@ -331,7 +358,7 @@ class Experiment:
         except AggregateError:
             return self._aggregated(spec, self.runner.of(captured_site.forward))
 
-    def _set(self, draw: int) -> tuple[TrialSpec, CapturedSite]:
+    def _set(self, draw: int, repeat: bool) -> tuple[TrialSpec, CapturedSite]:
         """The trials under one draw of the random evidence, and the site; assignments are drawn anew for each."""
         context = replace(self.context, seed=self.seed + draw)
         design = self.design if draw == 0 else self.design.reseeded(self.design.seed + draw)
@@ -341,11 +368,11 @@ class Experiment:
             forward, args = layers_with_evidence(forward, inputs, args, self.evidences, context, draw)
         if isinstance(self.site, InputSite):
             captured_site = CapturedSite(forward, inputs, args)
-        elif self._example is not None and self.n == 1 and not self.evidences:
+        elif self._example is not None and self.n == 1 and not (self.evidences or repeat):
             captured_site = self._example
         else:
             runner = self.runner if forward is self.forward else self.runner.of(forward)
-            captured_site = self.router.at(self.site, inputs, args, runner)
+            captured_site = self.router.at(self.site, inputs, args, runner, repeat)
             if self._example is None:
                 self._prepare(captured_site.values)
         at = captured_site.forward
@@ -361,7 +388,7 @@ class Experiment:
         return spec, captured_site
 
     def _start(
-        self, spec: TrialSpec, captured_site: CapturedSite
+        self, spec: TrialSpec, captured_site: CapturedSite, repeat: bool
     ) -> tuple[CapturedSite, Runner, dict[str, Tensor], OutcomeMeasure]:
         """What runs the trials, the reference's outputs, and how trials are measured against them.
 
@@ -369,7 +396,7 @@ class Experiment:
         """
         known = captured_site.outputs
         if known is None:
-            captured_site, runner, known = self.router.start(captured_site, self.runner, self.trials)
+            captured_site, runner, known = self.router.start(captured_site, self.runner, self.trials, repeat)
             measure = self._measured(known)
             followed = self.router.followed(captured_site, spec)
             if followed is captured_site:
@@ -401,11 +428,9 @@ class Experiment:
             hint = "Leave out `until=`, `ids=` and masks that differ between examples."
             wanted = "a model that returns one value per example for these options"
             raise ModelError(expected("forward_func", wanted, "one value per batch", hint))
-        # Copies, because a network may write to its input.
-        raw = runner.evaluate(tuple(x.clone() for x in spec.inputs), spec.args)
-        heads = {name: as_one_row(head) for name, head in raw.items()}
+        heads = runner.evaluate_aggregated(spec.inputs, spec.args, repeat=True)
         if any(heads[name].shape != one.shape for name, one in self._first_outputs().items()):
-            shapes = [tuple(head.shape) for head in raw.values()]
+            shapes = [tuple(head.shape) for head in heads.values()]
             wanted = "a model with one value per example in every output"
             got = f"shapes {shapes} for {spec.n} examples, some not one for each"
             raise ModelError(expected("forward_func", wanted, got, "Name the part to explain with `output=`."))
@@ -655,7 +680,13 @@ def check_memory(spec: TrialSpec, measure: OutcomeMeasure, trials: int) -> None:
 
 
 def answers_until(
-    spec: TrialSpec, runner: Runner, measure: OutcomeMeasure, most: list[int], until: float, keep: bool
+    spec: TrialSpec,
+    runner: Runner,
+    measure: OutcomeMeasure,
+    most: list[int],
+    until: float,
+    keep: bool,
+    repeat: bool = False,
 ) -> dict[str, Answer]:
     """Rounds of trials; an example leaves when all its intervals are at most ``until`` to either side.
 
@@ -664,6 +695,7 @@ def answers_until(
         most: the largest number of trials of each example.
         until: half-width of the 95 % intervals.
         keep: keep the trials in the answers.
+        repeat: run one trial twice, which must give the same.
     """
     n, last = spec.n, max(most)
     outcomes: dict[str, Tensor] = {}
@@ -671,7 +703,7 @@ def answers_until(
     found: dict[str, Answer] = {}
     while active and done < last:
         stop = min(last, _FIRST if done == 0 else done + _ROUND)
-        new = runner.run(spec, done, stop, measure, active)
+        new = runner.run(spec, done, stop, measure, active, repeat and done == 0)
         outcomes = {name: torch.cat([outcomes[name], new[name]], 1) if outcomes else new[name] for name in new}
         used = [min(stop, most[i]) if i in active else used[i] for i in range(n)]
         done = stop
@@ -727,6 +759,22 @@ def flip_outcome(
         values = tuple(x + weight.to(x.device) * (x1 - x) for x, x1, weight in zip(clean, do, weights, strict=True))
         heads = captured_site.forward(values, spec.args_of(examples))
         (found,) = measure(heads, examples.to(states.device)).values()
+        check_finite(spec, measure, found[None].detach(), torch.ones(1, len(found), dtype=torch.bool))
         return found
 
     return outcome
+
+
+def check_repeats(outcome: Callable[[Tensor], Tensor], n_units: int) -> None:
+    """That the state with every unit set has one outcome, by itself and beside the clean state.
+
+    Raises:
+        ModelError: it has not: the network is random, or mixes the rows of a batch.
+    """
+
+    def alone() -> dict[str, Tensor]:
+        return {"": outcome(torch.ones(1, n_units))}
+
+    with torch.no_grad():
+        both = outcome(torch.tensor([[0.0], [1.0]]).expand(2, n_units))
+        check_repeated({"": both[1:]}, alone, {"": both})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ce_plugin.errors import ArgumentError, CEPluginError, InputError, ModelError, expected, unknown_name
 from ce_plugin.networks.forward import OutputSelector, select_logits
 from ce_plugin.networks.guard import state_guard, turn
-from ce_plugin.networks.tracing import HookPoint
+from ce_plugin.networks.tracing import Element, HookPoint, as_path, spliced
 
 Layer = Union[str, nn.Module]
 
@@ -242,7 +242,7 @@ class HookCalls:
     """
 
     calls: int = 0
-    element: int | None = None
+    element: Element = None
 
 
 @contextmanager
@@ -269,9 +269,14 @@ def hooked(point: HookPoint, act: Callable[[Tensor], Tensor | None], name: str) 
         here, found.calls = found.calls == point.call, found.calls + 1
         if not here:
             return None
-        value, found.element = _part(parts, point, name)
-        new = act(value)
-        return None if new is None else _replaced(parts, found.element, new)
+        found.element = _element(parts, point, name)
+        path = as_path(found.element)
+        new = act(part_of(parts, path).transpose(0, point.rows))
+        # Recurrent modules take contiguous states only.
+        if new is None:
+            return None
+        # Recurrent modules take contiguous states only.
+        return _replaced(parts, path, new.transpose(0, point.rows).contiguous() if point.rows else new)
 
     handle = module.register_forward_pre_hook(hook) if point.at_input else module.register_forward_hook(hook)
     try:
@@ -286,30 +291,66 @@ def hooked(point: HookPoint, act: Callable[[Tensor], Tensor | None], name: str) 
         raise ModelError(expected("call", f"below {found.calls}", got))
 
 
-def _part(parts: Any, point: HookPoint, name: str) -> tuple[Tensor, int | None]:
-    if isinstance(parts, Tensor) and point.element is None:
-        return parts, None
-    every = list(parts) if isinstance(parts, (tuple, list)) else []
-    tensors = [k for k, part in enumerate(every) if isinstance(part, Tensor)]
-    if point.element is not None and point.element in tensors:
-        return every[point.element], point.element
+def rows_dim(module: nn.Module, element: Element, at_input: bool) -> int:
+    """The dimension that counts the examples in what a module takes or returns: 0, but for recurrent ones.
+
+    Example:
+        >>> lstm = nn.LSTM(2, 3, batch_first=True)
+        >>> rows_dim(lstm, 0, at_input=False), rows_dim(lstm, (1, 0), at_input=False)
+        (0, 1)
+    """
+    if not isinstance(module, nn.RNNBase):
+        return 0
+    # The states are (layers, N, H); the sequence is (T, N, H) unless the module says otherwise.
+    is_sequence = as_path(element) in ((0,), ()) if at_input else as_path(element) == (0,)
+    return 0 if is_sequence and module.batch_first else 1
+
+
+def part_of(parts: Any, path: tuple[int, ...]) -> Any:
+    """What is at this path in containers."""
+    for index in path:
+        parts = parts[index]
+    return parts
+
+
+def _element(parts: Any, point: HookPoint, name: str) -> Element:
+    """Which part of what a layer takes or returns is its value.
+
+    Raises:
+        InputError: there is no such tensor, or there are several and none was named.
+    """
+    paths = list(_tensors(parts))
+    named = None if point.element is None else as_path(point.element)
+    if named in paths:
+        return point.element
     # The first argument is a layer's input; of several outputs none is *the* output.
-    if point.element is None and tensors and (point.at_input or len(tensors) == 1):
-        return every[tensors[0]], tensors[0]
-    side = "takes" if point.at_input else "returns"
-    got = f"{name!r}, which {side} {type(parts).__name__}" + (f" with tensors at {tensors}" if every else "")
-    hint = f"Say which: `LayerSite(layer, element={tensors[0]})`." if tensors else ""
-    wanted = "a layer with a tensor as its value" if point.element is None else f"one with a tensor at {point.element}"
+    if named is None and paths and (point.at_input or len(paths) == 1):
+        return _short(paths[0])
+    side, shown = "takes" if point.at_input else "returns", [_short(path) for path in paths]
+    got = f"{name!r}, which {side} {type(parts).__name__}" + (f" with tensors at {shown}" if any(paths) else "")
+    hint = f"Say which: `LayerSite(layer, element={shown[0]})`." if any(paths) else ""
+    wanted = "a layer with a tensor as its value" if named is None else f"one with a tensor at {point.element}"
     raise InputError(expected("layer", wanted, got, hint))
 
 
-def _replaced(parts: Any, element: int | None, new: Tensor) -> Any:
-    if element is None:
+def _short(path: tuple[int, ...]) -> Element:
+    return None if not path else path[0] if len(path) == 1 else path
+
+
+def _tensors(parts: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
+    """Where in nested tuples and lists there are tensors."""
+    if isinstance(parts, Tensor):
+        yield path
+    elif isinstance(parts, (tuple, list)):
+        for index, part in enumerate(parts):
+            yield from _tensors(part, (*path, index))
+
+
+def _replaced(parts: Any, path: tuple[int, ...], new: Tensor) -> Any:
+    if not path:
         return new
-    every = [new if k == element else part for k, part in enumerate(parts)]
-    if hasattr(parts, "_fields"):
-        return type(parts)(*every)
-    return every if isinstance(parts, list) else tuple(every)
+    first, *rest = path
+    return spliced(parts, _replaced(parts[first], tuple(rest), new), first)
 
 
 def keep_copy(store: list[Tensor], value: Tensor) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, TypeAlias, Union
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,6 +28,15 @@ _DEPTH = 3
 _TRACING = threading.RLock()
 
 
+# Which part of a container: an index, or the indices of a container inside it, and of a part of that.
+Element: TypeAlias = Union[int, tuple[int, ...], None]
+
+
+def as_path(element: Element) -> tuple[int, ...]:
+    """An element's indices, one for each level; none for the value itself."""
+    return () if element is None else element if isinstance(element, tuple) else (element,)
+
+
 @dataclass(frozen=True)
 class HookPoint:
     """Where in a network an experiment sets a value.
@@ -35,18 +44,20 @@ class HookPoint:
     Args:
         module: the module whose output is set; None: the network's first tensor input.
         at_input: the module's input instead of its output.
-        element: which element of a tuple output, or which of the positional inputs.
+        element: which element of a tuple output, or which of the positional inputs; indices for one in a tuple inside.
         call: which call, of a module that the network calls several times.
+        rows: dimension of the value that counts the examples; experiments see it as the first.
 
     Example:
         >>> HookPoint(nn.ReLU(), at_input=True)
-        HookPoint(module=ReLU(), at_input=True, element=None, call=0)
+        HookPoint(module=ReLU(), at_input=True, element=None, call=0, rows=0)
     """
 
     module: nn.Module | None = None
     at_input: bool = False
-    element: int | None = None
+    element: Element = None
     call: int = 0
+    rows: int = 0
 
 
 class Untraceable(Exception):  # noqa: N818 - not an error of the user's: the run takes another way
@@ -98,7 +109,7 @@ class TracedRoot(nn.Module):
             if isinstance(arg, Tensor) or arg is INPUT:
                 args[position], tensors = given[tensors], tensors + 1
         if self.point.module is None:
-            element = self.point.element or 0
+            (element,) = as_path(self.point.element) or (0,)
             args[element] = _mark(args[element], self.decoder)
         # The output of a graph keeps no classes of containers: they are kept here, and its output are the leaves.
         leaves: list[Any] = []
@@ -128,9 +139,12 @@ def mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
     return leaf(value)
 
 
-def _mark(value: Any, decoder: nn.Module | None) -> Any:
+def _mark(value: Any, decoder: nn.Module | None, rows: int = 0) -> Any:
+    value = value.transpose(0, rows) if rows else value
     marked = value.tracer.create_proxy("call_function", site, (value,), {})
-    return marked if decoder is None else decoder(marked)
+    marked = marked if decoder is None else decoder(marked)
+    # Recurrent modules take contiguous states only.
+    return marked.transpose(0, rows).contiguous() if rows else marked
 
 
 def record(root: TracedRoot) -> fx.Graph:
@@ -268,18 +282,21 @@ class _Tracer(fx.Tracer):
 
     def _with_marked_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         values, names = [*args, *kwargs.values()], list(kwargs)
-        element = self.point.element or 0
-        values[element] = _mark(values[element], self.decoder)
+        values = self._with_mark(values, as_path(self.point.element) or (0,))
         return tuple(values[: len(args)]), dict(zip(names, values[len(args) :], strict=True))
 
     def _with_marked_output(self, output: Any) -> Any:
-        element = self.point.element
-        if element is None:
-            return _mark(output, self.decoder)
-        marked = _mark(output[element], self.decoder)
-        if isinstance(output, fx.Proxy):
-            return self.create_proxy("call_function", spliced, (output, marked, element), {})
-        return spliced(output, marked, element)
+        return self._with_mark(output, as_path(self.point.element))
+
+    def _with_mark(self, value: Any, path: tuple[int, ...]) -> Any:
+        """A value, or the part of it that is at this path, marked."""
+        if not path:
+            return _mark(value, self.decoder, self.point.rows)
+        first, *rest = path
+        marked = self._with_mark(value[first], tuple(rest))
+        if isinstance(value, fx.Proxy):
+            return self.create_proxy("call_function", spliced, (value, marked, first), {})
+        return spliced(value, marked, first)
 
 
 def _call_pre_hooks(m: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ce_plugin.errors import InputError, ModelError, expected
 from ce_plugin.interventions.base import Context, Intervention
-from ce_plugin.networks.forward import Forward, Shared, double, is_opaque, select_heads
+from ce_plugin.networks.forward import Forward, Shared, is_opaque, select_heads
 from ce_plugin.networks.graph import Suffix, SuffixConstants
-from ce_plugin.networks.layers import find_layer, hooked, keep_copy
-from ce_plugin.networks.tracing import HookPoint, Untraceable, traced
+from ce_plugin.networks.layers import find_layer, hooked, keep_copy, rows_dim
+from ce_plugin.networks.tracing import Element, HookPoint, Untraceable, traced
 from ce_plugin.sites import ConceptSite, LayerSite
 from ce_plugin.trials._incremental import IncrementalTrials, with_rows
+from ce_plugin.trials._repeats import check_deterministic, close
 from ce_plugin.trials._runner import AggregateError, Runner
 from ce_plugin.trials.batches import TrialSpec, checked_values, rows_of
 
@@ -29,8 +30,6 @@ SITE = "\0site"
 # Windows are followed where there are so many trials, of a network with so many operations a pass, of which they save
 # so many: gathering and pasting crops takes time that operations do not show.
 _MANY, _SMALL, _PAYS = 32, 2e7, 0.5
-# How far two ways of computing the same outputs may be apart, in multiples of the largest output.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 class _Reached(Exception):  # noqa: N818 - ends a pass, and is no error
@@ -61,7 +60,8 @@ def hook_of(site: LayerSite | ConceptSite, networks: list[nn.Module]) -> SiteHoo
     """
     layer = site.place if isinstance(site, ConceptSite) else site
     name, module = find_layer(networks, layer.layer)
-    point = HookPoint(module, at_input=layer.at_input, element=layer.element, call=layer.call or 0)
+    rows = rows_dim(module, layer.element, layer.at_input)
+    point = HookPoint(module, at_input=layer.at_input, element=layer.element, call=layer.call or 0, rows=rows)
     if isinstance(site, ConceptSite):
         return SiteHook(name, point, site.autoencoder.encoder, site.autoencoder.decoder)
     return SiteHook(name, point)
@@ -79,7 +79,7 @@ class CapturingForward(Forward):
     def __init__(self, forward: Forward, place: SiteHook, once: bool) -> None:
         self.forward, self.place, self.once = forward, place, once
         self.modules, self.learned = forward.modules, {}
-        self.element: int | None = None
+        self.element: Element = None
 
     def __call__(self, inputs: tuple[Tensor, ...], args: tuple[object, ...] = ()) -> dict[str, Tensor]:
         store: list[Tensor] = []
@@ -270,9 +270,20 @@ class Router:
     _paying: dict[object, bool] = field(default_factory=dict)
 
     def at(
-        self, site: LayerSite | ConceptSite, inputs: tuple[Tensor, ...], args: tuple[object, ...], runner: Runner
+        self,
+        site: LayerSite | ConceptSite,
+        inputs: tuple[Tensor, ...],
+        args: tuple[object, ...],
+        runner: Runner,
+        repeat: bool = False,
     ) -> CapturedSite:
         """The site's values for these inputs, and the network from there.
+
+        Args:
+            site: where.
+            inputs, args: of the network, (N, ...) each.
+            runner: of the network.
+            repeat: pass the last example once more, which must give the same.
 
         Raises:
             ModelError: the layer is not reached or reached several times; the network is not deterministic; or
@@ -284,7 +295,7 @@ class Router:
         capturing = CapturingForward(runner.forward, place, once=layer.call is None)
         started = time.perf_counter()
         try:
-            heads = runner.of(capturing).reference(inputs, args, 1)
+            heads = runner.of(capturing).reference(inputs, args, 1, repeat)
         except AggregateError as error:
             wanted = "one value, and one output of the network, for each example"
             raise InputError(expected("layer", f"a layer with {wanted}", f"another from {place.name!r}")) from error
@@ -337,11 +348,12 @@ class Router:
         return self._paying[key]
 
     def start(
-        self, captured_site: CapturedSite, runner: Runner, trials: int
+        self, captured_site: CapturedSite, runner: Runner, trials: int, repeat: bool = False
     ) -> tuple[CapturedSite, Runner, dict[str, Tensor]]:
         """The reference's outputs, (N, ...) for each head, and what the trials are run with.
 
         The part of the network that is cut out must return what the network returns, or the whole network is used.
+        Where the site is the input, ``repeat`` passes the last example once more; at a layer :meth:`at` has done so.
 
         Raises:
             ModelError: the network is not deterministic.
@@ -349,20 +361,22 @@ class Router:
         """
         own = runner.of(captured_site.forward)
         own.flips = captured_site.flips
-        heads = own.reference(captured_site.values, captured_site.args, trials)
+        at_input = not isinstance(captured_site.forward, ForwardFromSite)
+        heads = own.reference(captured_site.values, captured_site.args, trials, repeat and at_input)
         whole = captured_site.whole or captured_site.forward
         if not isinstance(whole, ForwardFromSite):
             return captured_site, own, heads
         known = captured_site.outputs if whole.place.decoder is None else None
-        first, one = captured_site.values[0][:1], torch.tensor([0])
+        few = torch.arange(runner.fewest(len(whole.inputs[0])))
+        first = captured_site.values[0][few.to(captured_site.values[0].device)]
         with torch.inference_mode():
             started = time.perf_counter()
-            wanted = known or whole.full(first, one)
+            wanted = known or whole.full(first, few)
             captured_site = replace(captured_site, seconds=captured_site.seconds or time.perf_counter() - started)
-            if close(heads if known else {name: head[:1] for name, head in heads.items()}, wanted):
+            if close(heads if known else {name: head[: len(few)] for name, head in heads.items()}, wanted):
                 return captured_site, own, heads
-            again = whole.full(first, one)
-        check_deterministic({name: head[:1] for name, head in wanted.items()}, again)
+            again = whole.full(first, few)
+        check_deterministic({name: head[: len(few)] for name, head in wanted.items()}, again)
         if captured_site.whole is None:
             hint = "Take another layer, or its input (`LayerSite(layer, at_input=True)`)."
             got = f"{whole.place.name!r}, whose own value put back changes the outputs"
@@ -436,31 +450,3 @@ def _key(place: SiteHook, inputs: tuple[Tensor, ...], args: tuple[object, ...]) 
     """What a traced part of a network belongs to."""
     fixed = [arg if isinstance(arg, (str, int, float, bool, type(None))) else id(arg) for arg in args]
     return (place.point, id(place.decoder), len(inputs), *fixed)
-
-
-def check_deterministic(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    """That two passes of the same input give the same outputs.
-
-    Raises:
-        ModelError: they do not.
-    """
-    if close(first, second):
-        return
-    gap = max(float((double(first[k]) - double(second[k])).abs().max()) for k in first)
-    hint = "Seed or switch off what is random (dropout that ignores eval mode, random transforms)."
-    got = f"outputs that differ by {gap:.2g} between two passes of the same input"
-    raise ModelError(expected("forward_func", "a deterministic model", got, hint))
-
-
-def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Whether two sets of outputs are equal up to rounding."""
-    if a.keys() != b.keys():
-        return False
-    for k in a:
-        one, other = double(a[k]), double(b[k])
-        if one.shape != other.shape:
-            return False
-        tolerance = _TOLERANCE.get(a[k].dtype, 1e-4) * float(one.abs().max().clamp(min=1e-12))
-        if not bool(((one - other).abs() <= tolerance).all()):
-            return False
-    return True

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ce_plugin.errors import CEPluginError, ModelError, expected
 from ce_plugin.networks.forward import Forward, is_opaque
+from ce_plugin.networks.graph import Untraceable
 from ce_plugin.trials._incremental import IncrementalTrials
+from ce_plugin.trials._repeats import check_repeated, random_marks
 from ce_plugin.trials.batches import (
     BatchSize,
     Counterfactuals,
@@ -35,6 +40,19 @@ class AggregateError(Exception):
     """The forward function returned one value for the batch, not one per row."""
 
 
+@dataclass
+class _Shared:
+    """What runners of one experiment know in common.
+
+    Args:
+        passes: rows that went through the network, or a part of it.
+        drawn: whether a pass of the clean inputs drew random numbers.
+    """
+
+    passes: int = 0
+    drawn: bool = False
+
+
 class Runner:
     """Evaluates trials in batches.
 
@@ -57,7 +75,7 @@ class Runner:
         self.rows = rows
         self.memory_budget = memory_budget
         self.show_progress = show_progress
-        self._spent = [0]
+        self._shared = _Shared()
         self._row_bytes = 1
         self._channels_last = False
         self._values = Counterfactuals(self._laid_out)
@@ -66,14 +84,14 @@ class Runner:
     @property
     def passes(self) -> int:
         """Rows that went through the network, or a part of it, so far."""
-        return self._spent[0]
+        return self._shared.passes
 
     def of(self, forward: Forward) -> Runner:
         """A runner of another function with the same limits, whose passes count here too."""
         if forward is self.forward:
             return self
         other = Runner(forward, self.rows, self.memory_budget, self.show_progress)
-        other._spent = self._spent
+        other._shared = self._shared
         return other
 
     def evaluate(self, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> dict[str, Tensor]:
@@ -83,7 +101,7 @@ class Runner:
         with torch.inference_mode():
             heads = self.forward(inputs, args)
         rows, device = len(inputs[0]), inputs[0].device
-        self._spent[0] += rows
+        self._shared.passes += rows
         ordinary = {}
         for name, head in heads.items():
             # A clone made outside of inference mode is an ordinary tensor: autograd and in-place writes work on it.
@@ -92,16 +110,55 @@ class Runner:
             ordinary[name] = as_one_row(clone) if rows == 1 else clone
         return ordinary
 
-    def reference(self, inputs: tuple[Tensor, ...], args: tuple[object, ...], trials: int) -> dict[str, Tensor]:
+    def evaluate_aggregated(
+        self, inputs: tuple[Tensor, ...], args: tuple[object, ...], repeat: bool
+    ) -> dict[str, Tensor]:
+        """The one value that a network returns for a batch, (1, ...) for each head; ``repeat`` passes it twice.
+
+        Raises:
+            ModelError: the network is not deterministic.
+        """
+
+        def run() -> dict[str, Tensor]:
+            # Copies, because a network may write to its input.
+            heads = self.evaluate(tuple(x.clone() for x in inputs), args)
+            return {name: as_one_row(head) for name, head in heads.items()}
+
+        marks = random_marks(inputs[0].device) if repeat else ()
+        found = run()
+        if repeat:
+            check_repeated(found, run, found, drawn=marks != random_marks(inputs[0].device))
+        return found
+
+    def fewest(self, n: int) -> int:
+        """How many of N examples to pass where one would do: all of them where a network may insist on their number."""
+        return min(self.rows or 1, n)
+
+    def first(self, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> dict[str, Tensor]:
+        """The outputs of the first example, (1, ...) for each head."""
+        n = len(inputs[0])
+        examples = torch.arange(self.fewest(n))
+        heads = self._sized(inputs, args, examples)
+        return {
+            name: head[:1] if len(examples) > 1 and head.dim() else as_one_row(head) for name, head in heads.items()
+        }
+
+    def reference(
+        self, inputs: tuple[Tensor, ...], args: tuple[object, ...], trials: int, repeat: bool = False
+    ) -> dict[str, Tensor]:
         """The outputs of the inputs as they are, (N, ...) for each head; learns memory and layout for ``trials``.
+
+        With ``repeat`` the last example, which shared its pass with others, passes once more by itself.
 
         Raises:
             AggregateError: the network returns one value per batch.
+            ModelError: the network is random, mixes examples, or takes no other number of rows than N.
         """
         if self.flips is not None:
             return self.flips.reference(len(inputs[0]))
         self._channels_last = trials >= _MANY and self._likes_channels_last(inputs, args)
         n, start, most = len(inputs[0]), 0, self.rows or _REFERENCE_ROWS
+        marks = random_marks(inputs[0].device) if repeat else ()
         parts: list[dict[str, Tensor]] = []
         # The first example goes alone, since it shows how much memory the others will take.
         step = self.rows or 1
@@ -110,7 +167,7 @@ class Runner:
             some = rows_of(inputs, n, examples)
             try:
                 with bytes_per_row(self.forward.modules, len(examples), some) as measure:
-                    heads = self.evaluate(some, rows_of(args, n, examples))
+                    heads = self._sized(inputs, args, examples)
             except torch.OutOfMemoryError:
                 if len(examples) == 1:
                     raise
@@ -121,10 +178,49 @@ class Runner:
             parts.append(heads)
             start += len(examples)
             step = min(self.rows or self._affordable(inputs[0].device), most)
-        return joined(parts)
+        found = joined(parts)
+        if repeat:
+            self._shared.drawn = marks != random_marks(inputs[0].device)
+            self._repeat_last(inputs, args, found, 1 if self.rows is None else len(examples))
+        return found
+
+    def _repeat_last(
+        self, inputs: tuple[Tensor, ...], args: tuple[object, ...], found: dict[str, Tensor], rows: int
+    ) -> None:
+        """Pass the last example again: alone, or before others, where the number of rows is not to change."""
+        n = len(inputs[0])
+        examples = torch.arange(n - rows, n).roll(1)
+
+        def again() -> dict[str, Tensor]:
+            heads = self.evaluate(rows_of(inputs, n, examples), rows_of(args, n, examples))
+            _check_rows(heads, len(examples), found)
+            return {name: head[:1] for name, head in heads.items()}
+
+        last = {name: head[-1:] for name, head in found.items()}
+        check_repeated(last, again, found, self._shared.drawn)
+
+    def _sized(self, inputs: tuple[Tensor, ...], args: tuple[object, ...], examples: Tensor) -> dict[str, Tensor]:
+        """The outputs of some of N examples.
+
+        Raises:
+            ModelError: the network fails for so many rows, but not for N.
+        """
+        n = len(inputs[0])
+
+        def run(rows: Tensor) -> dict[str, Tensor]:
+            return self.evaluate(rows_of(inputs, n, rows), rows_of(args, n, rows))
+
+        with _any_number_of_rows(len(examples), n, lambda: run(torch.arange(n))):
+            return run(examples)
 
     def run(
-        self, spec: TrialSpec, start: int, stop: int, measure: Measure, active: list[int] | None = None
+        self,
+        spec: TrialSpec,
+        start: int,
+        stop: int,
+        measure: Measure,
+        active: list[int] | None = None,
+        repeat: bool = False,
     ) -> dict[str, Tensor]:
         """Outcomes of the trials ``start`` to ``stop`` of every example.
 
@@ -133,6 +229,7 @@ class Runner:
             start, stop: range of trials; an example with fewer has NaN in place of those it lacks.
             measure: from outputs to outcomes.
             active: indices of the examples that are wanted; None means all.
+            repeat: pass one row of the first batch once more, alone, which must give the same.
 
         Returns:
             (N, stop - start, C) for each head. In an exact design with several alternative values, every trial is
@@ -140,6 +237,7 @@ class Runner:
 
         Raises:
             AggregateError: the network returns one value per batch.
+            ModelError: the network is random, mixes examples, or takes no other number of rows than N.
         """
         wanted, total = [], 0
         for example in range(spec.n) if active is None else active:
@@ -157,11 +255,49 @@ class Runner:
                         heads = self._pass(spec, rows, values, size, flips)
                     if flips is not None and self.rows is None:
                         size.settle(*flips.rows(self._budget(spec.device), spec.device))
+                    if repeat:
+                        self._repeat_trial(spec, rows, values, heads, flips, min(size.rows, len(rows)))
+                        repeat = False
                     outcomes.add(measure(heads, rows.examples.to(spec.device)), rows)
                     bar.update(len(rows))
         if flips is None and size.fastest is not None:
             self.forward.learned[_key("rows", spec.inputs, spec.args)] = size.fastest
         return outcomes.means()
+
+    def _repeat_trial(
+        self,
+        spec: TrialSpec,
+        rows: TrialBatch,
+        values: Values | None,
+        heads: dict[str, Tensor],
+        flips: IncrementalTrials | None,
+        passed: int,
+    ) -> None:
+        """Pass the row that is least like the others again: alone, or behind clean ones, where B is not to change."""
+        unlike = torch.zeros(len(rows), device=spec.device)
+        for head in heads.values():
+            wide = head.reshape(len(rows), -1).float()
+            unlike = unlike + (wide - wide.mean(0)).abs().amax(1)
+        k = int(unlike[1:].argmax()) + 1 if len(rows) > 1 else 0  # alone it will be the first: here it is not
+        one, first = rows[k : k + 1], {name: head[k : k + 1] for name, head in heads.items()}
+        clean = 0 if self.rows is None else passed - 1
+        examples = one.examples.expand(clean + 1)
+        inputs = []
+        for x, do in zip(spec.inputs, self._intervened(spec, one, values), strict=True):
+            beside = self._laid_out(x[examples[:clean].to(x.device)])
+            inputs.append(torch.cat([beside, do]))
+
+        def again() -> dict[str, Tensor]:
+            if flips is not None and values is not None:
+                return flips(spec, one, values)
+            # Copies, because a network may write to its input.
+            found = self.evaluate(tuple([x.clone() for x in inputs]), spec.args_of(examples))
+            _check_rows(found, len(examples), heads)
+            return {name: head[clean:] for name, head in found.items()}
+
+        if values is None:  # they depend on the trial, and may be drawn anew: two passes of the same are compared
+            first = again()
+        check_repeated(first, again, heads, self._shared.drawn)
 
     def _budget(self, device: torch.device) -> int:
         return self.memory_budget if self.memory_budget is not None else free_memory(device) // 2
@@ -191,7 +327,13 @@ class Runner:
             if flips is not None and values is not None:
                 heads = flips(spec, rows, values)
             else:
-                heads = self.evaluate(self._intervened(spec, rows, values), spec.args_of(rows.examples))
+
+                def run(some: TrialBatch) -> dict[str, Tensor]:
+                    return self.evaluate(self._intervened(spec, some, values), spec.args_of(some.examples))
+
+                as_many = torch.arange(spec.n) % len(rows)
+                with _any_number_of_rows(len(rows), spec.n, lambda: run(rows[as_many])):
+                    heads = run(rows)
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise
@@ -240,12 +382,13 @@ class Runner:
             return False
         key = _key("channels_last", inputs, args)
         if key not in self.forward.learned:
-            rest = rows_of(args, len(inputs[0]), torch.zeros(1, dtype=torch.int64))
-            # Copies, because a network may write to its input.
-            plain = self.evaluate(tuple([x[:1].clone() for x in inputs]), rest)
-            self._channels_last = True
+            few = self.fewest(len(inputs[0]))
+            rest = rows_of(args, len(inputs[0]), torch.arange(few))
             try:
-                other = self.evaluate(tuple([x[:1].clone() for x in inputs]), rest)
+                # Copies, because a network may write to its input.
+                plain = self.evaluate(tuple([x[:few].clone() for x in inputs]), rest)
+                self._channels_last = True
+                other = self.evaluate(tuple([x[:few].clone() for x in inputs]), rest)
                 same = all(torch.allclose(plain[k].float(), other[k].float(), rtol=1e-3, atol=1e-4) for k in plain)
             except (RuntimeError, ValueError, AssertionError):  # the ways in which networks refuse a layout
                 same = False
@@ -266,7 +409,41 @@ class Runner:
     def layout_passes(self, inputs: tuple[Tensor, ...], args: tuple[object, ...], trials: int) -> int:
         """How many rows a run of so many trials takes to find out which memory layout the network likes."""
         known = _key("channels_last", inputs, args) in self.forward.learned
-        return 2 if trials >= _MANY and not known and self._has_layouts(inputs) else 0
+        few = self.fewest(len(inputs[0]))
+        return 2 * few if trials >= _MANY and not known and self._has_layouts(inputs) else 0
+
+
+@contextmanager
+def _any_number_of_rows(rows: int, n: int, as_many: Callable[[], object]) -> Iterator[None]:
+    """Where a pass of some rows fails: whether it is their number that the network cannot take.
+
+    Args:
+        rows: that are passed inside.
+        n: the number of rows that the user's network surely takes.
+        as_many: passes so many.
+
+    Raises:
+        ModelError: N rows pass.
+    """
+    try:
+        yield
+    except (CEPluginError, AggregateError, Untraceable, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        if rows == n or not _passes(as_many):
+            raise
+        lines = str(error).strip().splitlines() or [""]
+        got = f"one that takes {n} and fails for {rows} ({type(error).__name__}: {lines[0]})"
+        hint = "Pass `perturbations_per_eval=1`: then every pass has as many rows as there are examples."
+        raise ModelError(expected("forward_func", "a model that takes any number of rows", got[:400], hint)) from error
+
+
+def _passes(run: Callable[[], object]) -> bool:
+    try:
+        run()
+    except Exception:
+        return False
+    return True
 
 
 def as_one_row(head: Tensor) -> Tensor:
@@ -277,7 +454,10 @@ def as_one_row(head: Tensor) -> Tensor:
 def run_aggregated(runner: Runner, spec: TrialSpec, measure: Measure) -> dict[str, Tensor]:
     """Outcomes of a network that returns one value for the whole batch: one trial at a time, (1, T, C) for each head.
 
-    All examples share the assignments, since they share the outcome.
+    All examples share the assignments, since they share the outcome. The first trial is run twice.
+
+    Raises:
+        ModelError: the network is not deterministic.
     """
     everyone = torch.arange(spec.n)
     # Kept, because the trial with every unit is run after the others.
@@ -285,12 +465,13 @@ def run_aggregated(runner: Runner, spec: TrialSpec, measure: Measure) -> dict[st
     outcomes: list[dict[str, Tensor]] = []
     for trial in range(spec.n_trials(0)):
         row = spec.assignments(0, trial, trial + 1).expand(spec.n, -1)
-        parts = []
+        parts: list[dict[str, Tensor]] = []
         for repeat in range(spec.repeats):
             variant = torch.tensor(repeat) if spec.repeats > 1 else spec.variants(trial, trial + 1)
             rows = TrialBatch(everyone, row, variant.expand(spec.n), torch.full((spec.n,), trial))
-            heads = runner.evaluate(runner._intervened(spec, rows, values), spec.args)
-            parts.append(measure({k: as_one_row(v) for k, v in heads.items()}, everyone[:1]))
+            inputs = runner._intervened(spec, rows, values)
+            heads = runner.evaluate_aggregated(inputs, spec.args, repeat=not (outcomes or parts))
+            parts.append(measure(heads, everyone[:1]))
         outcomes.append({k: torch.stack([part[k] for part in parts]).mean(0) for k in parts[0]})
     return {name: torch.stack([one[name] for one in outcomes], dim=1) for name in outcomes[0]}
 

@@ -276,7 +276,7 @@ class TrialBatch:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, part: slice) -> TrialBatch:
+    def __getitem__(self, part: slice | Tensor) -> TrialBatch:
         return TrialBatch(self.examples[part], self.assignments[part], self.variants[part], self.trials[part])
 
 

@@ -256,7 +256,7 @@ def test_scalars_of_a_large_image_do_not_make_a_square_of_assignments() -> None:
     x, mask = torch.rand(1, 3, 224, 224), torch.arange(3 * 224 * 224).reshape(1, 3, 224, 224)
     explainer = CausalEffect(model, PixelMask("zero"), OneAtATime(), outcome=None)
     cost = explainer.estimate_cost(x, feature_mask=mask)
-    assert (cost.trials, cost.forward_passes) == (150528, 150529)
+    assert (cost.trials, cost.forward_passes) == (150528, 150531)
     rows = OneAtATime().rows(150528, 100000, 100040)
     assert rows.shape == (40, 150528)
     assert rows.nonzero()[:, 1].tolist() == list(range(100000, 100040))
@@ -505,7 +505,7 @@ def test_the_cost_of_convolutions_counts_the_search_for_a_memory_layout() -> Non
     net = Counted(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2)))
     explainer = CausalEffect(net, PixelMask("zero"), OneAtATime())
     x = torch.rand(1, 3, 8, 8)
-    for passes in (64 + 1 + 2, 64 + 1):  # known the second time
+    for passes in (64 + 3 + 2, 64 + 3):  # known the second time
         assert explainer.estimate_cost(x).forward_passes == passes
         net.count.rows = 0
         explainer.attribute(x)
@@ -516,7 +516,7 @@ def test_the_cost_with_masks_of_each_examples_own() -> None:
     net, x = network(), inputs(3)
     mask = torch.cat([QUARTERS, QUARTERS // 2, QUARTERS])
     cost = CausalEffect(net, PixelMask("zero"), OneAtATime()).estimate_cost(x, feature_mask=mask)
-    assert (cost.trials, cost.forward_passes) == (10, 13)
+    assert (cost.trials, cost.forward_passes) == (10, 15)
 
 
 def test_perturbations_per_eval_bounds_the_batch() -> None:
@@ -607,7 +607,7 @@ def test_until_stops_when_the_intervals_are_narrow_enough() -> None:
     assert used[1] % 50 == 0
     assert found.peeked
     assert (found.half_width() <= 0.35).all()
-    assert net.count.rows == found.cost == 2 + sum(used)
+    assert net.count.rows == found.cost == 2 + 2 + sum(used)  # two rows are passed twice
     before = CausalEffect(noisy, PixelMask("zero"), RandomMask(0.5, 1000), outcome=None).estimate(x, until=1e-9)
     assert before.settings["trials_per_example"] == [1000, 1000]
     assert same(before, CausalEffect(noisy, PixelMask("zero"), design, outcome=None).estimate(x))
@@ -781,7 +781,7 @@ def test_which_pixels_carry_an_attack() -> None:
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
     cost = explainer.estimate_cost(x, feature_mask=QUARTERS)
     assert cost.trials == 12
-    assert cost.forward_passes == 12 + 3 * (1 + attack.forward_equivalents)
+    assert cost.forward_passes == 12 + 3 * (1 + attack.forward_equivalents) + 2
     random = CausalEffect(net, attack, RandomMask(0.5, 200), outcome="log_odds").estimate(x, until=1e-9)
     assert torch.isfinite(random.effect).all()
 
