@@ -104,7 +104,7 @@ BEFORE: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("integers", lambda: {"inputs": image().long()}, InputError, "of a floating-point type, but got torch.int64"),
     ("booleans", lambda: {"inputs": image() > 0.5}, InputError, "of a floating-point type, but got torch.bool"),
     ("complex", lambda: {"inputs": image() * 1j}, InputError, "of a floating-point type, but got torch.complex64"),
-    ("numpy", lambda: {"inputs": image().numpy()}, InputError, r"but got ndarray. Write `torch.as_tensor\(x, dtype=torch.fl"),
+    ("numpy", lambda: {"inputs": image().numpy()}, InputError, r"but got ndarray. Write `torch.as_tensor\(x, dty"),
     ("a list", lambda: {"inputs": [image()]}, InputError, "a tensor, or a tuple of tensors, but got list"),
     ("an empty tuple", lambda: {"inputs": ()}, InputError, "one tensor or more, but got an empty tuple"),
     ("unequal", lambda: {"inputs": (image(2), image(3))}, InputError, r"`inputs\[1\]` to be as many examples as the"),

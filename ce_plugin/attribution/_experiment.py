@@ -590,23 +590,30 @@ def _values_at_site(
 
 
 def warn_unchanged(spec: TrialSpec) -> None:
-    """Warn of examples in which an intervention changes nothing.
+    """Warn of examples in which an intervention, or one of its alternative values, changes nothing.
 
     Warns:
         NoChangeWarning: there are such examples.
     """
-    intervention = spec.intervention
+    intervention, variants = spec.intervention, spec.intervention.n_variants
     if intervention.per_trial or intervention.forward_equivalents:
         return  # unknown before the trials, or too expensive to compute twice (attacks warn by themselves)
-    unchanged = torch.ones(spec.n, dtype=torch.bool)
-    for variant in range(intervention.n_variants):
+    unchanged = torch.ones(variants, spec.n, dtype=torch.bool)
+    for variant in range(variants):
         for position, x in enumerate(spec.inputs):
             at = replace(spec.context, position=position, variant=variant)
-            unchanged &= (checked_values(intervention, x, at) == x).reshape(spec.n, -1).all(1).cpu()
-    if bool(unchanged.any()):
+            unchanged[variant] &= (checked_values(intervention, x, at) == x).reshape(spec.n, -1).all(1).cpu()
+    for variant in range(variants):
+        examples = unchanged[variant].nonzero()[:5, 0].tolist()
+        if not examples or (variant and bool(unchanged.all())):
+            continue
+        what, so = repr(intervention), "their effects are zero by construction"
+        if not bool(unchanged.all(0)[examples].all()):
+            what = f"Alternative {variant + 1} of the {variants} values of {what}"
+            so = f"their effects are smaller by about 1/{variants}"
         warnings.warn(
-            f"{intervention!r} changes nothing in example(s) {unchanged.nonzero()[:5, 0].tolist()}, so that their "
-            "effects are zero by construction. Check its fill or region, and `normalization=`.",
+            f"{what} changes nothing in example(s) {examples}, so that {so}. Check its fill or region, and "
+            "`normalization=`.",
             NoChangeWarning,
             stacklevel=7,
         )

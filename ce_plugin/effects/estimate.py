@@ -23,17 +23,20 @@ from ce_plugin.errors import (
     SaturationWarning,
     TargetError,
     UnitError,
+    check_integer,
     expected,
 )
 from ce_plugin.files import load, save
 from ce_plugin.sites import InputSite
-from ce_plugin.visualization.pictures import NEGATIVE, POSITIVE, overlay
+from ce_plugin.visualization.pictures import NEGATIVE, POSITIVE, as_picture, overlay, sheet, signal
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
 
+# Of a volume, in a plot.
+_SLICES = 6
 # One row per example; the rest belongs to all examples.
 _BY_EXAMPLE = (
     *("effect", "std_error", "dof", "reference"),
@@ -402,8 +405,9 @@ def plot_estimate(
 
     Args:
         estimate: what ``estimate(...)`` returned.
-        image: the example, (C, H, W), values in [0, 1]: the contributions are laid over it, significant units
-            outlined. None draws bars.
+        image: the example, (C, H, W), values in [0, 1] or bytes (uint8): the contributions are laid over it,
+            significant units outlined. Of a volume (C, D, H, W) six slices are drawn; a signal, in the shape in which
+            the network took it, is drawn as lines. None draws bars.
         example: index of the example.
         target: class; None means the predicted class, where all classes were computed.
         feature_mask: the units, where they are not the default grid: what ``estimate(...)`` was given.
@@ -429,10 +433,13 @@ def plot_estimate(
         >>> [label.get_text() for label in plot_estimate(estimate).axes[0].get_yticklabels()]
         ['left', 'right']
     """
+    check_integer("example", example)
     if not -len(estimate) <= example < len(estimate):
         raise ArgumentError(expected("example", f"below {len(estimate)}, the number of examples", example))
-    if top < 1:
-        raise ArgumentError(expected("top", "at least 1", top))
+    check_integer("top", top, "at least 1", least=1)
+    check_integer("width", width, "a number of pixels, 1 or more", least=1)
+    if target is not None:
+        check_integer("target", target, "None or a class index", error=TargetError)
     column, name = _column(estimate, example, target)
     n_units = int(estimate.n_units[example])
     values = estimate.contribution[example, :n_units, column].detach().cpu()
@@ -444,14 +451,38 @@ def plot_estimate(
         half = None if found is None else estimate.half_width(level)[example, :n_units, column].cpu()
         labels = estimate.labels_of(example)
         return _bars(values, half, found, labels, top=top, width=width, title=heading)
+    given: object = image
+    if not isinstance(given, Tensor) or image.dim() not in (2, 3, 4):
+        as_picture(image)  # says what is wrong with it
     batch = image.detach().cpu()[None]
-    units = InputSite(feature_mask, sliding_window_shapes, strides).units_of((batch,))
+    dim = estimate.settings.get("channel_dim") if estimate.site.startswith("InputSite") else None
+    units = InputSite(feature_mask, sliding_window_shapes, strides, channel_dim=dim).units_of((batch,))
     if int(units.n_units[0]) != n_units:
         hint = "Hand over the `feature_mask` or windows that the estimate was made with."
         raise UnitError(expected("image", f"with the {n_units} units of the estimate", int(units.n_units[0]), hint))
+    channels = (1 if dim is None else dim) % batch.dim()
+    shown = batch.movedim(channels, 1)[0]
     (plane,) = units.spread(values[None].to(torch.float64))
-    region = None if found is None else units.spread(found[None].to(torch.float64))[0][0].amax(0) > 0.5
-    return overlay(plane[0], image, significant=region, width=width, title=heading)
+    plane, region = plane.movedim(channels, 1)[0], None
+    if found is not None:
+        (where,) = units.spread(found[None].to(torch.float64))
+        region = where.movedim(channels, 1)[0].amax(0) > 0.5
+    if shown.dim() == 2:
+        return signal(plane.mean(0), shown, significant=region, width=width, title=heading)
+    if shown.dim() == 4:
+        return _slices(plane, shown, region, width, heading)
+    return overlay(plane, shown, significant=region, width=width, title=heading)
+
+
+def _slices(plane: Tensor, volume: Tensor, region: Tensor | None, width: int, title: str) -> Figure:
+    """Slices of a volume (C, D, H, W), evenly spaced, with one scale for all."""
+    depth, scale = volume.shape[1], float(plane.mean(0).abs().max()) or None
+    rows: list[list[tuple[str, Figure | Tensor]]] = [[]]
+    for k in torch.linspace(0, depth - 1, min(depth, _SLICES)).round().long().tolist():
+        outlined = None if region is None else region[k]
+        drawn = overlay(plane[:, k], volume[:, k], scale=scale, significant=outlined, width=width)
+        rows[0].append((f"slice {k} of {depth}", drawn))
+    return sheet(rows, note=title, width=max(width // len(rows[0]), 1))
 
 
 def _column(estimate: Estimate, example: int, target: int | None) -> tuple[int, str]:
