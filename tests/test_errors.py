@@ -303,7 +303,7 @@ def test_more_outcomes_than_memory() -> None:
         (lambda: RandomMask(-0.1), r"a probability in \(0, 1\)"),
         (lambda: RandomMask(10), r"a probability in \(0, 1\)"),
         (lambda: RandomMask(NAN), r"a probability in \(0, 1\)"),
-        (lambda: RandomMask("0.1"), r"a probability in \(0, 1\), but got 0.1"),
+        (lambda: RandomMask("0.1"), r"a probability in \(0, 1\), but got '0.1'"),
         (lambda: RandomMask(0.1, 1), "`n_trials` to be a whole number, 2 or more, but got 1"),
         (lambda: RandomMask(0.1, 0), "2 or more"),
         (lambda: RandomMask(0.1, 10.5), "`n_trials` to be a whole number, 2 or more, but got 10.5"),

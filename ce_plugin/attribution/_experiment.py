@@ -16,7 +16,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from ce_plugin.attribution._estimation import Answer, OutcomeMeasure, Target, answers, average, check_design
+from ce_plugin.attribution._estimation import (
+    Answer,
+    OutcomeMeasure,
+    Target,
+    answers,
+    average,
+    check_design,
+    check_target,
+)
 from ce_plugin.designs import Design, EveryUnit, Joint
 from ce_plugin.effects import Estimate, Interactions, Outcome, half_width, pairwise
 from ce_plugin.errors import (
@@ -26,6 +34,8 @@ from ce_plugin.errors import (
     ModelError,
     NoChangeWarning,
     UnitError,
+    check_integer,
+    check_number,
     expected,
 )
 from ce_plugin.interventions import Context, Intervention
@@ -120,11 +130,19 @@ class Experiment:
 
     def __post_init__(self) -> None:
         until, per_eval = self.call.until, self.call.perturbations_per_eval
-        if until is not None and (self.design.exact or not until > 0):
+        if until is not None:
             wanted = "a positive half-width, for a random design"
-            raise ArgumentError(expected("until", wanted, f"{until} for {self.design!r}"))
-        if per_eval is not None and (not isinstance(per_eval, int) or per_eval < 1):
-            raise ArgumentError(expected("perturbations_per_eval", "None or a positive integer", per_eval))
+            check_number("until", until, wanted, above=0)
+            if self.design.exact:
+                raise ArgumentError(expected("until", wanted, f"{until} for {self.design!r}"))
+        if per_eval is not None:
+            check_integer("perturbations_per_eval", per_eval, "None or a positive integer", least=1)
+        for name in ("at_input", "show_progress", "keep_trials"):
+            value: object = getattr(self.call, name)
+            if not isinstance(value, bool):
+                named = "attribute_to_layer_input" if name == "at_input" else name
+                raise ArgumentError(expected(named, "True or False", repr(value)))
+        check_target(self.call.target, len(self.inputs[0]))
         self.n = len(self.inputs[0])
         self.target = self.call.target
         self.context = Context(ids=self.ids, seed=self.seed)

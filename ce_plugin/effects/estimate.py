@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import warnings
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from ce_plugin.errors import (
     TargetError,
     UnitError,
     check_integer,
+    check_number,
     expected,
 )
 from ce_plugin.files import load, save
@@ -177,8 +179,7 @@ class Estimate:
 
         Source: Benjamini and Hochberg 1995.
         """
-        if not 0 < fdr < 1:
-            raise ArgumentError(expected("fdr", "in (0, 1)", fdr, "Write 0.05 for five per cent."))
+        check_number("fdr", fdr, "in (0, 1)", above=0, below=1, hint="Write 0.05 for five per cent.")
         return inference.benjamini_hochberg(inference.p_values(self.effect, *self._errors()), axis=1) <= fdr
 
     @property
@@ -209,6 +210,7 @@ class Estimate:
             hint = "Run a RandomMask design with keep_trials=True, or read .interaction of a Joint design."
             wanted = "a random one whose trials were kept"
             raise DesignError(expected("design", wanted, self.design or "no trials", hint))
+        pairs = _checked_pairs(pairs)
         found = []
         for i, (a, y) in enumerate(zip(self.assignments, self.outcomes, strict=True)):
             own = int((~y.isnan().all(dim=1)).sum())  # with `until=` examples may have fewer trials: the rest is NaN
@@ -369,15 +371,42 @@ def _same(mine: Any, theirs: Any) -> bool:
     return same and bool(((mine == theirs) | (mine.isnan() & theirs.isnan())).all())
 
 
+class _NoSuchExampleError(ArgumentError, IndexError):
+    """Also an IndexError, which ends a loop over the examples."""
+
+
 def chosen_examples(examples: int | slice | Sequence[int], n: int, what: str) -> list[int]:
-    """The indices that ``result[examples]`` asks for, of what is about n examples."""
-    if isinstance(examples, slice):
-        return list(range(n)[examples])
-    if not isinstance(examples, int):
-        return [int(i) for i in examples]
-    if not -n <= examples < n:
-        raise IndexError(f"example {examples} of {what} of {n}")
-    return [examples]
+    """The indices that ``result[examples]`` asks for, of what is about n examples.
+
+    Raises:
+        ArgumentError: no index, slice or sequence of indices, or out of range.
+    """
+    wanted = "an index, a slice or a list of indices"
+    try:
+        if isinstance(examples, slice):
+            return list(range(n)[examples])
+        given: object = examples
+        many = given.tolist() if isinstance(given, (Tensor, np.ndarray)) else given
+        every = list(many) if isinstance(many, (list, tuple, range)) else [many]
+        chosen = [check_integer("examples", i, wanted) for i in every]
+    except TypeError as error:
+        raise ArgumentError(expected("examples", wanted, repr(examples))) from error
+    for i in chosen:
+        if not -n <= i < n:
+            raise _NoSuchExampleError(f"There is no example {i} of {what} of {n} examples.")
+    return chosen
+
+
+def _checked_pairs(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Pairs of unit indices, as they were written."""
+    wanted, hint = "pairs of unit indices", "Write [(0, 1), (0, 2)]."
+    try:
+        found = [(operator.index(u), operator.index(v)) for u, v in pairs]
+    except (TypeError, ValueError) as error:
+        raise UnitError(expected("pairs", wanted, repr(pairs), hint)) from error
+    if not found:
+        raise UnitError(expected("pairs", wanted, repr(pairs), hint))
+    return found
 
 
 def _flat(x: Tensor) -> np.ndarray[Any, Any]:
@@ -440,6 +469,8 @@ def plot_estimate(
     check_integer("width", width, "a number of pixels, 1 or more", least=1)
     if target is not None:
         check_integer("target", target, "None or a class index", error=TargetError)
+    check_number("fdr", fdr, "in (0, 1)", above=0, below=1)
+    check_number("level", level, "in (0, 1)", above=0, below=1)
     column, name = _column(estimate, example, target)
     n_units = int(estimate.n_units[example])
     values = estimate.contribution[example, :n_units, column].detach().cpu()

@@ -11,8 +11,15 @@ from typing import Union, cast
 import torch
 from torch import Tensor
 
-from ce_plugin.errors import ArgumentError, UnitError, expected, unknown_name
-from ce_plugin.interventions.base import Context, Inputs, Intervention, Normalization, NormalizationLike
+from ce_plugin.errors import ArgumentError, UnitError, check_integer, check_number, expected, unknown_name
+from ce_plugin.interventions.base import (
+    Context,
+    Inputs,
+    Intervention,
+    Normalization,
+    NormalizationLike,
+    checked_examples,
+)
 
 Infill = Callable[..., Tensor]
 Fill = Union[str, float, Tensor, Infill]
@@ -85,8 +92,8 @@ class PixelMask(Intervention):
             self.per_trial |= callable(one) and _wants_mask(one)
             fills.append(one)
         self.fills = tuple(fills)
-        if sigma is not None and not sigma > 0:
-            raise ArgumentError(expected("sigma", "a positive number of pixels", sigma))
+        if sigma is not None:
+            check_number("sigma", sigma, "a positive number of pixels", above=0)
         self.normalization = Normalization.of(normalization)
         self.region = None if region is None else _checked_region(region)
         self.sigma = sigma
@@ -160,7 +167,7 @@ class PixelMask(Intervention):
         Returns:
             The masked inputs, a tensor or a tuple as passed.
         """
-        if p is not None and not 0 <= p <= 1:
+        if p is not None and not 0 <= check_number("p", p, "a share in [0, 1]") <= 1:
             raise ArgumentError(expected("p", "a share in [0, 1]", p))
         if p is None:
             return super().perturb(inputs, target=target, ids=ids, seed=seed, variant=variant)
@@ -168,7 +175,7 @@ class PixelMask(Intervention):
         tensors: tuple[Tensor, ...] = inputs if isinstance(inputs, tuple) else (inputs,)
         for position, x in enumerate(tensors):
             # The same pixels whichever fill is asked for.
-            pixels = Context(ids=tuple(ids) if ids is not None else (0,) * len(x), seed=seed, position=position)
+            pixels = Context(ids=checked_examples(tensors, ids, seed), seed=seed, position=position)
             shape = (1, *x.shape[2:]) if x.dim() > 2 else tuple(x.shape[1:])
             draws = torch.stack([torch.rand(shape, generator=pixels.generator(i, "pwm")) for i in range(len(x))])
             mask = (draws < p).to(x.device)
@@ -245,9 +252,13 @@ def _checked_region(region: Region) -> Region:
         if region.dtype != torch.bool:
             raise UnitError(expected("region", "a boolean mask", f"dtype {region.dtype}", "Write `mask > 0`."))
         return region
-    if len(region) != 4 or not (region[0] < region[2] and region[1] < region[3]):
-        raise UnitError(expected("region", "a box (left, top, right, bottom) with left < right, top < bottom", region))
-    left, top, right, bottom = region
+    wanted = "a boolean mask, or a box (left, top, right, bottom) with left < right, top < bottom"
+    given: object = region
+    if not isinstance(given, (tuple, list)) or len(region) != 4:
+        raise UnitError(expected("region", wanted, repr(region)))
+    left, top, right, bottom = (check_integer("region", edge, wanted, error=UnitError) for edge in region)
+    if not (left < right and top < bottom):
+        raise UnitError(expected("region", wanted, region))
     return (left, top, right, bottom)
 
 

@@ -25,6 +25,7 @@ from ce_plugin.errors import (
     ModelError,
     TargetError,
     UnknownNameError,
+    check_integer,
     expected,
     unknown_name,
 )
@@ -57,9 +58,8 @@ class Framing:
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ArgumentError(expected("size", "a positive number of pixels", self.size))
-        if self.resize is not None and self.resize < self.size:
+        check_integer("size", self.size, "a positive number of pixels", least=1)
+        if self.resize is not None and check_integer("resize", self.resize, "None or a number of pixels") < self.size:
             raise ArgumentError(
                 expected("resize", f"None or at least size = {self.size}", self.resize, "A crop cannot be larger.")
             )
