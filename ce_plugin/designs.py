@@ -272,7 +272,7 @@ class RandomMask(_Random):
             raise DesignError(
                 expected("n_trials", f"enough for every unit to flip and to idle at p={p}", n_trials, hint)
             )
-        if estimator not in ("adjusted", "difference_in_means"):
+        if not isinstance(estimator, str) or estimator not in ("adjusted", "difference_in_means"):
             raise DesignError(expected("estimator", "'adjusted' or 'difference_in_means'", repr(estimator)))
         for name, flag in (("balanced", balanced), ("antithetic", antithetic)):
             if not isinstance(flag, bool):

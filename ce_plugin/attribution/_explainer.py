@@ -68,7 +68,7 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
         for name, value, kind in (("intervention", intervention, Intervention), ("design", design, Design)):
             if value is not None and not isinstance(value, kind):
                 raise ArgumentError(expected(name, f"a {kind.__name__} or None", type(value).__name__))
-        if engine not in ("auto", "suffix", "full"):
+        if not isinstance(engine, str) or engine not in ("auto", "suffix", "full"):
             raise unknown_name("engine", engine, ("auto", "suffix", "full"))
         if memory_budget is not None:
             check_integer(

@@ -74,7 +74,7 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
         outcome: str | Outcome | OutcomeFunction | None = "logit",
         **options: Unpack[Options],
     ) -> None:
-        if weighting not in _WEIGHTINGS:
+        if not isinstance(weighting, str) or weighting not in _WEIGHTINGS:
             raise unknown_name("weighting", weighting, _WEIGHTINGS)
         self.effects: LayerCausalEffect
         if isinstance(layer, ConceptSite):

@@ -190,6 +190,7 @@ def pairwise(
     """
     check_integer("top", top, least=1)
     check_integer("exhaustive", exhaustive, least=0)
+    check_integer("n_units", n_units)
     labels = [str(u) for u in range(n_units)] if unit_labels is None else [str(label) for label in unit_labels]
     runner = _Runner(outcome, n_units, batch_size, dtype, device)
     if len(labels) != n_units:

@@ -98,7 +98,7 @@ def overlay(
     if scale is not None:
         check_number("scale", scale, "None or a positive number", above=0)
     check_integer("width", width, "a number of pixels, 1 or more", least=1)
-    if sign not in ("all", "positive"):
+    if not isinstance(sign, str) or sign not in ("all", "positive"):
         raise ArgumentError(expected("sign", "'all' or 'positive'", repr(sign)))
     if sign == "positive":
         values = values.clip(min=0)
@@ -298,8 +298,8 @@ def as_picture(image: Tensor, name: str = "image") -> Tensor:
     """
     given: object = image
     if not isinstance(given, Tensor):
-        hint = "Write `torch.as_tensor(image)`" + (".movedim(-1, 0)." if _last(given) in (1, 3) else ".")
-        hint = hint if isinstance(given, np.ndarray) else ""
+        move = ".movedim(-1, 0)" if _last(given) in (1, 3) else ""
+        hint = f"Write `torch.as_tensor(image){move}`." if isinstance(given, np.ndarray) else ""
         raise InputError(expected(name, "a tensor (1 or 3, H, W)", type(given).__name__, hint))
     if image.dim() != 3 or image.shape[0] not in (1, 3):
         hint = "Write `image.movedim(-1, 0)`." if image.dim() == 3 and image.shape[-1] in (1, 3) else ""
