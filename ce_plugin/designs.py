@@ -7,14 +7,14 @@ import itertools
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from numbers import Integral, Real
+from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ce_plugin.errors import DesignError, expected
+from ce_plugin.errors import DesignError, check_integer, check_number, expected
 from ce_plugin.randomness import generator
 
 __all__ = [
@@ -194,6 +194,9 @@ class Joint(Design):
         Args:
             units: indices of two or more units.
         """
+        given: object = units
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise DesignError(expected("units", "two or more unit indices", repr(units), "Write [0, 2]."))
         return cls([(u,) for u in units] + list(itertools.combinations(units, 2)))
 
     def n_trials_for(self, n_units: int) -> int:
@@ -219,12 +222,10 @@ class _Random(Design):
     _p = ("a probability in (0, 1)", "Write 0.1 for ten per cent.")
 
     def __init__(self, p: Any, n_trials: Any, seed: int) -> None:
-        if not isinstance(p, Real) or not 0 < float(p) < 1:
-            wanted, hint = self._p
-            raise DesignError(expected("p", wanted, p, hint))
-        if not isinstance(n_trials, Integral) or int(n_trials) < 2:
-            raise DesignError(expected("n_trials", "a whole number, 2 or more", n_trials))
-        self.p, self.n_trials, self.seed = float(p), int(n_trials), int(seed)
+        wanted, hint = self._p
+        self.p = check_number("p", p, wanted, above=0, below=1, hint=hint, error=DesignError)
+        self.n_trials = check_integer("n_trials", n_trials, least=2, error=DesignError)
+        self.seed = check_integer("seed", seed, error=DesignError)
 
     def n_trials_for(self, n_units: int) -> int:
         return self.n_trials
@@ -271,8 +272,11 @@ class RandomMask(_Random):
             raise DesignError(
                 expected("n_trials", f"enough for every unit to flip and to idle at p={p}", n_trials, hint)
             )
-        if estimator not in ("adjusted", "difference_in_means"):
+        if not isinstance(estimator, str) or estimator not in ("adjusted", "difference_in_means"):
             raise DesignError(expected("estimator", "'adjusted' or 'difference_in_means'", repr(estimator)))
+        for name, flag in (("balanced", balanced), ("antithetic", antithetic)):
+            if not isinstance(flag, bool):
+                raise DesignError(expected(name, "True or False", repr(flag)))
         self.balanced, self.antithetic, self.estimator = balanced, antithetic, estimator
 
     def flip_probability(self) -> float | None:
@@ -353,8 +357,10 @@ class RandomWindows(_OverGrid):
         seed: int = 0,
     ) -> None:
         super().__init__(p, n_trials, seed)
-        if not sizes or not all(0 < size <= 1 for size in sizes):
-            raise DesignError(expected("sizes", "shares of the grid's side in (0, 1]", sizes))
+        given: object = sizes
+        shares: list[object] = list(given) if isinstance(given, (list, tuple)) else []
+        if not shares or not all(isinstance(share, Real) and 0 < float(share) <= 1 for share in shares):
+            raise DesignError(expected("sizes", "shares of the grid's side in (0, 1]", repr(sizes)))
         self.sizes = tuple(float(size) for size in sizes)
 
     def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
@@ -404,9 +410,8 @@ class RandomRegions(_OverGrid):
 
     def __init__(self, p: float = 0.5, n_trials: int = 399, *, length: float = 1.2, seed: int = 0) -> None:
         super().__init__(p, n_trials, seed)
-        if not length > 0:
-            raise DesignError(expected("length", "a positive number of cells", length))
-        self.length = float(length)
+        wanted = "a positive number of cells"
+        self.length = check_number("length", length, wanted, above=0, error=DesignError)
 
     def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
         cells = self._grid(n_units, grid)

@@ -466,7 +466,7 @@ class LayerSite:
         layer: object = self.layer
         if not isinstance(layer, (str, nn.Module)):
             raise ArgumentError(expected("layer", "a module of the network or its dotted name", type(layer).__name__))
-        if self.units not in _KINDS:
+        if not isinstance(self.units, str) or self.units not in _KINDS:
             raise unknown_name("units", self.units, _KINDS)
         if self.units == "heads" or self.n_heads is not None:
             check_integer("n_heads", self.n_heads, "the number of heads for units='heads'", least=1)

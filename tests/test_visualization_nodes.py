@@ -63,7 +63,7 @@ def test_sheets_refuse() -> None:
         sheet([[("a", picture)], [("b", picture), ("c", picture)]])
     with pytest.raises(ArgumentError, match=r"one or more rows"):
         sheet([])
-    with pytest.raises(InputError, match=r"pictures of shape \(1 or 3, H, W\)"):
+    with pytest.raises(InputError, match=r"`rows` to be of shape \(1 or 3, H, W\)"):
         sheet([[("a", torch.zeros(4, 4))]])
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -18,7 +20,8 @@ from ce_plugin.effects.smooth import smooth
 from ce_plugin.errors import DesignError, ModelError, OutcomeError, TargetError, expected
 from ce_plugin.trials.batches import TrialSpec
 
-Target: TypeAlias = "int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | None"
+Numbers: TypeAlias = "Tensor | npt.NDArray[np.integer[Any]]"
+Target: TypeAlias = "int | tuple[int, ...] | Numbers | list[int] | list[tuple[int, ...]] | None"
 
 # Of random designs; exact ones need none.
 _ESTIMATORS = ("adjusted", "difference_in_means", "smooth")
@@ -292,8 +295,8 @@ def flat_target(target: Target, shape: tuple[int, ...]) -> Tensor | None:
     """Each example's target as an index into its flattened output.
 
     Args:
-        target: any of Captum's forms: an int or a tuple for all examples, a tensor with one entry or one per
-            example, a list of ints or of tuples.
+        target: any of Captum's forms: an int or a tuple for all examples, a tensor (or numpy array) with one entry or
+            one per example, a list of ints or of tuples.
         shape: of the output, (N, *K).
 
     Returns:
@@ -327,12 +330,30 @@ def flat_target(target: Target, shape: tuple[int, ...]) -> Tensor | None:
     return torch.tensor(flat)
 
 
+def check_target(target: Target, n: int) -> None:
+    """Whether the target has one of Captum's forms, for n examples; whether it is in range the outputs will show.
+
+    Raises:
+        TargetError: it has not.
+    """
+    if target is not None:
+        rows = _index_rows(target, n)
+        if len(rows) not in (1, n):
+            raise TargetError(expected("target", f"one target, or one for each of {n} examples", f"{len(rows)}"))
+
+
 def _index_rows(target: Target, n: int) -> list[tuple[int, ...]]:
-    if isinstance(target, Tensor):
+    rows: list[tuple[int, ...]]
+    if isinstance(target, np.ndarray):
+        if target.ndim > 1 or not np.issubdtype(target.dtype, np.integer):
+            got = f"{target.dtype} of shape {target.shape}"
+            raise TargetError(expected("target", "an integer array of one dimension", got))
+        rows = [(int(v),) for v in target.reshape(-1)]
+    elif isinstance(target, Tensor):
         if target.dim() > 1 or target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
             got = f"{target.dtype} of shape {tuple(target.shape)}"
             raise TargetError(expected("target", "an integer tensor of one dimension", got))
-        rows: list[tuple[int, ...]] = [(int(v),) for v in target.reshape(-1)]
+        rows = [(int(v),) for v in target.reshape(-1)]
     elif isinstance(target, bool):
         raise TargetError(expected("target", "an index", target))
     elif isinstance(target, list):
@@ -349,6 +370,8 @@ def _index_rows(target: Target, n: int) -> list[tuple[int, ...]]:
 def _indices(row: object, target: object) -> tuple[int, ...]:
     """The indices of one example: integers of any kind (also numpy's), but nothing that would have to be rounded."""
     try:
+        if isinstance(row, (bool, np.bool_)):
+            raise TypeError
         return tuple(map(operator.index, row if isinstance(row, (tuple, list)) else (row,)))
     except TypeError as error:
         wanted = "an int, a tuple of ints, an integer tensor, or a list of ints or tuples"

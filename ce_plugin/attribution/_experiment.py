@@ -24,6 +24,7 @@ from ce_plugin.attribution._estimation import (
     average,
     check_design,
     check_finite,
+    check_target,
 )
 from ce_plugin.designs import Design, EveryUnit, Joint
 from ce_plugin.effects import Estimate, Interactions, Outcome, half_width, pairwise
@@ -34,6 +35,8 @@ from ce_plugin.errors import (
     ModelError,
     NoChangeWarning,
     UnitError,
+    check_integer,
+    check_number,
     expected,
 )
 from ce_plugin.interventions import Context, Intervention
@@ -129,11 +132,19 @@ class Experiment:
 
     def __post_init__(self) -> None:
         until, per_eval = self.call.until, self.call.perturbations_per_eval
-        if until is not None and (self.design.exact or not until > 0):
+        if until is not None:
             wanted = "a positive half-width, for a random design"
-            raise ArgumentError(expected("until", wanted, f"{until} for {self.design!r}"))
-        if per_eval is not None and (not isinstance(per_eval, int) or per_eval < 1):
-            raise ArgumentError(expected("perturbations_per_eval", "None or a positive integer", per_eval))
+            check_number("until", until, wanted, above=0)
+            if self.design.exact:
+                raise ArgumentError(expected("until", wanted, f"{until} for {self.design!r}"))
+        if per_eval is not None:
+            check_integer("perturbations_per_eval", per_eval, "None or a positive integer", least=1)
+        for name in ("at_input", "show_progress", "keep_trials"):
+            value: object = getattr(self.call, name)
+            if not isinstance(value, bool):
+                named = "attribute_to_layer_input" if name == "at_input" else name
+                raise ArgumentError(expected(named, "True or False", repr(value)))
+        check_target(self.call.target, len(self.inputs[0]))
         self.n = len(self.inputs[0])
         self.target = self.call.target
         self.context = Context(ids=self.ids, seed=self.seed)
@@ -641,23 +652,33 @@ def _values_at_site(
 
 
 def warn_unchanged(spec: TrialSpec) -> None:
-    """Warn of examples in which an intervention changes nothing.
+    """Warn of examples in which an intervention, or one of its alternative values, changes nothing.
 
     Warns:
         NoChangeWarning: there are such examples.
     """
-    intervention = spec.intervention
+    intervention, variants = spec.intervention, spec.intervention.n_variants
     if intervention.per_trial or intervention.forward_equivalents:
         return  # unknown before the trials, or too expensive to compute twice (attacks warn by themselves)
-    unchanged = torch.ones(spec.n, dtype=torch.bool)
-    for variant in range(intervention.n_variants):
+    unchanged = torch.ones(variants, spec.n, dtype=torch.bool)
+    for variant in range(variants):
         for position, x in enumerate(spec.inputs):
             at = replace(spec.context, position=position, variant=variant)
-            unchanged &= (checked_values(intervention, x, at) == x).reshape(spec.n, -1).all(1).cpu()
-    if bool(unchanged.any()):
+            # A blur of a constant picture leaves it but for rounding.
+            rounding = 8 * torch.finfo(x.dtype).eps * x.abs().max()
+            same = (checked_values(intervention, x, at) - x).abs() <= rounding
+            unchanged[variant] &= same.reshape(spec.n, -1).all(1).cpu()
+    for variant in range(variants):
+        examples = unchanged[variant].nonzero()[:5, 0].tolist()
+        if not examples or (variant and bool(unchanged.all())):
+            continue
+        what, so = repr(intervention), "their effects are zero by construction"
+        if not bool(unchanged.all(0)[examples].all()):
+            what = f"Alternative {variant + 1} of the {variants} values of {what}"
+            so = f"their effects are smaller by about 1/{variants}"
         warnings.warn(
-            f"{intervention!r} changes nothing in example(s) {unchanged.nonzero()[:5, 0].tolist()}, so that their "
-            "effects are zero by construction. Check its fill or region, and `normalization=`.",
+            f"{what} changes nothing in example(s) {examples}, so that {so}. Check its fill or region, and "
+            "`normalization=`.",
             NoChangeWarning,
             stacklevel=7,
         )

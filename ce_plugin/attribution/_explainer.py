@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, Literal, TypeAlias, TypedDict
 
+import numpy as np
 import torch
 from captum.attr import PerturbationAttribution
 from torch import Tensor, nn
@@ -17,7 +18,15 @@ from ce_plugin.attribution._experiment import Baselines, Call, Experiment, Given
 from ce_plugin.designs import Design, Joint
 from ce_plugin.effects import Interactions, Outcome, resolve_outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
-from ce_plugin.errors import ArgumentError, InferenceError, InputError, expected, unknown_name
+from ce_plugin.errors import (
+    ArgumentError,
+    InferenceError,
+    InputError,
+    check_integer,
+    check_number,
+    expected,
+    unknown_name,
+)
 from ce_plugin.interventions import Context, Intervention
 from ce_plugin.networks.forward import Forward, OutputSelector
 from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite, Masks
@@ -59,14 +68,18 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
         for name, value, kind in (("intervention", intervention, Intervention), ("design", design, Design)):
             if value is not None and not isinstance(value, kind):
                 raise ArgumentError(expected(name, f"a {kind.__name__} or None", type(value).__name__))
-        if engine not in ("auto", "suffix", "full"):
+        if not isinstance(engine, str) or engine not in ("auto", "suffix", "full"):
             raise unknown_name("engine", engine, ("auto", "suffix", "full"))
+        if memory_budget is not None:
+            check_integer(
+                "memory_budget", memory_budget, "None or a number of bytes, 1 or more (1 GB is 1 << 30)", least=1
+            )
         self.forward = Forward(forward_func, output)
         super().__init__(forward_func)
         self.intervention = intervention
         self.design = design
         self.outcome = resolve_outcome(outcome)
-        self.seed = int(seed)
+        self.seed = check_integer("seed", seed)
         self.memory_budget = memory_budget
         self.engine = engine
         self._router = Router(self.forward, engine)
@@ -112,6 +125,8 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
             >>> found.pairs[0].tolist(), round(found.interaction[0, 0].item(), 3)
             ([0, 1], 1.0)
         """
+        check_integer("top", top, least=1)
+        check_integer("exhaustive", exhaustive, least=0)
         call = Call(
             inputs=inputs, target=target, additional_forward_args=additional_forward_args, mask=mask, given=given,
             ids=ids, predicted_only=True,
@@ -167,14 +182,14 @@ def false_discovery_rate(significant_only: bool | float, experiment: Experiment)
     """The rate that was asked for; None where all effects are wanted."""
     if significant_only is False:
         return None
+    given: object = significant_only
+    if given is not True:
+        wanted, hint = "True, or a false discovery rate in (0, 1)", "Write 0.05 for five per cent."
+        check_number("significant_only", given, wanted, above=0, below=1, hint=hint)
     if experiment.design.exact and experiment.n_draws == 1:
         hint = "Only random designs or a data set have sampling error: use RandomMask(...), or leave it out."
         raise InferenceError(expected("significant_only", f"None for {experiment.design!r}", significant_only, hint))
-    rate = 0.05 if significant_only is True else significant_only
-    if not 0 < rate < 1:
-        hint = "Write 0.05 for five per cent."
-        raise ArgumentError(expected("significant_only", "True, or a false discovery rate in (0, 1)", rate, hint))
-    return float(rate)
+    return 0.05 if significant_only is True else float(significant_only)
 
 
 def as_inputs(inputs: Tensor | tuple[Tensor, ...], networks: Sequence[nn.Module] = ()) -> tuple[Tensor, ...]:
@@ -246,7 +261,7 @@ def as_ids(ids: Ids, n: int) -> tuple[int, ...]:
     if ids is None:
         return (0,) * n
     try:
-        names = tuple(operator.index(i) for i in (ids.tolist() if isinstance(ids, Tensor) else ids))
+        names = tuple(operator.index(i) for i in (ids.tolist() if isinstance(ids, (Tensor, np.ndarray)) else ids))
     except TypeError as error:
         hint = "Take the examples' indices in the data set."
         raise InputError(expected("ids", "one integer per example", repr(ids), hint)) from error
@@ -293,7 +308,11 @@ def as_baseline(baselines: Baselines, inputs: tuple[Tensor, ...] | None = None) 
         raise InputError(expected("baselines", f"{len(of)} baseline(s), one per input", len(every)))
     for value, x in zip(every, of, strict=True):
         if not isinstance(value, (Real, Tensor, type(None))):
-            raise InputError(expected("baselines", "a number or a tensor for each input", type(value).__name__))
+            kind = type(value).__name__
+            hint = "Write `torch.as_tensor(baselines)`." if kind == "ndarray" else ""
+            raise InputError(expected("baselines", "a number or a tensor for each input", kind, hint))
+        if isinstance(value, Tensor) and (value.is_complex() or value.layout != torch.strided or value.is_meta):
+            raise InputError(expected("baselines", "dense real tensors", f"{value.dtype}, {value.layout}"))
         if value is not None and not bool(torch.isfinite(torch.as_tensor(value)).all()):
             raise InputError(expected("baselines", "finite", "NaN or infinity"))
         if isinstance(value, Tensor) and x is not None:

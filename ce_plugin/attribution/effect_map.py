@@ -12,9 +12,9 @@ from captum.log import log_usage
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ce_plugin.attribution._estimation import Target, flat_target
+from ce_plugin.attribution._estimation import Target, check_target, flat_target
 from ce_plugin.attribution._experiment import Call, Experiment, Given, Ids
-from ce_plugin.attribution._explainer import Options, false_discovery_rate
+from ce_plugin.attribution._explainer import Options, as_inputs, false_discovery_rate
 from ce_plugin.attribution.layer_effect import ConceptCausalEffect, LayerCausalEffect
 from ce_plugin.designs import Design
 from ce_plugin.effects import Estimate, Outcome
@@ -25,7 +25,7 @@ from ce_plugin.networks.forward import widest
 from ce_plugin.sites import ConceptSite, InputSite, LayerSite, MaskUnits
 from ce_plugin.trials.batches import checked_values
 
-Contrast: TypeAlias = "Sequence[int] | Tensor | Literal['others'] | None"
+Contrast: TypeAlias = "int | Sequence[int] | Tensor | Literal['others'] | None"
 _WEIGHTINGS = ("change", "activation")
 
 
@@ -75,7 +75,7 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
         outcome: str | Outcome | OutcomeFunction | None = "logit",
         **options: Unpack[Options],
     ) -> None:
-        if weighting not in _WEIGHTINGS:
+        if not isinstance(weighting, str) or weighting not in _WEIGHTINGS:
             raise unknown_name("weighting", weighting, _WEIGHTINGS)
         self.effects: LayerCausalEffect
         if isinstance(layer, ConceptSite):
@@ -113,8 +113,8 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
             additional_forward_args, given, ids, show_progress: as in :meth:`CausalEffect.attribute`.
             attribute_to_layer_input: the layer's input is the site.
             relu_attributions: negative values become zero.
-            contrast: "why A and not B": the mean contribution to these classes is subtracted. Indices for all
-                examples, a tensor with a row for each, or ``"others"`` (all but the target).
+            contrast: "why A and not B": the mean contribution to these classes is subtracted. An index or several
+                for all examples, a tensor with a row for each, or ``"others"`` (all but the target).
             significant_only: only units whose effect is significant, at this false discovery rate (True: 0.05); for
                 random designs.
 
@@ -133,6 +133,11 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
             >>> CausalEffectMap(net, "1").attribute(torch.rand(1, 1, 4, 4), target=0, contrast=[1]).shape
             torch.Size([1, 1, 2, 2])
         """
+        n = len(as_inputs(inputs, self.effects.forward.modules)[0])
+        check_target(target, n)
+        against = None if contrast is None else _checked_contrast(contrast, target, n)
+        if not isinstance(relu_attributions, bool):
+            raise ArgumentError(expected("relu_attributions", "True or False", repr(relu_attributions)))
         call = Call(
             inputs=inputs, additional_forward_args=additional_forward_args, at_input=attribute_to_layer_input,
             show_progress=show_progress, given=given, ids=ids, keep_values=True,
@@ -141,8 +146,8 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
         chosen = _target_of(estimate, target)
         values = estimate.contribution
         own = values.gather(2, chosen.reshape(-1, 1, 1).expand(-1, values.shape[1], 1))
-        if contrast is not None:
-            own = own - _contrasted(values, chosen, contrast)
+        if against is not None:
+            own = own - _contrasted(values, chosen, against)
         found = effect_map(own, weights)
         return found.clamp(min=0) if relu_attributions else found
 
@@ -220,22 +225,46 @@ def _target_of(estimate: Estimate, target: Target) -> Tensor:
     return chosen.to(estimate.effect.device)
 
 
-def _contrasted(values: Tensor, chosen: Tensor, contrast: Sequence[int] | Tensor | str) -> Tensor:
-    """The mean contribution to the contrasting classes, (N, U, 1)."""
-    n, _, classes = values.shape
+def _checked_contrast(contrast: object, target: Target, n: int) -> Tensor | str:
+    """The contrast as indices (K,) or (N, K), or "others".
+
+    Raises:
+        TargetError: it is neither, or nothing but the target itself.
+        UnknownNameError: another name.
+    """
     if isinstance(contrast, str):
         if contrast != "others":
             raise unknown_name("contrast", contrast, ["others"])
-        own = values.gather(2, chosen.reshape(-1, 1, 1).expand(-1, values.shape[1], 1))
-        return (values.sum(2, keepdim=True) - own) / max(classes - 1, 1)
-    index = torch.as_tensor(contrast)
-    if index.is_floating_point() or index.dim() not in (1, 2) or not index.numel() or index.dtype == torch.bool:
-        raise TargetError(expected("contrast", "class indices, one row for all examples or for each", contrast))
-    if int(index.min()) < -classes or int(index.max()) >= classes:
-        raise TargetError(expected("contrast", f"indices in 0 ... {classes - 1}", index.tolist()))
+        return contrast
+    wanted = "a class index, several, or a row of them for each example"
+    try:
+        index = torch.as_tensor(contrast)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TargetError(expected("contrast", wanted, repr(contrast))) from error
+    whole = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+    if not whole or index.dim() > 2 or not index.numel():
+        raise TargetError(expected("contrast", wanted, repr(contrast)))
     if index.dim() == 2 and len(index) != n:
         raise TargetError(expected("contrast", f"one row for each of {n} examples", f"{len(index)} rows"))
-    rows = (index % classes).to(values.device).expand(n, -1)
+    if isinstance(target, int) and bool((index == target).all()):
+        hint = "Name other classes, or write 'others'."
+        raise TargetError(expected("contrast", "classes other than the target", target, hint))
+    return index.reshape(1) if index.dim() == 0 else index
+
+
+def _contrasted(values: Tensor, chosen: Tensor, contrast: Tensor | str) -> Tensor:
+    """The mean contribution to the contrasting classes, (N, U, 1)."""
+    n, _, classes = values.shape
+    if isinstance(contrast, str):
+        own = values.gather(2, chosen.reshape(-1, 1, 1).expand(-1, values.shape[1], 1))
+        return (values.sum(2, keepdim=True) - own) / max(classes - 1, 1)
+    if int(contrast.min()) < -classes or int(contrast.max()) >= classes:
+        raise TargetError(expected("contrast", f"indices in 0 ... {classes - 1}", contrast.tolist()))
+    rows = (contrast % classes).to(values.device).expand(n, -1)
+    same = (rows == chosen[:, None]).all(1).nonzero()[:5, 0].tolist()
+    if same:
+        got, hint = f"the target of example(s) {same}", "Name other classes, or write 'others'."
+        raise TargetError(expected("contrast", "classes other than the target", got, hint))
     return values.gather(2, rows[:, None].expand(-1, values.shape[1], -1)).mean(2, keepdim=True)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -16,8 +17,10 @@ from ce_plugin.attribution._explainer import Options, as_ids, as_inputs
 from ce_plugin.attribution.layer_effect import LayerCausalEffect
 from ce_plugin.designs import Design, Joint
 from ce_plugin.effects import Carriers, Estimate, Mediation, Outcome, carriers
+from ce_plugin.effects.carrier_sets import check_levels
+from ce_plugin.effects.mediation import check_bootstrap
 from ce_plugin.effects.outcomes import OutcomeFunction
-from ce_plugin.errors import ArgumentError, InputError, ModelError, expected
+from ce_plugin.errors import ArgumentError, DesignError, InputError, ModelError, expected
 from ce_plugin.interventions import Intervention, Patch
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.sites import LayerSite
@@ -100,8 +103,8 @@ class CausalMediation:
             >>> every.whole  # what stands for the whole layer, through which everything passes
             (0,)
         """
-        (x,) = as_inputs(inputs)
-        design = None if sets is None else Joint(sets)
+        x = self._images("inputs", inputs)
+        design = None if sets is None else _joint(sets)
         x1 = self._counterparts(x, ids)
         call = Call(
             inputs=x,
@@ -159,8 +162,18 @@ class CausalMediation:
         Raises:
             InferenceError: the intervention has no total effect on the outcome.
         """
+        check_bootstrap(level, n_boot)
+        check_levels(levels)
+        pairs: dict[str, object] = {"targets": targets, "ids": ids}
+        for name, pair in pairs.items():
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                wanted = "a pair, for the choosing and the testing images"
+                raise ArgumentError(expected(name, wanted, repr(pair), f"Write `{name}=(a, b)`."))
+        chosen, x = self._images("choosing", choosing), self._images("testing", testing)
+        if chosen.shape == x.shape and torch.equal(chosen, x.to(chosen)):
+            hint = "On the images that chose them the best units are best by luck too: split them in halves."
+            raise ArgumentError(expected("testing", "images other than those of `choosing`", "the same", hint))
         choose = self.estimate(choosing, targets[0], ids=ids[0])
-        (x,) = as_inputs(testing)
         # Made once, because attacks are expensive.
         attacked = copy.copy(self)
         attacked.intervention = self._counterparts(x, ids[1])
@@ -173,6 +186,13 @@ class CausalMediation:
             return self._run(call, patch, Joint(sets)).effect[..., 0]
 
         return carriers(choose, run, total, levels=levels, level=level, n_boot=n_boot, seed=self.seed)
+
+    def _images(self, name: str, inputs: Tensor) -> Tensor:
+        """The inputs, which are one tensor here."""
+        every = as_inputs(inputs, self.effects.forward.modules)
+        if len(every) != 1:
+            raise InputError(expected(name, "one tensor (N, ...)", f"a tuple of {len(every)}"))
+        return every[0]
 
     def _counterparts(self, x: Tensor, ids: Ids) -> Tensor:
         """The inputs under the intervention."""
@@ -193,3 +213,12 @@ class CausalMediation:
             wanted = "a model with one output head"
             raise ModelError(expected("forward_func", wanted, sorted(found), "Name one with `output=`."))
         return found
+
+
+def _joint(sets: Sets) -> Joint:
+    """The sets as groups; an error names the argument that the user wrote."""
+    try:
+        return Joint(sets)
+    except DesignError as error:
+        wanted = "one or more sets of different unit indices"
+        raise DesignError(expected("sets", wanted, repr(sets), "Write [(0,), (0, 1)].")) from error

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ce_plugin.effects.mediation import Mediation, check_bootstrap, ratio_of_means, refuse_without_total
-from ce_plugin.errors import ArgumentError, InferenceError, UnitError, expected
+from ce_plugin.errors import ArgumentError, InferenceError, UnitError, check_integer, expected
 from ce_plugin.networks.forward import double
 from ce_plugin.visualization.pictures import NEGATIVE, POSITIVE
 
@@ -88,6 +89,9 @@ def ranking(mediation: Mediation, class_index: int | Tensor | None = None) -> tu
         >>> ranking(Mediation(total=torch.tensor([[-3.0]]), indirect=indirect, direct=torch.zeros(1, 3, 1)))
         (1, 2, 0)
     """
+    given: object = mediation
+    if not isinstance(given, Mediation):
+        raise ArgumentError(expected("mediation", "a Mediation", type(given).__name__))
     total, indirect, _ = mediation.column(class_index)
     direction = double(total).mean().sign()
     if not bool(direction.abs() == 1):
@@ -120,8 +124,10 @@ def nested_sets(order: Sequence[int], sizes: Sequence[int] | None = None) -> lis
         raise UnitError(expected("order", "one or more different units", list(order)[:8], "Write ranking(mediation)."))
     if sizes is None:
         sizes = [*(2**i for i in range(units.bit_length()) if 2**i < units), units]
-    if any(not 1 <= k <= units for k in sizes):
-        raise UnitError(expected("sizes", f"from 1 to {units}, the number of units", list(sizes)))
+    for k in sizes:
+        check_integer("sizes", k, f"whole numbers from 1 to {units}, the number of units", least=1, error=UnitError)
+        if k > units:
+            raise UnitError(expected("sizes", f"from 1 to {units}, the number of units", list(sizes)))
     return [tuple(order[:k]) for k in sizes]
 
 
@@ -204,7 +210,7 @@ def carried(
     """
     ks = _checked_sizes(range(1, indirect.shape[-1] + 1) if sizes is None else sizes, indirect.shape[-1])
     nested_sets(order, ks)
-    _check_levels(levels)
+    check_levels(levels)
     mean, low, high = refuse_without_total(total, level, n_boot, seed)
     curve = ratio_of_means(indirect, total, level, n_boot, seed)
     needed: dict[float, int | None] = {}
@@ -260,9 +266,11 @@ def carriers(
         >>> found.order, found.needed
         ((3, 1, 2, 0), {0.5: 2, 0.9: 3})
     """
+    if not callable(run):
+        raise ArgumentError(expected("run", "a callable on sets of units", type(run).__name__))
     order = ranking(choose, class_index)
     check_bootstrap(level, n_boot)
-    _check_levels(levels)
+    check_levels(levels)
     refuse_without_total(total, level, n_boot, seed)
     columns: dict[int, Tensor] = {}
     hint = [len(chosen) for chosen in nested_sets(order)]
@@ -280,17 +288,24 @@ def carriers(
 
 def _checked_sizes(sizes: Sequence[int], n: int) -> list[int]:
     """Ascending sizes, one for each of n columns."""
-    ks = [int(k) for k in sizes]
+    ks = [check_integer("sizes", k, "whole numbers of units", error=UnitError) for k in sizes]
     if len(ks) != n or not ks or ks[0] < 1 or any(b <= a for a, b in itertools.pairwise(ks)):
         raise UnitError(expected("sizes", f"{n} ascending numbers of units, one for each column", ks[:8]))
     return ks
 
 
-def _check_levels(levels: Sequence[float]) -> None:
-    """Levels are parts of the total effect."""
-    if not levels or any(not part > 0 for part in levels):
+def check_levels(levels: Sequence[float]) -> None:
+    """Levels are parts of the total effect.
+
+    Raises:
+        ArgumentError: they are not.
+    """
+    given: object = levels
+    every: list[object] = list(given) if isinstance(given, (list, tuple)) else []
+    numbers = all(not isinstance(part, bool) and isinstance(part, Real) and float(part) > 0 for part in every)
+    if not every or not numbers:
         hint = "Write (0.5, 0.9) for 50 and 90 per cent."
-        raise ArgumentError(expected("levels", "one or more numbers above 0", list(levels), hint))
+        raise ArgumentError(expected("levels", "one or more numbers above 0", repr(levels), hint))
 
 
 def _first(found: Tensor) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,18 +25,22 @@ from ce_plugin.errors import (
     SaturationWarning,
     TargetError,
     UnitError,
+    check_integer,
+    check_number,
     expected,
 )
 from ce_plugin.files import damaged, load, save
 from ce_plugin.networks.forward import double
 from ce_plugin.sites import InputSite
-from ce_plugin.visualization.pictures import NEGATIVE, POSITIVE, overlay
+from ce_plugin.visualization.pictures import NEGATIVE, POSITIVE, as_picture, overlay, sheet, signal
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
 
+# Of a volume, in a plot.
+_SLICES = 6
 # One row per example; the rest belongs to all examples.
 _BY_EXAMPLE = (
     *("effect", "std_error", "dof", "reference"),
@@ -176,8 +181,7 @@ class Estimate:
 
         Source: Benjamini and Hochberg 1995.
         """
-        if not 0 < fdr < 1:
-            raise ArgumentError(expected("fdr", "in (0, 1)", fdr, "Write 0.05 for five per cent."))
+        check_number("fdr", fdr, "in (0, 1)", above=0, below=1, hint="Write 0.05 for five per cent.")
         return inference.benjamini_hochberg(inference.p_values(self.effect, *self._errors()), axis=1) <= fdr
 
     @property
@@ -208,6 +212,7 @@ class Estimate:
             hint = "Run a RandomMask design with keep_trials=True, or read .interaction of a Joint design."
             wanted = "a random one whose trials were kept"
             raise DesignError(expected("design", wanted, self.design or "no trials", hint))
+        pairs = _checked_pairs(pairs)
         found = []
         for i, (a, y) in enumerate(zip(self.assignments, self.outcomes, strict=True)):
             own = int((~y.isnan().all(dim=1)).sum())  # with `until=` examples may have fewer trials: the rest is NaN
@@ -418,15 +423,42 @@ def _same(mine: Any, theirs: Any) -> bool:
     return same and bool(((mine == theirs) | (mine.isnan() & theirs.isnan())).all())
 
 
+class _NoSuchExampleError(ArgumentError, IndexError):
+    """Also an IndexError, which ends a loop over the examples."""
+
+
 def chosen_examples(examples: int | slice | Sequence[int], n: int, what: str) -> list[int]:
-    """The indices that ``result[examples]`` asks for, of what is about n examples."""
-    if isinstance(examples, slice):
-        return list(range(n)[examples])
-    if not isinstance(examples, int):
-        return [int(i) for i in examples]
-    if not -n <= examples < n:
-        raise IndexError(f"example {examples} of {what} of {n}")
-    return [examples]
+    """The indices that ``result[examples]`` asks for, of what is about n examples.
+
+    Raises:
+        ArgumentError: no index, slice or sequence of indices, or out of range.
+    """
+    wanted = "an index, a slice or a list of indices"
+    try:
+        if isinstance(examples, slice):
+            return list(range(n)[examples])
+        given: object = examples
+        many = given.tolist() if isinstance(given, (Tensor, np.ndarray)) else given
+        every = list(many) if isinstance(many, (list, tuple, range)) else [many]
+        chosen = [check_integer("examples", i, wanted) for i in every]
+    except TypeError as error:
+        raise ArgumentError(expected("examples", wanted, repr(examples))) from error
+    for i in chosen:
+        if not -n <= i < n:
+            raise _NoSuchExampleError(f"There is no example {i} of {what} of {n} examples.")
+    return chosen
+
+
+def _checked_pairs(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Pairs of unit indices, as they were written."""
+    wanted, hint = "pairs of unit indices", "Write [(0, 1), (0, 2)]."
+    try:
+        found = [(operator.index(u), operator.index(v)) for u, v in pairs]
+    except (TypeError, ValueError) as error:
+        raise UnitError(expected("pairs", wanted, repr(pairs), hint)) from error
+    if not found:
+        raise UnitError(expected("pairs", wanted, repr(pairs), hint))
+    return found
 
 
 def _flat(x: Tensor) -> np.ndarray[Any, Any]:
@@ -454,8 +486,9 @@ def plot_estimate(
 
     Args:
         estimate: what ``estimate(...)`` returned.
-        image: the example, (C, H, W), values in [0, 1]: the contributions are laid over it, significant units
-            outlined. None draws bars.
+        image: the example, (C, H, W), values in [0, 1] or bytes (uint8): the contributions are laid over it,
+            significant units outlined. Of a volume (C, D, H, W) six slices are drawn; a signal, in the shape in which
+            the network took it, is drawn as lines. None draws bars.
         example: index of the example.
         target: class; None means the predicted class, where all classes were computed.
         feature_mask: the units, where they are not the default grid: what ``estimate(...)`` was given.
@@ -481,10 +514,15 @@ def plot_estimate(
         >>> [label.get_text() for label in plot_estimate(estimate).axes[0].get_yticklabels()]
         ['left', 'right']
     """
+    check_integer("example", example)
     if not -len(estimate) <= example < len(estimate):
         raise ArgumentError(expected("example", f"below {len(estimate)}, the number of examples", example))
-    if top < 1:
-        raise ArgumentError(expected("top", "at least 1", top))
+    check_integer("top", top, "at least 1", least=1)
+    check_integer("width", width, "a number of pixels, 1 or more", least=1)
+    if target is not None:
+        check_integer("target", target, "None or a class index", error=TargetError)
+    check_number("fdr", fdr, "in (0, 1)", above=0, below=1)
+    check_number("level", level, "in (0, 1)", above=0, below=1)
     column, name = _column(estimate, example, target)
     n_units = int(estimate.n_units[example])
     values = estimate.contribution[example, :n_units, column].detach().cpu()
@@ -496,14 +534,38 @@ def plot_estimate(
         half = None if found is None else estimate.half_width(level)[example, :n_units, column].cpu()
         labels = estimate.labels_of(example)
         return _bars(values, half, found, labels, top=top, width=width, title=heading)
+    given: object = image
+    if not isinstance(given, Tensor) or image.dim() not in (2, 3, 4):
+        as_picture(image)  # says what is wrong with it
     batch = image.detach().cpu()[None]
-    units = InputSite(feature_mask, sliding_window_shapes, strides).units_of((batch,))
+    dim = estimate.settings.get("channel_dim") if estimate.site.startswith("InputSite") else None
+    units = InputSite(feature_mask, sliding_window_shapes, strides, channel_dim=dim).units_of((batch,))
     if int(units.n_units[0]) != n_units:
         hint = "Hand over the `feature_mask` or windows that the estimate was made with."
         raise UnitError(expected("image", f"with the {n_units} units of the estimate", int(units.n_units[0]), hint))
+    channels = (1 if dim is None else dim) % batch.dim()
+    shown = batch.movedim(channels, 1)[0]
     (plane,) = units.spread(double(values)[None])
-    region = None if found is None else units.spread(double(found)[None])[0][0].amax(0) > 0.5
-    return overlay(plane[0], image, significant=region, width=width, title=heading)
+    plane, region = plane.movedim(channels, 1)[0], None
+    if found is not None:
+        (where,) = units.spread(double(found)[None])
+        region = where.movedim(channels, 1)[0].amax(0) > 0.5
+    if shown.dim() == 2:
+        return signal(plane.mean(0), shown, significant=region, width=width, title=heading)
+    if shown.dim() == 4:
+        return _slices(plane, shown, region, width, heading)
+    return overlay(plane, shown, significant=region, width=width, title=heading)
+
+
+def _slices(plane: Tensor, volume: Tensor, region: Tensor | None, width: int, title: str) -> Figure:
+    """Slices of a volume (C, D, H, W), evenly spaced, with one scale for all."""
+    depth, scale = volume.shape[1], float(plane.mean(0).abs().max()) or None
+    rows: list[list[tuple[str, Figure | Tensor]]] = [[]]
+    for k in torch.linspace(0, depth - 1, min(depth, _SLICES)).round().long().tolist():
+        outlined = None if region is None else region[k]
+        drawn = overlay(plane[:, k], volume[:, k], scale=scale, significant=outlined, width=width)
+        rows[0].append((f"slice {k} of {depth}", drawn))
+    return sheet(rows, note=title, width=max(width // len(rows[0]), 1))
 
 
 def _column(estimate: Estimate, example: int, target: int | None) -> tuple[int, str]:

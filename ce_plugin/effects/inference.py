@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ce_plugin.errors import ArgumentError, expected
+from ce_plugin.errors import check_number
 from ce_plugin.networks.forward import double, widest
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
@@ -37,8 +37,7 @@ def half_width(std_error: Tensor, dof: Tensor | None, level: float = 0.95) -> Te
         >>> half_width(torch.tensor([2.0]), None).round(decimals=2)
         tensor([3.9200], dtype=torch.float64)
     """
-    if not 0 < level < 1:
-        raise ArgumentError(expected("level", "in (0, 1)", level, "Write 0.95 for 95 per cent."))
+    check_number("level", level, "in (0, 1)", above=0, below=1, hint="Write 0.95 for 95 per cent.")
     error = _array(std_error)
     quantile = _quantile((1 + level) / 2, dof, error)
     return _tensor(quantile * error, std_error)

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from ce_plugin.effects.estimate import chosen_examples
-from ce_plugin.errors import ArgumentError, InferenceError, TargetError, UnitError, expected
+from ce_plugin.errors import (
+    ArgumentError,
+    InferenceError,
+    TargetError,
+    UnitError,
+    check_integer,
+    check_number,
+    expected,
+)
 from ce_plugin.networks.forward import double, widest
 from ce_plugin.randomness import generator
 
@@ -207,8 +215,8 @@ def check_bootstrap(level: float, n_boot: int) -> None:
     Example:
         >>> check_bootstrap(0.95, 2000)
     """
-    if not 0 < level < 1:
-        raise ArgumentError(expected("level", "in (0, 1)", level, "Write 0.95 for 95 per cent."))
+    check_number("level", level, "in (0, 1)", above=0, below=1, hint="Write 0.95 for 95 per cent.")
+    check_integer("n_boot", n_boot)
     if n_boot < 100:
         raise ArgumentError(expected("n_boot", "at least 100", n_boot, "2000 resamples are a matter of moments."))
 

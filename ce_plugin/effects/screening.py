@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ce_plugin.errors import ArgumentError, OutcomeError, UnitError, expected
+from ce_plugin.errors import ArgumentError, OutcomeError, UnitError, check_integer, check_number, expected
 from ce_plugin.networks.forward import double
 
 if TYPE_CHECKING:
@@ -189,8 +189,9 @@ def pairwise(
         >>> found.n_trials, found.n_gradients
         (102, 101)
     """
-    if top < 1 or exhaustive < 0:
-        raise ArgumentError(expected("top, exhaustive", "at least 1 and at least 0", (top, exhaustive)))
+    check_integer("top", top, least=1)
+    check_integer("exhaustive", exhaustive, least=0)
+    check_integer("n_units", n_units)
     labels = [str(u) for u in range(n_units)] if unit_labels is None else [str(label) for label in unit_labels]
     runner = _Runner(outcome, n_units, batch_size, dtype, device)
     if len(labels) != n_units:
@@ -219,10 +220,9 @@ class _Runner:
     def __init__(
         self, outcome: FlipOutcome, n_units: int, batch_size: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        if n_units < 2:
+        if check_integer("n_units", n_units) < 2:
             raise ArgumentError(expected("n_units", "at least 2", n_units, "One unit has no pair."))
-        if batch_size < 1:
-            raise ArgumentError(expected("batch_size", "at least 1", batch_size))
+        check_integer("batch_size", batch_size, "at least 1", least=1)
         self.outcome, self.n_units, self.batch_size = outcome, n_units, batch_size
         self.dtype, self.device = dtype, device
         self.n_trials = self.n_gradients = 0
@@ -253,8 +253,9 @@ class _Runner:
 
     def idle_gradients(self, nudges: Sequence[float]) -> list[tuple[float, Tensor]]:
         """Each nudge with the gradient (1, C, U) where no unit is flipped."""
-        steps = [float(nudge) for nudge in nudges]
-        if not steps or any(not 0 <= step <= 1 for step in steps):
+        given: object = nudges
+        steps = list(nudges) if isinstance(given, (list, tuple)) else []
+        if not steps or any(not 0 <= check_number("nudges", step, "numbers in [0, 1]") <= 1 for step in steps):
             raise ArgumentError(expected("nudges", "one or more numbers in [0, 1]", steps))
         return [(step, self.gradients(torch.empty(1, 0, dtype=torch.long), step)) for step in steps]
 

@@ -13,7 +13,7 @@ import torch
 from captum.robust import Perturbation
 from torch import Tensor
 
-from ce_plugin.errors import ArgumentError, expected
+from ce_plugin.errors import ArgumentError, InputError, check_integer, expected
 from ce_plugin.randomness import generator
 
 Inputs = TypeVar("Inputs", bound="Tensor | tuple[Tensor, ...]")
@@ -132,13 +132,36 @@ class Intervention(Perturbation):  # type: ignore[misc]
             The perturbed inputs, a tensor or a tuple as passed.
         """
         tensors: tuple[Tensor, ...] = inputs if isinstance(inputs, tuple) else (inputs,)
-        names = tuple(ids) if ids is not None else (0,) * len(tensors[0])
+        names = checked_examples(tensors, ids, seed)
+        check_integer("variant", variant, f"an index below {self.n_variants}, the number of alternatives", least=0)
+        if variant >= self.n_variants:
+            wanted = f"an index below {self.n_variants}, the number of alternatives"
+            raise ArgumentError(expected("variant", wanted, variant))
         base = Context(ids=names, seed=seed, target=target, variant=variant)
         donors = self.donors(tensors, base)
         if donors is not None:
             base = replace(base, donors=tuple(self.collect([donor]) for donor in donors))
         out = tuple(self.values(x, replace(base, position=i)) for i, x in enumerate(tensors))
         return cast(Inputs, out if isinstance(inputs, tuple) else out[0])
+
+
+def checked_examples(inputs: tuple[Tensor, ...], ids: Sequence[int] | None, seed: int) -> tuple[int, ...]:
+    """One id for each example."""
+    for x in inputs:
+        given: object = x
+        if not isinstance(given, Tensor) or not x.dim():
+            got = f"shape {tuple(x.shape)}" if isinstance(given, Tensor) else type(given).__name__
+            raise InputError(expected("inputs", "a tensor (N, ...), or a tuple of such", got))
+    check_integer("seed", seed)
+    if ids is None:
+        return (0,) * len(inputs[0])
+    every: object = ids
+    if isinstance(every, (str, bytes)) or not isinstance(every, Iterable):
+        raise InputError(expected("ids", "one integer per example", repr(ids)))
+    names = tuple(check_integer("ids", i, "one integer per example", error=InputError) for i in ids)
+    if len(names) != len(inputs[0]):
+        raise InputError(expected("ids", f"{len(inputs[0])} ids, one per example", len(names)))
+    return names
 
 
 Numbers = Union[float, Sequence[float]]

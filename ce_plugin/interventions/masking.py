@@ -11,13 +11,21 @@ from typing import Union, cast
 import torch
 from torch import Tensor
 
-from ce_plugin.errors import ArgumentError, UnitError, expected, unknown_name
-from ce_plugin.interventions.base import Context, Inputs, Intervention, Normalization, NormalizationLike
+from ce_plugin.errors import ArgumentError, UnitError, check_integer, check_number, expected, unknown_name
+from ce_plugin.interventions.base import (
+    Context,
+    Inputs,
+    Intervention,
+    Normalization,
+    NormalizationLike,
+    checked_examples,
+)
 
 Infill = Callable[..., Tensor]
 Fill = Union[str, float, Tensor, Infill]
 Region = Union[Tensor, "tuple[int, int, int, int]"]
 
+_SHORT = 9
 _NAMES = ("zero", "mean", "blur", "noise")
 
 
@@ -39,8 +47,9 @@ class PixelMask(Intervention):
         region: a bool mask that broadcasts to the input, or a box ``(left, top, right, bottom)`` in pixels (right
             and bottom exclusive): nothing is changed outside it (condition II of the paper: mask the known
             evidence of a class).
-        sigma: standard deviation of the blur in pixels; None means a ninth of the shorter side
-            (25 pixels of 224).
+        sigma: standard deviation of the blur in pixels; None means a ninth of the shortest side that has nine pixels
+            or more (25 pixels of 224), and half a pixel at least. Signals (N, C, L) and volumes (N, C, D, H, W) are
+            blurred along all their dimensions.
 
     Raises:
         UnknownNameError: a fill of an unknown name.
@@ -83,8 +92,8 @@ class PixelMask(Intervention):
             self.per_trial |= callable(one) and _wants_mask(one)
             fills.append(one)
         self.fills = tuple(fills)
-        if sigma is not None and not sigma > 0:
-            raise ArgumentError(expected("sigma", "a positive number of pixels", sigma))
+        if sigma is not None:
+            check_number("sigma", sigma, "a positive number of pixels", above=0)
         self.normalization = Normalization.of(normalization)
         self.region = None if region is None else _checked_region(region)
         self.sigma = sigma
@@ -158,7 +167,7 @@ class PixelMask(Intervention):
         Returns:
             The masked inputs, a tensor or a tuple as passed.
         """
-        if p is not None and not 0 <= p <= 1:
+        if p is not None and not 0 <= check_number("p", p, "a share in [0, 1]") <= 1:
             raise ArgumentError(expected("p", "a share in [0, 1]", p))
         if p is None:
             return super().perturb(inputs, target=target, ids=ids, seed=seed, variant=variant)
@@ -166,7 +175,7 @@ class PixelMask(Intervention):
         tensors: tuple[Tensor, ...] = inputs if isinstance(inputs, tuple) else (inputs,)
         for position, x in enumerate(tensors):
             # The same pixels whichever fill is asked for.
-            pixels = Context(ids=tuple(ids) if ids is not None else (0,) * len(x), seed=seed, position=position)
+            pixels = Context(ids=checked_examples(tensors, ids, seed), seed=seed, position=position)
             shape = (1, *x.shape[2:]) if x.dim() > 2 else tuple(x.shape[1:])
             draws = torch.stack([torch.rand(shape, generator=pixels.generator(i, "pwm")) for i in range(len(x))])
             mask = (draws < p).to(x.device)
@@ -206,22 +215,36 @@ def _channel_mean(image: Tensor) -> Tensor:
 
 
 def _blur(image: Tensor, sigma: float | None) -> Tensor:
+    """A Gaussian blur along all dimensions but the first two; one of size 1 has nothing to be blurred."""
     # Imported here because importing torchvision takes as long as importing torch.
     from torchvision.transforms.functional import gaussian_blur
 
-    if image.dim() != 4:
-        raise ArgumentError(
-            expected("fill", "'zero', 'mean' or a number for inputs that are not images (N, C, H, W)", "'blur'")
-        )
-
-    height, width = image.shape[-2:]
-    if min(height, width) < 2:
-        return image.clone()
-    spread = sigma if sigma is not None else min(height, width) / 9
+    sizes = image.shape[2:]
+    if len(sizes) not in (1, 2, 3):
+        wanted = "'zero', 'mean' or a number for inputs that are not signals, images or volumes (N, C, ...)"
+        raise ArgumentError(expected("fill", wanted, "'blur'"))
+    spread = _spread(sizes) if sigma is None else sigma
     # The kernel extends to 3 sigma, but reflection padding must be smaller than the image.
-    radius = min(max(1, round(3 * spread)), min(height, width) - 1)
-    blurred: Tensor = gaussian_blur(image, [2 * radius + 1, 2 * radius + 1], [spread, spread])
-    return blurred
+    kernel = [2 * min(max(1, round(3 * spread)), size - 1) + 1 for size in sizes]
+    blurred: Tensor = image
+    # The filter is for two dimensions: of the three of a volume the last two go together.
+    if len(sizes) == 3:
+        planes = gaussian_blur(image.flatten(1, 2), kernel[:0:-1], [spread, spread])
+        blurred, kernel = planes.unflatten(1, image.shape[1:3]).flatten(3), [kernel[0], 1]
+    elif len(sizes) == 1:
+        blurred, kernel = image[..., None], [kernel[0], 1]
+    blurred = gaussian_blur(blurred, kernel[::-1], [spread, spread])
+    return blurred.reshape(image.shape)
+
+
+def _spread(sizes: Sequence[int]) -> float:
+    """A ninth of the shortest side; sides below nine pixels do not count where there are others.
+
+    Along them the spread would be less than a pixel, which changes next to nothing.
+    """
+    long = [size for size in sizes if size >= _SHORT]
+    short = [size for size in sizes if size > 1]
+    return max(min(long or short or [1]) / _SHORT, 0.5)
 
 
 def _checked_region(region: Region) -> Region:
@@ -229,9 +252,13 @@ def _checked_region(region: Region) -> Region:
         if region.dtype != torch.bool:
             raise UnitError(expected("region", "a boolean mask", f"dtype {region.dtype}", "Write `mask > 0`."))
         return region
-    if len(region) != 4 or not (region[0] < region[2] and region[1] < region[3]):
-        raise UnitError(expected("region", "a box (left, top, right, bottom) with left < right, top < bottom", region))
-    left, top, right, bottom = region
+    wanted = "a boolean mask, or a box (left, top, right, bottom) with left < right, top < bottom"
+    given: object = region
+    if not isinstance(given, (tuple, list)) or len(region) != 4:
+        raise UnitError(expected("region", wanted, repr(region)))
+    left, top, right, bottom = (check_integer("region", edge, wanted, error=UnitError) for edge in region)
+    if not (left < right and top < bottom):
+        raise UnitError(expected("region", wanted, region))
     return (left, top, right, bottom)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ce_plugin.errors import ArgumentError, InputError, expected
+from ce_plugin.errors import ArgumentError, InputError, check_integer, expected
 from ce_plugin.interventions.base import Context, Intervention
 from ce_plugin.networks.forward import double
 
@@ -69,6 +69,8 @@ class MeanOut(_FromReference):
 
     def __init__(self, reference: Tensor | tuple[Tensor, ...], *, positions: bool = False) -> None:
         super().__init__(reference)
+        if not isinstance(positions, bool):
+            raise ArgumentError(expected("positions", "True or False", repr(positions)))
         self.positions = positions
 
     def collect(self, values: Iterable[Tensor]) -> Tensor:
@@ -110,7 +112,7 @@ class Resample(_FromReference):
     def __init__(self, reference: Tensor | tuple[Tensor, ...], n_donors: int = 1) -> None:
         super().__init__(reference)
         most = len(self.reference[0])
-        if not isinstance(n_donors, int) or not 1 <= n_donors <= most:
+        if check_integer("n_donors", n_donors, f"from 1 to the reference set's {most} examples", least=1) > most:
             raise ArgumentError(expected("n_donors", f"from 1 to the reference set's {most} examples", n_donors))
         self.n_variants = n_donors
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ce_plugin.errors import ArgumentError, InputError, expected, unknown_name
+from ce_plugin.errors import ArgumentError, InputError, check_integer, check_number, expected, unknown_name
 from ce_plugin.interventions import _filters as filters
 from ce_plugin.interventions.base import Context, Intervention, Normalization, NormalizationLike
 
@@ -92,16 +92,17 @@ def _checked_step(step: Sequence[str | float]) -> Step:
         UnknownNameError: a filter of unknown name.
         ArgumentError: a parameter that is missing or out of range.
     """
-    if isinstance(step, str) or not len(step) or not isinstance(step[0], str):
+    given: object = step
+    if not isinstance(given, (list, tuple)) or not step or not isinstance(step[0], str):
         raise ArgumentError(expected("steps", "tuples (name, parameters) such as ('gauss', 1.0)", repr(step)))
-    kind, given = step[0], step[1:]
+    kind, numbers = step[0], step[1:]
     if kind not in _FILTERS:
         raise unknown_name("steps", kind, _FILTERS)
     parameters = _FILTERS[kind].parameters
-    if len(given) != len(parameters):
+    if len(numbers) != len(parameters):
         names = ", ".join(f"`{parameter.name}`" for parameter in parameters)
-        raise ArgumentError(expected("steps", f"{names} after {kind!r}", f"{len(given)} parameters"))
-    checked = list(map(_checked_value, parameters, given))
+        raise ArgumentError(expected("steps", f"{names} after {kind!r}", f"{len(numbers)} parameters"))
+    checked = list(map(_checked_value, parameters, numbers))
     if kind in ("clip", "stretch") and not checked[0] < checked[1]:
         raise ArgumentError(expected("high", f"greater than low = {checked[0]}", checked[1]))
     return (kind, *checked)
@@ -164,13 +165,18 @@ class Smooth(Intervention):
         normalization: NormalizationLike = None,
         value_range: Range = (0.0, 1.0),
     ) -> None:
-        if isinstance(steps, str) or not len(steps):
+        given: object = steps
+        if not isinstance(given, (list, tuple)) or not steps:
             wanted = "a sequence of steps such as [('gauss', 1.0), ('bits', 1)]"
             raise ArgumentError(expected("steps", wanted, repr(steps), "One filter is `Smooth.gauss(1.0)`."))
         self.steps = tuple(map(_checked_step, steps))
-        low, high = value_range
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ArgumentError(expected("value_range", "a pair (least, greatest) with least < greatest", value_range))
+        wanted = "a pair (least, greatest) with least < greatest"
+        pair: object = value_range
+        if not isinstance(pair, (list, tuple)) or len(value_range) != 2:
+            raise ArgumentError(expected("value_range", wanted, repr(value_range)))
+        low, high = (check_number("value_range", end, wanted) for end in value_range)
+        if not low < high:
+            raise ArgumentError(expected("value_range", wanted, value_range))
         self.value_range = (float(low), float(high))
         self.normalization = Normalization.of(normalization)
 
@@ -250,6 +256,10 @@ class Smooth(Intervention):
         """Several smoothings in turn, the first one first; all must have the same normalisation and range of values."""
         if not parts:
             raise ArgumentError(expected("parts", "at least one smoothing", "none"))
+        for part in parts:
+            given: object = part
+            if not isinstance(given, Smooth):
+                raise ArgumentError(expected("parts", "smoothings", type(given).__name__, "Write Smooth.gauss(1.0)."))
         first = parts[0]
         for part in parts[1:]:
             if (part.normalization, part.value_range) != (first.normalization, first.value_range):
@@ -338,8 +348,7 @@ class Denoise(Intervention):
     ) -> None:
         if not callable(denoiser):
             raise ArgumentError(expected("denoiser", "a network or function of images", type(denoiser).__name__))
-        if forward_equivalents < 0:
-            raise ArgumentError(expected("forward_equivalents", "a number of passes, 0 or more", forward_equivalents))
+        check_integer("forward_equivalents", forward_equivalents, "a number of passes, 0 or more", least=0)
         self.denoiser = denoiser
         self.normalization = Normalization.of(normalization)
         self.forward_equivalents = forward_equivalents

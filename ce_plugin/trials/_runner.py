@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ce_plugin.errors import CEPluginError, ModelError, expected
 from ce_plugin.networks.forward import Forward, is_opaque
-from ce_plugin.networks.graph import Untraceable
+from ce_plugin.networks.tracing import Untraceable
 from ce_plugin.trials._incremental import IncrementalTrials
 from ce_plugin.trials._repeats import check_repeated, random_marks
 from ce_plugin.trials.batches import (

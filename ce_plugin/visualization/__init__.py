@@ -15,6 +15,7 @@ from ce_plugin.visualization.pictures import (
     outlines,
     overlay,
     sheet,
+    signal,
     spotlight,
 )
 
@@ -30,6 +31,7 @@ __all__ = [
     "plot_roc",
     "plot_scores",
     "sheet",
+    "signal",
     "spotlight",
 ]
 

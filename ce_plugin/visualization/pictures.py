@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ce_plugin.errors import ArgumentError, InputError, expected
+from ce_plugin.errors import ArgumentError, InputError, check_integer, check_number, expected
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
@@ -26,6 +26,8 @@ NEGATIVE = "#1c6fd1"
 """Colour of what opposes the class: blue. Colour-blind readers can distinguish the two."""
 
 _DPI = 100
+# Resizing and attacks may leave [0, 1] by a little; normalised images leave it by far more.
+_OVERSHOOT = 0.05
 Pixels = npt.NDArray[np.float64]
 
 
@@ -65,7 +67,7 @@ def overlay(
 
     Args:
         attribution: (H, W), or (C, H, W), whose channels are averaged.
-        image: (C, H, W), values in [0, 1], C = 1 or 3.
+        image: (C, H, W), values in [0, 1] or bytes (uint8), C = 1 or 3.
         scale: the value that gets the full colour; None means the largest absolute value. A common scale makes
             several maps comparable.
         significant: (H, W) boolean; regions of True are outlined, in dark with a white edge.
@@ -77,7 +79,7 @@ def overlay(
         A figure without axes.
 
     Raises:
-        InputError: attribution and image do not have the same height and width.
+        InputError: attribution and image do not have the same height and width, or the image is none.
         ArgumentError: the scale is not positive, or the sign is unknown.
 
     Example:
@@ -93,9 +95,10 @@ def overlay(
     shown = _channels_last(image)
     if values.shape != shown.shape[:2]:
         raise InputError(expected("attribution", f"of the image's size {shown.shape[:2]}", values.shape))
-    if scale is not None and not scale > 0:
-        raise ArgumentError(expected("scale", "None or a positive number", scale))
-    if sign not in ("all", "positive"):
+    if scale is not None:
+        check_number("scale", scale, "None or a positive number", above=0)
+    check_integer("width", width, "a number of pixels, 1 or more", least=1)
+    if not isinstance(sign, str) or sign not in ("all", "positive"):
         raise ArgumentError(expected("sign", "'all' or 'positive'", repr(sign)))
     if sign == "positive":
         values = values.clip(min=0)
@@ -126,6 +129,60 @@ def overlay(
         axes.images[0].set_clim(0, 255)  # Captum stretches a dull photograph to full contrast
     _draw_outlines(axes, significant, values)
     axes.set_axis_off()
+    return figure
+
+
+def signal(
+    attribution: Tensor,
+    values: Tensor,
+    *,
+    significant: Tensor | None = None,
+    width: int = 480,
+    title: str | None = None,
+) -> Figure:
+    """An attribution along a signal: the signal's channels as lines, the attribution as the colour behind them.
+
+    Args:
+        attribution: (L,).
+        values: of the signal, (C, L).
+        significant: (L,) boolean; where it is True a line is drawn below.
+        width: of the figure, in pixels.
+        title: written above.
+
+    Returns:
+        A figure; orange supports, blue opposes.
+
+    Raises:
+        InputError: the attribution is not as long as the signal.
+
+    Example:
+        >>> len(signal(torch.linspace(-1, 1, 20), torch.rand(2, 20)).axes[0].lines)
+        2
+    """
+    from matplotlib.figure import Figure
+
+    if values.dim() != 2 or attribution.shape != values.shape[1:]:
+        got = f"{tuple(attribution.shape)} for a signal {tuple(values.shape)}"
+        raise InputError(expected("attribution", "of shape (L,) for a signal (C, L)", got))
+    check_integer("width", width, "a number of pixels, 1 or more", least=1)
+    figure = Figure(figsize=(width / _DPI, 0.4 * width / _DPI), dpi=_DPI, layout="constrained")
+    axes = figure.add_subplot()
+    lines = values.detach().double().cpu().numpy()
+    low, high = float(lines.min()), float(lines.max())
+    margin = 0.05 * (high - low or 1.0)
+    behind, greatest = attribution.detach().double().cpu().numpy()[None], float(attribution.abs().max()) or 1.0
+    axes.imshow(
+        behind, cmap=contribution_colors(), vmin=-greatest, vmax=greatest, aspect="auto", interpolation="nearest",
+        extent=(-0.5, lines.shape[1] - 0.5, low - margin, high + margin),
+    )  # fmt: skip
+    for line in lines:
+        axes.plot(line, color="#333333", linewidth=0.9)
+    if significant is not None:
+        where = significant.detach().cpu().numpy().nonzero()[0]
+        axes.plot(where, np.full(len(where), low - 0.6 * margin), color="#111111", marker="|", linestyle="")
+    axes.set_xlim(-0.5, lines.shape[1] - 0.5)
+    if title:
+        axes.set_title(title, fontsize=10)
     return figure
 
 
@@ -216,6 +273,9 @@ def _encoded(image: Any, kind: str) -> str:
 
 
 def _plane(attribution: Tensor) -> Pixels:
+    given: object = attribution
+    if not isinstance(given, Tensor):
+        raise InputError(expected("attribution", "a tensor (H, W) or (C, H, W)", type(given).__name__))
     values = attribution.detach().cpu().double()
     if values.dim() == 3:
         values = values.mean(dim=0)
@@ -225,11 +285,46 @@ def _plane(attribution: Tensor) -> Pixels:
     return plane
 
 
-def _channels_last(image: Tensor) -> Pixels:
+def as_picture(image: Tensor, name: str = "image") -> Tensor:
+    """A picture with values in [0, 1] on the CPU, (1 or 3, H, W); bytes are divided by 255.
+
+    Raises:
+        InputError: it is no tensor, has another shape, or values that are no grey levels: a network's normalised
+            input, for example.
+
+    Example:
+        >>> as_picture(torch.full((1, 1, 2), 255, dtype=torch.uint8)).tolist()
+        [[[1.0, 1.0]]]
+    """
+    given: object = image
+    if not isinstance(given, Tensor):
+        move = ".movedim(-1, 0)" if _last(given) in (1, 3) else ""
+        hint = f"Write `torch.as_tensor(image){move}`." if isinstance(given, np.ndarray) else ""
+        raise InputError(expected(name, "a tensor (1 or 3, H, W)", type(given).__name__, hint))
     if image.dim() != 3 or image.shape[0] not in (1, 3):
-        hint = "`VisionModel.pictures` turns a batch of inputs into such pictures."
-        raise InputError(expected("image", "of shape (1 or 3, H, W)", tuple(image.shape), hint))
-    shown: Pixels = image.detach().cpu().double().clamp(0, 1).permute(1, 2, 0).numpy()
+        hint = "Write `image.movedim(-1, 0)`." if image.dim() == 3 and image.shape[-1] in (1, 3) else ""
+        hint = hint or "`VisionModel.pictures` turns a batch of inputs into such pictures."
+        raise InputError(expected(name, "of shape (1 or 3, H, W)", tuple(image.shape), hint))
+    shown = image.detach().cpu()
+    if shown.dtype == torch.uint8:
+        return shown.double() / 255
+    if not shown.is_floating_point():
+        wanted = "of a floating-point type with values in [0, 1], or of bytes (uint8)"
+        raise InputError(expected(name, wanted, str(shown.dtype)))
+    low, high = (float(end) for end in shown.double().aminmax())
+    if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):
+        hint = "Write `image / 255`." if low >= 0 and 1 < high <= 255 else "Undo the normalisation: `x * std + mean`."
+        raise InputError(expected(name, "with values in [0, 1]", f"{low:.4g} to {high:.4g}", hint))
+    return shown.double().clamp(0, 1)
+
+
+def _last(given: object) -> int:
+    """The last size of an array, or 0."""
+    return int(given.shape[-1]) if isinstance(given, np.ndarray) and given.ndim == 3 else 0
+
+
+def _channels_last(image: Tensor) -> Pixels:
+    shown: Pixels = as_picture(image).permute(1, 2, 0).numpy()
     return shown
 
 
@@ -310,9 +405,7 @@ def _shortened(title: str, most: int = 48) -> str:
 
 def _pixels(shown: Figure | Tensor) -> npt.NDArray[Any]:
     if isinstance(shown, Tensor):
-        if shown.dim() != 3 or shown.shape[0] not in (1, 3):
-            raise InputError(expected("rows", "pictures of shape (1 or 3, H, W)", tuple(shown.shape)))
-        pixels: npt.NDArray[Any] = shown.detach().float().cpu().clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
+        pixels: npt.NDArray[Any] = as_picture(shown, "rows").expand(3, -1, -1).permute(1, 2, 0).numpy()
         return pixels
     return np.asarray(_drawn(shown, 150))
 
@@ -335,6 +428,7 @@ def spotlight(image: Tensor, box: tuple[int, int, int, int]) -> Tensor:
         >>> spotlight(torch.full((1, 4, 4), 0.8), (1, 1, 3, 4))[0, :, 3].tolist()  # the outline
         [1.0, 1.0, 1.0, 1.0]
     """
+    image = as_picture(image)
     left, top, right, bottom = box
     height, width = image.shape[-2:]
     if image.dim() != 3 or not (0 <= left < right <= width and 0 <= top < bottom <= height):

@@ -211,8 +211,8 @@ def refuse(a: Tensor) -> Tensor:
     ("options", "error", "match"),
     [
         ({"n_units": 1}, ArgumentError, "`n_units` to be at least 2, but got 1"),
-        ({"top": 0}, ArgumentError, "`top, exhaustive`"),
-        ({"exhaustive": -1}, ArgumentError, "`top, exhaustive`"),
+        ({"top": 0}, ArgumentError, "argument `(top|exhaustive)`"),
+        ({"exhaustive": -1}, ArgumentError, "argument `(top|exhaustive)`"),
         ({"batch_size": 0}, ArgumentError, "`batch_size`"),
         ({"nudges": ()}, ArgumentError, "`nudges`"),
         ({"nudges": (1.5,)}, ArgumentError, r"`nudges` to be one or more numbers in \[0, 1\]"),

@@ -287,7 +287,7 @@ def test_an_in_painting_network_is_run_in_eval_mode_and_given_back() -> None:
         (lambda: PixelMask(region=(-1, 0, 3, 8))(images()), UnitError, "a box inside the input's shape"),
         (lambda: PixelMask(region=torch.ones(5, 5, dtype=torch.bool))(images()), UnitError, "broadcasts to the input"),
         (lambda: PixelMask(torch.zeros(4))(images()), ArgumentError, "a fill that broadcasts"),
-        (lambda: PixelMask("blur")(torch.rand(2, 5)), ArgumentError, "inputs that are not images"),
+        (lambda: PixelMask("blur")(torch.rand(2, 5)), ArgumentError, "inputs that are not signals, images"),
         (lambda: PixelMask().perturb(images(), p=1.5), ArgumentError, r"a share in \[0, 1\]"),
         (lambda: PixelMask(normalization=((0.1, 0.1), 1.0))(images()), ArgumentError, "one per channel"),
         (lambda: PixelMask(normalization=(0.0, 0.0)), ArgumentError, "positive std"),
