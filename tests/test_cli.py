@@ -528,8 +528,20 @@ def test_a_closed_output_does_not_cost_the_result(folder: Path) -> None:
             assert "Traceback" not in ended.stderr
             assert "Exception ignored" not in ended.stderr
             assert (folder / f"out{number}" / "report.html").exists()
-    assert "standard output cannot be written" in ended.stderr
+        assert "standard output cannot be written" in ended.stderr
+        for words in (["--version"], ["explain", "--help"]):
+            ended = _run(words, stdout=full)
+            assert ended.stderr.startswith("ce-plugin: warning: standard output cannot be written")
+            assert ended.stderr.splitlines()[1:] == ["code 1"]
     os.close(write)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_run_that_is_ended_from_outside_cleans_up(folder: Path, name: str) -> None:
+    (folder / "own.py").write_text(f"import signal\ndef ended(): signal.raise_signal(signal.{name})\n")
+    ended = _run(["explain", "one.png", "--model", "./own.py:ended"], stdout=subprocess.PIPE)
+    assert ended.stderr == "ce-plugin: interrupted\ncode 130\n"
+    assert not (folder / "ce-plugin-report").exists()
 
 
 @pytest.mark.parametrize("module", ["ce_plugin.cli._commands", "torch"])

@@ -283,6 +283,14 @@ def test_what_exists_stays_without_force(folder: Path, capsys: pytest.CaptureFix
     assert (folder / "kept" / "mine.txt").read_text() == "mine"
 
 
+def test_a_record_of_the_user_s_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "mine.ce.json").write_text("mine")
+    assert main(["detect", "fit", "clean", *NETWORK, "--out", "mine.ce", "--quiet"]) == 1
+    assert "a file without a record beside it, but got 'mine.ce.json'" in capsys.readouterr().err
+    assert (folder / "mine.ce.json").read_text() == "mine"
+    assert not (folder / "mine.ce").exists()
+
+
 def test_a_folder_survives_its_worst_pictures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inbox = folder / "inbox"
     inbox.mkdir()

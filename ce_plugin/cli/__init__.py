@@ -7,8 +7,11 @@ that is not understood, 3 when all went well but for pictures that could not be 
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ce_plugin._lazy import lazy_names
@@ -42,7 +45,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Imported only here, so that an interrupt while this happens is one too.
         from ce_plugin.cli._commands import run
 
-        return run(argv)
+        with _ended_as_if_interrupted():
+            return run(argv)
     except KeyboardInterrupt:
         sys.stderr.write("ce-plugin: interrupted\n")
         return 130
+
+
+@contextmanager
+def _ended_as_if_interrupted() -> Iterator[None]:
+    """Whoever ends the process, or closes its terminal, interrupts it: so it keeps what is finished and cleans up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    named = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # What is ignored, as nohup has it, stays so.
+    before = {one: signal.getsignal(one) for one in named if signal.getsignal(one) == signal.SIG_DFL}
+    for one in before:
+        signal.signal(one, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)

@@ -7,7 +7,9 @@ the help of the command, with its examples below the options. What runs a comman
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib
+import os
 import re
 import sys
 import warnings
@@ -493,7 +495,9 @@ class FitOptions(NetworkOptions):
     """
 
     images: Images
-    grayscale: Annotated[bool, _detector("", "The network takes one channel, not three.", "--grayscale")] = False
+    grayscale: Annotated[
+        bool, _detector("", "Gray pictures, for a network that would take three channels too.", "--grayscale")
+    ] = False
     fpr: Annotated[float, _detector("SHARE", "Share of clean pictures that may be flagged.", parser=open_share)] = 0.05
     held_out: Annotated[
         float, _detector("SHARE", "Share of clean pictures kept to set the threshold.", parser=open_share)
@@ -744,7 +748,21 @@ def run(argv: Sequence[str] | None = None) -> int:
         typer.main.get_command(app)(given, prog_name="ce-plugin", obj=given)
     except SystemExit as ended:
         return int(ended.code or 0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EBADF):
+            raise
+        drop_output(error)  # help or version to a full or broken device
+        return 1
     return 0
+
+
+def drop_output(error: Exception) -> None:
+    """Write to nowhere from now on, for standard output cannot be written; also what Python writes at its end."""
+    if not isinstance(error, BrokenPipeError):
+        sys.stderr.write(f"ce-plugin: warning: standard output cannot be written ({error})\n")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ce_plugin.cli._commands import ShowOptions, TrainOptions
-from ce_plugin.cli._session import Pictures, layer_name, manifest, network, say
+from ce_plugin.cli._session import Pictures, beside, layer_name, manifest, network, say
 from ce_plugin.concepts import ConceptAutoencoder, train_autoencoder
 from ce_plugin.errors import FileError, expected
 from ce_plugin.files import write_files
@@ -17,6 +17,7 @@ from ce_plugin.report import concept_study, save_concepts
 def train(options: TrainOptions, argv: Sequence[str]) -> dict[str, str]:
     """Train an autoencoder and write it; returns the pictures that could not be read, and why."""
     out, checkpoint = options.out, Path(f"{options.out}.checkpoint")
+    record_file = beside(out, force=options.force)
     _check_checkpoint(checkpoint, options)
     net = network(options)
     images = Pictures.in_folder(options.images, net, quiet=options.quiet)
@@ -51,7 +52,7 @@ def train(options: TrainOptions, argv: Sequence[str]) -> dict[str, str]:
     autoencoder.save(out, force=True)  # it is reserved
     fidelity = None if autoencoder.fidelity is None else autoencoder.fidelity.to_dict()
     findings = {"layer": layer, "fidelity": fidelity, "history": autoencoder.history}
-    write_files(out.parent, {f"{out.name}.json": {**record, "findings": findings}})
+    write_files(out.parent, {record_file.name: {**record, "findings": findings}})
     checkpoint.unlink(missing_ok=True)
     say(f"Fidelity on the held-out pictures, which chose the epoch: {autoencoder.fidelity}", quiet=options.quiet)
     say(f"Autoencoder: {out.absolute()}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ce_plugin.cli._commands import EvaluateOptions, FitOptions, ScoreOptions
-from ce_plugin.cli._session import Pictures, manifest, network, progress, say, table
+from ce_plugin.cli._session import Pictures, beside, manifest, network, progress, say, table
 from ce_plugin.detection import CausalEffectDetector, Signature
 from ce_plugin.errors import ArgumentError, FileError, expected
 from ce_plugin.files import csv_cell, existing_file, write_files
@@ -37,6 +37,7 @@ _LABELS = {"0": 0, "clean": 0, "1": 1, "adversarial": 1}
 
 def fit(options: FitOptions, argv: Sequence[str]) -> dict[str, str]:
     """Fit a detector and write it; returns the pictures that could not be read, and why."""
+    record_file = beside(options.out, force=options.force)
     net = network(options, grayscale=options.grayscale)
     pictures = Pictures(options.images, net, quiet=options.quiet)
     labels = None if options.labels is None else _labels(options.labels, pictures.names())
@@ -49,7 +50,7 @@ def fit(options: FitOptions, argv: Sequence[str]) -> dict[str, str]:
     findings = _fit_record(detector, len(pictures))
     inputs = {"IMAGES": list(map(str, options.images)), "pictures": len(pictures), "unreadable": pictures.unreadable}
     record = manifest(options, argv, net, inputs)
-    write_files(options.out.parent, {f"{options.out.name}.json": {**record, "findings": findings}})
+    write_files(options.out.parent, {record_file.name: {**record, "findings": findings}})
     low, high = findings["false_alarms_due"]
     say(
         f"Flags {options.fpr:.1%} of clean pictures; by the {findings['calibration_images']} that set the threshold, "

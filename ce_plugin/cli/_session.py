@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ce_plugin.cli._commands import NetworkOptions
+from ce_plugin.cli._commands import NetworkOptions, drop_output
 from ce_plugin.datasets import read_image
 from ce_plugin.errors import ArgumentError, FileError, InputError, ModelError, expected
 from ce_plugin.files import existing_file, printable
@@ -229,6 +229,19 @@ class Pictures:
         return torch.cat(parts)
 
 
+def beside(out: Path, *, force: bool) -> Path:
+    """Where the record of a file is written, ``FILE.json``; to be asked before any work.
+
+    Raises:
+        FileError: it exists and ``force`` is False.
+    """
+    file = Path(f"{out}.json")
+    if os.path.lexists(file) and not force:
+        hint = "Choose another name, or allow both to be replaced with --force."
+        raise FileError(expected("out", "a file without a record beside it", repr(str(file)), hint))
+    return file
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table for the terminal: the first column left, the others right.
 
@@ -272,12 +285,7 @@ def say(text: str, *, quiet: bool = False) -> None:
         sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         sys.stdout.flush()
     except (OSError, ValueError) as error:
-        if not isinstance(error, BrokenPipeError):
-            sys.stderr.write(f"ce-plugin: warning: standard output cannot be written ({error})\n")
-        # What is still to come, and what Python writes at its end, goes nowhere.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        drop_output(error)
 
 
 @contextmanager
