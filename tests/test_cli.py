@@ -338,3 +338,221 @@ def test_unknown_layer_is_told_with_the_nearest(folder: Path, capsys: pytest.Cap
 
 def test_layer_of_grad_cam(folder: Path) -> None:
     assert main(["explain", "one.png", *FULL, "--layer", "0"]) == 0
+
+
+# --- faults of files, terminals and networks
+
+
+def _pictures(folder: Path, *names: bytes) -> None:
+    for name in names:
+        Image.new("RGB", (40, 50), (200, 100, 50)).save(folder / os.fsdecode(name))
+
+
+def test_explain_survives_its_worst_pictures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _pictures(folder, b"caf\xe9.png", b"=a.png", b"new\nline.png")
+    (folder / "cut.jpg").write_bytes((folder / "two.jpg").read_bytes()[:300])
+    (folder / "<b>.png").touch()
+    files = sorted(file.name for file in folder.iterdir() if file.suffix in (".png", ".jpg"))
+    assert main(["explain", *files, *FULL[:-1]]) == 3
+    captured = capsys.readouterr()
+    assert captured.err.count("ce-plugin: warning: left out: ") == 2
+    assert "left out: cut.jpg: Expected argument `image` to be a complete picture" in captured.err
+    assert r"caf\xe9.png: " in captured.out
+    page = (folder / "ce-plugin-report" / "report.html").read_text()
+    assert "2 pictures could not be read" in page
+    assert "&lt;b&gt;.png: " in page
+    manifest = json.loads((folder / "ce-plugin-report" / "manifest.json").read_text())
+    assert manifest["findings"].keys() == {"one.png", "two.jpg", r"caf\xe9.png", "=a.png", r"new\nline.png"}
+    assert "truncated" in manifest["inputs"]["cut.jpg"]["unreadable"]
+    capsys.readouterr()
+    assert main(["explain", "cut.jpg", *FULL, "--out", "none"]) == 1
+    assert "a complete picture" in capsys.readouterr().err
+    assert not (folder / "none").exists()
+
+
+GRAY = """
+import torch
+from torch import nn
+from ce_plugin.models import Framing, VisionModel
+
+def network(channels):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+    return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+def gray(): return VisionModel(network(1), "gray", Framing(28))
+def four(): return VisionModel(network(4), "four", Framing(28))
+def lines(): return VisionModel(nn.Sequential(nn.Flatten(), nn.Linear(784, 3)), "lines", Framing(28))
+def fixed(): return VisionModel(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), "fixed", Framing(28))
+"""
+
+
+@pytest.mark.parametrize("words", [["explain", "--trials", "20", "--attack", "fgsm"], ["nodes"], ["map"]])
+def test_a_network_of_one_channel_gets_gray_pictures_and_it_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    (folder / "own.py").write_text(GRAY)
+    model = ["--model", "./own.py:gray"]
+    layer = [] if words[0] == "explain" else ["--layer", "0.2", "--given", "fgsm"]
+    assert main([words[0], "one.png", *words[1:], *layer, *model, "--out", "a"]) == 0
+    assert "note: the network takes one channel: pictures are converted to gray" in capsys.readouterr().err
+    assert main([words[0], "one.png", *words[1:], *layer, *model, "--out", "b", "--quiet"]) == 0
+    assert "note:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "./own.py:four"], "takes pictures of shape (1, 3, 28, 28), but got the error RuntimeError: "),
+        (["--model", "./own.py:fixed"], "Say with --size how large they are"),
+        (["--model", "./own.py:network"], "which needs channels"),
+        (["--model", "./none.py:gray"], "an existing .py file"),
+        (["--model", "tiny_networks:nosuch"], "one of 'full', 'network', but got 'nosuch'.\n"),
+        ([*FULL, "--size", "100000"], "`size` to be a number of pixels, 1 to 16384"),
+        ([*FULL, "--out", "/proc/x"], "a folder that can be written to, but got '/proc/x'"),
+        ([*FULL, "--out", "x" * 300], "File name too long"),
+        ([*FULL, "--class-names", "blank.txt"], "whose line 2 is blank. Each line is a class"),
+        ([*FULL, "--class-names", "empty.txt"], "which is empty"),
+        ([*FULL, "--class-names", "two.txt"], "3 names, one for each class of the network, but got 2"),
+        ([*FULL, "--class-names", "wide.txt"], "Save it as UTF-8"),
+        ([*FULL, "--class-names", "."], "a text file, one name per line, but got the folder"),
+    ],
+)
+def test_more_mistakes_get_one_line_and_no_traceback(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    (folder / "own.py").write_text(GRAY)
+    (folder / "blank.txt").write_text("cat\n\nbird\n")
+    (folder / "empty.txt").write_text("\n\n")
+    (folder / "two.txt").write_text("cat\ndog\n")
+    (folder / "wide.txt").write_text("cat\ndog\nbird\n", encoding="utf-16")
+    before = sorted(folder.iterdir())
+    test_mistakes_get_one_line_and_no_traceback(folder, capsys, ["explain", "one.png", *words], message)
+    assert [file for file in sorted(folder.iterdir()) if file.name != "__pycache__"] == before
+
+
+def test_a_network_without_convolution_may_take_gray(folder: Path) -> None:
+    (folder / "own.py").write_text(GRAY)
+    assert main(["explain", "one.png", "--model", "./own.py:lines", "--trials", "20", "--quiet"]) == 0
+
+
+def test_names_of_classes_are_read_as_written(folder: Path) -> None:
+    (folder / "names.txt").write_text("\ufeffäpfel\n  dog \nbird\n\n\n", encoding="utf-8")
+    words = ["explain", "one.png", *FULL, "--class-names", "names.txt", "--target"]
+    for name in ("äpfel", "dog", "2"):
+        assert main([*words, name, "--force"]) == 0
+
+
+def test_a_class_of_contrast_is_blamed_on_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = "def named(): return VisionModel(network(3), 'n', Framing(28), class_names=tuple('abc'))"
+    (folder / "own.py").write_text(GRAY + named)
+    assert main(["map", "one.png", "--model", "./own.py:named", "--layer", "0.2", "--contrast", "zzz"]) == 1
+    assert "Expected argument `contrast` to be one of 'a', 'b', 'c', but got 'zzz'" in capsys.readouterr().err
+
+
+def test_memory_that_does_not_suffice_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1")):
+
+        def large(*words: object, error: Exception = error, **options: object) -> None:
+            raise error
+
+        monkeypatch.setattr(command, "study", large)
+        assert main(["explain", "one.png", *FULL]) == 1
+        assert "ce-plugin: error: not enough memory" in capsys.readouterr().err
+        assert not (folder / "ce-plugin-report").exists()
+
+    def wrong(*words: object, **options: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(command, "study", wrong)
+    with pytest.raises(RuntimeError, match="a defect"):  # whose traceback is wanted
+        main(["explain", "one.png", *FULL])
+
+
+def test_a_folder_is_reserved_while_a_run_is_on(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run with the same folder ends before its work; the first one keeps it."""
+    study, codes = command.study, []
+
+    def meanwhile(*words: Any, **options: Any) -> object:
+        monkeypatch.setattr(command, "study", study)
+        codes.extend(main(["explain", "two.jpg", *FULL, *force]) for force in ([], ["--force"]))
+        return study(*words, **options)
+
+    monkeypatch.setattr(command, "study", meanwhile)
+    assert main(["explain", "one.png", *FULL]) == 0
+    assert codes == [1, 1]
+    assert "one that no other run writes to" in capsys.readouterr().err
+    assert "one.png" in (folder / "ce-plugin-report" / "report.html").read_text()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert main(["explain", "one.png", *FULL]) == 1
+    assert "No space left on device). Make room on the disk" in capsys.readouterr().err
+    assert not (folder / "ce-plugin-report").exists()
+
+
+SCRIPT = """
+import os, signal, sys, threading
+from ce_plugin.cli import main
+{before}
+code = main(sys.argv[1:])
+sys.stderr.write(f"code {{code}}\\n")
+sys.exit(code)
+"""
+
+
+def _run(words: list[str], before: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+    call = [sys.executable, "-c", SCRIPT.format(before=before), *words]
+    return subprocess.run(call, stderr=subprocess.PIPE, text=True, timeout=300, check=False, **options)
+
+
+def test_a_closed_output_does_not_cost_the_result(folder: Path) -> None:
+    """Nobody reads it; it is closed; it is a full device."""
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") as full:
+        for number, options in enumerate(({"stdout": write}, {"preexec_fn": lambda: os.close(1)}, {"stdout": full})):
+            ended = _run(["explain", "one.png", *FULL, "--out", f"out{number}"], **options)
+            assert ended.stderr.splitlines()[-1] == "code 0"
+            assert "Traceback" not in ended.stderr
+            assert "Exception ignored" not in ended.stderr
+            assert (folder / f"out{number}" / "report.html").exists()
+        assert "standard output cannot be written" in ended.stderr
+        for words in (["--version"], ["explain", "--help"]):
+            ended = _run(words, stdout=full)
+            assert ended.stderr.startswith("ce-plugin: warning: standard output cannot be written")
+            assert ended.stderr.splitlines()[1:] == ["code 1"]
+    os.close(write)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_run_that_is_ended_from_outside_cleans_up(folder: Path, name: str) -> None:
+    (folder / "own.py").write_text(f"import signal\ndef ended(): signal.raise_signal(signal.{name})\n")
+    ended = _run(["explain", "one.png", "--model", "./own.py:ended"], stdout=subprocess.PIPE)
+    assert ended.stderr == "ce-plugin: interrupted\ncode 130\n"
+    assert not (folder / "ce-plugin-report").exists()
+
+
+@pytest.mark.parametrize("module", ["ce_plugin.cli._commands", "torch"])
+def test_an_interrupt_while_importing_is_one(folder: Path, module: str) -> None:
+    before = f"""
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+"""
+    ended = _run(["explain", "one.png", *FULL], before, stdout=subprocess.PIPE)
+    assert ended.stderr == "ce-plugin: interrupted\ncode 130\n"
+    assert not (folder / "ce-plugin-report").exists()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from ce_plugin.cli._session import Pictures
 from ce_plugin.datasets import digits
 from ce_plugin.detection import CausalEffectDetector, CounterAttack, Denoising, Signature, Smoothing
 from ce_plugin.errors import FileError
+from ce_plugin.files import csv_text
 from ce_plugin.interventions import Adversarial, Smooth
 from ce_plugin.models import DigitsCNN, Framing, VisionModel
 
@@ -150,7 +153,7 @@ def test_score_writes_a_table_a_page_and_a_manifest(folder: Path, capsys: pytest
     rows = rows_of(folder / "alarms" / "scores.csv")
     detector = CausalEffectDetector.load(folder / "d.ce", network(folder))
     assert list(rows[0])[:6] == ["file", "score", "p_value", "flagged", "predicted", "class_name"]
-    assert list(rows[0])[6:] == detector.learned().columns
+    assert list(rows[0])[6:] == [*detector.learned().columns, "unreadable"]
     clean = digits()[0][list(TEST)].numpy()
     report, flags = detector.detect(clean)
     first = rows[: len(clean)]
@@ -280,6 +283,41 @@ def test_what_exists_stays_without_force(folder: Path, capsys: pytest.CaptureFix
     assert (folder / "kept" / "mine.txt").read_text() == "mine"
 
 
+def test_a_record_of_the_user_s_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "mine.ce.json").write_text("mine")
+    assert main(["detect", "fit", "clean", *NETWORK, "--out", "mine.ce", "--quiet"]) == 1
+    assert "a file without a record beside it, but got 'mine.ce.json'" in capsys.readouterr().err
+    assert (folder / "mine.ce.json").read_text() == "mine"
+    assert not (folder / "mine.ce").exists()
+
+
+def test_a_folder_survives_its_worst_pictures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inbox = folder / "inbox"
+    inbox.mkdir()
+    for name in ("0500.png", "0501.png"):
+        (inbox / name).write_bytes((folder / "test" / name).read_bytes())
+    (inbox / "0502.png").write_bytes((folder / "test" / "0502.png").read_bytes()[:60])
+    (inbox / "empty.png").touch()
+    (inbox / os.fsdecode(b"caf\xe9\n=.jpg")).write_text("no picture")
+    Image.new("L", (1, 900)).save(inbox / "thread.png")
+    words = ["detect", "score", "inbox", *NETWORK, "--detector", "d.ce", "--out", "survived", "--quiet"]
+    assert main(words) == 3
+    rows = rows_of(folder / "survived" / "scores.csv")
+    assert [row["file"] for row in rows if row["score"]] == ["0500.png", "0501.png"]
+    unreadable = {row["file"]: row["unreadable"] for row in rows if not row["score"]}
+    assert unreadable.keys() == {"0502.png", "empty.png", r"caf\xe9\n=.jpg", "thread.png"}
+    assert "truncated" in unreadable["0502.png"]
+    assert "200 times" in unreadable["thread.png"]
+    manifest = json.loads((folder / "survived" / "manifest.json").read_text())
+    assert manifest["inputs"]["unreadable"] == manifest["findings"]["unreadable"] == unreadable
+    assert "4 pictures could not be read" in (folder / "survived" / "alarms.html").read_text()
+    assert capsys.readouterr().err.count("ce-plugin: warning: left out: ") == 4
+    for file in ("0500.png", "0501.png"):
+        (inbox / file).unlink()
+    assert main([*words[:-3], "--out", "none", "--quiet"]) == 1
+    assert not (folder / "none").exists()
+
+
 FIT = ("detect", "fit", "clean", *NETWORK, "--out", "new.ce")
 SCORE = ("detect", "score", "test", *NETWORK, "--out", "new", "--detector")
 EVALUATE = ("detect", "evaluate", "test", *NETWORK, "--out", "new", "--detector", "d.ce")
@@ -288,8 +326,10 @@ EVALUATE = ("detect", "evaluate", "test", *NETWORK, "--out", "new", "--detector"
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (FIT, "Add --grayscale"),
-        ((*FIT, "--grayscale", "--model", "tiny_digits:colour", "--weights", "DEFAULT"), "one that takes 3"),
+        (
+            (*FIT, "--grayscale", "--model", "tiny_digits:colour", "--weights", "DEFAULT"),
+            "takes pictures of shape (1, 1, 8, 8), but got the error RuntimeError",
+        ),
         ((*FIT, "--grayscale", "--out", "no/folder/d.ce"), "a file in an existing folder"),
         ((*FIT, "--grayscale", "--fpr", "0.001"), "what 75 calibration images can resolve"),
         ((*FIT, "--grayscale", "--labels", "none.csv"), "a CSV table with the columns file and label"),
@@ -299,14 +339,14 @@ EVALUATE = ("detect", "evaluate", "test", *NETWORK, "--out", "new", "--detector"
         (("detect", "fit", "clean", "clean/0300.png", *NETWORK, "--grayscale", "--out", "new.ce"), "several times"),
         ((*SCORE, "none.ce"), "CausalEffectDetector.save"),
         ((*SCORE, "weights.pt"), "CausalEffectDetector"),
-        ((*SCORE, "d.ce", "--size", "10"), "`size` to be 8, as the detector was fitted"),
+        ((*SCORE, "d.ce", "--size", "10"), "takes pictures of shape (1, 3, 10, 10), but got the error RuntimeError"),
         ((*SCORE, "d.ce", "--value-range", "0,255"), "`value_range`"),
         ((*SCORE, "d.ce", "--weights", "DEFAULT"), "the network that the detector was fitted on"),
         ((*SCORE, "d.ce", "--normalization", "0.5/0.5"), "answers a test image otherwise"),
         ((*SCORE, "d.ce", "--fpr", "0.001"), "what 75 calibration images can resolve"),
         ((*SCORE, "d.ce", "--layer", "features.9"), "`layer`"),
         ((*EVALUATE, "--truth", "half.csv"), "a class for every picture, but got none for '0501.png'"),
-        ((*EVALUATE, "--truth", "odd.csv"), "`target`"),
+        ((*EVALUATE, "--truth", "odd.csv"), "`truth`"),
         (("detect", "evaluate", "clean", *EVALUATE[3:]), "that the detector was not fitted on"),
     ],
 )
@@ -345,11 +385,12 @@ def test_gray_pictures_keep_their_values_and_colours_their_order(tmp_path: Path)
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(levels).save(tmp_path / "levels.png")
     net = VisionModel(torch.nn.Flatten(), framing=Framing(16), value_range=(0.0, 255.0))
-    assert torch.equal(Pictures([tmp_path], net, gray=True).all()[0, 0], torch.from_numpy(levels).float())
+    in_gray = replace(net, grayscale=True)
+    assert torch.equal(Pictures([tmp_path], in_gray).all()[0, 0], torch.from_numpy(levels).float())
     Image.new("RGB", (16, 16), (10, 20, 30)).save(tmp_path / "colour.png")
     colour = Pictures([tmp_path / "colour.png"], net)
     assert colour.all()[0, :, 0, 0].tolist() == [10.0, 20.0, 30.0]
-    gray = Pictures([tmp_path / "colour.png"], net, gray=True)
+    gray = Pictures([tmp_path / "colour.png"], in_gray)
     assert gray.all()[0, :, 0, 0].tolist() == [round(0.299 * 10 + 0.587 * 20 + 0.114 * 30)]
 
 
@@ -357,5 +398,8 @@ def test_a_table_finds_pictures_by_path_and_by_file_name(tmp_path: Path) -> None
     table = tmp_path / "table.csv"
     table.write_text("\ufefffile,label\na/one.png,0\nb/one.png,1\ntwo.png,1\n", encoding="utf-8")
     assert column_of(table, ["b/one.png", "deep/two.png"], "label", "labels") == ["1", "1"]
+    table.write_text(csv_text(["file", "label"], [["=one.png", "0"], ["two.png", "1"]]))
+    assert column_of(table, ["=one.png", "two.png"], "label", "labels") == ["0", "1"]
+    table.write_text("file,label\na/one.png,0\nb/one.png,1\n")
     with pytest.raises(FileError, match=r"none for 'one\.png'"):  # two pictures are called so
         column_of(table, ["one.png"], "label", "labels")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import os
+import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from ce_plugin.datasets import read_image, sample_photographs
@@ -78,6 +82,29 @@ def test_truncated_files_are_refused_for_every_format(tmp_path: Path, kind: str,
     file.write_bytes(buffer.getvalue()[:cut])
     with pytest.raises(FileError, match=r"Expected argument `image` to be a .*picture.*a\."):
         read_image(file)
+
+
+@given(st.sampled_from(["jpeg", "png", "webp", "tiff", "gif", "bmp", "ppm"]), st.data())
+@settings(max_examples=150, deadline=None)
+def test_a_damaged_picture_is_a_picture_or_our_error(kind: str, data: st.DataObject) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(data.draw(st.sampled_from(["RGB", "L"]))).save(buffer, format=kind)
+    whole = buffer.getvalue()
+    first = data.draw(st.integers(0, len(whole) - 1) | st.integers(0, 60))
+    damaged = (
+        whole[:first] + data.draw(st.binary(min_size=1, max_size=8)) + whole[first + data.draw(st.integers(0, 9)) :]
+    )
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, and about ranges of values
+        file = Path(folder, "a")
+        file.write_bytes(damaged)
+        try:
+            read = read_image(file)
+        except FileError:
+            return
+        assert read.dtype == torch.uint8
+        assert read.dim() == 3
 
 
 def test_missing_file_folder_and_text_are_refused(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ the help of the command, with its examples below the options. What runs a comman
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib
+import os
 import re
 import sys
 import warnings
@@ -197,7 +199,10 @@ class NetworkOptions:
     """Which network, and how it wants to be fed."""
 
     model: Annotated[
-        str, _network("NAME", "torchvision:NAME, or MODULE:FACTORY for your own.", shown="EfficientNet-lite0")
+        str,
+        _network(
+            "NAME", "torchvision:NAME, or MODULE:FACTORY or FILE.py:FACTORY for your own.", shown="EfficientNet-lite0"
+        ),
     ] = "ce_plugin.models:efficientnet_lite0"
     weights: Annotated[
         str,
@@ -206,7 +211,9 @@ class NetworkOptions:
             "A file of torch.save(model.state_dict(), FILE). DEFAULT: torchvision's own, or what the factory sets.",
         ),
     ] = "DEFAULT"
-    class_names: Annotated[Path | None, _network("FILE", "Text file with one class name per line, in order.")] = None
+    class_names: Annotated[
+        Path | None, _network("FILE", "Text file (UTF-8) with the name of each class on a line of its own, in order.")
+    ] = None
     size: Annotated[
         int | None, _network("PIXELS", "Side of the square that your network sees.", parser=count, shown="224")
     ] = None
@@ -488,7 +495,9 @@ class FitOptions(NetworkOptions):
     """
 
     images: Images
-    grayscale: Annotated[bool, _detector("", "The network takes one channel, not three.", "--grayscale")] = False
+    grayscale: Annotated[
+        bool, _detector("", "Gray pictures, for a network that would take three channels too.", "--grayscale")
+    ] = False
     fpr: Annotated[float, _detector("SHARE", "Share of clean pictures that may be flagged.", parser=open_share)] = 0.05
     held_out: Annotated[
         float, _detector("SHARE", "Share of clean pictures kept to set the threshold.", parser=open_share)
@@ -535,8 +544,9 @@ class ScoreOptions(NetworkOptions):
           --model torchvision:resnet50 --layer layer4
 
     In the folder: alarms.html (the flagged pictures, and why), scores.csv (a row for
-    each picture: file, score, p_value, flagged, predicted, class_name, and the
-    scores of the detector's parts), manifest.json.
+    each picture: file, score, p_value, flagged, predicted, class_name, the scores
+    of the detector's parts, and why it could not be read, where it could not),
+    manifest.json.
     """
 
     images: Images
@@ -643,13 +653,23 @@ def _command(group: typer.Typer, name: str, options: type[Any], runner: str) -> 
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 run = getattr(importlib.import_module(f"ce_plugin.cli.{module}"), function)
-                run(given, context.obj)
+                reserved = importlib.import_module("ce_plugin.files").reserved
+                with reserved(given.out, folder=hints["out"] is Out, force=given.force):
+                    unreadable = run(given, context.obj)
         except CEPluginError as error:
             sys.stderr.write(f"ce-plugin: error: {error}\n")
+            raise typer.Exit(1) from None
+        except (MemoryError, RuntimeError) as error:
+            if not _is_about_memory(error):
+                raise
+            hint = "Take a smaller --size, a smaller network, or a machine with more memory."
+            sys.stderr.write(f"ce-plugin: error: not enough memory ({' '.join(str(error).split())[:200]}). {hint}\n")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             sys.stderr.write("ce-plugin: interrupted\n")
             raise typer.Exit(130) from None
+        if unreadable:
+            raise typer.Exit(3)
 
     hints = get_type_hints(options, include_extras=True)
     parameters = [Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
@@ -659,6 +679,12 @@ def _command(group: typer.Typer, name: str, options: type[Any], runner: str) -> 
     call.__signature__ = Signature(parameters)  # type: ignore[attr-defined] # typer reads it
     text, epilog = _help_and_epilog(options)
     group.command(name, cls=_SeveralValues if group is _detect else None, help=text, epilog=epilog)(call)
+
+
+def _is_about_memory(error: Exception) -> bool:
+    """Whether memory did not suffice, on the CPU or a device."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said
 
 
 def _version(wanted: bool) -> None:
@@ -689,7 +715,8 @@ def _root(
 
     exit codes:
       0 done; 1 something to put right, the message says what;
-      2 the command line was not understood; 130 interrupted
+      2 the command line was not understood; 3 done, but for
+      pictures that could not be read; 130 interrupted
     """
 
 
@@ -714,25 +741,28 @@ app.add_typer(_concepts, name="concepts")
 app.add_typer(_detect, name="detect")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: what follows ``ce-plugin`` on the command line; None means that of the terminal.
-
-    Returns:
-        The exit code: 0 done, 1 something to put right, 2 the command line was not understood, 130 interrupted.
-
-    Example:
-        >>> main(["explain", "no-such-picture.jpg", "--quiet"])
-        1
-    """
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run one command; see :func:`ce_plugin.cli.main`."""
     given = list(sys.argv[1:] if argv is None else argv)
     try:
         typer.main.get_command(app)(given, prog_name="ce-plugin", obj=given)
     except SystemExit as ended:
         return int(ended.code or 0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EBADF):
+            raise
+        drop_output(error)  # help or version to a full or broken device
+        return 1
     return 0
+
+
+def drop_output(error: Exception) -> None:
+    """Write to nowhere from now on, for standard output cannot be written; also what Python writes at its end."""
+    if not isinstance(error, BrokenPipeError):
+        sys.stderr.write(f"ce-plugin: warning: standard output cannot be written ({error})\n")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

@@ -7,23 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ce_plugin.cli._commands import ShowOptions, TrainOptions
-from ce_plugin.cli._session import Pictures, check_file, layer_name, manifest, network, say
+from ce_plugin.cli._session import Pictures, beside, layer_name, manifest, network, say
 from ce_plugin.concepts import ConceptAutoencoder, train_autoencoder
 from ce_plugin.errors import FileError, expected
 from ce_plugin.files import write_files
-from ce_plugin.report import check_out, concept_study, save_concepts
+from ce_plugin.report import concept_study, save_concepts
 
 
-def train(options: TrainOptions, argv: Sequence[str]) -> None:
-    """Train an autoencoder and write it."""
+def train(options: TrainOptions, argv: Sequence[str]) -> dict[str, str]:
+    """Train an autoencoder and write it; returns the pictures that could not be read, and why."""
     out, checkpoint = options.out, Path(f"{options.out}.checkpoint")
-    check_file(out, force=options.force)
+    record_file = beside(out, force=options.force)
     _check_checkpoint(checkpoint, options)
     net = network(options)
-    images = Pictures.in_folder(options.images, net)
+    images = Pictures.in_folder(options.images, net, quiet=options.quiet)
     layer = layer_name(net, images[0][None], options.layer)
     say(f"Layer {layer}, {len(images)} pictures, at most {options.epochs} epochs", quiet=options.quiet)
-    record = manifest(options, argv, net, {"folder": str(options.images), "pictures": len(images)})
+    inputs = {"folder": str(options.images), "pictures": len(images), "unreadable": images.unreadable}
+    record = manifest(options, argv, net, inputs)
     try:
         autoencoder = train_autoencoder(
             net.model,
@@ -48,13 +49,14 @@ def train(options: TrainOptions, argv: Sequence[str]) -> None:
         if checkpoint.exists():
             sys.stderr.write(f"What was trained is in {checkpoint.absolute()}; add --resume to go on from there\n")
         raise
-    autoencoder.save(out, force=options.force)
+    autoencoder.save(out, force=True)  # it is reserved
     fidelity = None if autoencoder.fidelity is None else autoencoder.fidelity.to_dict()
     findings = {"layer": layer, "fidelity": fidelity, "history": autoencoder.history}
-    write_files(out.parent, {f"{out.name}.json": {**record, "findings": findings}})
+    write_files(out.parent, {record_file.name: {**record, "findings": findings}})
     checkpoint.unlink(missing_ok=True)
     say(f"Fidelity on the held-out pictures, which chose the epoch: {autoencoder.fidelity}", quiet=options.quiet)
-    sys.stdout.write(f"Autoencoder: {out.absolute()}\n")
+    say(f"Autoencoder: {out.absolute()}")
+    return images.unreadable
 
 
 def _check_checkpoint(checkpoint: Path, options: TrainOptions) -> None:
@@ -71,12 +73,11 @@ def _check_checkpoint(checkpoint: Path, options: TrainOptions) -> None:
         checkpoint.unlink()
 
 
-def show(options: ShowOptions, argv: Sequence[str]) -> None:
-    """Look at the concepts and write a page."""
-    check_out(options.out, force=options.force)
+def show(options: ShowOptions, argv: Sequence[str]) -> dict[str, str]:
+    """Look at the concepts and write a page; returns the pictures that could not be read, and why."""
     autoencoder = ConceptAutoencoder.load(options.file)
     net = network(options)
-    images = Pictures.in_folder(options.images, net, limit=options.limit)
+    images = Pictures.in_folder(options.images, net, limit=options.limit, quiet=options.quiet)
     autoencoder.to(net.device)
     summary = f"Layer {autoencoder.layer_name}, {autoencoder.concepts} concepts, {len(images)} pictures"
     say(summary, quiet=options.quiet)
@@ -90,8 +91,10 @@ def show(options: ShowOptions, argv: Sequence[str]) -> None:
         min_fidelity=options.min_fidelity,
         show_progress=not options.quiet,
     )
-    inputs = {"folder": str(options.images), "pictures": images.names(), "file": str(options.file)}
+    inputs = {"folder": str(options.images), "pictures": images.names(), "unreadable": images.unreadable}
+    inputs |= {"file": str(options.file)}
     record = manifest(options, argv, net, inputs)
     page = save_concepts(found, options.out, model=net.name, outcome=options.outcome, manifest=record)
     say(f"{found.fidelity}\n{found.report}", quiet=options.quiet)
-    sys.stdout.write(f"Concepts: {page.absolute()}\n")
+    say(f"Concepts: {page.absolute()}")
+    return images.unreadable

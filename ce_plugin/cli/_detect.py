@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import csv
-import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ce_plugin.cli._commands import EvaluateOptions, FitOptions, ScoreOptions
-from ce_plugin.cli._session import Pictures, check_file, manifest, network, progress, say, table
+from ce_plugin.cli._session import Pictures, beside, manifest, network, progress, say, table
 from ce_plugin.detection import CausalEffectDetector, Signature
 from ce_plugin.errors import ArgumentError, FileError, expected
-from ce_plugin.files import write_files
+from ce_plugin.files import csv_cell, existing_file, write_files
 from ce_plugin.models import VisionModel
 from ce_plugin.networks.layers import find_layer
 from ce_plugin.report import (
     DetectorTrial,
     Screening,
     attack_to_learn,
-    check_out,
     detector_attack,
     file_sha256,
     save_evaluation,
@@ -36,29 +35,30 @@ _SMALL = 64
 _LABELS = {"0": 0, "clean": 0, "1": 1, "adversarial": 1}
 
 
-def fit(options: FitOptions, argv: Sequence[str]) -> None:
-    """Fit a detector and write it."""
-    check_file(options.out, force=options.force)
-    net = network(options)
-    _check_channels(net, options.grayscale)
-    pictures = Pictures(options.images, net, gray=options.grayscale)
+def fit(options: FitOptions, argv: Sequence[str]) -> dict[str, str]:
+    """Fit a detector and write it; returns the pictures that could not be read, and why."""
+    record_file = beside(options.out, force=options.force)
+    net = network(options, grayscale=options.grayscale)
+    pictures = Pictures(options.images, net, quiet=options.quiet)
     labels = None if options.labels is None else _labels(options.labels, pictures.names())
     detector = _unfitted(options, net)
     with progress(-(-len(pictures) // 32) + 1, quiet=options.quiet) as step:
         images = pictures.all(step)
         step("fitting")
         detector.fit(images.numpy(), labels, batch_size=_batch_size(net), nb_epochs=options.epochs)
-    detector.save(options.out, force=options.force)
+    detector.save(options.out, force=True)  # it is reserved
     findings = _fit_record(detector, len(pictures))
-    record = manifest(options, argv, net, {"IMAGES": list(map(str, options.images)), "pictures": len(pictures)})
-    write_files(options.out.parent, {f"{options.out.name}.json": {**record, "findings": findings}})
+    inputs = {"IMAGES": list(map(str, options.images)), "pictures": len(pictures), "unreadable": pictures.unreadable}
+    record = manifest(options, argv, net, inputs)
+    write_files(options.out.parent, {record_file.name: {**record, "findings": findings}})
     low, high = findings["false_alarms_due"]
     say(
         f"Flags {options.fpr:.1%} of clean pictures; by the {findings['calibration_images']} that set the threshold, "
         f"between {low:.1%} and {high:.1%} with 95 % probability",
         quiet=options.quiet,
     )
-    sys.stdout.write(f"Detector: {options.out.absolute()}\n")
+    say(f"Detector: {options.out.absolute()}")
+    return pictures.unreadable
 
 
 def _unfitted(options: FitOptions, net: VisionModel) -> CausalEffectDetector:
@@ -96,9 +96,8 @@ def _fit_record(detector: CausalEffectDetector, n: int) -> dict[str, Any]:
     }
 
 
-def score(options: ScoreOptions, argv: Sequence[str]) -> None:
-    """Score pictures and write a page."""
-    check_out(options.out, force=options.force)
+def score(options: ScoreOptions, argv: Sequence[str]) -> dict[str, str]:
+    """Score pictures and write a page; returns those that could not be read, and why."""
     net, detector, pictures = _loaded(options)
     names, size = pictures.names(), _batch_size(net)
     with progress(-(-len(pictures) // size) + options.explain, quiet=options.quiet) as step:
@@ -106,20 +105,22 @@ def score(options: ScoreOptions, argv: Sequence[str]) -> None:
             detector, names, pictures.batch, batch_size=size, n_shown=options.explain, layer=options.layer,
             progress=step,
         )  # fmt: skip
+    found = replace(found, unreadable=pictures.unreadable)
     record = manifest(options, argv, net, _inputs(options, pictures))
     page = save_screening(found, options.out, net=net, detector=options.detector.name, manifest=record)
     say(_flagged(found, net), quiet=options.quiet)
-    sys.stdout.write(f"Alarms: {page.absolute()}\n")
+    say(f"Alarms: {page.absolute()}")
+    return pictures.unreadable
 
 
-def evaluate(options: EvaluateOptions, argv: Sequence[str]) -> None:
-    """Attack clean pictures, score them, and write a page."""
-    check_out(options.out, force=options.force)
+def evaluate(options: EvaluateOptions, argv: Sequence[str]) -> dict[str, str]:
+    """Attack clean pictures, score them, and write a page; returns those that could not be read, and why."""
     net, detector, pictures = _loaded(options, options.limit)
     names, size = pictures.names(), _batch_size(net)
     truth = None
     if options.truth is not None:
-        truth = torch.tensor([net.class_index(text) for text in column_of(options.truth, names, "class", "truth")])
+        given = column_of(options.truth, names, "class", "truth")
+        truth = torch.tensor([net.class_index(text, "truth") for text in given])
     planned = _planned(options.attacks or (), options.eps, net)
     attacks = [detector_attack(detector, name, eps, batch_size=size, seed=options.seed) for name, eps in planned]
     with progress(-(-len(pictures) // 32) + 1 + len(attacks), quiet=options.quiet) as step:
@@ -130,7 +131,8 @@ def evaluate(options: EvaluateOptions, argv: Sequence[str]) -> None:
     record = manifest(options, argv, net, _inputs(options, pictures))
     page = save_evaluation(trial, options.out, net=net, detector=options.detector.name, manifest=record)
     say(_tried(trial), quiet=options.quiet)
-    sys.stdout.write(f"Evaluation: {page.absolute()}\n")
+    say(f"Evaluation: {page.absolute()}")
+    return pictures.unreadable
 
 
 def _loaded(
@@ -151,7 +153,8 @@ def _loaded(
     if options.fpr is not None:
         detector.learned().calibration.threshold(options.fpr)  # a rate that is too small is refused before any work
         detector.set_params(fpr=options.fpr)
-    return net, detector, Pictures(options.images, net, gray=channels == 1, limit=limit)
+    net = replace(net, grayscale=channels == 1)
+    return net, detector, Pictures(options.images, net, limit=limit, quiet=options.quiet)
 
 
 def _planned(attacks: Sequence[str], sizes: Sequence[float] | None, net: VisionModel) -> list[tuple[str, float]]:
@@ -168,7 +171,11 @@ def _batch_size(net: VisionModel) -> int:
 
 def _inputs(options: ScoreOptions | EvaluateOptions, pictures: Pictures) -> dict[str, Any]:
     file = options.detector
-    return {"detector": {"file": str(file), "sha256": file_sha256(file)}, "pictures": pictures.names()}
+    return {
+        "detector": {"file": str(file), "sha256": file_sha256(file)},
+        "pictures": pictures.names(),
+        "unreadable": pictures.unreadable,
+    }
 
 
 def _flagged(found: Screening, net: VisionModel) -> str:
@@ -199,23 +206,6 @@ def _tried(trial: DetectorTrial) -> str:
     return table(["", "successful", "AUROC", f"flagged at {trial.fpr:.1%}"], rows)
 
 
-def _check_channels(net: VisionModel, gray: bool) -> None:
-    """Whether the network's first convolution takes as many channels as the pictures will have.
-
-    Raises:
-        ArgumentError: it does not.
-    """
-    first = next((one for one in net.model.modules() if isinstance(one, nn.Conv2d)), None)
-    if first is None or first.in_channels == (1 if gray else 3):
-        return
-    if first.in_channels == 1:
-        hint = "Add --grayscale."
-        raise ArgumentError(expected("grayscale", "given for a network that takes one channel", "no --grayscale", hint))
-    hint = "Leave it out." if gray else "Only gray and colour pictures can be read from files."
-    got = f"one that takes {first.in_channels}"
-    raise ArgumentError(expected("model", f"a network that takes {1 if gray else 3} channel(s)", got, hint))
-
-
 def _labels(file: Path, names: list[str]) -> Tensor:
     given = [text.strip().lower() for text in column_of(file, names, "label", "labels")]
     odd = next((text for text in given if text not in _LABELS), None)
@@ -238,10 +228,12 @@ def column_of(file: Path, names: Sequence[str], column: str, argument: str) -> l
         FileError: no such table, a column is missing, or a picture is.
     """
     try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
         wanted = f"a CSV table with the columns file and {column}"
+        with existing_file(file, argument, wanted).open(newline="", encoding="utf-8-sig") as stream:
+            rows = list(csv.DictReader(stream))
+    except FileError:
+        raise
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise FileError(expected(argument, wanted, f"{str(file)!r} ({error})")) from error
     if not rows or not {"file", column} <= rows[0].keys():
         got = f"{str(file)!r} with {', '.join(map(str, rows[0])) if rows else 'no rows'}"
@@ -253,7 +245,8 @@ def column_of(file: Path, names: Sequence[str], column: str, argument: str) -> l
     values = []
     for name in names:
         same = by_file_name.get(Path(name).name, [])
-        value = known.get(name, same[0] if len(same) == 1 else "")
+        # Our own tables may have an apostrophe before a name.
+        value = known.get(name) or known.get(str(csv_cell(name))) or (same[0] if len(same) == 1 else "")
         if not value:
             hint = "Add it, or leave the picture out."
             raise FileError(expected(argument, f"a {column} for every picture", f"none for {name!r}", hint))

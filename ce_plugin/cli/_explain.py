@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 from ce_plugin.cli._commands import DemoOptions, ExplainOptions
-from ce_plugin.cli._session import manifest, network, progress
+from ce_plugin.cli._session import Pictures, manifest, network, progress, say
 from ce_plugin.datasets import read_image, sample_photographs
 from ce_plugin.designs import Design, LeaveOneIn, OneAtATime, RandomMask, RandomRegions
 from ce_plugin.errors import ArgumentError, expected
+from ce_plugin.files import existing_file, printable
 from ce_plugin.interventions import PixelMask
 from ce_plugin.models import VisionModel, efficientnet_lite0
 from ce_plugin.networks.layers import find_layer
@@ -22,7 +25,6 @@ from ce_plugin.report import (
     DetectorTrial,
     Plan,
     Study,
-    check_out,
     digits_trial,
     file_sha256,
     save_report,
@@ -42,7 +44,6 @@ _FILLS = {
 
 def demo(options: DemoOptions, argv: Sequence[str]) -> None:
     """Explain scikit-learn's two photographs, and try a detector on its handwritten digits."""
-    check_out(options.out, force=options.force)
     net = efficientnet_lite0()
     photographs = sample_photographs()
     hashes = {name: {"sha256_of_pixels": tensor_sha256(image)} for name, image in photographs.items()}
@@ -51,23 +52,25 @@ def demo(options: DemoOptions, argv: Sequence[str]) -> None:
     _report(net, inputs, settings, argv, hashes, with_digits=True)
 
 
-def explain(options: ExplainOptions, argv: Sequence[str]) -> None:
-    """Explain the user's photographs."""
-    check_out(options.out, force=options.force)
-    files = {file.name: file for file in options.images}
-    if len(files) < len(options.images):
-        files = {str(file): file for file in options.images}  # two files have the same name
-    if len(files) < len(options.images):
-        twice = next(name for name, file in files.items() if options.images.count(file) > 1)
-        raise ArgumentError(expected("IMAGE", "each picture once", f"{twice!r} several times"))
-    for file in files.values():
-        read_image(file)  # whatever cannot be read is said before the network is loaded
+def explain(options: ExplainOptions, argv: Sequence[str]) -> dict[str, str]:
+    """Explain the user's photographs; returns those that could not be read, and why."""
+    for file in options.images:
+        if os.path.isdir(file):
+            read_image(file)  # which says how its files are named
+        existing_file(file, "IMAGE")  # before the network is loaded
     net = network(options)
-    hashes, inputs = {}, {}
+    pictures = Pictures(options.images, net, name="IMAGE", quiet=options.quiet)
+    files = {printable(file.name): file for file in pictures.files}
+    if len(files) < len(pictures):
+        files = dict(zip(pictures.names(), pictures.files, strict=True))  # two files have the same name
+    hashes: dict[str, Any] = {}
+    inputs = {}
     for name, file in files.items():
         hashes[name] = {"file": str(file), "sha256": file_sha256(file)}
         inputs[name] = net.inputs([read_image(file)])
-    _report(net, inputs, options, argv, hashes)
+    hashes |= {name: {"unreadable": why} for name, why in pictures.unreadable.items()}
+    _report(net, inputs, options, argv, hashes, unreadable=pictures.unreadable)
+    return pictures.unreadable
 
 
 def _report(
@@ -78,6 +81,7 @@ def _report(
     hashes: Mapping[str, Any],
     *,
     with_digits: bool = False,
+    unreadable: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Study each photograph and write the report; after an interrupt, of those that are finished."""
     plan = _plan(net, options)
@@ -93,7 +97,8 @@ def _report(
         plan=plan,
         experiment=_experiment(plan, options.fill),
         manifest=manifest(options, argv, net, hashes, **resolved),
-        force=options.force,
+        force=True,  # it is reserved
+        unreadable=unreadable,
     )
     try:
         # Of the digits: training, fitting, clean ones, and the attacks.
@@ -110,9 +115,9 @@ def _report(
             sys.stderr.write(f"What was finished is in {save(incomplete=missing).absolute()}\n")
         raise
     page = save(digits=digits)
-    if not options.quiet:
-        sys.stdout.write(_summary(studies) + ("" if digits is None else _detected(digits)))
-    sys.stdout.write(f"Report: {page.absolute()}\n")
+    summary = _summary(studies) + ("" if digits is None else _detected(digits))
+    say(summary.rstrip("\n"), quiet=options.quiet)
+    say(f"Report: {page.absolute()}")
 
 
 def _plan(net: VisionModel, options: ExplainOptions) -> Plan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +17,7 @@ from ce_plugin.cli._session import Pictures, layer_name, manifest, network, say,
 from ce_plugin.datasets import read_image
 from ce_plugin.errors import ArgumentError, TargetError, expected
 from ce_plugin.evaluation import rank_correlation
-from ce_plugin.files import csv_text, write_files
+from ce_plugin.files import csv_text, printable, write_files
 from ce_plugin.interventions import Intervention, MeanOut, Resample, ZeroOut
 from ce_plugin.models import VisionModel
 from ce_plugin.networks.forward import double
@@ -30,7 +29,6 @@ from ce_plugin.report import (
     carried_by,
     carried_record,
     check_class,
-    check_out,
     file_sha256,
     grad_cam,
     planned_attack,
@@ -98,7 +96,6 @@ def _resolve(options: LayerOptions) -> Resolved:
     Raises:
         CEPluginError: whatever can be put right.
     """
-    check_out(options.out, force=options.force)
     picture = read_image(options.image)
     net = network(options)
     intervention = _intervention(options, net)
@@ -107,7 +104,7 @@ def _resolve(options: LayerOptions) -> Resolved:
         logits = net.model(images["clean"])
     target = check_class(logits, None if options.target is None else net.class_index(options.target))
     layer = layer_name(net, images["clean"], options.layer)
-    hashes = {options.image.name: {"file": str(options.image), "sha256": file_sha256(options.image)}}
+    hashes = {printable(options.image.name): {"file": str(options.image), "sha256": file_sha256(options.image)}}
     settings: dict[str, Any] = {}
     if options.given is not None:
         attack, settings = planned_attack(net, options.given, Plan(attacks=(options.given,), eps=options.eps))
@@ -181,7 +178,7 @@ def nodes(options: NodesOptions, argv: Sequence[str]) -> None:
         findings["carried"] = carried_record(found.carried, top=options.top)
     _write(options, argv, resolved, files, findings)
     say(_nodes_summary(options, resolved, found), quiet=options.quiet)
-    sys.stdout.write(f"Results: {options.out.absolute()}\n")
+    say(f"Results: {options.out.absolute()}")
 
 
 def _channels(options: NodesOptions, resolved: Resolved) -> tuple[_Channels, object]:
@@ -236,7 +233,7 @@ def _plot(options: NodesOptions, resolved: Resolved, found: _Channels) -> bytes:
         {name: values[found.ranked, resolved.target].tolist() for name, values in found.contributions.items()},
         shares=shares,
         xlabel=f"contribution to the {OUTCOMES[options.outcome]} of {resolved.target_name}",
-        title=f"{options.image.name}, layer {resolved.layer}",
+        title=f"{printable(options.image.name)}, layer {resolved.layer}",
     )
     return _png(figure)
 
@@ -312,7 +309,7 @@ def draw_map(options: MapOptions, argv: Sequence[str]) -> None:
         shown = ", ".join(f"{kind.replace('_', ' ')} {'undefined' if v is None else f'{v:.2f}'}" for kind, v in values)
         lines.append(f"Rank correlation with the clean map: {shown}")
     say("\n".join(lines), quiet=options.quiet)
-    sys.stdout.write(f"Results: {options.out.absolute()}\n")
+    say(f"Results: {options.out.absolute()}")
 
 
 def _contrast(resolved: Resolved, named: list[str] | None) -> list[int] | Literal["others"] | None:
@@ -324,7 +321,7 @@ def _contrast(resolved: Resolved, named: list[str] | None) -> list[int] | Litera
             hint = "Write others alone: it means all classes but the target."
             raise ArgumentError(expected("contrast", "others, or classes", " and ".join(named), hint))
         return "others"
-    chosen = [resolved.net.class_index(one) for one in named]
+    chosen = [resolved.net.class_index(one, "contrast") for one in named]
     classes = resolved.logits.shape[1]
     for index in chosen:
         if not 0 <= index < classes or index == resolved.target:
@@ -383,7 +380,7 @@ def _picture(options: MapOptions, resolved: Resolved, arrays: dict[str, Tensor],
         cam = arrays[f"{name}_grad_cam"]
         effect = overlay(arrays[f"{name}_effect_map_enlarged"], picture, scale=scale or None)
         shown = overlay(cam, picture, scale=float(cam.max()) or None, sign="positive")
-        title = options.image.name if name == "clean" else f"under {name.upper()}"
+        title = printable(options.image.name) if name == "clean" else f"under {name.upper()}"
         rows.append([(title, picture), (f"causal effect map: {explained}", effect), ("Grad-CAM", shown)])
     note = f"layer {resolved.layer}; orange supports, blue opposes; full colour is ±{scale:.2g} "
     return _png(sheet(rows, note=note + OUTCOMES[options.outcome]))

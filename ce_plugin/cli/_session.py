@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,25 +14,32 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ce_plugin.cli._commands import NetworkOptions
+from ce_plugin.cli._commands import NetworkOptions, drop_output
 from ce_plugin.datasets import read_image
-from ce_plugin.errors import ArgumentError, FileError, ModelError, expected
+from ce_plugin.errors import ArgumentError, FileError, InputError, ModelError, expected
+from ce_plugin.files import existing_file, printable
 from ce_plugin.interventions.base import Normalization
 from ce_plugin.models import Framing, VisionModel, as_batch, load_model
+from ce_plugin.networks import state_guard
 from ce_plugin.networks.layers import find_layer, last_conv_layer
 from ce_plugin.report import build_manifest
 
 PICTURES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-# The weights of ITU-R BT.601 in thousandths: together exactly 1, so that gray stays as it is.
-_LUMA = (299, 587, 114)
+# Of unreadable pictures, so many are named at the terminal; all are in the manifest.
+_NAMED = 10
 
 
-def network(options: NetworkOptions) -> VisionModel:
-    """The network of the options, on its device.
+def network(options: NetworkOptions, *, grayscale: bool = False) -> VisionModel:
+    """The network of the options, on its device, once it has answered a picture.
+
+    Args:
+        options: which network.
+        grayscale: it takes one channel. Otherwise it gets one where it refuses three.
 
     Raises:
-        CEPluginError: no such network, device, weights or class names.
+        CEPluginError: no such network, device, weights or class names, or it cannot take such pictures.
     """
+    names = None if options.class_names is None else _class_names(options.class_names)
     device = _device(options.device)
     net = load_model(options.model, options.weights)
     net.model.to(device)
@@ -41,19 +49,58 @@ def network(options: NetworkOptions) -> VisionModel:
         net = replace(net, normalization=Normalization(*options.normalization))
     if options.value_range is not None:
         net = replace(net, value_range=(options.value_range.low, options.value_range.high))
-    if options.class_names is not None:
-        net = replace(net, class_names=_class_names(options.class_names))
+    if names is not None:
+        net = replace(net, class_names=names)
+    net = replace(net, grayscale=grayscale or net.grayscale)
+    answer, refusal = _answer(net)
+    if refusal and not net.grayscale:
+        answer, again = _answer(gray := replace(net, grayscale=True))
+        if not again:
+            if not getattr(options, "quiet", False):
+                sys.stderr.write("ce-plugin: note: the network takes one channel: pictures are converted to gray\n")
+            net, refusal = gray, ""
+    if refusal:
+        side = net.framing.size
+        wanted = f"a network that takes pictures of shape {(1, 1 if net.grayscale else 3, side, side)}"
+        hint = "Say with --size how large they are; they are in colour or in gray."
+        if grayscale:
+            hint = "Leave out --grayscale where it takes colours, or say with --size how large they are."
+        raise ModelError(expected("model", wanted, f"the error {refusal}", hint))
+    if isinstance(answer, Tensor) and answer.dim() == 2 and len(net.class_names or ()) not in (0, answer.shape[1]):
+        wanted = f"{answer.shape[1]} names, one for each class of the network"
+        raise ArgumentError(expected("class_names", wanted, f"{len(net.class_names or ())}"))
     return net
 
 
-def _class_names(file: Path) -> tuple[str, ...]:
+def _answer(net: VisionModel) -> tuple[Any, str]:
+    """What the network returns for one black picture, or the error that it raises."""
+    side = net.framing.size
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        with torch.no_grad(), state_guard(net.model):
+            return net.model(net.inputs([torch.zeros(3, side, side, dtype=torch.uint8)])), ""
+    except MemoryError:
+        raise
+    except Exception as error:  # the user's network may raise anything
+        if "allocate memory" in str(error) or "out of memory" in str(error):
+            raise
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _class_names(file: Path) -> tuple[str, ...]:
+    """The lines of a file; empty ones at its end are none."""
+    wanted = "a text file, one name per line"
+    try:
+        text = existing_file(file, "class_names", wanted).read_text(encoding="utf-8-sig")
+    except FileError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
-        raise FileError(
-            expected("class_names", "a text file, one name per line", f"{str(file)!r} ({error})")
-        ) from error
-    return tuple(line.strip() for line in lines if line.strip())
+        raise FileError(expected("class_names", wanted, f"{str(file)!r} ({error})", "Save it as UTF-8.")) from error
+    names = [line.strip() for line in text.rstrip().splitlines()]
+    if "" in names or not names:
+        hint = "Each line is a class, in the order of the network's outputs: write a name, or its number."
+        got = f"{str(file)!r}, whose line {names.index('') + 1} is blank" if names else f"{str(file)!r}, which is empty"
+        raise FileError(expected("class_names", wanted, got, hint))
+    return tuple(names)
 
 
 def _device(name: str) -> torch.device:
@@ -85,39 +132,59 @@ def layer_name(net: VisionModel, inputs: Tensor, wanted: str | None) -> str:
 
 @dataclass
 class Pictures:
-    """Picture files, each read when it is asked for.
+    """Picture files, each read when it is asked for; those that cannot be read are set aside and said.
 
     Args:
         paths: files, and folders, which are searched to the bottom in the order of the paths.
         net: the network that they are for.
-        gray: one channel in place of three.
         limit: at most so many.
         name: of the argument, for errors.
+        quiet: no progress.
+
+    Attributes:
+        files: those that can be read.
+        unreadable: name -> why, of those that cannot.
 
     Raises:
-        FileError: a path that does not exist, or a folder without pictures.
+        FileError: a path that does not exist, a folder without pictures, or not one picture that can be read.
         ArgumentError: a picture that is named twice.
     """
 
     paths: Sequence[Path]
     net: VisionModel
-    gray: bool = False
     limit: int | None = None
     name: str = "IMAGES"
+    quiet: bool = True
 
     def __post_init__(self) -> None:
         found = [file for path in self.paths for file in self._below(path)]
         if len(set(found)) < len(found):
             twice = next(file for file in found if found.count(file) > 1)
             raise ArgumentError(expected(self.name, "each picture once", f"{str(twice)!r} several times"))
-        self.files = found[: self.limit]
+        # Before any work: the worst picture of a folder must not cost what the others gave.
+        read = tqdm(found[: self.limit], "checking the pictures", disable=self.quiet, leave=False, delay=2)
+        checked = {file: self._fault(file) for file in read}
+        self.files = [file for file, fault in checked.items() if fault is None]
+        faults = {self._name_of(file): fault for file, fault in checked.items() if fault is not None}
+        if not self.files:
+            raise next(iter(faults.values()))
+        self.unreadable = {name: printable(fault) for name, fault in faults.items()}
+        for name, why in [*self.unreadable.items()][:_NAMED]:
+            sys.stderr.write(f"ce-plugin: warning: left out: {name}: {why}\n")
+        if len(faults) > _NAMED:
+            sys.stderr.write(f"ce-plugin: warning: left out: {len(faults) - _NAMED} more; see the manifest\n")
+
+    def _fault(self, file: Path) -> Exception | None:
+        """Why a picture cannot be used."""
+        try:
+            self.net.framing(read_image(file))
+        except (FileError, InputError) as error:
+            return error
+        return None
 
     def _below(self, path: Path) -> list[Path]:
-        if not path.exists():
-            hint = "Check the spelling and the folder."
-            raise FileError(expected(self.name, "existing files or folders", repr(str(path)), hint))
-        if not path.is_dir():
-            return [path]
+        if not os.path.isdir(path):
+            return [existing_file(path, self.name, "existing files or folders")]
         found = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
         if not found:
             hint = f"Known are {', '.join(sorted(PICTURES))}."
@@ -125,11 +192,13 @@ class Pictures:
         return found
 
     @classmethod
-    def in_folder(cls, folder: Path, net: VisionModel, *, limit: int | None = None, name: str = "images") -> Pictures:
+    def in_folder(
+        cls, folder: Path, net: VisionModel, *, limit: int | None = None, name: str = "images", quiet: bool = True
+    ) -> Pictures:
         """Those in and below one folder."""
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise FileError(expected(name, "an existing folder of pictures", repr(str(folder))))
-        return cls([folder], net, limit=limit, name=name)
+        return cls([folder], net, limit=limit, name=name, quiet=quiet)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -140,18 +209,16 @@ class Pictures:
 
     def names(self) -> list[str]:
         """Paths below the folder, where one folder was named; else as they were named."""
-        if len(self.paths) == 1 and self.paths[0].is_dir():
-            return [str(file.relative_to(self.paths[0])) for file in self.files]
-        return [str(file) for file in self.files]
+        return list(map(self._name_of, self.files))
+
+    def _name_of(self, file: Path) -> str:
+        below = len(self.paths) == 1 and self.paths[0] != file
+        return printable(file.relative_to(self.paths[0]) if below else file)
 
     def batch(self, start: int, stop: int) -> Tensor:
         """Some of them, (n, C, size, size), float32, image units."""
-        batch = as_batch([read_image(file) for file in self.files[start:stop]], self.net.framing, value_range=(0, 255))
-        if self.gray:
-            weights = torch.tensor(_LUMA, dtype=torch.float64)[:, None, None]
-            batch = ((batch.double() * weights).sum(1, keepdim=True) / 1000).round()
-        low, high = self.net.value_range
-        return (batch / 255.0 * (high - low) + low).float()
+        read, net = [read_image(file) for file in self.files[start:stop]], self.net
+        return as_batch(read, net.framing, value_range=net.value_range, grayscale=net.grayscale)
 
     def all(self, step: Callable[[str], None] = lambda name: None) -> Tensor:
         """All of them, (N, C, size, size); ``step`` is called before each 32."""
@@ -162,17 +229,17 @@ class Pictures:
         return torch.cat(parts)
 
 
-def check_file(out: Path, *, force: bool) -> None:
-    """Whether a result may be written to this file, before any work.
+def beside(out: Path, *, force: bool) -> Path:
+    """Where the record of a file is written, ``FILE.json``; to be asked before any work.
 
     Raises:
-        FileError: its folder does not exist, or it exists and ``force`` is False.
+        FileError: it exists and ``force`` is False.
     """
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise FileError(expected("out", "a file in an existing folder", repr(str(out))))
-    if out.exists() and not force:
-        hint = "Choose another name, or allow it to be replaced with --force."
-        raise FileError(expected("out", "a file that does not exist yet", repr(str(out)), hint))
+    file = Path(f"{out}.json")
+    if os.path.lexists(file) and not force:
+        hint = "Choose another name, or allow both to be replaced with --force."
+        raise FileError(expected("out", "a file without a record beside it", repr(str(file)), hint))
+    return file
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -209,10 +276,16 @@ def manifest(
     )
 
 
-def say(text: str, *, quiet: bool) -> None:
-    """A line at the terminal."""
-    if not quiet:
-        sys.stdout.write(text + "\n")
+def say(text: str, *, quiet: bool = False) -> None:
+    """A line at the terminal; where nobody reads it any more, the work goes on without."""
+    if quiet:
+        return
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        drop_output(error)
 
 
 @contextmanager

@@ -89,8 +89,11 @@ def _decode(file: Path) -> Image:
         raise FileError(expected("image", "a picture in a known format", repr(str(file)), hint)) from error
     except PermissionError as error:
         raise FileError(expected("image", "a readable file", repr(str(file)), "Check its permissions.")) from error
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, LookupError, TypeError, struct.error) as error:
-        # Pillow's decoders report damage with all of these (PNG: SyntaxError; TIFF, WebP: ValueError, EOFError).
+    except (
+        *(OSError, SyntaxError, ValueError, EOFError, MemoryError),
+        *(RuntimeError, LookupError, TypeError, ArithmeticError, struct.error),
+    ) as error:
+        # Pillow's decoders report damage with all of these (PNG: SyntaxError; TIFF: ValueError; AVIF: RuntimeError).
         hint = "The file is truncated or damaged: fetch it again, or leave it out."
         raise FileError(expected("image", "a complete picture", f"{str(file)!r} ({error})", hint)) from error
     if picture.mode == "F" or picture.mode.startswith("I"):

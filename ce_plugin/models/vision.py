@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import pickle
 import struct
 import sys
@@ -309,7 +310,7 @@ def _from_factory(module_name: str, factory_name: str) -> VisionModel:
     file = existing_file(module_name, "model", "an existing .py file") if module_name.endswith(".py") else None
     # A console script does not have the current folder on its path, but `python -m` does: make both find the same,
     # also when the factory imports more.
-    with _importable(Path.cwd() if file is None else file.absolute().parent):
+    with _importable(os.path.abspath(file.parent) if file is not None else os.path.curdir):
         module = _module(module_name) if file is None else _module_of_file(file)
         if not hasattr(module, factory_name):
             raise _no_factory(module, module_name, factory_name)
@@ -323,9 +324,9 @@ def _from_factory(module_name: str, factory_name: str) -> VisionModel:
 
 
 @contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """A folder on the path of modules, for a while."""
-    here = str(folder)
+def _importable(folder: str) -> Iterator[None]:
+    """A folder on the path of modules, for a while; not a current one that was removed."""
+    here = os.path.abspath(folder) if os.path.isdir(folder) else ""
     added = here not in sys.path
     if added:
         sys.path.insert(0, here)

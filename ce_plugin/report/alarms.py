@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,7 @@ class Screening:
         calibration: the scores that set the threshold.
         threshold: scores above it are flagged.
         fpr: share of clean pictures that the threshold was set to flag.
+        unreadable: names of pictures that could not be read, and why.
     """
 
     rows: tuple[Screened, ...]
@@ -82,6 +83,7 @@ class Screening:
     calibration: Calibration
     threshold: float
     fpr: float
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def flagged(self) -> list[Screened]:
@@ -189,6 +191,7 @@ class AlarmsSection(Section[Screening]):
             "threshold": found.threshold,
             "calibration_images": found.calibration.n,
             "pictures": len(found.rows),
+            "unreadable": dict(found.unreadable),
             "flagged": [row.name for row in found.rows if row.flagged],
             "explained": {one.name: str(one.alarm) for one in found.shown},
         }
@@ -293,15 +296,17 @@ def save_screening(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     page = save_screening(found, folder, net=net, detector="net.ce", manifest=manifest)
         ...     page.with_name("scores.csv").read_text().splitlines()[1]
-        'a.png,0.5,0.4,0,1,class 1,-0.2'
+        'a.png,0.5,0.4,0,1,class 1,-0.2,'
     """
     names = list(found.rows[0].deviations) if found.rows else []
-    header = ["file", "score", "p_value", "flagged", "predicted", "class_name", *names]
-    rows = [
+    header = ["file", "score", "p_value", "flagged", "predicted", "class_name", *names, "unreadable"]
+    rows: list[list[object]] = [
         [row.name, row.score, row.p_value, int(row.flagged), row.predicted, net.class_name(row.predicted)]
         + [row.deviations[name] for name in names]
+        + [""]
         for row in found.rows
     ]
+    rows += [[name, *[""] * (5 + len(names)), why] for name, why in found.unreadable.items()]
     tables = {"scores.csv": csv_text(header, rows)}
     section = AlarmsSection(net.class_name)
     return save_page(section, found, out, manifest, tables, model=net.name, detector=detector)

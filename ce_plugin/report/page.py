@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -90,6 +91,7 @@ def save_report(
     force: bool = False,
     incomplete: str = "",
     digits: DetectorTrial | None = None,
+    unreadable: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write ``report.html`` and ``manifest.json``; each appears only when it is complete.
 
@@ -103,6 +105,7 @@ def save_report(
         force: whether an existing report is replaced.
         incomplete: what is missing, where something is.
         digits: a detector tried on handwritten digits, shown below the photographs.
+        unreadable: names of photographs that could not be read, and why.
 
     Returns:
         Path of the page.
@@ -125,8 +128,9 @@ def save_report(
         findings[TrialSection.name] = TrialSection(str).record(digits)
     full = {**manifest, "findings": findings}
     html = render(
-        studies, model=model, plan=plan, experiment=experiment, manifest=full, incomplete=incomplete, digits=digits
-    )
+        studies, model=model, plan=plan, experiment=experiment, manifest=full, incomplete=incomplete, digits=digits,
+        unreadable=unreadable,
+    )  # fmt: skip
     write_files(folder, {"manifest.json": full, "report.html": html})
     return folder / "report.html"
 
@@ -140,6 +144,7 @@ def render(
     manifest: Mapping[str, Any],
     incomplete: str = "",
     digits: DetectorTrial | None = None,
+    unreadable: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """The page as text; see :func:`save_report`.
 
@@ -157,6 +162,7 @@ def render(
         "outcome": OUTCOMES[plan.outcome],
         "plan": plan,
         "eps": share(plan.eps),
+        "unreadable": unreadable,
         "digits": None if digits is None else TrialSection(str).html(digits),
     }
     return str(rendered("report.html.j2", names, manifest))
