@@ -7,7 +7,12 @@ a page in the documentation (``docs/errors/``).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from numbers import Real
+from typing import Any, SupportsIndex, cast
 
 __all__ = [
     "ArgumentError",
@@ -27,6 +32,9 @@ __all__ = [
     "TargetError",
     "UnitError",
     "UnknownNameError",
+    "check_integer",
+    "check_number",
+    "check_range",
     "expected",
     "unknown_name",
 ]
@@ -116,15 +124,93 @@ def expected(argument: str, wanted: str, got: object, hint: str = "") -> str:
     return f"Expected argument `{argument}` to be {wanted}, but got {got}.{' ' + hint if hint else ''}"
 
 
-def unknown_name(argument: str, name: object, known: Iterable[str]) -> UnknownNameError:
+def check_integer(
+    argument: str,
+    value: object,
+    wanted: str = "",
+    *,
+    least: int | None = None,
+    error: type[CEPluginError] = ArgumentError,
+) -> int:
+    """The value as an int; nothing that would have to be rounded, and no bool.
+
+    Args:
+        argument: its name, as the user wrote it.
+        value: any object; numpy's integers count too.
+        wanted: what was expected; None writes it from ``least``.
+        least: the smallest value that is allowed.
+        error: class of the error.
+
+    Example:
+        >>> check_integer("seed", 7)
+        7
+        >>> check_integer("n_trials", 1.5, least=2)
+        Traceback (most recent call last):
+        ce_plugin.errors.ArgumentError: Expected argument `n_trials` to be a whole number, 2 or more, but got 1.5.
+    """
+    number = None
+    with suppress(TypeError):
+        number = None if isinstance(value, bool) else operator.index(cast(SupportsIndex, value))
+    if number is None or (least is not None and number < least):
+        default = "a whole number" + ("" if least is None else f", {least} or more")
+        raise error(expected(argument, wanted or default, repr(value)))
+    return number
+
+
+def check_number(
+    argument: str,
+    value: object,
+    wanted: str = "a number",
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+    hint: str = "",
+    error: type[CEPluginError] = ArgumentError,
+) -> float:
+    """The value as a float strictly between two numbers; no bool, no text, no NaN.
+
+    Example:
+        >>> check_number("p", 0.5, "a share in (0, 1)", above=0, below=1)
+        0.5
+    """
+    number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    if not above < number < below:
+        raise error(expected(argument, wanted, repr(value), hint))
+    return number
+
+
+def check_range(argument: str, value: object) -> tuple[float, float]:
+    """The value as a pair of floats (low, high), finite, with low < high.
+
+    Example:
+        >>> check_range("clip_values", (0, 255))
+        (0.0, 255.0)
+    """
+    pair: list[Any] = list(value) if isinstance(value, (tuple, list)) else []
+    numbers = [float(one) for one in pair if isinstance(one, Real) and str(one) not in ("True", "False")]
+    if len(pair) != 2 or len(numbers) != 2 or not -math.inf < numbers[0] < numbers[1] < math.inf:
+        raise ArgumentError(expected(argument, "a pair (low, high) of numbers with low < high", repr(value)))
+    return numbers[0], numbers[1]
+
+
+def unknown_name(
+    argument: str, name: object, known: Iterable[str], synonyms: Mapping[str, str] | None = None
+) -> UnknownNameError:
     """An error for an unknown name, which lists the known ones and suggests the closest.
+
+    Args:
+        argument: its name, as the user wrote it.
+        name: the unknown one.
+        known: names that there are.
+        synonyms: what others call the same -> a known name.
 
     Example:
         >>> print(unknown_name("outcome", "logits", ["margin", "logit"]))
         Expected argument `outcome` to be one of 'logit', 'margin', but got 'logits'. Did you mean 'logit'?
     """
     names = sorted(known)
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    meant = (synonyms or {}).get(str(name).lower())
+    close = [meant] if meant in names else difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     shown = names if len(names) <= 20 else [*difflib.get_close_matches(str(name), names, n=8, cutoff=0.0), "..."]
     hint = f"Did you mean {close[0]!r}?" if close else ""
     return UnknownNameError(expected(argument, "one of " + ", ".join(map(repr, shown)), repr(name), hint))
