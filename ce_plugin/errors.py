@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from numbers import Real
-from typing import SupportsIndex, cast
+from typing import Any, SupportsIndex, cast
 
 __all__ = [
     "ArgumentError",
@@ -34,6 +34,7 @@ __all__ = [
     "UnknownNameError",
     "check_integer",
     "check_number",
+    "check_range",
     "expected",
     "unknown_name",
 ]
@@ -178,15 +179,38 @@ def check_number(
     return number
 
 
-def unknown_name(argument: str, name: object, known: Iterable[str]) -> UnknownNameError:
+def check_range(argument: str, value: object) -> tuple[float, float]:
+    """The value as a pair of floats (low, high), finite, with low < high.
+
+    Example:
+        >>> check_range("clip_values", (0, 255))
+        (0.0, 255.0)
+    """
+    pair: list[Any] = list(value) if isinstance(value, (tuple, list)) else []
+    numbers = [float(one) for one in pair if isinstance(one, Real) and str(one) not in ("True", "False")]
+    if len(pair) != 2 or len(numbers) != 2 or not -math.inf < numbers[0] < numbers[1] < math.inf:
+        raise ArgumentError(expected(argument, "a pair (low, high) of numbers with low < high", repr(value)))
+    return numbers[0], numbers[1]
+
+
+def unknown_name(
+    argument: str, name: object, known: Iterable[str], synonyms: Mapping[str, str] | None = None
+) -> UnknownNameError:
     """An error for an unknown name, which lists the known ones and suggests the closest.
+
+    Args:
+        argument: its name, as the user wrote it.
+        name: the unknown one.
+        known: names that there are.
+        synonyms: what others call the same -> a known name.
 
     Example:
         >>> print(unknown_name("outcome", "logits", ["margin", "logit"]))
         Expected argument `outcome` to be one of 'logit', 'margin', but got 'logits'. Did you mean 'logit'?
     """
     names = sorted(known)
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    meant = (synonyms or {}).get(str(name).lower())
+    close = [meant] if meant in names else difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     shown = names if len(names) <= 20 else [*difflib.get_close_matches(str(name), names, n=8, cutoff=0.0), "..."]
     hint = f"Did you mean {close[0]!r}?" if close else ""
     return UnknownNameError(expected(argument, "one of " + ", ".join(map(repr, shown)), repr(name), hint))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ce_plugin.errors import ArgumentError, expected
+from ce_plugin.errors import ArgumentError, check_integer, check_number, check_range, expected
 from ce_plugin.interventions import Smooth
 from ce_plugin.interventions.base import Context
 from ce_plugin.randomness import generator
@@ -50,16 +50,12 @@ class Augmentation:
     value_range: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if not self.noise >= 0:
+        if check_number("noise", self.noise, "a number in image units, 0 or more") < 0:
             raise ArgumentError(expected("noise", "a number in image units, 0 or more", self.noise))
-        if self.shift < 0:
-            raise ArgumentError(expected("shift", "a number of pixels, 0 or more", self.shift))
-        if not 0 <= self.contrast <= 1:
+        check_integer("shift", self.shift, "a number of pixels, 0 or more", least=0)
+        if not 0 <= check_number("contrast", self.contrast, "a share in [0, 1]") <= 1:
             raise ArgumentError(expected("contrast", "a share in [0, 1]", self.contrast))
-        low, high = self.value_range
-        if not low < high:
-            wanted = "a pair (least, greatest) with least < greatest"
-            raise ArgumentError(expected("value_range", wanted, self.value_range))
+        check_range("value_range", self.value_range)
 
     @classmethod
     def of(cls, shape: Sequence[int], value_range: tuple[float, float] = (0.0, 1.0)) -> Augmentation:

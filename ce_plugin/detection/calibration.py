@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ce_plugin.errors import ArgumentError, InputError, expected
+from ce_plugin.errors import ArgumentError, InputError, check_integer, check_number, expected
 
 Scores = npt.NDArray[np.float64]
 
@@ -41,7 +41,7 @@ class Calibration:
     scores: Scores
 
     def __post_init__(self) -> None:
-        scores = np.array(self.scores, dtype=np.float64)
+        scores = _numbers(self.scores)
         if scores.ndim != 1 or not scores.size or not np.isfinite(scores).all():
             got = f"shape {scores.shape}" if scores.ndim != 1 or not scores.size else "NaN or infinity"
             raise InputError(expected("scores", "one finite number for each calibration image, (n,), n >= 1", got))
@@ -71,7 +71,7 @@ class Calibration:
         Raises:
             InputError: NaN.
         """
-        given = np.asarray(scores, dtype=np.float64)
+        given = _numbers(scores)
         if np.isnan(given).any():
             raise InputError(expected("scores", "numbers", "NaN"))
         at_least = self.n - np.searchsorted(self.scores, given, side="left")
@@ -126,9 +126,10 @@ def realised_interval(n: int, fpr: float, level: float = 0.95, *, n_test: int | 
 
     Source: Vovk, ACML 2012 (arXiv 1209.2673), Prop. 2a and 2b.
     """
+    check_integer("n", n, "a number of images", least=0)
     rank, tail = _rank(n, fpr), (1 - _level(level)) / 2
-    if n_test is not None and n_test < 1:
-        raise ArgumentError(expected("n_test", "a number of images, 1 or more, or None", n_test))
+    if n_test is not None:
+        check_integer("n_test", n_test, "a number of images, 1 or more, or None", least=1)
     from scipy import stats
 
     if n_test is None:
@@ -195,16 +196,20 @@ def rate(flags: npt.ArrayLike, level: float = 0.95) -> Rate:
     return Rate(share=k / n, low=float(interval.low), high=float(interval.high), n_flagged=k, n=n, level=level)
 
 
+def _numbers(scores: npt.ArrayLike) -> Scores:
+    try:
+        return np.array(scores, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(expected("scores", "numbers", type(scores).__name__)) from error
+
+
 def _level(level: float) -> float:
-    if not 0 < level < 1:
-        raise ArgumentError(expected("level", "a probability in (0, 1)", level, "Write 0.95 for 95 %."))
-    return level
+    return check_number("level", level, "a probability in (0, 1)", above=0, below=1, hint="Write 0.95 for 95 %.")
 
 
 def _rank(n: int, fpr: float) -> int:
     """The greatest k with k / (n + 1) <= fpr, in the arithmetic in which p-values are compared with it."""
-    if not 0 < fpr < 1:
-        raise ArgumentError(expected("fpr", "a rate in (0, 1)", fpr, "Write 0.05 for 5 %."))
+    check_number("fpr", fpr, "a rate in (0, 1)", above=0, below=1, hint="Write 0.05 for 5 %.")
     rank = math.floor(fpr * (n + 1))
     if (rank + 1) / (n + 1) <= fpr:
         rank += 1

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ce_plugin.errors import ArgumentError, InputError, ModelError, expected
+from ce_plugin.errors import InputError, ModelError, check_range, expected
 from ce_plugin.interventions import Normalization
 from ce_plugin.interventions.base import NormalizationLike
 from ce_plugin.networks.forward import is_art_classifier, unwrap
@@ -49,9 +49,7 @@ class ClassifierWrapper(nn.Module):
             hint = "Pass the network itself; a function can be wrapped into a module."
             got = type(classifier).__name__
             raise ModelError(expected("classifier", "an nn.Module or an ART PyTorchClassifier", got, hint))
-        low, high = clip_values if clip_values is not None else own if own is not None else (0.0, 1.0)
-        if not low < high:
-            raise ArgumentError(expected("clip_values", "(low, high) with low < high", (low, high)))
+        low, high = check_range("clip_values", clip_values if clip_values is not None else own or (0.0, 1.0))
         self.network = network
         # Where layers' names are looked up: without the wrapper that ART's preprocessing needs.
         inner = network.model if network is not classifier else network

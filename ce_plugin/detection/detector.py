@@ -20,7 +20,7 @@ from ce_plugin.detection.augmentation import Augmentation
 from ce_plugin.detection.calibration import Calibration
 from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.detection.explanation import Alarm, explained
-from ce_plugin.detection.fitting import FitConfig, Fitter, Split, State, attacked_versions
+from ce_plugin.detection.fitting import FitConfig, Fitter, Split, State, attacked_versions, attacks_on, check_attack
 from ce_plugin.detection.protocol import Array
 from ce_plugin.detection.scorers import AGGREGATES, Scorer
 from ce_plugin.detection.signature import Signature
@@ -29,7 +29,10 @@ from ce_plugin.errors import (
     CEPluginError,
     FileError,
     InferenceError,
+    InputError,
     ModelError,
+    check_integer,
+    check_number,
     expected,
     unknown_name,
 )
@@ -132,20 +135,21 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
     def _check_params(self) -> None:
         """Whether the options can be; ART calls it after `set_params`."""
         for name in ("fpr", "holdout"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-                raise ArgumentError(expected(name, "a float in (0, 1)", repr(value)))
+            check_number(name, getattr(self, name), "a float in (0, 1)", above=0, below=1)
         if self.aggregate not in AGGREGATES:
             raise unknown_name("aggregate", self.aggregate, AGGREGATES)
         if self.signature is not None and not isinstance(self.signature, Signature):
             raise ArgumentError(expected("signature", "a Signature or None", type(self.signature).__name__))
-        if self.augmentation not in (None, "default") and not isinstance(self.augmentation, Augmentation):
+        is_word = self.augmentation is None or (isinstance(self.augmentation, str) and self.augmentation == "default")
+        if not is_word and not isinstance(self.augmentation, Augmentation):
             wanted = 'an Augmentation, "default" or None'
             raise ArgumentError(expected("augmentation", wanted, repr(self.augmentation)))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)):
-            raise ArgumentError(expected("seed", "a whole number", repr(self.seed)))
+        check_integer("seed", self.seed)
         if self.attacks is not None and (not isinstance(self.attacks, (list, tuple)) or not self.attacks):
-            raise ArgumentError(expected("attacks", "a list of attacks, or None", repr(self.attacks)))
+            hint = f"Write attacks=[{self.attacks!r}]." if isinstance(self.attacks, str) else ""
+            raise ArgumentError(expected("attacks", "a list of attacks, or None", repr(self.attacks), hint))
+        for one in self.attacks or ():
+            check_attack(one)
 
     @property
     def protected(self) -> ClassifierWrapper:
@@ -205,10 +209,10 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
             ArgumentError: too few images are held out for ``fpr``; ``signature`` or ``augmentation`` was made for
                 images in another range than the clip values.
         """
+        check_integer("batch_size", batch_size, "a positive whole number", least=1)
+        check_integer("nb_epochs", nb_epochs, "a positive whole number", least=1)
         images = self.classifier.images(x)
         split = Split.of(images, y, self.holdout, self.seed)
-        _check_count("batch_size", batch_size)
-        _check_count("nb_epochs", nb_epochs)
         shape, clip_values = tuple(images.shape[1:]), self.classifier.clip_values
         signature = self.signature or Signature.of(shape, clip_values)
         augmentation = self.augmentation
@@ -216,12 +220,16 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
             augmentation = Augmentation.of(shape, clip_values)
         config = FitConfig(signature, augmentation, self.aggregate, self.seed, batch_size, nb_epochs)
         # Errors come before the work.
+        attacks = attacks_on(self.classifier, self.attacks or (), batch_size)
         config.check(clip_values)
         split.check(self.classifier, batch_size)
         Calibration(np.zeros(int(split.held_out.sum()))).threshold(self.fpr)
         state, attacked = self._fitter.fit(self.classifier, config, split), split.attacked
-        if self.attacks is not None:
-            made = attacked_versions(self.classifier, self.attacks, split.to_fit, batch_size)
+        if attacks:
+            made = torch.cat([attacked_versions(self.classifier, one, split.to_fit, batch_size) for one in attacks])
+            if not len(made):
+                wanted, hint = "attacks that turn some image over", "Take a stronger attack, or a larger eps."
+                raise InputError(expected("attacks", wanted, f"none of {len(split.to_fit)}", hint))
             attacked = made if attacked is None else torch.cat([attacked, made])
         if attacked is not None:
             state = state.with_attacks(self.classifier, attacked, batch_size)
@@ -245,7 +253,15 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         self.restore(state.with_attacks(self.classifier, images, batch_size))
 
     def restore(self, state: State) -> None:
-        """Take over a fitted state: :attr:`state` of this detector or of another one on the same network."""
+        """Take over a fitted state: :attr:`state` of this detector or of another one on the same network.
+
+        Raises:
+            ArgumentError: it is none.
+        """
+        given: object = state
+        if not isinstance(given, State):
+            hint = "`learned()` of a fitted detector gives it."
+            raise ArgumentError(expected("state", "the fitted state of a detector", type(given).__name__, hint))
         self.state, self._version = state, self.classifier.version()
 
     def learned(self, *, quick: bool = False) -> State:
@@ -272,7 +288,7 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
     def _inputs(self, x: Array, batch_size: int) -> tuple[State, Tensor]:
         """The fitted state, and the user's images, checked."""
         state = self.learned()
-        _check_count("batch_size", batch_size)
+        check_integer("batch_size", batch_size, "a positive whole number", least=1)
         return state, self.classifier.images(x, state.shape)
 
     def score(self, x: Array, batch_size: int = 128) -> Scores:
@@ -328,7 +344,9 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
             InputError: images that cannot be used.
         """
         state, images = self._inputs(x, batch_size)
-        if explain and layer is not None:
+        if repr(explain) not in ("True", "False"):
+            raise ArgumentError(expected("explain", "True or False", repr(explain)))
+        if layer is not None:
             self.classifier.module(layer)  # an unknown name is an error before the work
         threshold = state.calibration.threshold(self.fpr)
         sample = state.measure(self.classifier, images, batch_size)
@@ -366,10 +384,10 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
             InputError: an image is among those that the detector was fitted on.
             ArgumentError: these images are too few for the false-alarm rate.
         """
+        rate = self.fpr if fpr is None else check_number("fpr", fpr, "a float in (0, 1)", above=0, below=1)
         state, images = self._inputs(x, batch_size)
+        Calibration(np.zeros(len(images))).threshold(rate)  # too few images are an error before the work
         state = state.recalibrated(self.classifier, images, batch_size)
-        rate = self.fpr if fpr is None else fpr
-        state.calibration.threshold(rate)
         self.state, self.fpr = state, rate
         return state.calibration
 
@@ -381,9 +399,19 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
 
         Raises:
             InferenceError: not fitted.
+            InputError: no images of the shape that it was fitted on.
             ArgumentError: a probe of the signature has no gradient.
         """
-        return self.learned(quick=True).score_tensor(self.classifier, images)
+        state = self.learned(quick=True)
+        wanted = f"a tensor (N, {', '.join(map(str, state.shape))}) of floating point"
+        if not isinstance(images, Tensor) or tuple(images.shape[1:]) != state.shape or not images.is_floating_point():
+            got = (
+                f"shape {tuple(images.shape)} of {images.dtype}"
+                if isinstance(images, Tensor)
+                else type(images).__name__
+            )
+            raise InputError(expected("images", wanted, got))
+        return state.score_tensor(self.classifier, images)
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Write what was learned to a file, without the network and without pickled code.
@@ -518,8 +546,3 @@ def _check_network(classifier: ClassifierWrapper, content: dict[str, Any]) -> No
     if here.shape != there.shape or not torch.allclose(here, there, rtol=1e-2, atol=1e-2 * float(there.abs().max())):
         hint = "Pass the same normalization= and the same preprocessing."
         raise ModelError(expected("classifier", wanted, "one that answers a test image otherwise", hint))
-
-
-def _check_count(name: str, count: int) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ArgumentError(expected(name, "a positive whole number", repr(count)))

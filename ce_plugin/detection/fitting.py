@@ -23,12 +23,13 @@ from ce_plugin.detection.scorers import FittedModule, Sample, Scorer
 from ce_plugin.detection.signature import Signature, digests
 from ce_plugin.errors import ArgumentError, InputError, expected
 from ce_plugin.interventions import Adversarial
+from ce_plugin.interventions.crafting import PRESETS
+from ce_plugin.networks.art import attack_class, is_art_attack
 from ce_plugin.randomness import derived_seed
 
 # With fewer, medians and covariances are noise; with 19 the smallest false-alarm rate is 5 %.
 LEAST_FIT = 50
 LEAST_CALIBRATION = 19
-_PRESETS = ("fgsm", "bim", "pgd", "jsma")
 
 
 @dataclass(frozen=True)
@@ -201,44 +202,60 @@ def _in_own_order(images: Tensor) -> Tensor:
     return images[sorted(range(len(hashes)), key=hashes.__getitem__)]
 
 
-def attacked_versions(classifier: ClassifierWrapper, attacks: Sequence[Any], images: Tensor, batch_size: int) -> Tensor:
-    """The images after each attack, those whose answer the attack changed: (M, C, H, W), in 256 levels.
+def check_attack(attack: object) -> None:
+    """Whether this is an attack, or the name of one.
+
+    Raises:
+        UnknownNameError: no attack has this name.
+        ArgumentError: neither.
+    """
+    if isinstance(attack, str):
+        if attack not in PRESETS:
+            attack_class(attack, list(PRESETS))
+    elif not isinstance(attack, Adversarial) and not is_art_attack(attack):
+        wanted = "a list of names, Adversarial interventions or attacks of ART"
+        raise ArgumentError(expected("attacks", wanted, f"{type(attack).__name__} in it"))
+
+
+def attacks_on(classifier: ClassifierWrapper, attacks: Sequence[Any], batch_size: int) -> list[Adversarial]:
+    """Attacks on a classifier, made before any work.
 
     Args:
         classifier: the classifier.
-        attacks: names of presets ("fgsm", "bim", "pgd", "jsma"), :class:`Adversarial` interventions, or attacks of ART.
-        images: clean ones, see :attr:`Split.to_fit`.
+        attacks: names of presets ("fgsm", "bim", "pgd", "jsma") or of attacks of ART, :class:`Adversarial`
+            interventions, or attacks of ART. A preset's size is 0.3 of the range of the clip values.
         batch_size: images at a time.
 
     Raises:
-        UnknownNameError: a preset of another name.
-        InputError: no attack changed any answer.
+        UnknownNameError: no attack has this name.
+        AttackError: one cannot be built.
     """
-    made = [_adversarial(classifier, one, batch_size) for one in attacks]
+    options: dict[str, Any] = {"clip_values": classifier.clip_values, "batch_size": batch_size}
+    made = []
+    for one in attacks:
+        if isinstance(one, Adversarial):
+            made.append(one)
+        elif isinstance(one, str):
+            made.append(Adversarial(one, model=classifier, **options))
+        else:
+            made.append(Adversarial(one, batch_size=batch_size))
+    return made
+
+
+def attacked_versions(classifier: ClassifierWrapper, attack: Adversarial, images: Tensor, batch_size: int) -> Tensor:
+    """The images after an attack, those whose answer it changed: (M, C, H, W), in 256 levels.
+
+    Args:
+        classifier: the classifier.
+        attack: the attack.
+        images: clean ones, see :attr:`Split.to_fit`.
+        batch_size: images at a time.
+    """
     before = classifier.predict(images, batch_size)
-    successes = []
     low, high = classifier.clip_values
-    for attack in made:
-        moved = attack.perturb(images, target=before).detach().clamp(low, high)
-        moved = ((moved - low) / (high - low) * 255).round() / 255 * (high - low) + low
-        successes.append(moved[classifier.predict(moved, batch_size) != before])
-    found = torch.cat(successes)
-    if not len(found):
-        hint = "Take a stronger attack, or a larger eps."
-        raise InputError(expected("attacks", "attacks that turn some image over", f"none of {len(images)}", hint))
-    return found
-
-
-def _adversarial(classifier: ClassifierWrapper, attack: Any, batch_size: int) -> Adversarial:
-    if isinstance(attack, Adversarial):
-        return attack
-    if isinstance(attack, str) and attack in _PRESETS:
-        preset = getattr(Adversarial, attack)
-        made: Adversarial = preset(classifier, clip_values=classifier.clip_values, batch_size=batch_size)
-        return made
-    if isinstance(attack, str):
-        return Adversarial(attack, model=classifier, clip_values=classifier.clip_values, batch_size=batch_size)
-    return Adversarial(attack, batch_size=batch_size)
+    moved = attack.perturb(images, target=before).detach().clamp(low, high)
+    moved = ((moved - low) / (high - low) * 255).round() / 255 * (high - low) + low
+    return moved[classifier.predict(moved, batch_size) != before]
 
 
 class State(FittedModule):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -16,7 +15,15 @@ from torch import Tensor, nn
 from ce_plugin.attribution import LayerCausalEffect
 from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.detection.denoiser import Denoiser, train_denoiser
-from ce_plugin.errors import ArgumentError, FileError, InferenceError, expected
+from ce_plugin.errors import (
+    ArgumentError,
+    FileError,
+    InferenceError,
+    check_integer,
+    check_number,
+    check_range,
+    expected,
+)
 from ce_plugin.interventions import Patch, PixelMask, Smooth, ZeroOut
 from ce_plugin.interventions.base import Context, Intervention
 from ce_plugin.networks.graph import flops_of
@@ -250,6 +257,10 @@ class Probe(nn.Module, ABC):
 
     def __init__(self, name: str, passes: float) -> None:
         super().__init__()
+        if not isinstance(name, str) or not name:
+            raise ArgumentError(expected("name", "a word or more", repr(name)))
+        if check_number("passes", passes, "a number of forward passes, 0 or more") < 0:
+            raise ArgumentError(expected("passes", "a number of forward passes, 0 or more", passes))
         self.name = name
         self.passes = passes
 
@@ -333,12 +344,16 @@ def _plain(value: Any) -> Any:
 
 
 def _checked_sides(judged: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(judged, str) or not judged or not set(judged) <= set(SIDES):
+    words = list(judged) if isinstance(judged, (list, tuple, set, frozenset)) else []
+    if not words or not all(isinstance(one, str) and one in SIDES for one in words):
         raise ArgumentError(expected("judged", f"one or more of {SIDES}", repr(judged)))
     return tuple(sorted(set(judged), key=SIDES.index))
 
 
-def _in_image_units(smooth: Smooth | dict[str, Any]) -> Smooth:
+def _in_image_units(smooth: object) -> Smooth:
+    if not isinstance(smooth, (Smooth, dict)):
+        wanted = "Smooth interventions, or the arguments that make them"
+        raise ArgumentError(expected("filters", wanted, type(smooth).__name__))
     made = smooth if isinstance(smooth, Smooth) else Smooth(**smooth)
     if not made.normalization.is_identity:
         hint = "Images come to a detector in image units: leave `normalization` out of the filter."
@@ -368,10 +383,11 @@ class Smoothing(Probe):
     def __init__(
         self, name: str, filters: Sequence[Smooth | dict[str, Any]], *, judged: Sequence[str] = SIDES[:2]
     ) -> None:
+        if not isinstance(filters, (list, tuple)) or not filters:
+            got = "none" if isinstance(filters, (list, tuple)) else type(filters).__name__
+            raise ArgumentError(expected("filters", "a list of at least one Smooth intervention", got))
         super().__init__(name, passes=len(filters))
         self.judged = _checked_sides(judged)
-        if not filters:
-            raise ArgumentError(expected("filters", "at least one Smooth intervention", "none"))
         self.filters = tuple(map(_in_image_units, filters))
         if len(set(self.interventions())) < len(self.filters):
             raise ArgumentError(expected("filters", "filters that differ", self.interventions()))
@@ -426,14 +442,12 @@ class CounterAttack(Probe):
         judged: Sequence[str] = SIDES[:1],
         name: str = "counter-attack",
     ) -> None:
+        if not isinstance(steps, (list, tuple)):
+            raise ArgumentError(expected("steps", "a list of positive sizes in image units", repr(steps)))
         super().__init__(name, passes=2 + len(steps))
         self.judged = _checked_sides(judged)
-        for step in steps:
-            if not step > 0:
-                raise ArgumentError(expected("steps", "positive sizes in image units", tuple(steps)))
-        self.steps = tuple(map(float, steps))
-        low, high = value_range
-        self.value_range = (float(low), float(high))
+        self.steps = tuple(check_number("steps", one, "positive sizes in image units", above=0) for one in steps)
+        self.value_range = check_range("value_range", value_range)
 
     def respond(self, view: View) -> Response:
         """Five first-order sizes, then the effects of each step on the logits; and the margins after each step."""
@@ -492,11 +506,10 @@ class PixelMasking(Probe):
         fill: str | float = "zero",
         name: str = "pixel masking",
     ) -> None:
+        check_number("share", share, "a float in (0, 1)", above=0, below=1)
+        check_integer("n_draws", n_draws, "a whole number, at least 2", least=2)
+        check_integer("seed", seed)
         super().__init__(name, passes=n_draws)
-        if not 0 < share < 1:
-            raise ArgumentError(expected("share", "a float in (0, 1)", share))
-        if n_draws < 2:
-            raise ArgumentError(expected("n_draws", "at least 2", n_draws))
         self.share, self.n_draws, self.seed, self.fill = share, n_draws, seed, fill
         self._mask = PixelMask(fill)
 
@@ -535,6 +548,8 @@ class _ChannelEffects(Probe):
 
     def __init__(self, layer: str, name: str, passes: float) -> None:
         super().__init__(name, passes)
+        if not isinstance(layer, str):
+            raise ArgumentError(expected("layer", "the dotted name of a layer", type(layer).__name__))
         self.layer = layer
 
     @abstractmethod
@@ -646,9 +661,9 @@ class Denoising(Probe):
     ) -> None:
         super().__init__(name, passes)
         self.judged = _checked_sides(judged)
-        if width < 1 or least_steps < 1:
-            raise ArgumentError(expected("width and least_steps", "1 or more", (width, least_steps)))
-        if not 0 <= eps < math.inf:
+        check_integer("width", width, least=1)
+        check_integer("least_steps", least_steps, least=1)
+        if check_number("eps", eps, "a size in image units, 0 or more") < 0:
             raise ArgumentError(expected("eps", "a size in image units, 0 or more", eps))
         self.width, self.least_steps, self.eps = width, least_steps, float(eps)
         self.denoiser: Denoiser | None = None

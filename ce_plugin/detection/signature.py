@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -55,9 +55,14 @@ class Signature:
 
     @renamed_keywords(groups="probes")
     def __init__(self, probes: Sequence[Probe], *, leading: Sequence[str] | None = None) -> None:
+        wanted, names = "at least one Probe, and nothing else", []
+        if isinstance(probes, Probe) or not isinstance(probes, Iterable):
+            hint = "Put it into a list." if isinstance(probes, Probe) else ""
+            raise ArgumentError(expected("probes", "a list of Probes", type(probes).__name__, hint))
+        if leading is not None and (isinstance(leading, str) or not isinstance(leading, Iterable)):
+            raise ArgumentError(expected("leading", "one or more names of probes, or None", repr(leading)))
         self.probes = tuple(probes)
         self.leading = None if leading is None else tuple(leading)
-        wanted, names = "at least one Probe, and nothing else", []
         if not self.probes:
             raise ArgumentError(expected("probes", wanted, "none"))
         for probe in self.probes:
@@ -67,7 +72,7 @@ class Signature:
         self.names = tuple(names)
         if len(set(self.names)) < len(self.names):
             raise ArgumentError(expected("probes", "probes of different names", list(self.names), "Pass `name=`."))
-        if isinstance(leading, str) or self.leading == ():
+        if self.leading == ():
             raise ArgumentError(expected("leading", "one or more names of probes, or None", repr(leading)))
         for name in self.leading or ():
             if name not in self.names:
@@ -76,6 +81,8 @@ class Signature:
     @classmethod
     def of(cls, shape: Sequence[int], value_range: tuple[float, float] = (0.0, 1.0)) -> Signature:
         """The default for images of a shape (C, H, W): small pictures, or photographs."""
+        if len(shape) != 3:
+            raise ArgumentError(expected("shape", "that of an image, (C, H, W)", tuple(shape)))
         small = min(shape[-2:]) <= SMALL
         return cls.small_images(value_range) if small else cls.photographs(value_range)
 

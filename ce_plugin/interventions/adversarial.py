@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, cast
 
 from torch import Tensor
 
-from ce_plugin.errors import AttackError, InputError, expected, unknown_name
+from ce_plugin.errors import AttackError, InputError, check_integer, check_number, expected, unknown_name
 from ce_plugin.interventions.base import Context, Inputs, Intervention, Normalization, NormalizationLike
 from ce_plugin.interventions.crafting import (
+    PRESETS,
     AttackConfig,
     AttackResult,
     TargetClassifier,
@@ -18,9 +20,6 @@ from ce_plugin.interventions.crafting import (
     craft,
     resolve_clip_values,
 )
-from ce_plugin.networks.forward import is_art_classifier
-
-_PRESETS = ("fgsm", "bim", "pgd", "jsma")
 
 
 class Adversarial(Intervention):
@@ -37,11 +36,13 @@ class Adversarial(Intervention):
     or its order. The model, in whatever mode, and the global random state are left as they were.
 
     Args:
-        attack: an ART ``EvasionAttack`` (copied, never changed), its class, the class's name ("SquareAttack"), or
-            a function ``(estimator, **settings) -> EvasionAttack``.
+        attack: an ART ``EvasionAttack`` (copied, never changed), its class, the class's name ("SquareAttack"), the
+            name of a preset ("fgsm", "bim", "pgd", "jsma"), or a function ``(estimator, **settings) -> EvasionAttack``.
         model: the network for a class, name or function: an ``nn.Module`` with scores (N, C), or an ART classifier.
         normalization: (mean, std) of ``model units = (image - mean) / std``; None where the two are the same.
-        clip_values: (low, high) of an image; taken from the attack's classifier where that has them.
+        clip_values: (low, high) of an image; taken from the attack's classifier where that has them. Presets take
+            (0, 1) where there are none, or (0, 255) where ``normalization`` is for such images. Images outside of
+            them are refused.
         targeted_class: the target class; with several labels the label to make present.
         multi_label: each output is a label of its own.
         probabilities: the network ends in a softmax or sigmoid.
@@ -54,7 +55,8 @@ class Adversarial(Intervention):
         settings: arguments of the class or function (``eps=``, ``max_iter=`` ...), or settings of the copied instance.
 
     Raises:
-        AttackError: the attack cannot be built: no model, no clip values, eps negative or above the clip range ...
+        AttackError: the attack cannot be built: no model, no clip values, eps negative, above the clip range or far
+            below a grey level of it ...
         UnknownNameError: no such attack, or no such setting.
 
     Example:
@@ -88,36 +90,37 @@ class Adversarial(Intervention):
         config = AttackConfig.of(attack, settings)
         if config.is_instance and model is not None:
             raise AttackError(expected("model", "None, as the attack has its own", type(model).__name__))
-        check_options(targeted_class, batch_size, multi_label)
+        check_options(targeted_class, batch_size, multi_label, probabilities, output, mask)
         classifier = config.source.estimator if config.is_instance else checked_model(model)
-        if clip_values is None and config.label and not is_art_classifier(classifier):
-            clip_values = (0.0, 1.0)
-        self.clip_values = resolve_clip_values(clip_values, classifier)
-        config.check(self.clip_values)
-        self.config = config if targeted_class is None or multi_label else config.aimed()
         self.normalization = Normalization.of(normalization)
+        self.clip_values = resolve_clip_values(clip_values, classifier, self.normalization if config.label else None)
+        config = config.sized(self.clip_values)
+        config.check(self.clip_values)
+        config.check_proportion(self.clip_values)
+        self.config = config if targeted_class is None or multi_label else config.aimed()
         options = (targeted_class, multi_label, probabilities, output, batch_size, mask)
         self._classifier = TargetClassifier(classifier, self.normalization, self.clip_values, *options)
 
     @classmethod
-    def fgsm(cls, model: Any, *, eps: float = 0.3, **options: Any) -> Adversarial:
+    def fgsm(cls, model: Any, *, eps: float | None = None, **options: Any) -> Adversarial:
         """Fast gradient sign method: one step of eps along the sign of the loss's gradient.
 
         x' = clip(x + eps sign(grad_x J(x, y))).
 
         Args:
             model: see :class:`Adversarial`.
-            eps: largest change of a value, in image units.
-            options: those of :class:`Adversarial` and of ART's ``FastGradientMethod``; ``clip_values`` default to those
-                of the model if it is an ART classifier, else to (0, 1).
+            eps: largest change of a value, in image units; None is 0.3 of the clip range.
+            options: those of :class:`Adversarial` and of ART's ``FastGradientMethod``. ``clip_values`` default to those
+                of the model if it is an ART classifier; else to (0, 1), or to (0, 255) where ``normalization`` is for
+                such images.
 
         Source: Goodfellow, Shlens, Szegedy, 2015 (arXiv 1412.6572).
         """
-        return cls(AttackConfig("FastGradientMethod", {"eps": eps}, "fgsm"), model=model, **options)
+        return cls("fgsm", model=model, eps=eps, **options)
 
     @classmethod
     def bim(
-        cls, model: Any, *, eps: float = 0.3, eps_step: float | None = None, max_iter: int = 10, **options: Any
+        cls, model: Any, *, eps: float | None = None, eps_step: float | None = None, max_iter: int = 10, **options: Any
     ) -> Adversarial:
         """Basic iterative method: ``max_iter`` gradient-sign steps of ``eps_step``, kept within eps of x.
 
@@ -129,15 +132,14 @@ class Adversarial(Intervention):
 
         Source: Kurakin, Goodfellow, Bengio, 2017 (arXiv 1607.02533).
         """
-        settings = {"eps": eps, "eps_step": eps_step, "max_iter": max_iter}
-        return cls(AttackConfig("BasicIterativeMethod", settings, "bim"), model=model, **options)
+        return cls("bim", model=model, eps=eps, eps_step=eps_step, max_iter=max_iter, **options)
 
     @classmethod
     def pgd(
         cls,
         model: Any,
         *,
-        eps: float = 0.3,
+        eps: float | None = None,
         eps_step: float | None = None,
         max_iter: int = 10,
         num_random_init: int = 1,
@@ -152,12 +154,12 @@ class Adversarial(Intervention):
 
         Source: Madry et al., 2018 (arXiv 1706.06083).
         """
-        settings = {"eps": eps, "eps_step": eps_step, "max_iter": max_iter, "num_random_init": num_random_init}
-        return cls(AttackConfig("ProjectedGradientDescent", settings, "pgd"), model=model, **options)
+        own = {"eps": eps, "eps_step": eps_step, "max_iter": max_iter, "num_random_init": num_random_init}
+        return cls("pgd", model=model, **own, **options)  # type: ignore[arg-type] # these are settings
 
     @classmethod
     def jsma(
-        cls, model: Any, *, eps: float = 0.3, max_iter: int = 25, gamma: float | None = None, **options: Any
+        cls, model: Any, *, eps: float | None = None, max_iter: int = 25, gamma: float | None = None, **options: Any
     ) -> Adversarial:
         """Jacobian saliency map attack: values are increased in pairs until the runner-up class is predicted.
 
@@ -165,7 +167,8 @@ class Adversarial(Intervention):
 
         Args:
             model: see :meth:`fgsm`.
-            eps: change of a value in one step, ART's ``theta``; a value may be changed more than once.
+            eps: change of a value in one step, ART's ``theta``; a value may be changed more than once. None is 0.3 of
+                the clip range.
             max_iter: number of steps, each of about three passes. ART itself limits only the share of values that
                 change, which on large images takes hours; 25 steps at 224 x 224 take a few seconds on a CPU.
             gamma: largest share of values that may change, in addition; None means no limit.
@@ -173,14 +176,13 @@ class Adversarial(Intervention):
 
         Source: Papernot et al., 2016 (arXiv 1511.07528).
         """
-        settings = {"theta": eps, "max_iter": max_iter, "gamma": gamma}
-        return cls(AttackConfig("SaliencyMapMethod", settings, "jsma"), model=model, **options)
+        return cls("jsma", model=model, eps=eps, max_iter=max_iter, gamma=gamma, **options)
 
     @classmethod
     def preset(cls, name: str, model: Any, **options: Any) -> Adversarial:
         """A preset by name, with its options; an unknown name raises ``UnknownNameError``."""
-        if name not in _PRESETS:
-            raise unknown_name("attack", name, _PRESETS)
+        if name not in PRESETS:
+            raise unknown_name("attack", name, PRESETS)
         made: Adversarial = getattr(cls, name)(model, **options)
         return made
 
@@ -253,7 +255,9 @@ class Adversarial(Intervention):
         seed: int = 0,
     ) -> dict[float, AttackResult]:
         """:meth:`run` for several sizes: a result for each, in the order given; all are checked before any work."""
-        configs = {float(size): self._resized(size) for size in eps}
+        if isinstance(eps, (str, Real)):
+            raise AttackError(expected("eps", "a sequence of sizes", repr(eps), f"Write eps=[{eps}]."))
+        configs = {_size(size): self._resized(_size(size)) for size in eps}
         clean, context = _examples(inputs, target, ids, seed)
         return {size: craft(self._classifier, config, clean, context) for size, config in configs.items()}
 
@@ -268,9 +272,13 @@ class Adversarial(Intervention):
     def _resized(self, eps: float | None) -> AttackConfig:
         if eps is None:
             return self.config
-        config = self.config.resized(float(eps))
+        config = self.config.resized(_size(eps))
         config.check(self.clip_values)
         return config
+
+
+def _size(eps: object) -> float:
+    return check_number("eps", eps, "a finite number, at least 0, in image units", error=AttackError)
 
 
 def _examples(
@@ -280,6 +288,9 @@ def _examples(
     tensors = inputs if isinstance(inputs, tuple) else (inputs,)
     if len(tensors) != 1:
         raise InputError(expected("inputs", "one tensor, as attacks take one input", f"{len(tensors)} tensors"))
+    if not isinstance(tensors[0], Tensor) or tensors[0].dim() < 1:
+        raise InputError(expected("inputs", "a tensor (N, ...)", type(tensors[0]).__name__))
+    check_integer("seed", seed, error=InputError)
     n = len(tensors[0])
     if ids is not None and len(ids) != n:
         raise InputError(expected("ids", f"one per example, {n}", f"{len(ids)}"))

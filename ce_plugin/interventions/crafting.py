@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,10 @@ from ce_plugin.errors import (
     InputError,
     ModelError,
     NoChangeWarning,
-    NormalizationWarning,
     ProbabilityWarning,
     TargetError,
+    check_integer,
+    check_number,
     expected,
     unknown_name,
 )
@@ -36,7 +38,7 @@ from ce_plugin.networks.art import (
     is_art_attack,
     limit_steps,
 )
-from ce_plugin.networks.forward import clip_values_of, is_art_classifier, unwrap
+from ce_plugin.networks.forward import clip_values_of, is_art_classifier, logger, unwrap
 from ce_plugin.networks.guard import Shared, modules_of, state_guard
 from ce_plugin.randomness import generator
 
@@ -51,6 +53,23 @@ def _uncompiled() -> AbstractContextManager[object]:
 
 # A compiled backward pass can run only once and ART runs it again; this also avoids recompilation.
 _EAGER = Shared(_uncompiled)
+# Of presets, as a share of the clip range, where none is given.
+_DEFAULT_SIZE = 0.3
+# What settings are called elsewhere -> here.
+_SYNONYMS = {
+    **dict.fromkeys(("epsilon", "epsilons", "delta", "bound", "theta"), "eps"),
+    **dict.fromkeys(("alpha", "step", "step_size", "stepsize", "eps_iter"), "eps_step"),
+    **dict.fromkeys(("steps", "n_steps", "num_steps", "nb_iter", "n_iter", "num_iter", "iterations"), "max_iter"),
+    **dict.fromkeys(("restarts", "n_restarts", "num_restarts", "random_start", "rand_init"), "num_random_init"),
+    **dict.fromkeys(("target_class", "target_label", "target_labels"), "targeted_class"),
+    **dict.fromkeys(("bounds", "clip_min", "clip_max", "clip_range", "value_range"), "clip_values"),
+    **dict.fromkeys(("mean", "std", "preprocessing"), "normalization"),
+    **dict.fromkeys(("p", "ord"), "norm"),
+}
+# Arguments of the face, `Adversarial`, beside the attack's own.
+_OPTIONS = (
+    "normalization", "clip_values", "targeted_class", "multi_label", "probabilities", "output", "mask", "batch_size",
+)  # fmt: skip
 # Class names, so that ART is imported only when an attack is made.
 _WITH_MASK = {"FastGradientMethod", "ProjectedGradientDescentCommon", "ProjectedGradientDescent"}
 _ALWAYS_TARGETED = {"SaliencyMapMethod", "LowProFool", "TargetedUniversalPerturbation"}
@@ -117,18 +136,22 @@ class AttackConfig:
             AttackError: it neither is an attack nor makes one.
             UnknownNameError: there is no attack of this name, or the attack has no such setting.
         """
+        if isinstance(attack, str) and attack in PRESETS:
+            attack, settings = PRESETS[attack], _renamed(settings, attack)
         if isinstance(attack, cls):
             config = cls(attack.source, {**attack.settings, **settings}, attack.label)
         else:
-            config = cls(attack_class(attack) if isinstance(attack, str) else attack, dict(settings))
+            config = cls(attack_class(attack, list(PRESETS)) if isinstance(attack, str) else attack, dict(settings))
         if not (config.label or config.is_instance or callable(config.source)):
             kinds = "an ART EvasionAttack, a class of such, its name, or a function that makes one"
             raise AttackError(expected("attack", kinds, type(attack).__name__))
-        if settings:
-            config._check_settings(settings)
+        # A preset's own are known without ART, which takes seconds to import.
+        others = settings.keys() - (attack.settings if isinstance(attack, cls) else {})
+        if others:
+            config._check_settings(sorted(others))
         return config
 
-    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+    def _check_settings(self, settings: Sequence[str]) -> None:
         """Raise an error for settings that the attack does not have, and suggest the closest name."""
         if self.is_instance:
             known = set(self.source.attack_params)
@@ -136,9 +159,10 @@ class AttackConfig:
             return
         else:
             known = set(list(self.parameters)[1:])
+        shown = known - {"theta"} | {"eps", "max_iter"} if self.label == "jsma" else known
         for name in settings:
             if name not in known:
-                raise unknown_name(f"setting of {self.name}", name, known)
+                raise unknown_name(f"setting of {self.name}", name, shown | set(_OPTIONS), _SYNONYMS)
 
     @property
     def is_instance(self) -> bool:
@@ -179,8 +203,16 @@ class AttackConfig:
 
     @property
     def size(self) -> float | None:
-        value = None if self.size_name is None else self.setting(self.size_name)
-        return float(value) if isinstance(value, (int, float)) else None
+        value: Any = None if self.size_name is None else self.setting(self.size_name)
+        return float(value) if _is_real(value) else None
+
+    def sized(self, clip_values: tuple[float, float]) -> AttackConfig:
+        """The same attack; a preset without a size gets 0.3 of the clip range."""
+        name = "theta" if self.label == "jsma" else "eps"
+        if not self.label or self.settings.get(name) is not None:
+            return self
+        size = _DEFAULT_SIZE * (clip_values[1] - clip_values[0])
+        return AttackConfig(self.source, {**self.settings, name: size}, self.label)
 
     def aimed(self) -> AttackConfig:
         """The same attack, targeted at a class if it has a setting for that; :func:`aims` says whether it is."""
@@ -225,24 +257,108 @@ class AttackConfig:
         return attack_with_estimator(self.maker, estimator, settings)
 
     def check(self, clip_values: tuple[float, float]) -> None:
-        """Raise an error for invalid sizes, before any work.
+        """Raise an error for invalid settings, before any work.
 
         Raises:
-            AttackError: eps is negative, not finite or larger than the clip range; a step or number of iterations
-                is not positive.
+            AttackError: eps is no number, negative, not finite or larger than the clip range; a step, a number of
+                iterations or another setting cannot be.
         """
-        size, name = self.size, self.size_name or "eps"
-        span = clip_values[1] - clip_values[0]
-        if size is not None:
-            if not (math.isfinite(size) and (size >= 0 or name == "theta")):
-                raise AttackError(expected(name, "a finite number, at least 0, in image units", size))
-            if self.setting("norm", math.inf) in ("inf", math.inf) and abs(size) > span:
-                hint = "It is in image units: for images in 0 to 255 write clip_values=(0, 255) and eps=8, say."
-                raise AttackError(expected(name, f"at most the clip range {span:g} of {clip_values}", size, hint))
-        for key in ("eps_step", "max_iter"):
-            value = self.setting(key)
-            if isinstance(value, (int, float)) and not value > 0:
-                raise AttackError(expected(key, "positive", value))
+        self._check_size(clip_values)
+        step, size = self.setting("eps_step"), self.size
+        if step is not None and not isinstance(step, np.ndarray):
+            length = _number("eps_step", step, "positive, a number in image units", above=0.0)
+            if self.label and size and length > size and self._is_bounded:
+                hint = "Leave it out for the default."
+                raise AttackError(expected("eps_step", f"at most eps, which is {size:g}", step, hint))
+        if self._has("max_iter"):
+            wanted = "positive, a whole number of iterations"
+            check_integer("max_iter", self.setting("max_iter"), wanted, least=1, error=AttackError)
+        if self.label or inspect.isclass(self.source):
+            self._check_others()
+
+    @property
+    def _is_bounded(self) -> bool:
+        return self.setting("norm", math.inf) in ("inf", math.inf)
+
+    def _check_size(self, clip_values: tuple[float, float]) -> None:
+        name = self.size_name or "eps"
+        given, span = self.setting(name), clip_values[1] - clip_values[0]
+        if given is None or isinstance(given, np.ndarray):
+            return
+        least = -math.inf if name == "theta" and self.label != "jsma" else -math.ulp(0.0)
+        shown = "eps" if self.label else name
+        size = _number(shown, given, "a finite number, at least 0, in image units", above=least)
+        if self._is_bounded and abs(size) > span:
+            hint = "It is in image units: for images in 0 to 255 write clip_values=(0, 255) and eps=8, say."
+            raise AttackError(expected(shown, f"at most the clip range {span:g} of {clip_values}", size, hint))
+
+    def check_proportion(self, clip_values: tuple[float, float]) -> None:
+        """Raise an error for a size that was meant for images from 0 to 1, where they reach to 255.
+
+        Raises:
+            AttackError: it is less than half a grey level.
+        """
+        span, size = clip_values[1] - clip_values[0], self.size
+        if self._is_bounded and size and 0 < size < 0.5 and span >= _GREY_LEVELS:
+            name = "eps" if self.label else self.size_name or "eps"
+            hint = f"For {size:.3g} of the range write {name}={size * span:.4g}."
+            wanted = f"in the units of clip_values={clip_values}, half a grey level or more"
+            raise AttackError(expected(name, wanted, f"{size:.4g}", hint))
+
+    def _has(self, name: str) -> bool:
+        """Whether a setting has a value, be it None, that the user gave."""
+        return name in self.settings or self.setting(name) is not None
+
+    def _check_others(self) -> None:
+        """The settings that attacks of ART share."""
+        given = {name for name in ("norm", "num_random_init", "targeted", "minimal") if self._has(name)}
+        norm = self.setting("norm")
+        if "norm" in given and norm not in ("inf", math.inf):
+            _number("norm", norm, '"inf", or a number, 1 or more', above=1.0 - 1e-12)
+        if "num_random_init" in given:
+            check_integer("num_random_init", self.setting("num_random_init"), least=0, error=AttackError)
+        for flag in ("targeted", "minimal"):
+            value = self.setting(flag)
+            if flag in given and not isinstance(value, (bool, np.bool_)):
+                raise AttackError(expected(flag, "True or False", repr(value)))
+        share = self.settings.get("gamma") if self.label == "jsma" else None
+        if share is not None:
+            _number("gamma", share, "a share in (0, 1], or None", above=0.0, below=1.0 + 1e-12)
+
+
+# Images whose range is as wide are counted in grey levels.
+_GREY_LEVELS = 100.0
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and value is not True and value is not False
+
+
+def _number(name: str, value: object, wanted: str, *, above: float, below: float = math.inf) -> float:
+    """A finite number; text that reads as one is no number, but the hint writes it."""
+    hint = ""
+    if isinstance(value, str):
+        upper, slash, lower = value.partition("/")
+        with suppress(ValueError):
+            float(upper), float(lower or 1)
+            hint = f"Write it without quotes: {name}={upper.strip()}{slash and ' / '}{lower.strip()}."
+    return check_number(name, value, wanted, above=above, below=below, hint=hint, error=AttackError)
+
+
+def _renamed(settings: Mapping[str, Any], preset: str) -> dict[str, Any]:
+    """Settings of a preset in ART's names: JSMA calls its size theta."""
+    return {"theta" if preset == "jsma" and name == "eps" else name: value for name, value in settings.items()}
+
+
+PRESETS: Mapping[str, AttackConfig] = {
+    "fgsm": AttackConfig("FastGradientMethod", {"eps": None}, "fgsm"),
+    "bim": AttackConfig("BasicIterativeMethod", {"eps": None, "eps_step": None, "max_iter": 10}, "bim"),
+    "pgd": AttackConfig(
+        "ProjectedGradientDescent", {"eps": None, "eps_step": None, "max_iter": 10, "num_random_init": 1}, "pgd"
+    ),
+    "jsma": AttackConfig("SaliencyMapMethod", {"theta": None, "max_iter": 25, "gamma": None}, "jsma"),
+}
+"""Attacks that have short names, with their defaults; a size of None is 0.3 of the clip range."""
 
 
 def aims(attack: Any) -> bool:
@@ -254,17 +370,28 @@ def _is_one_of(attack: Any, classes: set[str]) -> bool:
     return any(base.__name__ in classes for base in type(attack).__mro__)
 
 
-def resolve_clip_values(given: tuple[float, float] | None, estimator: Any) -> tuple[float, float]:
-    """The clip values, the user's or the estimator's.
+def resolve_clip_values(
+    given: tuple[float, float] | None, estimator: Any, normalization: Normalization | None = None
+) -> tuple[float, float]:
+    """The clip values: the user's or the estimator's, else those of the images that the normalisation is for.
+
+    Args:
+        given: by the user.
+        estimator: the attacked one.
+        normalization: None where there is no default.
 
     Raises:
-        AttackError: neither has clip values, they disagree, or low is not below high.
+        AttackError: there are none, they disagree, or low is not below high.
     """
     own = clip_values_of(estimator)
     hint = "Without them nothing is clipped; write clip_values=(0.0, 1.0), in image units."
     pair = own if given is None else given
+    if pair is None and normalization is not None and not is_art_classifier(estimator):
+        pair = _range_of(normalization)
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
         raise AttackError(expected("clip_values", "a pair (low, high)", repr(given), hint))
+    if not all(map(_is_real, pair)):
+        raise AttackError(expected("clip_values", "a pair (low, high) of numbers", repr(given), hint))
     low, high = (float(value) for value in pair)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise AttackError(expected("clip_values", "a pair (low, high) with low < high", (low, high)))
@@ -273,20 +400,51 @@ def resolve_clip_values(given: tuple[float, float] | None, estimator: Any) -> tu
     return low, high
 
 
-def check_options(targeted_class: int | None, batch_size: int, multi_label: bool) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise AttackError(expected("batch_size", "a whole number, at least 1", batch_size))
+def _range_of(normalization: Normalization) -> tuple[float, float]:
+    """Range of the images that a normalisation is for: (0, 1) without one; else by the size of mean and std.
+
+    Raises:
+        AttackError: it fits images neither in (0, 1) nor in (0, 255).
+    """
+    values = (*normalization.mean, *normalization.std)
+    if normalization.is_identity or (min(values) >= 0 and max(values) <= 1):
+        return 0.0, 1.0
+    if min(values) >= 0 and 10 <= max(values) <= 255:
+        logger.info("clip_values: (0, 255) taken, because normalization is for such images")
+        return 0.0, 255.0
+    pair = (normalization.mean, normalization.std)
+    hint = "Write the least and greatest value of an image, clip_values=(0, 255) for example."
+    raise AttackError(expected("clip_values", f"given for images with normalization={pair}", None, hint))
+
+
+def check_options(
+    targeted_class: int | None, batch_size: int, multi_label: bool, probabilities: bool, output: object, mask: object
+) -> None:
+    """The options that all attacks share.
+
+    Raises:
+        AttackError: one cannot be.
+    """
+    check_integer("batch_size", batch_size, least=1, error=AttackError)
+    for name, flag in (("multi_label", multi_label), ("probabilities", probabilities)):
+        if not isinstance(flag, (bool, np.bool_)):
+            raise AttackError(expected(name, "True or False", repr(flag)))
     if multi_label and batch_size > 1:
         hint = "The labels that are attacked differ from image to image."
         raise AttackError(expected("batch_size", "1 for multi-label networks", batch_size, hint))
-    whole = isinstance(targeted_class, int) and not isinstance(targeted_class, bool)
-    if targeted_class is not None and (not whole or targeted_class < 0):
-        raise AttackError(expected("targeted_class", "a class index, at least 0", repr(targeted_class)))
+    if targeted_class is not None:
+        check_integer("targeted_class", targeted_class, "a class index, at least 0", least=0, error=AttackError)
+    if isinstance(output, bool) or not (output is None or callable(output) or isinstance(output, (str, int))):
+        raise AttackError(expected("output", "None, a key, an index or a callable", repr(output)))
+    if mask is not None and not isinstance(mask, Tensor):
+        raise AttackError(expected("mask", "a tensor, or None", type(mask).__name__))
 
 
 def checked_model(model: Any) -> Any:
     if not (isinstance(model, nn.Module) or is_art_classifier(model)):
         hint = "For a plain function wrap it in an nn.Module, or pass an attack on an ART BlackBoxClassifier."
+        if isinstance(getattr(model, "model", None), nn.Module):
+            hint = "Pass its network, `.model`; with `clip_values=` and `normalization=` of its images."
         raise AttackError(expected("model", "an nn.Module or an ART classifier", type(model).__name__, hint))
     return model
 
@@ -445,7 +603,7 @@ def craft(classifier: TargetClassifier, config: AttackConfig, clean: Tensor, con
     with classifier.ready():
         plain = clean.detach()
         images = classifier.normalization.to_image(plain.float()).cpu().numpy().astype(np.float32, copy=True)
-        _check_range(images, classifier.clip_values)
+        _check_range(images, classifier)
         scores = classifier.scores(images)
         task = _Task(classifier, config, context, scores)
         raw = images.copy() if config.size == 0 else task.attack(images)
@@ -574,14 +732,31 @@ def _check_input(clean: Tensor, context: Context) -> None:
         raise InputError(expected("inputs", "finite", "NaN or infinite values"))
 
 
-def _check_range(images: Array, clip_values: tuple[float, float]) -> None:
-    low, high = clip_values
-    if min(images.min() - low, high - images.max()) < -0.002 * (high - low):
-        message = (
-            f"Expected inputs within clip_values={clip_values} in image units, but got values from {images.min():.4g} "
-            f"to {images.max():.4g}: the attack clips them. If they are normalised, write normalization=(mean, std)."
-        )
-        warnings.warn(message, NormalizationWarning, stacklevel=4)
+def _check_range(images: Array, classifier: TargetClassifier) -> None:
+    """Whether images lie inside the clip values, or seem to be in other units.
+
+    Raises:
+        InputError: they do not, or they are; the message says what was seen, and what to write.
+    """
+    low, high = classifier.clip_values
+    least, greatest = float(images.min()), float(images.max())
+    got = f"values from {least:.4g} to {greatest:.4g}"
+    if min(least - low, high - greatest) >= -0.002 * (high - low):
+        # All of 255 grey levels within one, and between levels: images in (0, 1).
+        if high - low >= _GREY_LEVELS and low <= least and greatest <= low + 1 and bool((images % 1 != 0).any()):
+            wanted = f"in the units of clip_values={classifier.clip_values}"
+            hint = "Write clip_values=(0, 1), and sizes in these units (eps=8/255); or scale the images."
+            raise InputError(expected("inputs", wanted, got, hint))
+        return
+    if clip_values_of(classifier.model) is not None:
+        hint = "Scale the images, or give the classifier their `clip_values`."
+    elif least > -0.5 and 10 * max(high, 1.0) < greatest < 255.5:
+        hint = "Write clip_values=(0, 255), and sizes in these units: eps=8, say."
+    else:
+        normalised = classifier.normalization.is_identity and least < low
+        hint = f"Write their range, clip_values=({math.floor(least)}, {math.ceil(greatest)}), or clamp them."
+        hint = "If they are normalised, write normalization=(mean, std). Else w" + hint[1:] if normalised else hint
+    raise InputError(expected("inputs", f"within clip_values={classifier.clip_values} in image units", got, hint))
 
 
 def _checked_target(target: Tensor | None, n: int, n_classes: int) -> Array | None:

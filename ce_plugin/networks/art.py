@@ -7,9 +7,10 @@ no option against it: only the home directory decides, and moving that would mak
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ce_plugin.errors import AttackError, expected, unknown_name
+from ce_plugin.errors import AttackError, UnknownNameError, expected
 from ce_plugin.networks.forward import ClipValues, load_art
 
 
@@ -27,8 +28,25 @@ def is_art_attack(thing: object) -> bool:
     return module is not None and isinstance(thing, module.EvasionAttack)
 
 
-def attack_class(name: str) -> type[Any]:
+# What attacks are called elsewhere -> their class in ART.
+_ALSO = {
+    "apgd": "AutoProjectedGradientDescent",
+    "autopgd": "AutoProjectedGradientDescent",
+    "carlini": "CarliniL2Method",
+    "cw": "CarliniL2Method",
+    "c&w": "CarliniL2Method",
+    "ead": "ElasticNet",
+    "onepixel": "PixelAttack",
+    "square": "SquareAttack",
+}
+
+
+def attack_class(name: str, short: Sequence[str] = ()) -> type[Any]:
     """The evasion attack of ART with this class name.
+
+    Args:
+        name: its name.
+        short: other names that the caller knows, for the message.
 
     Raises:
         UnknownNameError: there is none; the nearest names are given.
@@ -43,8 +61,21 @@ def attack_class(name: str) -> type[Any]:
         if inspect.isclass(value) and issubclass(value, EvasionAttack)
     }
     if name not in known:
-        raise unknown_name("attack", name, known)
+        raise _unknown_attack(name, short, known)
     return known[name]
+
+
+def _unknown_attack(name: str, short: Sequence[str], known: Iterable[str]) -> UnknownNameError:
+    """An error that lists the short names before ART's, and suggests the closest."""
+    by_lower = {one.lower(): one for one in [*known, *short]} | _ALSO
+    said = name.lower()
+    close = [said] if said in by_lower else difflib.get_close_matches(said, [one.lower() for one in short], n=1)
+    close = close or difflib.get_close_matches(said, by_lower, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(said, [one.lower() for one in known], n=4, cutoff=0.0)
+    wanted = "one of " + "".join(f"{one!r}, " for one in short) + ("or of ART's attacks (" if short else "ART's (")
+    wanted += ", ".join(repr(by_lower[one]) for one in nearest) + " ...)"
+    hint = f"Did you mean {by_lower[close[0]]!r}?" if close else ""
+    return UnknownNameError(expected("attack", wanted, repr(name), hint))
 
 
 def build_classifier(

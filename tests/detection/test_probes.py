@@ -227,7 +227,7 @@ def test_probes_counted_in_passes_run_as_often() -> None:
 
 
 def test_bad_probes_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="`filters` to be at least one Smooth intervention, but got none"):
+    with pytest.raises(ArgumentError, match="`filters` to be a list of at least one Smooth intervention, but got none"):
         Smoothing("empty", [])
     with pytest.raises(ArgumentError, match="`filters` to be filters that differ"):
         Smoothing("twice", [Smooth.gauss(1.0), Smooth.gauss(1.0)])
@@ -243,9 +243,9 @@ def test_bad_probes_are_refused() -> None:
     for share in (0.0, 1.0):
         with pytest.raises(ArgumentError, match=r"`share` to be a float in \(0, 1\)"):
             PixelMasking(share)
-    with pytest.raises(ArgumentError, match="`n_draws` to be at least 2"):
+    with pytest.raises(ArgumentError, match="`n_draws` to be a whole number, at least 2"):
         PixelMasking(n_draws=1)
-    with pytest.raises(ArgumentError, match="`width and least_steps` to be 1 or more"):
+    with pytest.raises(ArgumentError, match="`width` to be a whole number, 1 or more"):
         Denoising(width=0)
     with pytest.raises(UnknownNameError, match="`layer` to be one of"):
         NodeZeroing("9").respond(View(ClassifierWrapper(classifier()), images()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 
@@ -16,10 +17,10 @@ from torch import nn
 
 from ce_plugin.errors import (
     AttackError,
+    CEPluginError,
     InputError,
     ModelError,
     NoChangeWarning,
-    NormalizationWarning,
     ProbabilityWarning,
     TargetError,
     UnknownNameError,
@@ -694,9 +695,222 @@ def test_targets_are_checked():
         attack.run(x, ids=[1])
 
 
-def test_normalised_inputs_without_normalization_warn():
-    with pytest.warns(NormalizationWarning, match="normalization="):
-        Adversarial.fgsm(network()).perturb((images() - 0.5) / 0.2)
+# --- the range of the images -----------------------------------------------------------------------------------------
+
+GREY = (127.0, 128.0)
+
+
+def grey_levels():
+    return (images() * 255).round()
+
+
+@pytest.mark.parametrize(
+    ("options", "inputs", "match"),
+    [
+        ({}, lambda: (images() - 0.5) / 0.2, r"within clip_values=\(0.0, 1.0\).*If they are normalised, write norm"),
+        ({}, grey_levels, r"values from .* to 2\d\d.*clip_values=\(0, 255\), and sizes in these units: eps=8"),
+        ({}, lambda: images() * 1.2, r"clip_values=\(0, 2\), or clamp them"),
+        ({"normalization": (0.5, 0.2)}, grey_levels, r"Write clip_values=\(0, 255\)"),
+        ({"normalization": (0.5, 0.2)}, lambda: (grey_levels() - 0.5) / 0.2, r"clip_values=\(0, 255\)"),
+        ({"clip_values": (0, 255), "eps": 8}, images, r"in the units of.*Write clip_values=\(0, 1\)"),
+    ],
+)
+def test_images_in_other_units_are_refused_before_any_work(options, inputs, match):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(InputError, match=match):
+            Adversarial.fgsm(Unused(), **options).perturb(inputs())
+
+
+@pytest.mark.parametrize(
+    ("options", "obeyed", "inputs"),
+    [
+        ({}, {"normalization": (0.5, 0.2)}, lambda: (images() - 0.5) / 0.2),
+        ({}, {"clip_values": (0, 255), "eps": 8}, grey_levels),
+        ({}, {"clip_values": (0, 2)}, lambda: images() * 1.2),
+        ({"normalization": (0.5, 0.2)}, {"clip_values": (0, 255)}, lambda: (grey_levels() - 0.5) / 0.2),
+        ({"clip_values": (0, 255), "eps": 8}, {"clip_values": (0, 1), "eps": 8 / 255}, images),
+    ],
+)
+def test_the_hint_works_when_obeyed(options, obeyed, inputs):
+    with pytest.raises(InputError):
+        Adversarial.fgsm(network(), **options).perturb(inputs())
+    assert Adversarial.fgsm(network(), **{**options, **obeyed}).run(inputs()).l_inf.max() > 0
+
+
+def test_the_range_comes_from_the_normalization():
+    attack = Adversarial.pgd(network(), eps=4, normalization=GREY)
+    assert attack.clip_values == (0.0, 255.0)
+    assert Adversarial.fgsm(network(), normalization=([0.485, 0.456], [0.229, 0.224])).clip_values == (0.0, 1.0)
+    assert Adversarial.fgsm(network(), normalization=(0.0, 255.0)).clip_values == (0.0, 255.0)
+    clean = grey_levels()
+    result = attack.run((clean - 127.0) / 128.0)
+    assert result.l_inf.max() == pytest.approx(4, abs=1e-3)
+    with pytest.raises(AttackError, match=r"`clip_values` to be given for images with normalization=.*clip_values="):
+        Adversarial.fgsm(network(), normalization=(3.0, 2.0))
+    assert Adversarial.fgsm(network(), normalization=(3.0, 2.0), clip_values=(0, 8)).clip_values == (0, 8)
+
+
+def test_a_size_for_images_to_1_is_refused_for_images_to_255():
+    match = r"in the units of clip_values=\(0.0, 255.0\), half a grey level or more, but got 0.01569.*write eps=4\."
+    for preset in ("fgsm", "bim", "pgd", "jsma"):
+        with pytest.raises(AttackError, match=match):
+            Adversarial.preset(preset, Unused(), eps=4 / 255, normalization=GREY)
+    with pytest.raises(AttackError, match=match):
+        Adversarial("FastGradientMethod", model=Unused(), eps=4 / 255, clip_values=(0, 255))
+    assert Adversarial.pgd(Unused(), eps=4, normalization=GREY).config.size == 4
+    assert Adversarial.fgsm(network(), clip_values=(0, 255)).config.size == pytest.approx(0.3 * 255)
+
+
+def test_images_outside_an_estimators_range():
+    attack = Adversarial.fgsm(art_classifier(network()), eps=0.1)
+    with pytest.raises(InputError, match="give the classifier their `clip_values`"):
+        attack.perturb(grey_levels())
+
+
+# --- wrong settings, and what they are called elsewhere --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "given", "meant"),
+    [
+        ("pgd", {"steps": 5}, "max_iter"),
+        ("pgd", {"num_steps": 5}, "max_iter"),
+        ("bim", {"nb_iter": 5}, "max_iter"),
+        ("bim", {"alpha": 0.1}, "eps_step"),
+        ("pgd", {"step_size": 0.1}, "eps_step"),
+        ("pgd", {"restarts": 2}, "num_random_init"),
+        ("fgsm", {"epsilon": 0.1}, "eps"),
+        ("fgsm", {"bounds": (0, 1)}, "clip_values"),
+        ("fgsm", {"target_class": 1}, "targeted_class"),
+        ("fgsm", {"mean": 0.5}, "normalization"),
+        ("fgsm", {"ord": 2}, "norm"),
+        ("jsma", {"steps": 3}, "max_iter"),
+        ("jsma", {"epsilon": 0.2}, "eps"),
+        ("pgd", {"max_itr": 3}, "max_iter"),
+        ("fgsm", {"batchsize": 2}, "batch_size"),
+    ],
+)
+def test_an_unknown_setting_points_to_the_right_one(preset, given, meant):
+    with pytest.raises(UnknownNameError, match=rf"setting of {preset}.*but got .*Did you mean '{meant}'"):
+        Adversarial.preset(preset, Unused(), **given)
+    (value,) = given.values()
+    obeyed = {meant: (0.5, 0.2) if meant == "normalization" else value}
+    assert Adversarial.preset(preset, network(), **obeyed).perturb(images()).shape == images().shape
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("fgms", "fgsm"), ("FGSM", "fgsm"), ("pgdd", "pgd"), ("squareattack", "SquareAttack"), ("deepfol", "DeepFool"),
+        ("cw", "CarliniL2Method"), ("apgd", "AutoProjectedGradientDescent"),
+    ],
+)  # fmt: skip
+def test_an_unknown_attack_lists_the_short_names_first(name, meant):
+    match = rf"'fgsm', 'bim', 'pgd', 'jsma', or of ART's attacks \(.*Did you mean '{meant}'"
+    with pytest.raises(UnknownNameError, match=match) as caught:
+        Adversarial(name, model=Unused(), clip_values=(0, 1))
+    assert str(caught.value).endswith(f"Did you mean '{meant}'?")
+    Adversarial(meant, model=Unused(), clip_values=(0, 1))
+
+
+def test_a_preset_by_its_name_is_the_preset():
+    model, x = network(), images()
+    for name in ("fgsm", "bim", "pgd", "jsma"):
+        own = {"eps": 0.2} | ({"max_iter": 3} if name != "fgsm" else {})
+        one, other = Adversarial(name, model=model, **own), Adversarial.preset(name, model, **own)
+        assert repr(one) == repr(other)
+        assert torch.equal(one.perturb(x), other.perturb(x))
+
+
+WRONG = [
+    ({"eps": "8/255"}, r"`eps` to be a finite number.*but got '8/255'. Write it without quotes: eps=8 / 255"),
+    ({"eps": "0.1"}, r"`eps`.*without quotes: eps=0.1"),
+    ({"eps": "large"}, "`eps` to be a finite number"),
+    ({"eps": True}, "`eps`"),
+    ({"eps": [0.1]}, "`eps`"),
+    ({"eps": 1j}, "`eps`"),
+    ({"eps": torch.tensor(0.1)}, "`eps`"),
+    ({"eps": -0.1}, "`eps`"),
+    ({"eps": float("inf")}, "`eps`"),
+    ({"eps_step": "2/255"}, r"`eps_step` to be positive.*eps_step=2 / 255"),
+    ({"eps_step": -1}, "`eps_step`"),
+    ({"eps_step": True}, "`eps_step`"),
+    ({"eps_step": float("nan")}, "`eps_step`"),
+    ({"eps": 0.1, "eps_step": 0.2}, r"`eps_step` to be at most eps, which is 0.1"),
+    ({"max_iter": 2.5}, "`max_iter` to be positive, a whole number"),
+    ({"max_iter": "10"}, "`max_iter`"),
+    ({"max_iter": True}, "`max_iter`"),
+    ({"max_iter": -3}, "`max_iter`"),
+    ({"num_random_init": -1}, "`num_random_init`"),
+    ({"num_random_init": 1.5}, "`num_random_init`"),
+    ({"norm": "l2"}, "`norm`"),
+    ({"norm": 0.5}, "`norm`"),
+    ({"norm": float("nan")}, "`norm`"),
+    ({"targeted": "yes"}, "`targeted` to be True or False"),
+    ({"targeted": 1}, "`targeted`"),
+    ({"batch_size": "2"}, "`batch_size`"),
+    ({"batch_size": 2.0}, "`batch_size`"),
+    ({"batch_size": True}, "`batch_size`"),
+    ({"targeted_class": "cat"}, "`targeted_class`"),
+    ({"targeted_class": True}, "`targeted_class`"),
+    ({"multi_label": "no"}, "`multi_label`"),
+    ({"probabilities": 1}, "`probabilities`"),
+    ({"output": 1.5}, "`output`"),
+    ({"mask": [1]}, "`mask`"),
+    ({"clip_values": "ab"}, "`clip_values`"),
+    ({"clip_values": ("a", "b")}, "`clip_values`"),
+    ({"clip_values": (0, 1, 2)}, "`clip_values`"),
+    ({"clip_values": (False, True)}, "`clip_values`"),
+    ({"normalization": 3}, "`normalization`"),
+    ({"normalization": ("a", "b")}, "`normalization`"),
+]
+
+
+@pytest.mark.parametrize(("options", "match"), WRONG, ids=[str(options) for options, _ in WRONG])
+def test_every_wrong_setting_is_refused_at_construction(options, match):
+    with pytest.raises(CEPluginError, match=match):
+        Adversarial.pgd(Unused(), **options)
+
+
+@pytest.mark.parametrize("eps", ["8/255", "x", True, None, [0.1], float("nan"), -1])
+def test_wrong_sizes_at_the_call(eps):
+    attack, x = Adversarial.fgsm(Unused()), images()
+    if eps is not None:
+        with pytest.raises(AttackError, match="`eps`"):
+            attack.perturb(x, eps=eps)
+        with pytest.raises(AttackError, match="`eps`"):
+            attack.sweep(x, eps=[0.1, eps])
+    with pytest.raises(AttackError, match="`eps`"):
+        attack.sweep(x, eps="8/255")
+    with pytest.raises(InputError, match="`seed`"):
+        attack.perturb(x, seed="a")
+    with pytest.raises(InputError, match="`inputs`"):
+        attack.perturb(None)
+
+
+_values = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 400), st.floats(-2, 400), st.text(max_size=5), st.just([0.1]),
+    st.sampled_from(["8/255", "inf", float("nan"), float("inf"), (0, 1), (0, 255), np.float32(0.1), np.int64(2)]),
+)  # fmt: skip
+_names = st.sampled_from(
+    ["eps", "eps_step", "max_iter", "num_random_init", "norm", "targeted", "batch_size", "targeted_class",
+     "clip_values", "multi_label", "probabilities", "normalization", "mask", "output", "steps", "alpha"]
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(["fgsm", "bim", "pgd", "jsma"]), st.dictionaries(_names, _values, max_size=3))
+def test_random_settings_are_an_error_of_ours_or_a_valid_attack(preset, options):
+    try:
+        attack = Adversarial.preset(preset, Unused(), **options)
+    except CEPluginError:
+        return
+    low, high = attack.clip_values
+    assert low < high
+    assert math.isfinite(attack.config.size)
+    assert attack.config.size >= 0
+    assert attack.config.setting("max_iter", 1) >= 1
 
 
 @pytest.mark.parametrize("eps", [0.0, 0.1])
