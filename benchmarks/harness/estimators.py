@@ -37,11 +37,16 @@ class CountedNetwork(ImageNetwork):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.images = 0
+        self._count = np.zeros(1, np.int64)  # an array, because the attributes of a guarded network are restored
+
+    @property
+    def images(self) -> int:
+        """Number of images so far."""
+        return int(self._count[0])
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores (N, C)."""
-        self.images += len(images)
+        self._count += len(images)
         return super().forward(images)
 
 

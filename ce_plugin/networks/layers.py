@@ -29,7 +29,8 @@ def find_layer(network: nn.Module | Sequence[nn.Module], layer: Layer) -> tuple[
         layer: a submodule, or its dotted name ("features.9").
 
     Raises:
-        ModelError: ``network`` is no module, or there is none, or the module is not part of it.
+        ModelError: ``network`` is no module, or there is none, or the module is not part of it; the layer is a scripted
+            module or inside one; the network has no layers.
         UnknownNameError: no submodule has this name; the nearest names are given.
         ArgumentError: ``layer`` is neither.
 
@@ -41,18 +42,28 @@ def find_layer(network: nn.Module | Sequence[nn.Module], layer: Layer) -> tuple[
     if not networks:
         hint = "Pass the nn.Module itself, or a function that refers to it."
         raise ModelError(expected("forward_func", "a network, or a function that runs one", "none found", hint))
-    names = []
+    if not isinstance(layer, (str, nn.Module)):
+        raise ArgumentError(expected("layer", "a submodule of the network or its dotted name", repr(layer)))
+    names = set()
     for root in networks:
         if not isinstance(root, nn.Module):
             raise ModelError(expected("network", "a torch.nn.Module", type(root).__name__))
         for name, module in root.named_modules(remove_duplicate=False):
-            if module is layer or (name and isinstance(layer, str) and name == layer):
+            found = module is layer or (name and isinstance(layer, str) and name == layer)
+            inside = isinstance(layer, str) and (not name or layer.startswith(f"{name}."))
+            if isinstance(module, torch.jit.ScriptModule) and (found or inside):
+                hint = "Explain the network as it was before `torch.jit`; its input can be explained as it is."
+                got = f"{layer!r} in a module of TorchScript" if isinstance(layer, str) else "a module of TorchScript"
+                raise ModelError(expected("layer", "a layer that takes hooks", got, hint))
+            if found:
                 return name, module
-            names.append(name)
+            names.add(name)
+    if isinstance(layer, str) and names == {""}:
+        kind = type(networks[0]).__name__
+        hint = 'It is a layer itself: pass `torch.nn.Sequential(network)` and name it "0".'
+        raise ModelError(expected("layer", "a layer of a network that has some", f"{layer!r} of one {kind}", hint))
     if isinstance(layer, str):
-        raise unknown_name("layer", layer, {name for name in names if name})
-    if not isinstance(layer, nn.Module):
-        raise ArgumentError(expected("layer", "a submodule of the network or its dotted name", repr(layer)))
+        raise unknown_name("layer", layer, names - {""})
     hint = "Take a module of the very object that is explained, or its dotted name."
     raise ModelError(expected("layer", "a module of the network", f"another {type(layer).__name__}", hint))
 
@@ -95,7 +106,8 @@ def last_conv_layer(network: nn.Module, images: Tensor) -> tuple[str, nn.Module]
 
     with state_guard(network), torch.no_grad():  # the guard takes the hooks away again
         for module in network.modules():
-            if isinstance(module, nn.Conv2d) or not list(module.children()):  # some convolutions hold their padding
+            whole = isinstance(module, nn.Conv2d) or not list(module.children())  # some convolutions hold their padding
+            if whole and not isinstance(module, torch.jit.ScriptModule):
                 module.register_forward_hook(in_this_thread(note))
         network(images[:1])
     if not planes or (planes[-1] == 0 and len(steps) > 4):

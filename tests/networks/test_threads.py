@@ -20,7 +20,7 @@ from ce_plugin.designs import OneAtATime, RandomMask
 from ce_plugin.errors import ModelError
 from ce_plugin.interventions import Adversarial, PixelMask
 from ce_plugin.networks import inserted, last_conv_layer, read_layer
-from ce_plugin.networks.guard import Shared, state_guard
+from ce_plugin.networks.guard import _TURNS, Shared, state_guard
 
 THREADS = 8
 
@@ -169,7 +169,7 @@ def test_threads_are_served_in_the_order_in_which_they_asked() -> None:
     with state_guard(net):
         for waiting, thread in enumerate(threads, 1):
             thread.start()
-            while len(state_guard.__init__.__globals__["_TURNS"]._waiting) < waiting:
+            while len(_TURNS._waiting) < waiting:
                 pass
         with state_guard(net):  # its own thread need not wait
             assert order == []
