@@ -393,6 +393,10 @@ class Experiment:
             hint = "Leave out `until=`, `ids=` and masks that differ between examples."
             wanted = "a model that returns one value per example for these options"
             raise ModelError(expected("forward_func", wanted, "one value per batch", hint))
+        found = misfit(self.forward.modules, self.inputs)
+        if found is not None:
+            # Without the dimension of the batch a convolution takes the examples for channels.
+            raise InputError(expected("inputs", *found))
         # Copies, because a network may write to its input.
         raw = runner.evaluate(tuple(x.clone() for x in spec.inputs), spec.args)
         heads = {name: as_one_row(head) for name, head in raw.items()}
