@@ -439,6 +439,10 @@ class Experiment:
             hint = "Leave out `until=`, `ids=` and masks that differ between examples."
             wanted = "a model that returns one value per example for these options"
             raise ModelError(expected("forward_func", wanted, "one value per batch", hint))
+        found = misfit(self.forward.modules, self.inputs)
+        if found is not None:
+            # Without the dimension of the batch a convolution takes the examples for channels.
+            raise InputError(expected("inputs", *found))
         heads = runner.evaluate_aggregated(spec.inputs, spec.args, repeat=True)
         if any(heads[name].shape != one.shape for name, one in self._first_outputs().items()):
             shapes = [tuple(head.shape) for head in heads.values()]

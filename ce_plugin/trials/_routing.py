@@ -171,6 +171,7 @@ class LayerEvidence:
         context: of all N examples.
         chosen: from a number of units to what is set for each example, bool (N, U).
         networks: that hold the layer.
+        known: how values of a shape are laid out.
     """
 
     site: LayerSite | ConceptSite
@@ -179,12 +180,16 @@ class LayerEvidence:
     context: Context
     chosen: Callable[[int], Tensor]
     networks: list[nn.Module]
+    known: dict[torch.Size, LayerSite | ConceptSite] = field(default_factory=dict)
 
     def __call__(self, value: Tensor, examples: Tensor) -> Tensor:
         """The layer's value with the evidence set, for rows of these examples."""
         own = value if self.place.encoder is None else self.place.encoder(value)
-        site = self.site.laid_out(own, self.networks) if isinstance(self.site, LayerSite) else self.site
-        units = site.units_of((own,))
+        shape = own.shape[1:]
+        if shape not in self.known:
+            site = self.site
+            self.known[shape] = site.laid_out(own, self.networks) if isinstance(site, LayerSite) else site
+        units = self.known[shape].units_of((own,))
         rows = self.chosen(units.width)[examples.cpu()]
         (mask,) = units.masks(rows, torch.zeros(len(rows), dtype=torch.int64))
         mask = mask.to(own.device)
