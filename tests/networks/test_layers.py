@@ -75,7 +75,7 @@ def test_what_the_hint_says_works(how: str) -> None:
 def test_beside_a_scripted_part_layers_are_found() -> None:
     net = scripted("inside")
     assert find_layer(net, "0")[0] == "0"
-    with pytest.raises(UnknownNameError, match="'1.3', but got 'nosuch'"):
+    with pytest.raises(UnknownNameError, match=r"'1\.3', but got 'nosuch'"):
         find_layer(net, "nosuch")
 
 
