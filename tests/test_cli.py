@@ -431,6 +431,22 @@ def test_more_mistakes_get_one_line_and_no_traceback(
     assert [file for file in sorted(folder.iterdir()) if file.name != "__pycache__"] == before
 
 
+def test_channels_of_a_picture_whose_name_is_no_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And a reference whose worst picture is unreadable."""
+    (folder / "own.py").write_text(GRAY)
+    _pictures(folder, b"caf\xe9\n.png")
+    (folder / "reference").mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / "reference" / name).write_bytes((folder / "one.png").read_bytes())
+    (folder / "reference" / "cut.png").write_bytes((folder / "one.png").read_bytes()[:90])
+    for verb in ("nodes", "map"):
+        words = [verb, os.fsdecode(b"caf\xe9\n.png"), "--model", "./own.py:gray", "--layer", "0.2", "--out", verb]
+        assert main([*words, "--intervention", "mean", "--reference", "reference", "--quiet"]) == 3
+        manifest = json.loads((folder / verb / "manifest.json").read_text())
+        assert manifest["inputs"].keys() == {r"caf\xe9\n.png", "cut.png"}
+        assert "left out: cut.png" in capsys.readouterr().err
+
+
 def test_a_network_without_convolution_may_take_gray(folder: Path) -> None:
     (folder / "own.py").write_text(GRAY)
     assert main(["explain", "one.png", "--model", "./own.py:lines", "--trials", "20", "--quiet"]) == 0

@@ -55,6 +55,7 @@ class Resolved:
         intervention: what a channel is set to.
         hashes: what identifies the picture, for the manifest.
         attack: settings of the attack, for the manifest; empty without one.
+        unreadable: name -> why, of pictures of the reference that could not be read.
     """
 
     net: VisionModel
@@ -65,6 +66,7 @@ class Resolved:
     intervention: Intervention
     hashes: dict[str, Any]
     attack: dict[str, Any]
+    unreadable: dict[str, str]
 
     @property
     def target_name(self) -> str:
@@ -98,22 +100,25 @@ def _resolve(options: LayerOptions) -> Resolved:
     """
     picture = read_image(options.image)
     net = network(options)
-    intervention = _intervention(options, net)
+    intervention, unreadable = _intervention(options, net)
     images = {"clean": net.inputs([picture])}
     with torch.no_grad():
         logits = net.model(images["clean"])
     target = check_class(logits, None if options.target is None else net.class_index(options.target))
     layer = layer_name(net, images["clean"], options.layer)
-    hashes = {printable(options.image.name): {"file": str(options.image), "sha256": file_sha256(options.image)}}
+    hashes: dict[str, Any] = {
+        printable(options.image.name): {"file": str(options.image), "sha256": file_sha256(options.image)}
+    }
+    hashes |= {name: {"unreadable": why} for name, why in unreadable.items()}
     settings: dict[str, Any] = {}
     if options.given is not None:
         attack, settings = planned_attack(net, options.given, Plan(attacks=(options.given,), eps=options.eps))
         images[options.given] = attack.perturb(images["clean"], ids=[0], seed=options.seed)
-    return Resolved(net, images, layer, target, logits, intervention, hashes, settings)
+    return Resolved(net, images, layer, target, logits, intervention, hashes, settings, unreadable)
 
 
-def _intervention(options: LayerOptions, net: VisionModel) -> Intervention:
-    """What a channel is set to.
+def _intervention(options: LayerOptions, net: VisionModel) -> tuple[Intervention, dict[str, str]]:
+    """What a channel is set to, and which pictures for it could not be read, and why.
 
     Raises:
         ArgumentError: pictures are needed and none were given, or the other way round.
@@ -123,12 +128,13 @@ def _intervention(options: LayerOptions, net: VisionModel) -> Intervention:
         if folder is not None:
             hint = "Add --intervention mean or --intervention resample, or leave it out."
             raise ArgumentError(expected("reference", "left out with --intervention zero", repr(str(folder)), hint))
-        return ZeroOut()
+        return ZeroOut(), {}
     if folder is None:
         raise ArgumentError(expected("reference", f"a folder of pictures for --intervention {kind}", None))
     pictures = Pictures.in_folder(folder, net, limit=_REFERENCES, name="reference")
     reference = torch.stack([pictures[i] for i in range(len(pictures))])
-    return MeanOut(reference) if kind == "mean" else Resample(reference, n_donors=min(_DONORS, len(reference)))
+    made = MeanOut(reference) if kind == "mean" else Resample(reference, n_donors=min(_DONORS, len(reference)))
+    return made, pictures.unreadable
 
 
 def _say_cost(resolved: Resolved, cost: object, *, quiet: bool) -> None:
@@ -163,8 +169,8 @@ class _Channels:
     carried: Carried | None
 
 
-def nodes(options: NodesOptions, argv: Sequence[str]) -> None:
-    """Rank the channels of a layer, and those that carry an attack."""
+def nodes(options: NodesOptions, argv: Sequence[str]) -> dict[str, str]:
+    """Rank the channels of a layer, and those that carry an attack; returns what could not be read, and why."""
     resolved = _resolve(options)
     found, cost = _channels(options, resolved)
     files: dict[str, str | bytes] = {
@@ -179,6 +185,7 @@ def nodes(options: NodesOptions, argv: Sequence[str]) -> None:
     _write(options, argv, resolved, files, findings)
     say(_nodes_summary(options, resolved, found), quiet=options.quiet)
     say(f"Results: {options.out.absolute()}")
+    return resolved.unreadable
 
 
 def _channels(options: NodesOptions, resolved: Resolved) -> tuple[_Channels, object]:
@@ -285,8 +292,8 @@ def _carrier_lines(carried: Carried, attack: str, measured: str, top: int) -> li
 # --- map
 
 
-def draw_map(options: MapOptions, argv: Sequence[str]) -> None:
-    """Draw the causal effect map of a layer beside Grad-CAM."""
+def draw_map(options: MapOptions, argv: Sequence[str]) -> dict[str, str]:
+    """Draw the causal effect map of a layer beside Grad-CAM; returns what could not be read, and why."""
     resolved = _resolve(options)
     contrast = _contrast(resolved, options.contrast)
     arrays, cost = _maps(options, resolved, contrast)
@@ -310,6 +317,7 @@ def draw_map(options: MapOptions, argv: Sequence[str]) -> None:
         lines.append(f"Rank correlation with the clean map: {shown}")
     say("\n".join(lines), quiet=options.quiet)
     say(f"Results: {options.out.absolute()}")
+    return resolved.unreadable
 
 
 def _contrast(resolved: Resolved, named: list[str] | None) -> list[int] | Literal["others"] | None:
