@@ -370,6 +370,17 @@ def test_explain_survives_its_worst_pictures(folder: Path, capsys: pytest.Captur
     assert not (folder / "none").exists()
 
 
+def test_of_two_files_of_one_name_the_unreadable_one_is_known(folder: Path) -> None:
+    (folder / "other").mkdir()
+    (folder / "one.png").rename(folder / "other" / "one.png")
+    (folder / "one.png").touch()
+    assert main(["explain", "one.png", "other/one.png", *FULL]) == 3
+    manifest = json.loads((folder / "ce-plugin-report" / "manifest.json").read_text())
+    assert manifest["findings"].keys() == {"other/one.png"}
+    assert manifest["inputs"]["one.png"].keys() == {"unreadable"}
+    assert manifest["inputs"]["other/one.png"].keys() == {"file", "sha256"}
+
+
 GRAY = """
 import torch
 from torch import nn
@@ -443,7 +454,7 @@ def test_channels_of_a_picture_whose_name_is_no_text(folder: Path, capsys: pytes
         words = [verb, os.fsdecode(b"caf\xe9\n.png"), "--model", "./own.py:gray", "--layer", "0.2", "--out", verb]
         assert main([*words, "--intervention", "mean", "--reference", "reference", "--quiet"]) == 3
         manifest = json.loads((folder / verb / "manifest.json").read_text())
-        assert manifest["inputs"].keys() == {r"caf\xe9\n.png", "cut.png"}
+        assert manifest["inputs"].keys() == {r"caf\xe9\n.png", "reference/cut.png"}
         assert "left out: cut.png" in capsys.readouterr().err
 
 

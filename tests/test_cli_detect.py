@@ -283,6 +283,16 @@ def test_what_exists_stays_without_force(folder: Path, capsys: pytest.CaptureFix
     assert (folder / "kept" / "mine.txt").read_text() == "mine"
 
 
+def test_a_network_that_refuses_colours_is_fitted_in_gray_and_it_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["detect", "fit", "clean", *NETWORK, "--out", "by-itself.ce", "--seed", "3"]) == 0
+    assert "note: the network takes one channel: pictures are converted to gray" in capsys.readouterr().err
+    asked, found = (CausalEffectDetector.load(file, network(folder)) for file in ("d.ce", "by-itself.ce"))
+    assert found.learned().shape == (1, 8, 8)
+    assert found.threshold == pytest.approx(asked.threshold)
+
+
 def test_a_record_of_the_user_s_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "mine.ce.json").write_text("mine")
     assert main(["detect", "fit", "clean", *NETWORK, "--out", "mine.ce", "--quiet"]) == 1

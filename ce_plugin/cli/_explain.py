@@ -60,9 +60,9 @@ def explain(options: ExplainOptions, argv: Sequence[str]) -> dict[str, str]:
         existing_file(file, "IMAGE")  # before the network is loaded
     net = network(options)
     pictures = Pictures(options.images, net, name="IMAGE", quiet=options.quiet)
-    files = {printable(file.name): file for file in pictures.files}
-    if len(files) < len(pictures):
-        files = dict(zip(pictures.names(), pictures.files, strict=True))  # two files have the same name
+    # Two files may have the same name.
+    short = len({file.name for file in options.images}) == len(options.images)
+    files = {printable(file.name if short else file): file for file in pictures.files}
     hashes: dict[str, Any] = {}
     inputs = {}
     for name, file in files.items():

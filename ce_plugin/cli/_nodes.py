@@ -109,7 +109,7 @@ def _resolve(options: LayerOptions) -> Resolved:
     hashes: dict[str, Any] = {
         printable(options.image.name): {"file": str(options.image), "sha256": file_sha256(options.image)}
     }
-    hashes |= {name: {"unreadable": why} for name, why in unreadable.items()}
+    hashes |= {f"{options.reference}/{name}": {"unreadable": why} for name, why in unreadable.items()}
     settings: dict[str, Any] = {}
     if options.given is not None:
         attack, settings = planned_attack(net, options.given, Plan(attacks=(options.given,), eps=options.eps))
