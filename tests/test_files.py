@@ -24,11 +24,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from ce_plugin import CausalEffect
 from ce_plugin.concepts import ConceptAutoencoder, train_autoencoder
+from ce_plugin.designs import Joint, LeaveOneIn, OneAtATime, RandomMask
 from ce_plugin.detection import CausalEffectDetector, CounterAttack, Signature
 from ce_plugin.effects import Estimate
 from ce_plugin.errors import ArgumentError, FileError
 from ce_plugin.files import check_out, csv_text, load, printable, reserved, save, write_files, written_whole
+from ce_plugin.interventions import PixelMask
 
 # --- the formats: all that the package writes and reads again
 
@@ -213,6 +216,28 @@ def test_a_file_of_release_0_3_is_read_where_its_own_checksums_are_right(tmp_pat
         except FileError:
             refused += 1
     assert refused > 50
+
+
+@pytest.mark.parametrize(
+    ("design", "options"),
+    [
+        (OneAtATime(), {}),
+        (OneAtATime(), {"target": (0, 1, 2)}),
+        (LeaveOneIn(), {}),
+        (Joint.pairs([0, 1, 2]), {}),
+        (RandomMask(0.5, n_trials=33), {"keep_trials": True}),
+        (RandomMask(0.5, n_trials=64), {"keep_trials": True, "until": 0.01}),
+    ],
+)
+def test_the_estimate_of_every_design_fits_together(tmp_path: Path, design: Any, options: dict[str, Any]) -> None:
+    """Units of different numbers in the two examples, an output of several dimensions."""
+    rows = torch.arange(8)[:, None].expand(8, 8)
+    masks = torch.stack([rows // 2, rows // 3])[:, None]
+    explainer = CausalEffect(nn.Conv2d(1, 2, 3, padding=1).eval(), PixelMask("zero"), design, outcome=None)
+    estimate = explainer.estimate(torch.rand(2, 1, 8, 8), feature_mask=masks, **options)
+    assert Estimate.load(estimate.save(tmp_path / "a")).equals(estimate)
+    part = estimate[1:]
+    assert Estimate.load(part.save(tmp_path / "b")).equals(part)
 
 
 def test_a_file_of_a_later_format_says_so(tmp_path: Path) -> None:
