@@ -340,6 +340,30 @@ def test_a_blur_changes_whatever_can_be_blurred(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(PixelMask("blur")(x[:, 1:2]), found[:, 1:2])
 
 
+@pytest.mark.parametrize("fill", ["mean", "blur", "noise", 0.3, ("mean", "blur")])
+def test_fills_are_the_same_with_the_channels_in_the_last_dimension(fill: Any) -> None:
+    x = torch.rand(2, 3, 12, 10, generator=torch.Generator().manual_seed(0))
+    units: Any = {"normalization": ((0.1, 0.2, 0.3), (0.5, 1.0, 2.0)), "region": (1, 2, 8, 12)}
+    wanted = PixelMask(fill, **units)(x)
+    found = PixelMask(fill, channel_dim=-1, **units)(x.movedim(1, -1))
+    torch.testing.assert_close(found.movedim(-1, 1), wanted)
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x.movedim(-1, 1)).relu().sum((2, 3))
+
+    net, mask = Last(), PixelMask(fill, **units)
+    first = CausalEffect(net.conv, mask, OneAtATime(), output=lambda y: y.relu().sum((2, 3)), outcome=None)
+    last = CausalEffect(net, mask, OneAtATime(), outcome=None)
+    found, wanted = last.estimate(x.movedim(1, -1)), first.estimate(x)
+    torch.testing.assert_close(found.effect, wanted.effect, atol=1e-4, rtol=1e-4)
+    assert "channel_dim=-1" in found.intervention
+
+
 def test_the_blur_of_a_volume_is_scipys() -> None:
     from scipy.ndimage import gaussian_filter
 

@@ -259,6 +259,8 @@ class CausalEffect(Explainer):
             # For images black, mean and blur in turn: no single fill then passes for evidence.
             fills = ("zero", "mean", "blur") if grid else "zero"
             intervention = PixelMask(fills, normalization=self.normalization)
+        if found is not None and found[0] != 1 and isinstance(intervention, PixelMask):
+            intervention = intervention.with_channels(-1)
         if call.baselines is not None:
             if not isinstance(intervention, PixelMask):
                 hint = "Baselines replace the fill of a mask; leave them out."
