@@ -215,6 +215,21 @@ def test_evidence_at_a_layer_is_laid_out_too() -> None:
     torch.testing.assert_close(reference, net[3](torch.zeros(1, 36)))
 
 
+def test_units_of_evidence_at_the_input_are_those_of_the_explainer() -> None:
+    for net, x in (
+        (nn.Conv1d(2, 2, 1), torch.rand(2, 2, 40)),
+        (nn.LSTM(2, 2, batch_first=True), torch.rand(2, 40, 2)),
+    ):
+        recurrent = isinstance(net, nn.LSTM)
+        own: Any = {"output": (lambda y: y[0].sum(1)) if recurrent else (lambda y: y.sum(2)), "outcome": None}
+        explainer = CausalEffect(net, PixelMask("mean"), OneAtATime(), **own)
+        found = explainer.estimate(x, given=Evidence(PixelMask("mean"), units=[3, 7]))
+        dim = found.settings["channel_dim"]
+        held = x.movedim(dim, 1).clone()
+        held[:, :, [3, 7]] = held.mean(2, keepdim=True)
+        torch.testing.assert_close(found.reference, own["output"](net(held.movedim(1, dim))).detach())
+
+
 # Inputs.
 
 
