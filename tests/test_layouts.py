@@ -180,6 +180,27 @@ def test_a_square_token_map_of_a_convolution_is_asked_about() -> None:
     assert channel_dim([net], net.out, torch.Size([1, 9, 4])) == (2, "Conv2d")
 
 
+def test_a_concatenation_is_not_taken_for_a_permutation() -> None:
+    class Dense(nn.Module):
+        def __init__(self, *, permuted: bool) -> None:
+            super().__init__()
+            self.conv, self.norm, self.permuted = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), permuted
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(self.conv(x))
+            return h.movedim(1, -1) if self.permuted else torch.cat([h, h], 1)
+
+    for permuted in (False, True):
+        net = nn.Sequential(Dense(permuted=permuted), nn.Flatten()).eval()
+        # As wide as the convolution has channels: (N, 8, 4, 4), or (N, 7, 7, 4).
+        x = torch.rand(1, 3, *([7, 7] if permuted else [4, 4]))
+        with pytest.raises(UnitError, match="which dimension holds the channels"):
+            LayerCausalEffect(net, "0", outcome=None).estimate(x, target=0)
+    net = nn.Sequential(Dense(permuted=False), nn.Flatten()).eval()
+    found = LayerCausalEffect(net, "0", outcome=None).estimate(torch.rand(1, 3, 5, 5), target=0)
+    assert found.effect.shape[1] == 8
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
