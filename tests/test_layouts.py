@@ -180,6 +180,27 @@ def test_a_square_token_map_of_a_convolution_is_asked_about() -> None:
     assert channel_dim([net], net.out, torch.Size([1, 9, 4])) == (2, "Conv2d")
 
 
+def test_a_concatenation_is_not_taken_for_a_permutation() -> None:
+    class Dense(nn.Module):
+        def __init__(self, *, permuted: bool) -> None:
+            super().__init__()
+            self.conv, self.norm, self.permuted = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), permuted
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(self.conv(x))
+            return h.movedim(1, -1) if self.permuted else torch.cat([h, h], 1)
+
+    for permuted in (False, True):
+        net = nn.Sequential(Dense(permuted=permuted), nn.Flatten()).eval()
+        # As wide as the convolution has channels: (N, 8, 4, 4), or (N, 7, 7, 4).
+        x = torch.rand(1, 3, *([7, 7] if permuted else [4, 4]))
+        with pytest.raises(UnitError, match="which dimension holds the channels"):
+            LayerCausalEffect(net, "0", outcome=None).estimate(x, target=0)
+    net = nn.Sequential(Dense(permuted=False), nn.Flatten()).eval()
+    found = LayerCausalEffect(net, "0", outcome=None).estimate(torch.rand(1, 3, 5, 5), target=0)
+    assert found.effect.shape[1] == 8
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -213,6 +234,21 @@ def test_evidence_at_a_layer_is_laid_out_too() -> None:
     held = Evidence(ZeroOut(), site=LayerSite("0"), units=[0, 1, 2, 3])
     reference = CausalEffect(net, *Z, outcome=None).estimate(x, given=held).reference
     torch.testing.assert_close(reference, net[3](torch.zeros(1, 36)))
+
+
+def test_units_of_evidence_at_the_input_are_those_of_the_explainer() -> None:
+    for net, x in (
+        (nn.Conv1d(2, 2, 1), torch.rand(2, 2, 40)),
+        (nn.LSTM(2, 2, batch_first=True), torch.rand(2, 40, 2)),
+    ):
+        recurrent = isinstance(net, nn.LSTM)
+        own: Any = {"output": (lambda y: y[0].sum(1)) if recurrent else (lambda y: y.sum(2)), "outcome": None}
+        explainer = CausalEffect(net, PixelMask("mean"), OneAtATime(), **own)
+        found = explainer.estimate(x, given=Evidence(PixelMask("mean"), units=[3, 7]))
+        dim = found.settings["channel_dim"]
+        held = x.movedim(dim, 1).clone()
+        held[:, :, [3, 7]] = held.mean(2, keepdim=True)
+        torch.testing.assert_close(found.reference, own["output"](net(held.movedim(1, dim))).detach())
 
 
 # Inputs.
@@ -338,6 +374,30 @@ def test_a_blur_changes_whatever_can_be_blurred(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(PixelMask("blur")(constant), constant)
     # Every channel by itself, whatever else is there.
     torch.testing.assert_close(PixelMask("blur")(x[:, 1:2]), found[:, 1:2])
+
+
+@pytest.mark.parametrize("fill", ["mean", "blur", "noise", 0.3, ("mean", "blur")])
+def test_fills_are_the_same_with_the_channels_in_the_last_dimension(fill: Any) -> None:
+    x = torch.rand(2, 3, 12, 10, generator=torch.Generator().manual_seed(0))
+    units: Any = {"normalization": ((0.1, 0.2, 0.3), (0.5, 1.0, 2.0)), "region": (1, 2, 8, 12)}
+    wanted = PixelMask(fill, **units)(x)
+    found = PixelMask(fill, channel_dim=-1, **units)(x.movedim(1, -1))
+    torch.testing.assert_close(found.movedim(-1, 1), wanted)
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x.movedim(-1, 1)).relu().sum((2, 3))
+
+    net, mask = Last(), PixelMask(fill, **units)
+    first = CausalEffect(net.conv, mask, OneAtATime(), output=lambda y: y.relu().sum((2, 3)), outcome=None)
+    last = CausalEffect(net, mask, OneAtATime(), outcome=None)
+    found, wanted = last.estimate(x.movedim(1, -1)), first.estimate(x)
+    torch.testing.assert_close(found.effect, wanted.effect, atol=1e-4, rtol=1e-4)
+    assert "channel_dim=-1" in found.intervention
 
 
 def test_the_blur_of_a_volume_is_scipys() -> None:

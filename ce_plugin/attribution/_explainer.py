@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any, Literal, TypeAlias, TypedDict
 
@@ -27,8 +28,9 @@ from ce_plugin.errors import (
     expected,
     unknown_name,
 )
-from ce_plugin.interventions import Context, Intervention
+from ce_plugin.interventions import Context, Intervention, PixelMask
 from ce_plugin.networks.forward import Forward, OutputSelector
+from ce_plugin.networks.layout import input_channel_dim
 from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite, Masks
 from ce_plugin.trials._routing import Router
 
@@ -145,7 +147,7 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
             call=call,
             inputs=inputs,
             args=as_args(call.additional_forward_args),
-            evidences=as_evidences(call.given),
+            evidences=[self._laid_out(one, inputs) for one in as_evidences(call.given)],
             ids=as_ids(call.ids, len(inputs[0])),
             site=site,
             intervention=intervention,
@@ -156,6 +158,22 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
             seed=self.seed,
             memory_budget=self.memory_budget,
         )
+
+    def _input_layout(self, inputs: tuple[Tensor, ...]) -> tuple[int, str] | None:
+        """The dimension of the channels in the input and what shows it, where it is not 1 by its rank alone."""
+        shape = inputs[0].shape
+        # Of several inputs nothing says which one the first module takes.
+        found = input_channel_dim(self.forward.modules, shape) if len(shape) > 2 and len(inputs) == 1 else None
+        return None if found is None or (len(shape) > 3 and found[0] == 1) else found
+
+    def _laid_out(self, evidence: Evidence, inputs: tuple[Tensor, ...]) -> Evidence:
+        """Evidence at the input with its channels where the network has them."""
+        site, found = evidence.site, self._input_layout(inputs)
+        if not isinstance(site, InputSite) or found is None:
+            return evidence
+        if site.channel_dim is None:
+            site = replace(site, channel_dim=found[0])
+        return replace(evidence, site=site, intervention=with_channels(evidence.intervention, found))
 
     def _estimates(self, call: Call) -> Any:
         """The estimate, or a dict of them where the model has several heads."""
@@ -176,6 +194,12 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
             member = experiment.design.assignments(units.width).to(values)
             values = values @ member / member.sum(0).clamp(min=1)
         return units.spread(values)
+
+
+def with_channels(intervention: Intervention, found: tuple[int, str] | None) -> Intervention:
+    """A mask whose fills treat the channels of the input where they are."""
+    last = found is not None and found[0] != 1
+    return intervention.with_channels(-1) if last and isinstance(intervention, PixelMask) else intervention
 
 
 def false_discovery_rate(significant_only: bool | float, experiment: Experiment) -> float | None:

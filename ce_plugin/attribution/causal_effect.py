@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ce_plugin.attribution._estimation import Target
 from ce_plugin.attribution._experiment import Baselines, Call, Given, Ids
-from ce_plugin.attribution._explainer import Engine, Explainer, as_baseline
+from ce_plugin.attribution._explainer import Engine, Explainer, as_baseline, with_channels
 from ce_plugin.designs import Design, OneAtATime, RandomRegions
 from ce_plugin.effects import Outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
@@ -21,7 +21,6 @@ from ce_plugin.errors import ArgumentError, NormalizationWarning, expected
 from ce_plugin.interventions import Intervention, Normalization, PixelMask
 from ce_plugin.interventions.base import NormalizationLike
 from ce_plugin.networks.forward import OutputSelector
-from ce_plugin.networks.layout import input_channel_dim
 from ce_plugin.sites import InputSite, Masks, Strides, Windows
 from ce_plugin.trials import Cost
 
@@ -247,18 +246,18 @@ class CausalEffect(Explainer):
 
     def _setup(self, call: Call, inputs: tuple[Tensor, ...]) -> tuple[InputSite, Intervention, Design]:
         site = InputSite(call.mask, call.windows, call.strides)
-        shape = inputs[0].shape
-        found = input_channel_dim(self.forward.modules, shape) if len(shape) > 2 else None
-        if found is not None and (len(shape) == 3 or found[0] != 1):
+        found = self._input_layout(inputs)
+        if found is not None:
             site = replace(site, channel_dim=found[0])
             if site.is_grid(inputs):
-                logger.info("inputs %s: dimension %d holds the channels, as %s has it", tuple(shape), *found)
+                logger.info("inputs %s: dimension %d holds the channels, as %s has it", tuple(inputs[0].shape), *found)
         grid = site.is_grid(inputs) and min(site.sizes(inputs[0])) >= _SMALLEST_GRID
         intervention = self.intervention
         if intervention is None:
             # For images black, mean and blur in turn: no single fill then passes for evidence.
             fills = ("zero", "mean", "blur") if grid else "zero"
             intervention = PixelMask(fills, normalization=self.normalization)
+        intervention = with_channels(intervention, found)
         if call.baselines is not None:
             if not isinstance(intervention, PixelMask):
                 hint = "Baselines replace the fill of a mask; leave them out."

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from ce_plugin.attribution._estimation import Target
 from ce_plugin.attribution._experiment import Call, Ids
-from ce_plugin.attribution._explainer import Options, as_ids, as_inputs
+from ce_plugin.attribution._explainer import Options, as_ids, as_inputs, with_channels
 from ce_plugin.attribution.layer_effect import LayerCausalEffect
 from ce_plugin.designs import Design, Joint
 from ce_plugin.effects import Carriers, Estimate, Mediation, Outcome, carriers
@@ -202,7 +202,8 @@ class CausalMediation:
                 raise InputError(expected("intervention", wanted, tuple(self.intervention.shape)))
             return self.intervention.to(x)
         with state_guard(self.intervention, networks=self.effects.forward.modules):
-            return self.intervention.perturb(x, ids=as_ids(ids, len(x)), seed=self.seed)
+            intervention = with_channels(self.intervention, self.effects._input_layout((x,)))
+            return intervention.perturb(x, ids=as_ids(ids, len(x)), seed=self.seed)
 
     def _run(self, call: Call, patch: Patch, design: Design | None) -> Estimate:
         # A copy shares what was learned about the network's structure.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -50,10 +51,13 @@ class PixelMask(Intervention):
         sigma: standard deviation of the blur in pixels; None means a ninth of the shortest side that has nine pixels
             or more (25 pixels of 224), and half a pixel at least. Signals (N, C, L) and volumes (N, C, D, H, W) are
             blurred along all their dimensions.
+        channel_dim: dimension of the channels, for ``"mean"``, ``"blur"``, ``"noise"``, boxes and ``normalization``: 1,
+            or -1 for (N, L, C) and (N, H, W, C). None means 1, or, in :class:`~ce_plugin.CausalEffect`, what the
+            network's first module shows.
 
     Raises:
         UnknownNameError: a fill of an unknown name.
-        ArgumentError: an empty tuple of fills, sigma not positive.
+        ArgumentError: an empty tuple of fills, sigma not positive, another ``channel_dim``.
         UnitError: a box that is empty or a mask that is not boolean.
 
     Example:
@@ -75,6 +79,7 @@ class PixelMask(Intervention):
         normalization: NormalizationLike = None,
         region: Region | None = None,
         sigma: float | None = None,
+        channel_dim: int | None = None,
     ) -> None:
         given = fill if isinstance(fill, tuple) else (fill,)
         if not given:
@@ -97,6 +102,25 @@ class PixelMask(Intervention):
         self.normalization = Normalization.of(normalization)
         self.region = None if region is None else _checked_region(region)
         self.sigma = sigma
+        if channel_dim is not None and check_integer("channel_dim", channel_dim, "None, 1 or -1") not in (1, -1):
+            raise ArgumentError(expected("channel_dim", "None, 1 or -1", channel_dim))
+        self.channel_dim = channel_dim
+
+    def with_channels(self, dim: int) -> PixelMask:
+        """The same mask for inputs whose channels are in this dimension, unless it says itself where they are."""
+        if self.channel_dim is not None:
+            return self
+        other = copy.copy(self)
+        other.channel_dim = dim
+        return other
+
+    def _first(self, x: Tensor) -> Tensor:
+        """The tensor with its channels in dimension 1."""
+        return x if self.channel_dim is None or x.dim() < 2 else x.movedim(self.channel_dim, 1)
+
+    def _back(self, x: Tensor) -> Tensor:
+        """The tensor with its channels back in their place."""
+        return x if self.channel_dim is None or x.dim() < 2 else x.movedim(1, self.channel_dim)
 
     def values(self, clean: Tensor, context: Context) -> Tensor:
         """x' for the whole input: the fill inside the region, the input itself outside.
@@ -109,12 +133,17 @@ class PixelMask(Intervention):
             A tensor like ``clean``.
         """
         fill = self.fills[context.variant]
-        inside = None if self.region is None else _as_mask(self.region, clean, context)
+        inside = None if self.region is None else self._inside(self.region, clean, context)
         if inside is not None and context.mask is not None:
             # Pixels outside the region are never filled.
             context = replace(context, mask=context.mask & inside)
         with torch.no_grad():
-            filled = self.normalization.to_model(self._fill(fill, self.normalization.to_image(clean), context))
+            image = self._back(self.normalization.to_image(self._first(clean)))
+            filled = self._fill(fill, image, context)
+            # Fills of fewer dimensions broadcast from the last one.
+            whole = filled.dim() == clean.dim()
+            filled = self.normalization.to_model(self._first(filled) if whole else filled)
+            filled = self._back(filled) if whole else filled
         try:
             filled = filled.to(clean).expand_as(clean)
         except RuntimeError as error:
@@ -134,6 +163,10 @@ class PixelMask(Intervention):
             return fill(image, mask.expand_as(image))
         if fill == "zero":
             return torch.zeros_like(image)
+        return self._back(self._named(fill, self._first(image), context))
+
+    def _named(self, fill: str, image: Tensor, context: Context) -> Tensor:
+        """Fills that treat each channel by itself, (N, C, ...)."""
         if fill == "blur":
             return _blur(image, self.sigma)
         mean = _channel_mean(image)
@@ -142,6 +175,12 @@ class PixelMask(Intervention):
         std = _channel_mean((image - mean) ** 2).sqrt()
         noise = [torch.randn(image.shape[1:], generator=context.generator(i, "fill")) for i in range(len(image))]
         return mean + std * torch.stack(noise).to(image)
+
+    def _inside(self, region: Region, clean: Tensor, context: Context) -> Tensor:
+        """The region as a boolean mask of the input's shape."""
+        if isinstance(region, Tensor):
+            return _as_mask(region, clean, context)
+        return self._back(_as_mask(region, self._first(clean), context))
 
     def perturb(
         self,
@@ -196,6 +235,8 @@ class PixelMask(Intervention):
             parts.append(f"region={self.region if isinstance(self.region, tuple) else 'mask'}")
         if self.sigma is not None:
             parts.append(f"sigma={self.sigma}")
+        if self.channel_dim is not None:
+            parts.append(f"channel_dim={self.channel_dim}")
         return f"PixelMask({', '.join(parts)})"
 
 

@@ -70,6 +70,8 @@ def convention(module: nn.Module, *, of_input: bool = False) -> Convention | Non
     return None
 
 
+# Where the activations and dropouts of torch are, which leave every value in its place.
+_ELEMENTWISE = ("torch.nn.modules.activation", "torch.nn.modules.dropout", "torch.nn.modules.linear")
 _POOLS = (pooling._MaxPoolNd, pooling._AvgPoolNd, pooling._AdaptiveMaxPoolNd, pooling._AdaptiveAvgPoolNd)
 _LAYER_NORMS = tuple(getattr(nn, name) for name in ("LayerNorm", "RMSNorm") if hasattr(nn, name))
 
@@ -80,8 +82,10 @@ def channel_dim(
     """The dimension of the channels in a module's value, and the type of the module that decides it.
 
     The last module inside it that lays out its output decides; where there is none (an activation), the last one
-    before it; where there is none either, the first one after it. Its type says which dimension it fills and with how
-    many channels; where the two do not agree, the number decides, which sees through permutations.
+    before it; where there is none either, the first one after it. Its type says which dimension it fills, its number of
+    channels which dimension has that size. Where types differ the number decides, which sees through permutations.
+    Where all types agree and the number contradicts them, nothing is decided: a permutation and a concatenation look
+    alike.
 
     Args:
         networks: that hold the module.
@@ -105,12 +109,13 @@ def channel_dim(
         return _decided(inside[0] if at_input else inside[-1], inside, shape)
     for root in networks:
         every = list(root.modules())
-        if module in every:
-            place = next(k for k, other in enumerate(every) if other is module)
-            before, after = _conventions(every[:place]), _conventions(every[place + 1 :], of_input=True)
-            return (
-                _decided(before[-1], before, shape) if before else _decided(after[0], after, shape) if after else None
-            )
+        place = next((k for k, other in enumerate(every) if other is module), None)
+        if place is None:
+            continue
+        if before := _conventions(every[:place]):
+            return _decided(before[-1], before, shape, moved=type(module).__module__ not in _ELEMENTWISE)
+        if after := _conventions(every[place + 1 :], of_input=True):
+            return _decided(after[0], after, shape, moved=True)
     return None
 
 
@@ -130,7 +135,7 @@ def input_channel_dim(networks: Sequence[nn.Module], shape: torch.Size) -> tuple
             continue
         flattened = first.rank is None and (len(shape) > 3 or first.channels == shape[1:].numel())
         if first.rank in (None, len(shape)) and not flattened:
-            return _decided(first, [first], shape)
+            return _decided(first, [first], shape, moved=True)
     return None
 
 
@@ -139,17 +144,25 @@ def _conventions(modules: Iterable[nn.Module], *, of_input: bool = False) -> lis
     return [one for one in found if one is not None]
 
 
-def _decided(one: Convention, every: list[Convention], shape: torch.Size) -> tuple[int, str] | None:
+def _decided(
+    one: Convention, every: list[Convention], shape: torch.Size, *, moved: bool = False
+) -> tuple[int, str] | None:
+    """What the convention of ``one`` says, unless another of ``every`` contradicts it.
+
+    Args:
+        one: of the nearest module.
+        every: of all modules that are asked.
+        shape: of the value.
+        moved: whether something between may move dimensions.
+    """
     last = len(shape) - 1
     fits = [dim for dim in (1, last) if one.channels is not None and shape[dim] == one.channels]
-    if len(fits) == 1:
-        return fits[0], one.source
-    # The number says nothing: the types must be of one mind.
     dims = {other.dim_for(shape) for other in every if other.rank in (None, len(shape))}
-    dim = one.dim_for(shape)
-    if dim is None or (len(every) > 1 and len(dims) > 1):
-        return None
-    return dim % len(shape), one.source
+    own = one.dim_for(shape)
+    dim = own % len(shape) if own is not None and len(dims) == 1 else None
+    if len(fits) == 1 and (moved or dim in (None, fits[0])):
+        return fits[0], one.source
+    return None if dim is None or len(fits) == 1 else (dim, one.source)
 
 
 def mixes_heads(networks: Sequence[nn.Module], module: nn.Module) -> str | None:
