@@ -191,7 +191,9 @@ def at_input(net: nn.Module, image: Tensor) -> Verdict:
     mask = (index[:, None] * CELLS + index)[None, None]
 
     def estimate(engine: str) -> Estimate:
-        explainer = CausalEffect(net, PixelMask("zero"), OneAtATime(), outcome=None, engine=engine, **_options(net))
+        explainer = CausalEffect(
+            net, PixelMask("zero"), OneAtATime(), outcome=None, engine=engine, **_options(net)
+        )
         found: Estimate = explainer.estimate(image, feature_mask=mask)
         return found
 

@@ -146,9 +146,7 @@ def _cells(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """A number for each value: cells of a grid over what follows the channels of images and volumes."""
     masks, first = [], 0
     for x in inputs if isinstance(inputs, tuple) else (inputs,):
-        mask = (
-            torch.zeros(1, 1, *x.shape[2:], dtype=torch.int64) if x.dim() > 3 else torch.zeros(1, *x.shape[1:]).long()
-        )
+        mask = torch.zeros(1, 1, *x.shape[2:], dtype=torch.int64) if x.dim() > 3 else torch.zeros(1, *x.shape[1:]).long()
         for dim in range(2 if x.dim() > 3 else 1, x.dim()):
             size = x.shape[dim]
             index = torch.arange(size) * min(CELLS, size) // size
@@ -786,9 +784,7 @@ def main() -> None:
             continue
         for wanted, found in ((case.layer, at_layer), (case.at_input, at_input)):
             mark = "" if wanted == found.verdict else f"  <-- {wanted} WANTED"
-            print(
-                f"{case.name}: {found.site} {found.verdict} {found.route} {found.reason[:160]} {found.seconds:.1f}{mark}"
-            )
+            print(f"{case.name}: {found.site} {found.verdict} {found.route} {found.reason[:160]} {found.seconds:.1f}{mark}")
 
 
 if __name__ == "__main__":
