@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from ce_plugin.concepts.images import Source
 from ce_plugin.networks.forward import OutputSelector, is_opaque, select_logits
 from ce_plugin.networks.graph import Suffix, SuffixConstants
 from ce_plugin.networks.layers import find_layer, inserted, read_layer
-from ce_plugin.networks.tracing import HookPoint, Untraceable
+from ce_plugin.networks.tracing import HookPoint, Untraceable, traced
 
 _PROBE = 3
 
@@ -82,21 +83,24 @@ class Recorded:
         """
         if is_opaque(self.network):
             return
-        try:
+        with suppress(Untraceable), traced():
             suffix = Suffix(self.network, HookPoint(find_layer(self.network, self.layer)[1]))
             constants = suffix.capture((images,))
-        except Untraceable:
-            return
-        if not all(isinstance(value, Tensor) for value in constants.rows.values()):
-            return
-        self._suffix, self._constants = suffix, constants
+            if all(isinstance(value, Tensor) for value in constants.rows.values()):
+                self._suffix, self._constants = suffix, constants
+                if self._agrees(images):
+                    return
+        self._suffix = self._constants = None
+
+    def _agrees(self, images: Tensor) -> bool:
+        """Whether what follows the layer gives the whole network's logits, also for other activations."""
         batch = self._run(images)
         for activations in (batch.activations, batch.activations.roll(1, 1) + batch.activations.std()):
             wanted = self._whole(activations, images)
             error = (self.answer(activations, batch) - wanted).abs().max()
             if not bool(error <= 1e-4 * wanted.abs().max() + 1e-6):
-                self._suffix = self._constants = None
-                return
+                return False
+        return True
 
     def __len__(self) -> int:
         return len(self.source)

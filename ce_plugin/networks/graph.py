@@ -209,7 +209,11 @@ class Graph:
         """Run one operation; none of its arguments is changed."""
         module = self.module(node)
         if module is not None:
-            return out_of_place(module, args, kwargs)
+            before = [vars(part).get(name) for part, name in self._root.read]
+            output = out_of_place(module, args, kwargs)
+            if any(vars(part).get(name) is not old for (part, name), old in zip(self._root.read, before, strict=True)):
+                raise Untraceable(f"`{node.target}` is run whole and hands a value on in an attribute")
+            return output
         if node.op == "call_function":
             return cast(Callable[..., Any], node.target)(*args, **kwargs)
         if node.op == "call_method":

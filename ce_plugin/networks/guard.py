@@ -38,10 +38,10 @@ CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
 _SIMPLE = {int, float, bool, str, bytes, tuple, type(None), Tensor, FunctionType, torch.dtype, torch.device}
 # What a module registers, what every module has, and modules that keep the state of a machinery in their attributes.
 _REGISTERED = ("_parameters", "_buffers", "_modules")
-_USUAL = vars(nn.Module()).keys()
+USUAL = vars(nn.Module()).keys()
 _HEAP = 1 << 9  # the flag of classes that are not built in
 _MACHINERY = ("torch.nn.parallel", "torch.distributed", "torch._dynamo")
-_DEPTH = 4
+_DEPTH, _LARGE = 4, 1000
 _NONE: dict[str, Any] = {}
 _PLAIN = (Tensor, np.ndarray, type, ModuleType, CodeType, str, bytes, int, float, complex, type(None))
 
@@ -382,7 +382,7 @@ class state_guard:  # noqa: N801 - a context manager, named as torch.no_grad is
             registered = attributes[name]
             self._registered.append((registered, dict(registered) if registered else _NONE))
         self._attributes.append((attributes, attributes.copy()))
-        for name in attributes.keys() - _USUAL:
+        for name in attributes.keys() - USUAL:
             if type(attributes[name]) not in _SIMPLE:
                 self._save_contents(attributes[name], _DEPTH)
 
@@ -393,6 +393,8 @@ class state_guard:  # noqa: N801 - a context manager, named as torch.no_grad is
         if contents is None or id(contents) in self._contents:
             return
         self._contents[id(contents)] = (contents, contents.copy())
+        if len(contents) > _LARGE:  # a table, in which nothing hides
+            return
         for part in contents.values() if isinstance(contents, dict) else contents:
             if depth and type(part) not in _SIMPLE:
                 self._save_contents(part, depth - 1)

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ce_plugin.networks.forward import is_opaque
-from ce_plugin.networks.guard import CONTAINERS, HOOKS, is_plain
+from ce_plugin.networks.guard import CONTAINERS, HOOKS, USUAL, is_plain
 
 _ATOMS = (Tensor, int, float, complex, str, bytes, type, type(None))
 # Objects within objects are copied so deep; modules and containers count as nothing.
@@ -95,13 +95,18 @@ INPUT = object()
 
 
 class TracedRoot(nn.Module):
-    """The network, the decoder beside it, and which arguments are tensors."""
+    """The network, the decoder beside it, and which arguments are tensors.
+
+    Attributes:
+        read: attributes of parts that are run whole, by module and name, which others read after them.
+    """
 
     def __init__(
         self, network: nn.Module, decoder: nn.Module | None, point: HookPoint, args: tuple[object, ...]
     ) -> None:
         super().__init__()
         self.network, self.decoder, self.point, self.args = network, decoder, point, args
+        self.read: list[tuple[nn.Module, str]] = []
 
     def forward(self, given: Any) -> Any:
         args, tensors = list(self.args), 0
@@ -159,8 +164,9 @@ def record(root: TracedRoot) -> fx.Graph:
     tracer = _Tracer(root.point)
     with traced():  # a network that meets symbolic values may raise anything
         with _recorded_functions(root):
-            doubles = tracer.record(root)
-        _check(tracer.graph, root, doubles)
+            double = tracer.record(root)
+        _check(tracer.graph, root, double)
+        root.read = tracer.read
     return tracer.graph
 
 
@@ -187,6 +193,7 @@ class _Tracer(fx.Tracer):
     def __init__(self, point: HookPoint) -> None:
         super().__init__(autowrap_functions=())
         self.point, self.calls = point, 0
+        self.read: list[tuple[nn.Module, str]] = []
         self._parameters: dict[str, fx.Proxy] = {}
 
     def record(self, root: TracedRoot) -> nn.Module:
@@ -251,6 +258,8 @@ class _Tracer(fx.Tracer):
             for node in reversed(self.graph.nodes):
                 if node not in before and node.op != "get_attr":
                     self.graph.erase_node(node)
+            for part in m.modules():
+                self._doubles.watch(part, self.read)
         return self.create_proxy("call_module", path, args, kwargs)
 
     def _with_hooks(
@@ -412,6 +421,23 @@ class _Doubles:
         kind: type[nn.Module] = type.__new__(type(base), base.__name__, (_Unregistered, base), {**namespace, **methods})
         self._kinds[base] = kind
         return kind
+
+    def watch(self, double: nn.Module, read: list[tuple[nn.Module, str]]) -> None:
+        """From now on note in ``read`` which of the attributes, where a pass may have left a value, are read."""
+        base, original = type(double), self.original(double)
+        if "__getattribute__" in vars(base):
+            return
+        own = vars(double).keys() - USUAL
+
+        def attribute(double: Any, name: str) -> Any:
+            if name in own:
+                read.append((original, name))
+            return base.__getattribute__(double, name)
+
+        namespace = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        double.__class__ = type.__new__(
+            type(base), base.__name__, (base,), {**namespace, "__getattribute__": attribute}
+        )
 
 
 class _Unregistered:

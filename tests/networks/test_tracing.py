@@ -287,6 +287,41 @@ def test_what_a_whole_part_hands_on_in_an_attribute_is_noticed() -> None:
         Suffix(network, HookPoint(network.layer))
 
 
+def test_what_a_whole_part_hands_on_from_a_real_pass_is_noticed() -> None:
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.width, self.gate = 4, torch.ones(())
+
+        def forward(self, x: Tensor) -> Tensor:
+            positive = float(x.sum()) > 0  # not traced
+            self.gate = x.sum(1, keepdim=True)
+            return x if positive else -x
+
+    class Reads(nn.Module):
+        def __init__(self, reads: bool) -> None:
+            super().__init__()
+            self.layer, self.looks, self.head = nn.Linear(4, 4), Looks(), nn.Linear(4, 3)
+            self.reads = reads
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.looks(self.layer(x)) * self.looks.width
+            return self.head(h * self.looks.gate if self.reads else h)
+
+    x = torch.randn(1, 4, generator=torch.Generator().manual_seed(0))
+    for reads in (False, True):
+        torch.manual_seed(0)
+        network = Reads(reads).eval()
+        suffix = Suffix(network, HookPoint(network.layer))
+        captured = suffix.capture((x,))
+        if reads:
+            with pytest.raises(Untraceable, match=r"`network\.looks` is run whole"):
+                suffix.run(captured, captured.site + 1, torch.zeros(1, dtype=torch.int64))
+        else:
+            run = suffix.run(captured, captured.site, torch.zeros(1, dtype=torch.int64))
+            torch.testing.assert_close(run, network(x))
+
+
 def test_an_error_of_the_networks_own_class_is_no_error_of_ours() -> None:
     class OwnError(Exception):
         pass
