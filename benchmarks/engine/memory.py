@@ -23,6 +23,8 @@ CASES = {
     "ResNet-50 layer4, 2048 channels": ("ResNet-50", "layer4", 7),
     "VGG-16 features.30, 512 channels": ("VGG-16", "features.30", 7),
     "VGG-16 features.4, 64 channels": ("VGG-16", "features.4", 112),
+    "ResNet-18 layer1, 64 channels": ("ResNet-18", "layer1", 56),
+    "ResNet-18 layer1, 3136 positions": ("ResNet-18", "layer1:positions", 56),
 }
 TOLERANCE = 0.10
 
@@ -49,11 +51,14 @@ def child(network_name: str, layer: str, budget: int, warm: bool, engine: str, t
 
     from benchmarks.common.networks import network
     from ce_plugin import LayerCausalEffect
+    from ce_plugin.sites import LayerSite
 
     torch.set_num_threads(threads)
     model, x = network(network_name)
     model.requires_grad_(False)
-    explainer = LayerCausalEffect(model, layer, outcome=None, memory_budget=budget, engine=engine)  # type: ignore[arg-type]
+    name, _, units = layer.partition(":")
+    site = LayerSite(name, units=units or "channels")  # type: ignore[arg-type]
+    explainer = LayerCausalEffect(model, site, outcome=None, memory_budget=budget, engine=engine)  # type: ignore[arg-type]
     route = str(explainer.estimate_cost(x))
     if warm:
         explainer.estimate(x, target=0, layer_mask=torch.zeros(1, dtype=torch.long))

@@ -79,10 +79,11 @@ def answers(
     for name, outcome in outcomes.items():
         parts = []
         for i, trials in enumerate(used):
-            parts.append(_effects(spec, i, drawn[i], outcome[i, :trials], compared[name][i]))
+            effects = _effects(spec, i, drawn[i], outcome[i, :trials], compared[name][i])
+            parts.append([None if column is None else column.to(outcome) for column in effects])
         # Exact designs have effects only; examples with fewer units than others are filled up.
         columns = [column for column in zip(*parts, strict=True) if column[0] is not None]
-        effect, *errors = [pad_sequence(list(column), True, torch.nan).to(outcome) for column in columns]
+        effect, *errors = [pad_sequence(list(column), True, torch.nan) for column in columns]
         found[name] = Answer(
             effect=effect,
             std_error=errors[0] if errors else None,

@@ -236,7 +236,8 @@ class Experiment:
             passes += self.runner.layout_passes(self.inputs, self.args, self.trials)
         one = self.target is not None or self.call.predicted_only or not self.outcome.per_class
         outcomes = len(heads) if one else sum(head.numel() for head in heads.values())
-        return Cost(self.trials, passes, route, 4 * outcomes * self.n * max(self.used))
+        size = 4 * outcomes * self.n * max(self.used)
+        return Cost(self.trials, passes, route, size, size + self.runner.pass_bytes, self.memory_budget)
 
     def _route(self, captured_site: CapturedSite) -> tuple[str, float, float]:
         """How trials will be run, what a trial costs, and what is run once for each example, in forward passes."""
@@ -355,7 +356,7 @@ class Experiment:
         """
         try:
             captured_site, runner, heads, measure = self._start(spec, captured_site, repeat)
-            check_memory(spec, measure, max(self.used))
+            runner.outcome_bytes = check_memory(spec, measure, max(self.used))
             if self.call.until is not None:
                 return answers_until(spec, runner, measure, self.used, self.call.until, self.call.keep_trials, repeat)
             outcomes = runner.run(spec, 0, max(self.used), measure, repeat=repeat)
@@ -688,8 +689,8 @@ def warn_unchanged(spec: TrialSpec) -> None:
         )
 
 
-def check_memory(spec: TrialSpec, measure: OutcomeMeasure, trials: int) -> None:
-    """Whether the outcomes of all trials fit into memory.
+def check_memory(spec: TrialSpec, measure: OutcomeMeasure, trials: int) -> int:
+    """Bytes that the outcomes of all trials take; they must fit into memory.
 
     Raises:
         ArgumentError: they do not.
@@ -702,6 +703,7 @@ def check_memory(spec: TrialSpec, measure: OutcomeMeasure, trials: int) -> None:
         got = f"{size / 2**30:.1f} GiB ({spec.n} examples x {trials} trials x all classes)"
         hint = "Pass `target=`, fewer examples, or coarser units."
         raise ArgumentError(expected("inputs", f"few enough for {free / 2**30:.1f} GiB of outcomes", got, hint))
+    return size
 
 
 def answers_until(

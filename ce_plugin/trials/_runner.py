@@ -25,6 +25,7 @@ from ce_plugin.trials.batches import (
     batches,
     bytes_per_row,
     free_memory,
+    kernels_overhead,
     rows_of,
     values_of_trials,
 )
@@ -46,10 +47,12 @@ class _Shared:
 
     Args:
         passes: rows that went through the network, or a part of it.
+        row_bytes: the most that a row of a pass took at its peak.
         drawn: whether a pass of the clean inputs drew random numbers.
     """
 
     passes: int = 0
+    row_bytes: int = 0
     drawn: bool = False
 
 
@@ -61,6 +64,9 @@ class Runner:
         rows: number of rows per pass; None chooses it by memory and speed.
         memory_budget: bytes that a pass may take beyond model and inputs; None means half of what is free.
         show_progress: a progress bar over trials.
+
+    Attributes:
+        outcome_bytes: what the outcomes of all trials take, which is part of the budget.
 
     Example:
         >>> runner = Runner(Forward(torch.nn.Linear(2, 3)), memory_budget=1 << 20)
@@ -79,6 +85,7 @@ class Runner:
         self._row_bytes = 1
         self._channels_last = False
         self._values = Counterfactuals(self._laid_out)
+        self.outcome_bytes = 0
         self.flips: IncrementalTrials | None = None
 
     @property
@@ -164,16 +171,13 @@ class Runner:
         step = self.rows or 1
         while start < n:
             examples = torch.arange(start, min(start + step, n))
-            some = rows_of(inputs, n, examples)
             try:
-                with bytes_per_row(self.forward.modules, len(examples), some) as measure:
-                    heads = self._sized(inputs, args, examples)
+                heads = self._sized(inputs, args, examples)
             except torch.OutOfMemoryError:
                 if len(examples) == 1:
                     raise
                 most = step = len(examples) // 2
                 continue
-            self._row_bytes = max(self._row_bytes, measure[0])
             _check_rows(heads, len(examples), parts[0] if parts else None)
             parts.append(heads)
             start += len(examples)
@@ -211,7 +215,11 @@ class Runner:
             return self.evaluate(rows_of(inputs, n, rows), rows_of(args, n, rows))
 
         with _any_number_of_rows(len(examples), n, lambda: run(torch.arange(n))):
-            return run(examples)
+            with bytes_per_row(self.forward.modules, len(examples), rows_of(inputs, n, examples)) as measure:
+                heads = run(examples)
+            self._row_bytes = max(self._row_bytes, measure[0])
+            self._shared.row_bytes = max(self._shared.row_bytes, measure[0])
+            return heads
 
     def run(
         self,
@@ -300,7 +308,15 @@ class Runner:
         check_repeated(first, again, heads, self._shared.drawn)
 
     def _budget(self, device: torch.device) -> int:
-        return self.memory_budget if self.memory_budget is not None else free_memory(device) // 2
+        """Bytes for the rows of a pass, beside the outcomes and what a pass takes anyway."""
+        if self.memory_budget is None:
+            return free_memory(device) // 2
+        return max(self.memory_budget - self.outcome_bytes - kernels_overhead(self.forward.modules), 1)
+
+    @property
+    def pass_bytes(self) -> int:
+        """Bytes that a pass of one row takes, as far as passes have shown."""
+        return self._shared.row_bytes + kernels_overhead(self.forward.modules)
 
     def _affordable(self, device: torch.device) -> int:
         """How many rows the memory budget allows."""

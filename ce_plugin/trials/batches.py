@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ce_plugin.designs import Design
 from ce_plugin.errors import ArgumentError, expected
@@ -77,6 +78,15 @@ def bytes_per_row(modules: list[nn.Module], rows: int, inputs: tuple[Tensor, ...
             handle.remove()
     if largest:
         result[0] = 4 * row + 3 * largest // max(rows, 1)
+
+
+def kernels_overhead(modules: list[nn.Module]) -> int:
+    """Bytes that a pass takes whatever its number of rows: kernels reorder weights, which copies the largest."""
+    largest = 0
+    for module in modules:
+        for parameter in module.parameters():
+            largest = max(largest, 0 if is_lazy(parameter) else _nbytes(parameter))
+    return 2 * largest
 
 
 class BatchSize:
@@ -180,6 +190,8 @@ class Cost:
             part that depends on the site, ``"channel differences"`` and ``"window differences"`` only follow what a
             single unit changes there.
         outcome_bytes: memory that the outcomes of all trials take.
+        pass_bytes: memory that a pass of one row takes, the outcomes beside it; no budget below can be kept.
+        memory_budget: of the run, in bytes; None where there is none.
 
     Example:
         >>> print(Cost(trials=196, forward_passes=198, route="full", outcome_bytes=1 << 20))
@@ -190,10 +202,16 @@ class Cost:
     forward_passes: float
     route: str
     outcome_bytes: int
+    pass_bytes: int = 0
+    memory_budget: int | None = None
 
     def __str__(self) -> str:
         passes = f"{self.trials} trials, {self.forward_passes:.6g} forward passes (route: {self.route})"
-        return f"{passes}, {self.outcome_bytes / 2**20:.1f} MiB of outcomes"
+        text = f"{passes}, {self.outcome_bytes / 2**20:.1f} MiB of outcomes"
+        if self.memory_budget is not None and self.pass_bytes > self.memory_budget:
+            budget = f"the budget of {self.memory_budget / 2**20:.1f} MiB"
+            text += f"; one row takes {self.pass_bytes / 2**20:.1f} MiB, more than {budget}"
+        return text
 
 
 @dataclass(frozen=True)
