@@ -39,7 +39,7 @@ from ce_plugin.networks.art import (
     limit_steps,
 )
 from ce_plugin.networks.forward import clip_values_of, is_art_classifier, logger, unwrap
-from ce_plugin.networks.guard import Shared, modules_of, state_guard
+from ce_plugin.networks.guard import SharedContext, modules_of, state_guard
 from ce_plugin.randomness import generator
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -52,7 +52,7 @@ def _uncompiled() -> AbstractContextManager[object]:
 
 
 # A compiled backward pass can run only once and ART runs it again; this also avoids recompilation.
-_EAGER = Shared(_uncompiled)
+_EAGER = SharedContext(_uncompiled)
 # Of presets, as a share of the clip range, where none is given.
 _DEFAULT_SIZE = 0.3
 # What settings are called elsewhere -> here.

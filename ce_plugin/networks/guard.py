@@ -196,7 +196,7 @@ class _Turns:
         return me in found
 
 
-class Shared:
+class SharedContext:
     """A context that threads share: the first that enters opens it, the last that leaves closes it.
 
     Args:
@@ -246,7 +246,7 @@ class _RandomState:
         random.seed(seed)
 
 
-_TURNS, _RANDOM = _Turns(), Shared(_RandomState)
+_TURNS, _RANDOM = _Turns(), SharedContext(_RandomState)
 _SEEDED = object()  # who seeds the global random state has it alone
 if hasattr(os, "register_at_fork"):  # only the thread that forks lives on in the child
     os.register_at_fork(after_in_child=_TURNS.reset)

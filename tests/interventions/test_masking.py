@@ -162,7 +162,10 @@ def test_an_in_painter_sees_each_trials_hole(per_eval: int | None) -> None:
     first = 9 - x.flatten(1)[:, :3].sum(1)
     second = 1 - x.flatten(1)[:, 3]
     assert torch.allclose(estimate.effect[:, :, 0], torch.stack([first, second], 1), atol=1e-12)
-    assert sorted(int(hole.sum()) for hole in painter.holes) == [1, 1, 1, 3, 3, 3]
+    seen = [int(hole.sum()) for hole in painter.holes]
+    # One of the trials is passed again, to see that the network gives the same.
+    assert seen.count(1) + seen.count(3) == len(seen) == 7
+    assert min(seen.count(1), seen.count(3)) == 3
 
 
 def test_an_in_painter_is_told_only_of_what_lies_in_the_region() -> None:
@@ -171,7 +174,7 @@ def test_an_in_painter_is_told_only_of_what_lies_in_the_region() -> None:
     CausalEffect(total(), PixelMask(painter, region=(0, 0, 1, 1)), OneAtATime(), outcome=None).estimate(
         x, feature_mask=mask
     )
-    assert [int(hole.sum()) for hole in painter.holes] == [1]
+    assert [int(hole.sum()) for hole in painter.holes] == [1, 1]  # the trial is passed again, to see that it repeats
 
 
 def test_a_share_p_of_the_pixels_is_a_hole_for_an_in_painter() -> None:

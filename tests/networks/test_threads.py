@@ -20,7 +20,7 @@ from ce_plugin.designs import OneAtATime, RandomMask
 from ce_plugin.errors import ModelError
 from ce_plugin.interventions import Adversarial, PixelMask
 from ce_plugin.networks import inserted, last_conv_layer, read_layer
-from ce_plugin.networks.guard import _TURNS, Shared, state_guard
+from ce_plugin.networks.guard import _TURNS, SharedContext, state_guard
 
 THREADS = 8
 
@@ -242,7 +242,7 @@ def test_a_shared_context_is_opened_once_and_closed_by_the_last() -> None:
         def __exit__(self, *error: object) -> None:
             events.append("close")
 
-    shared = Shared(Context)
+    shared = SharedContext(Context)
     with shared, shared:
         events.append("inside")
     with shared:
