@@ -28,8 +28,8 @@ _BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 _FIRST, _GUESS = 8, 16
 # How often a row's outputs are held at once on their way from the network to the outcomes.
 _COPIES = 6
-# What windows take at the peak, measured, in multiples of what is counted.
-_PASTED = 2.8
+# What rows take at the peak, measured, in multiples of what is counted: blocks are gathered, unfolded and pasted.
+_HELD = {"window differences": 2.8, "channel differences": 2.0}
 _MOST = 8192
 
 
@@ -89,8 +89,7 @@ class IncrementalTrials:
             return guess, guess
         each = self.forward.bytes_per_row + _COPIES * self._output_bytes
         room = budget - nbytes(self.forward.clean_value.kept)
-        # Windows are gathered, unfolded and pasted: all that is held at once is a few times what is counted.
-        held = each * _PASTED if self.route == "window differences" else each
+        held = each * _HELD.get(self.route, 1.0)
         limit = max(1, min(int(room // held), _MOST))
         return max(1, min(max(_BYTES.get(device.type, _BYTES["cuda"]) // each, 4), limit)), limit
 
