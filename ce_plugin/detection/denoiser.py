@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ce_plugin.detection.checkpoint import Checkpoint
 from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.randomness import derived_seed, generator
@@ -28,6 +30,9 @@ class Bounds:
         n: images.
         greatest: no bound is greater, in image units; it is reached in 15 steps.
 
+    Attributes:
+        values: the bounds, (n,).
+
     Example:
         >>> bounds = Bounds(3, 0.3)
         >>> bounds.update(torch.tensor([0, 1]), torch.tensor([True, False]))
@@ -40,17 +45,17 @@ class Bounds:
 
     def __init__(self, n: int, greatest: float) -> None:
         self.greatest, self._increment = greatest, greatest / _INCREMENTS
-        self._bounds = torch.full((n,), self._increment)
+        self.values = torch.full((n,), self._increment)
 
     def of(self, rows: Tensor) -> Tensor:
         """Bounds of some images, (n,)."""
-        return self._bounds[rows]
+        return self.values[rows]
 
     def update(self, rows: Tensor, held: Tensor) -> None:
         """Take whether some images kept their answers on their worst neighbours, (n,)."""
         change = torch.where(held.cpu(), self._increment, -self._increment)
         # An image may be among them twice.
-        self._bounds = self._bounds.index_add(0, rows, change).clamp(0, self.greatest)
+        self.values = self.values.index_add(0, rows, change).clamp(0, self.greatest)
 
 
 def worst_nearby(
@@ -103,6 +108,10 @@ def worst_nearby(
 # The squared error of the logits (in their own variances) counts a hundredth of that of the pixels.
 _LOGITS, _PIXELS = 0.1, 10.0
 _LEARNING_RATE = 4e-3
+STEP = 64
+"""Images of one step."""
+# Steps between two files of a checkpoint.
+_SAVED = 50
 
 
 class Denoiser(nn.Module):
@@ -159,8 +168,10 @@ def train_denoiser(
     width: int = 16,
     n_steps: int,
     eps: float = 0.0,
-    batch_size: int = 64,
+    batch_size: int = STEP,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
+    name: str = "denoising",
 ) -> Denoiser:
     """A denoiser for these images and this classifier.
 
@@ -180,6 +191,8 @@ def train_denoiser(
         eps: greatest change of a value in adversarial training, in image units; 0: plain training.
         batch_size: images per step.
         seed: of the weights and of everything drawn.
+        checkpoint: written every 50 steps: a training that was interrupted goes on from there, with the same result.
+        name: of the training in it.
 
     Returns:
         The denoiser in eval mode, on the images' device; its parameters want no gradient.
@@ -196,6 +209,7 @@ def train_denoiser(
     """
     low, high = classifier.clip_values
     random, bounds = generator(seed, "denoiser"), Bounds(len(images), eps)
+    checkpoint = checkpoint or Checkpoint()
     with classifier.guarded(), torch.enable_grad():
         with state_guard(seed=derived_seed(seed, "denoiser", "weights")):
             denoiser = Denoiser(images.shape[1], width, (low, high))
@@ -205,7 +219,8 @@ def train_denoiser(
         variance = logits.var(unbiased=False).clamp_min(1e-12)
         optimizer = torch.optim.AdamW(denoiser.parameters(), lr=_LEARNING_RATE / 2, weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=max(n_steps, 2))
-        for _ in range(n_steps):
+        progress = _Progress(checkpoint, name, denoiser, optimizer, schedule, random, bounds)
+        for step in range(progress.restore(), n_steps):
             rows = torch.randint(len(images), (min(batch_size, len(images)),), generator=random)
             clean, wanted = images[rows.to(images.device)].float(), logits[rows.to(logits.device)]
             noisy, known = _corrupted(clean, high - low, random)
@@ -220,7 +235,51 @@ def train_denoiser(
             loss.backward()
             optimizer.step()
             schedule.step()
+            progress.done(step + 1, last=step + 1 == n_steps)
     return denoiser.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """The course of one training: all that its next step depends on."""
+
+    checkpoint: Checkpoint
+    name: str
+    denoiser: Denoiser
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    random: torch.Generator
+    bounds: Bounds
+
+    def restore(self) -> int:
+        """Take over what the checkpoint holds; returns how many steps are done."""
+        found = self.checkpoint.read(f"training {self.name}")
+        if found is None:
+            return 0
+        step: int = found["step"]
+        self.denoiser.load_state_dict(found["denoiser"])
+        self.optimizer.load_state_dict(found["optimizer"])
+        # The rate is a function of the step; what it is taken from is among the optimizer's own values.
+        self.schedule.load_state_dict({"last_epoch": step, "_step_count": step + 1})
+        self.random.set_state(found["random"])
+        torch.default_generator.set_state(found["global"])
+        self.bounds.values = found["bounds"]
+        self.checkpoint.tick(self.name, step)
+        return step
+
+    def done(self, step: int, *, last: bool) -> None:
+        """Take down that a step is done."""
+        if last or step % _SAVED == 0:
+            content = {
+                "step": step,
+                "denoiser": self.denoiser.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "random": self.random.get_state(),
+                "global": torch.default_generator.get_state(),
+                "bounds": self.bounds.values,
+            }
+            self.checkpoint.write(f"training {self.name}", content)
+        self.checkpoint.tick(self.name, 1)
 
 
 def _adversarial_losses(

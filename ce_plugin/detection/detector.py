@@ -18,6 +18,7 @@ from ce_plugin._lazy import renamed_keywords
 from ce_plugin._version import __version__
 from ce_plugin.detection.augmentation import Augmentation
 from ce_plugin.detection.calibration import Calibration
+from ce_plugin.detection.checkpoint import Checkpoint, Tick
 from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.detection.explanation import Alarm, explained
 from ce_plugin.detection.fitting import FitConfig, Fitter, Split, State, attacked_versions, attacks_on, check_attack
@@ -193,7 +194,15 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         return (signature or Signature.small_images()).passes
 
     def fit(
-        self, x: Array, y: npt.ArrayLike | None = None, batch_size: int = 128, nb_epochs: int = 20, **kwargs: Any
+        self,
+        x: Array,
+        y: npt.ArrayLike | None = None,
+        batch_size: int = 128,
+        nb_epochs: int = 20,
+        *,
+        checkpoint: str | os.PathLike[str] | None = None,
+        progress: Tick | None = None,
+        **kwargs: Any,
     ) -> None:
         """Learn what effects are like on clean images, and calibrate on those that are held out.
 
@@ -201,13 +210,20 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
             x: images (N, C, H, W), floating point, in image units.
             y: None: all are clean. Else 0 for clean and 1 for adversarial, (N,), (N, 1) or one-hot (N, 2).
             batch_size: images at a time; the result does not depend on it.
-            nb_epochs: of what the signature trains, the denoiser.
+            nb_epochs: of what the signature trains, the denoiser; that takes at least its ``least_steps``, see
+                :meth:`training_steps`.
+            checkpoint: a folder, in which each stage of the fit is saved, and its training every 50 steps: a fit that
+                was interrupted goes on from there as if it had not been, with the same settings and images. Delete it
+                at the end.
+            progress: called with the name of what is done, and how many steps of 64 images of it.
             kwargs: of ART's interface, not used.
 
         Raises:
             InputError: images or labels that cannot be used, too few clean images, or all of one predicted class.
             ArgumentError: too few images are held out for ``fpr``; ``signature`` or ``augmentation`` was made for
-                images in another range than the clip values.
+                images in another range than the clip values; a checkpoint of a fit with other settings or images.
+            ModelError: a checkpoint of a fit on another network.
+            FileError: the checkpoint is none, or cannot be written.
         """
         check_integer("batch_size", batch_size, "a positive whole number", least=1)
         check_integer("nb_epochs", nb_epochs, "a positive whole number", least=1)
@@ -224,16 +240,44 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         config.check(clip_values)
         split.check(self.classifier, batch_size)
         Calibration(np.zeros(int(split.held_out.sum()))).threshold(self.fpr)
-        state, attacked = self._fitter.fit(self.classifier, config, split), split.attacked
+        saved = Checkpoint(checkpoint, config.settings(self.classifier, split, attacks), progress)
+        state, attacked = self._fitter.fit(self.classifier, config, split, saved), split.attacked
         if attacks:
-            made = torch.cat([attacked_versions(self.classifier, one, split.to_fit, batch_size) for one in attacks])
+            parts = []
+            for i, one in enumerate(attacks):
+                name = f"attack {i + 1} {one.config.name}"
+                parts.append(attacked_versions(self.classifier, one, split.to_fit, batch_size, saved, name))
+            made = torch.cat(parts)
             if not len(made):
                 wanted, hint = "attacks that turn some image over", "Take a stronger attack, or a larger eps."
                 raise InputError(expected("attacks", wanted, f"none of {len(split.to_fit)}", hint))
             attacked = made if attacked is None else torch.cat([attacked, made])
         if attacked is not None:
-            state = state.with_attacks(self.classifier, attacked, batch_size)
+            state = state.with_attacks(self.classifier, attacked, batch_size, saved)
         self.restore(state)
+
+    def training_steps(self, n_images: int, shape: Sequence[int], nb_epochs: int = 20) -> dict[str, int]:
+        """Steps of 64 images that each probe trains for in :meth:`fit`: those of the epochs, and at least a minimum.
+
+        Args:
+            n_images: clean images, those held out included.
+            shape: of an image, (C, H, W).
+            nb_epochs: as for :meth:`fit`.
+
+        Returns:
+            Name of a probe -> steps; probes that train nothing are left out.
+
+        Example:
+            >>> detector = CausalEffectDetector(torch.nn.Flatten())
+            >>> detector.training_steps(120, (1, 8, 8), nb_epochs=3)  # `Denoising(least_steps=800)`
+            {'denoising': 800}
+        """
+        check_integer("n_images", n_images, least=1)
+        check_integer("nb_epochs", nb_epochs, "a positive whole number", least=1)
+        signature = self.signature or Signature.of(shape, self.classifier.clip_values)
+        n_fit = n_images - round(self.holdout * n_images)
+        steps = {probe.name: probe.training_steps(n_fit, nb_epochs) for probe in signature.probes}
+        return {name: count for name, count in steps.items() if count}
 
     def teach(self, x: Array, batch_size: int = 128) -> None:
         """Learn to recognise attacked images like these, after :meth:`fit`; those of an earlier call are forgotten.

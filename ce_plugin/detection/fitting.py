@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 
 from ce_plugin.detection.augmentation import Augmentation
 from ce_plugin.detection.calibration import Calibration
+from ce_plugin.detection.checkpoint import Checkpoint, shards
 from ce_plugin.detection.classifier import ClassifierWrapper
+from ce_plugin.detection.denoiser import STEP
 from ce_plugin.detection.probes import View
 from ce_plugin.detection.scorers import FittedModule, Sample, Scorer
 from ce_plugin.detection.signature import Signature, digests
@@ -51,6 +55,26 @@ class FitConfig:
     seed: int
     batch_size: int = field(compare=False)
     n_epochs: int
+
+    def settings(self, classifier: ClassifierWrapper, split: Split, attacks: Sequence[Adversarial]) -> dict[str, Any]:
+        """What an interrupted fit must share with the one that goes on."""
+        attacked = [] if split.attacked is None else digests(split.attacked)
+        images = repr((split.hashes, attacked)).encode()
+        return {
+            "purpose": "fit",
+            "network": classifier.fingerprint(),
+            "images": hashlib.blake2b(images, digest_size=16).hexdigest(),
+            "clip_values": classifier.clip_values,
+            "normalization": repr(classifier.normalization),
+            "signature": repr(self.signature),
+            "augmentation": repr(self.augmentation),
+            "aggregate": self.aggregate,
+            "attacks": list(map(repr, attacks)),
+            "holdout": split.holdout,
+            "seed": int(self.seed),
+            "batch_size": self.batch_size,
+            "nb_epochs": self.n_epochs,
+        }
 
     def check(self, clip_values: tuple[float, float]) -> None:
         """Whether what alters images was made for images in this range of values.
@@ -242,7 +266,14 @@ def attacks_on(classifier: ClassifierWrapper, attacks: Sequence[Any], batch_size
     return made
 
 
-def attacked_versions(classifier: ClassifierWrapper, attack: Adversarial, images: Tensor, batch_size: int) -> Tensor:
+def attacked_versions(
+    classifier: ClassifierWrapper,
+    attack: Adversarial,
+    images: Tensor,
+    batch_size: int,
+    checkpoint: Checkpoint | None = None,
+    name: str = "attack",
+) -> Tensor:
     """The images after an attack, those whose answer it changed: (M, C, H, W), in 256 levels.
 
     Args:
@@ -250,12 +281,19 @@ def attacked_versions(classifier: ClassifierWrapper, attack: Adversarial, images
         attack: the attack.
         images: clean ones, see :attr:`Split.to_fit`.
         batch_size: images at a time.
+        checkpoint: where the attacked images are saved, or read.
+        name: of the attack in it.
     """
     before = classifier.predict(images, batch_size)
     low, high = classifier.clip_values
-    moved = attack.perturb(images, target=before).detach().clamp(low, high)
-    moved = ((moved - low) / (high - low) * 255).round() / 255 * (high - low) + low
-    return moved[classifier.predict(moved, batch_size) != before]
+    saved, parts = checkpoint or Checkpoint(), []
+    for rows in shards(len(images), math.lcm(batch_size, attack.batch_size)):
+        perturb = functools.partial(attack.perturb, images[rows], target=before[rows])
+        moved = saved.tensor(f"{name} {rows.start}", perturb).to(images).clamp(low, high)
+        moved = ((moved - low) / (high - low) * 255).round() / 255 * (high - low) + low
+        parts.append(moved[classifier.predict(moved, batch_size) != before[rows]])
+        saved.tick(name, -(-(rows.stop - rows.start) // STEP))
+    return torch.cat(parts)
 
 
 class State(FittedModule):
@@ -304,9 +342,18 @@ class State(FittedModule):
         self.calibration = Calibration(self.scorer.score(deviations).numpy())
         return self
 
-    def measure(self, classifier: ClassifierWrapper, images: Tensor, batch_size: int) -> Sample:
+    def measure(
+        self,
+        classifier: ClassifierWrapper,
+        images: Tensor,
+        batch_size: int,
+        checkpoint: Checkpoint | None = None,
+        name: str = "images",
+    ) -> Sample:
         """The responses of all probes to images."""
-        return self.signature.measure(classifier, images, batch_size=batch_size, seed=self.seed)
+        return self.signature.measure(
+            classifier, images, batch_size=batch_size, seed=self.seed, checkpoint=checkpoint, name=name
+        )
 
     def by_column(self, deviations: Tensor) -> dict[str, npt.NDArray[np.float64]]:
         """Deviations (N, D) by the names of their columns."""
@@ -326,10 +373,13 @@ class State(FittedModule):
             sample = self.signature.respond(View(classifier, images, digests(images), self.seed))
             return self.scorer.score(self.scorer.deviations(sample)).to(images.dtype).to(images.device)
 
-    def with_attacks(self, classifier: ClassifierWrapper, images: Tensor, batch_size: int) -> State:
+    def with_attacks(
+        self, classifier: ClassifierWrapper, images: Tensor, batch_size: int, checkpoint: Checkpoint | None = None
+    ) -> State:
         """A copy that has learned from these attacked images."""
         again = copy.deepcopy(self)
-        again.scorer = self.scorer.with_attacks(self.measure(classifier, _in_own_order(images), batch_size), self.seed)
+        sample = self.measure(classifier, _in_own_order(images), batch_size, checkpoint, "attacked images")
+        again.scorer = self.scorer.with_attacks(sample, self.seed)
         return again.calibrate(again.scorer.with_likeness(self.held_out, self.features), self.features)
 
     def recalibrated(self, classifier: ClassifierWrapper, images: Tensor, batch_size: int) -> State:
@@ -357,18 +407,22 @@ class Fitter:
     def __init__(self) -> None:
         self._last: tuple[object, State] | None = None
 
-    def fit(self, classifier: ClassifierWrapper, config: FitConfig, split: Split) -> State:
+    def fit(
+        self, classifier: ClassifierWrapper, config: FitConfig, split: Split, checkpoint: Checkpoint | None = None
+    ) -> State:
         """The state fitted to the clean images of a split; its attacked ones are not used."""
         fingerprint = classifier.fingerprint()
         key = (config, split.holdout, sorted(split.hashes), fingerprint)
         if self._last is not None and self._last[0] == key:
             return self._last[1]
         clean, size, seed = split.to_fit, config.batch_size, config.seed
-        signature = config.signature.fit(classifier, clean, n_epochs=config.n_epochs, seed=seed)
-        sample = signature.measure(classifier, clean, batch_size=size, seed=seed)
-        altered = None
+        signature = config.signature.fit(classifier, clean, n_epochs=config.n_epochs, seed=seed, checkpoint=checkpoint)
+        measure = functools.partial(
+            signature.measure, classifier, clean, batch_size=size, seed=seed, checkpoint=checkpoint
+        )
+        sample, altered = measure(name="clean images"), None
         if config.augmentation is not None:
-            altered = signature.measure(classifier, clean, batch_size=size, seed=seed, augmentation=config.augmentation)
+            altered = measure(augmentation=config.augmentation, name="altered images")
         scorer = Scorer(config.aggregate).fit(sample, altered, seed=seed, leading=signature.leading)
         state = State(
             signature,
@@ -379,7 +433,7 @@ class Fitter:
             fingerprint=fingerprint,
             seed=seed,
         )
-        held_out = state.measure(classifier, split.clean[split.held_out], size)
+        held_out = state.measure(classifier, split.clean[split.held_out], size, checkpoint, "images held out")
         # A copy, for the user may go on to change a probe.
         self._last = (copy.deepcopy(key), state.calibrate(scorer.deviations(held_out), held_out.features()))
         return state

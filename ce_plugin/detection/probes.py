@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ce_plugin.attribution import LayerCausalEffect
+from ce_plugin.detection.checkpoint import Checkpoint
 from ce_plugin.detection.classifier import ClassifierWrapper
-from ce_plugin.detection.denoiser import Denoiser, train_denoiser
+from ce_plugin.detection.denoiser import STEP, Denoiser, train_denoiser
 from ce_plugin.errors import (
     ArgumentError,
     FileError,
@@ -305,7 +306,15 @@ class Probe(nn.Module, ABC):
         return {name: _plain(getattr(self, name)) for name in inspect.signature(type(self)).parameters}
 
     def fit(self, classifier: ClassifierWrapper, images: Tensor, *, n_epochs: int, seed: int) -> None:
-        """Fit its own parameters to clean images (N, C, H, W); most probes have none."""
+        """Fit its own parameters to clean images (N, C, H, W); most probes have none.
+
+        A method with an argument ``checkpoint`` gets a :class:`~ce_plugin.detection.checkpoint.Checkpoint`, or None, in
+        which long training can be saved.
+        """
+
+    def training_steps(self, n_images: int, n_epochs: int) -> int:
+        """Steps that :meth:`fit` trains for."""
+        return 0
 
     def allocate(self, shape: tuple[int, ...], value_range: tuple[float, float]) -> None:
         """Make the modules that :meth:`fit` makes, without values: those of a file are loaded into them.
@@ -668,10 +677,25 @@ class Denoising(Probe):
         self.width, self.least_steps, self.eps = width, least_steps, float(eps)
         self.denoiser: Denoiser | None = None
 
-    def fit(self, classifier: ClassifierWrapper, images: Tensor, *, n_epochs: int, seed: int) -> None:
+    def training_steps(self, n_images: int, n_epochs: int) -> int:
+        """The epochs' steps of 64 images, and at least ``least_steps``."""
+        return max(self.least_steps, n_epochs * n_images // STEP)
+
+    def fit(
+        self,
+        classifier: ClassifierWrapper,
+        images: Tensor,
+        *,
+        n_epochs: int,
+        seed: int,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
         """Train the denoiser on clean images."""
-        n_steps = max(self.least_steps, n_epochs * len(images) // 64)
-        denoiser = train_denoiser(classifier, images, width=self.width, n_steps=n_steps, eps=self.eps, seed=seed)
+        n_steps = self.training_steps(len(images), n_epochs)
+        denoiser = train_denoiser(
+            classifier, images, width=self.width, n_steps=n_steps, eps=self.eps, seed=seed, checkpoint=checkpoint,
+            name=self.name,
+        )  # fmt: skip
         with classifier.guarded():
             one = flops_of(functools.partial(classifier, images[:1]))
         cost = round(flops_of(functools.partial(denoiser, images[:1].float())) / one, 1) if one else 0.0

@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,15 @@ class Sample:
         for name, response in self.responses.items():
             responses[name] = Response(*(one.detach().cpu() for one in response))
         return Sample(responses, self.idle.detach().cpu())
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a file of a checkpoint holds; :meth:`from_dict` reads it."""
+        return {"responses": {name: list(response) for name, response in self.responses.items()}, "idle": self.idle}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Sample:
+        """The images of :meth:`to_dict`."""
+        return cls({name: Response(*parts) for name, parts in content["responses"].items()}, content["idle"])
 
     def select(self, rows: Tensor | slice) -> Sample:
         """Some of them."""

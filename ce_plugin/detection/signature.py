@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from ce_plugin._lazy import renamed_keywords, warn_renamed
 from ce_plugin.detection.augmentation import SMALL, Augmentation
+from ce_plugin.detection.checkpoint import Checkpoint, shards
 from ce_plugin.detection.classifier import ClassifierWrapper
+from ce_plugin.detection.denoiser import STEP
 from ce_plugin.detection.probes import (
     SIDES,
     CounterAttack,
@@ -176,11 +180,20 @@ class Signature:
         """Whether the effects of every probe have a gradient."""
         return all(probe.differentiable for probe in self.probes)
 
-    def fit(self, classifier: ClassifierWrapper, images: Tensor, *, n_epochs: int, seed: int) -> Signature:
+    def fit(
+        self,
+        classifier: ClassifierWrapper,
+        images: Tensor,
+        *,
+        n_epochs: int,
+        seed: int,
+        checkpoint: Checkpoint | None = None,
+    ) -> Signature:
         """A copy whose probes have learned what they need from clean images (N, C, H, W)."""
         probes = copy.deepcopy(self.probes)
         for probe in probes:
-            probe.fit(classifier, images, n_epochs=n_epochs, seed=seed)
+            saved = {"checkpoint": checkpoint} if "checkpoint" in inspect.signature(probe.fit).parameters else {}
+            probe.fit(classifier, images, n_epochs=n_epochs, seed=seed, **saved)
         return Signature(probes, leading=self.leading)
 
     def respond(self, view: View) -> Sample:
@@ -198,6 +211,8 @@ class Signature:
         batch_size: int,
         seed: int,
         augmentation: Augmentation | None = None,
+        checkpoint: Checkpoint | None = None,
+        name: str = "images",
     ) -> Sample:
         """What every probe does to every image; the network and the random state stay as they are.
 
@@ -207,10 +222,27 @@ class Signature:
             batch_size: images at a time.
             seed: of interventions that draw random numbers.
             augmentation: applied to the images first.
+            checkpoint: where the responses are saved, some batches at a time, or read.
+            name: of the images in it.
 
         Returns:
             The responses, without gradients, on the CPU.
         """
+        saved, parts = checkpoint or Checkpoint(), []
+        for rows in shards(len(images), batch_size):
+            measure = functools.partial(self._measured, classifier, images[rows], batch_size, seed, augmentation)
+            parts.append(Sample.from_dict(saved.stage(f"{name} {rows.start}", measure)))
+            saved.tick(name, -(-(rows.stop - rows.start) // STEP))
+        return Sample.joined(parts)
+
+    def _measured(
+        self,
+        classifier: ClassifierWrapper,
+        images: Tensor,
+        batch_size: int,
+        seed: int,
+        augmentation: Augmentation | None,
+    ) -> dict[str, Any]:
         parts = []
         # Inside inference mode no probe could ask for a gradient.
         with classifier.guarded(), torch.inference_mode(False), torch.no_grad():
@@ -219,7 +251,7 @@ class Signature:
                 ids = digests(batch)
                 altered = batch if augmentation is None else augmentation(batch, ids, seed)
                 parts.append(self.respond(View(classifier, altered, ids, seed)).detached())
-        return Sample.joined(parts)
+        return Sample.joined(parts).to_dict()
 
     def columns(self, sample: Sample) -> list[str]:
         """What each column of :meth:`Scorer.deviations` is: a probe, or one of its interventions by its margin.

@@ -186,6 +186,11 @@ class Adversarial(Intervention):
         made: Adversarial = getattr(cls, name)(model, **options)
         return made
 
+    @property
+    def batch_size(self) -> int:
+        """Images that are attacked together."""
+        return self._classifier.batch_size
+
     def values(self, clean: Tensor, context: Context) -> Tensor:
         """The adversarial examples of ``clean``, clipped, in model units.
 
