@@ -413,3 +413,81 @@ def test_a_table_finds_pictures_by_path_and_by_file_name(tmp_path: Path) -> None
     table.write_text("file,label\na/one.png,0\nb/one.png,1\n")
     with pytest.raises(FileError, match=r"none for 'one\.png'"):  # two pictures are called so
         column_of(table, ["one.png"], "label", "labels")
+
+
+# --- interrupted runs ------------------------------------------------------------------------------------------------
+
+
+def stop_at(patch: pytest.MonkeyPatch, owner: type, method: str, count: int) -> list[int]:
+    """Interrupt the run at one of the calls of a method; returns the calls so far."""
+    calls: list[int] = []
+    original = getattr(owner, method)
+
+    def counted(*args: object, **options: object) -> object:
+        calls.append(len(calls))
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    patch.setattr(owner, method, counted)
+    return calls
+
+
+def test_an_interrupted_fit_is_taken_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ce_plugin.detection.checkpoint._SHARD", 128)
+    fit = ["detect", "fit", "clean", *NETWORK, "--grayscale", "--out", "again.ce", "--quiet"]
+    seeded = [*fit, "--seed", "3"]
+    with monkeypatch.context() as patch:
+        calls = stop_at(patch, Signature, "_measured", 3)
+        assert main(seeded) == 130
+        assert "What was done is in" in (said := capsys.readouterr().err)
+        assert "add --resume" in said
+        assert main(seeded) == 1
+        assert "Go on from it with --resume" in capsys.readouterr().err
+        assert main([*fit, "--resume", "--seed", "4"]) == 1
+        assert "`checkpoint` to be one" in capsys.readouterr().err
+        assert main([*seeded, "--resume"]) == 0
+        assert len(calls) == 3 + 3, "two of the five parts are not measured again"
+    assert not Path("again.ce.checkpoint").exists()
+    one, other = (CausalEffectDetector.load(name, network(folder)).learned() for name in ("again.ce", "d.ce"))
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    assert main([*seeded, "--force", "--resume"]) == 1
+    assert "There is nothing to go on from" in capsys.readouterr().err
+
+
+def test_an_interrupted_evaluation_is_taken_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["detect", "evaluate", "test", *NETWORK, "--detector", "d.ce", "--attacks", "fgsm", "pgd", "--quiet"]
+    assert main([*words, "--out", "whole"]) == 0
+    assert not Path("whole.checkpoint").exists()
+    with monkeypatch.context() as patch:
+        calls = stop_at(patch, Adversarial, "perturb", 2)
+        assert main([*words, "--out", "taken-up"]) == 130
+        assert "add --resume" in capsys.readouterr().err
+        assert main([*words, "--out", "taken-up", "--resume", "--seed", "4"]) == 1
+        assert main([*words, "--out", "taken-up", "--resume"]) == 0
+        assert len(calls) == 3, "the first attack is not made again"
+    assert not Path("taken-up.checkpoint").exists()
+    assert Path("taken-up/evaluation.csv").read_text() == Path("whole/evaluation.csv").read_text()
+
+
+def test_epochs_are_as_many_as_were_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps: list[str] = []
+    monkeypatch.setattr("ce_plugin.cli._detect.CausalEffectDetector.fit", lambda *_, **__: steps.append("fit") or 1 / 0)
+    fit = ["detect", "fit", "clean", *NETWORK, "--grayscale", "--out", "epochs.ce"]
+    signature = Signature([Denoising(), CounterAttack()])
+    monkeypatch.setattr(Signature, "small_images", classmethod(lambda cls, value_range=(0.0, 1.0): signature))
+    for words, said in (([], "800 steps of 64"), (["--epochs", "3"], "8 steps of 64 pictures; fewer than 800 seldom")):
+        with pytest.raises(ZeroDivisionError):
+            main([*fit, *words, "--force"])
+        assert f"Training, denoising: {said}" in capsys.readouterr().out
+    quick_signature(monkeypatch)
+    assert main([*fit, "--epochs", "3", "--force"]) == 1
+    assert "`epochs` to be left out for pictures of 8 pixels" in capsys.readouterr().err
+    assert steps == ["fit", "fit"]

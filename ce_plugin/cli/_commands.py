@@ -492,6 +492,10 @@ class FitOptions(NetworkOptions):
     classes, at least 75 and better a thousand. About 500 held out for the threshold
     hold a false-alarm rate of 5 % to within two points. What the detector was
     fitted with is in FILE.json.
+
+    What is done is saved in the folder FILE.checkpoint. An interrupted fit goes on
+    from there with the same options and --resume, and ends as if it had not been
+    interrupted.
     """
 
     images: Images
@@ -502,7 +506,15 @@ class FitOptions(NetworkOptions):
     held_out: Annotated[
         float, _detector("SHARE", "Share of clean pictures kept to set the threshold.", parser=open_share)
     ] = 0.3
-    epochs: Annotated[int, _detector("N", "Epochs of the denoiser's training.", parser=count)] = 20
+    epochs: Annotated[
+        int | None,
+        _detector(
+            "N",
+            "Epochs of the denoiser's training, for small pictures; as many as you ask for.",
+            parser=count,
+            shown="20, and at least 800 steps of 64 pictures, 3000 more with --adversarial-training",
+        ),
+    ] = None
     adversarial_training: Annotated[
         bool,
         _detector(
@@ -525,6 +537,7 @@ class FitOptions(NetworkOptions):
             "attacked ones to train on.",
         ),
     ] = None
+    resume: Annotated[bool, _run("", "Go on with a fit that was interrupted.", "--resume")] = False
     seed: Seed = 0
     out: OutFile
     force: Force = False
@@ -578,6 +591,9 @@ class EvaluateOptions(NetworkOptions):
     refused; those that set its threshold flatter the false alarms. The adaptive
     attack knows the detector and looks for pictures that fool it as well; it takes
     up to four thousand steps through network and detector for each picture.
+
+    Attacked pictures are saved in a folder beside, OUT.checkpoint. An interrupted
+    evaluation goes on from there with the same options and --resume.
     """
 
     images: Images
@@ -603,6 +619,7 @@ class EvaluateOptions(NetworkOptions):
     ] = None
     limit: Limit = None
     layer: AlarmLayer = None
+    resume: Annotated[bool, _run("", "Go on with an evaluation that was interrupted.", "--resume")] = False
     seed: Seed = 0
     out: Out = Path("ce-plugin-evaluation")
     force: Force = False

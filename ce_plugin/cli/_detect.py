@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import csv
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ce_plugin.cli._commands import EvaluateOptions, FitOptions, ScoreOptions
 from ce_plugin.cli._session import Pictures, beside, manifest, network, progress, say, table
-from ce_plugin.detection import CausalEffectDetector, Signature
+from ce_plugin.detection import CausalEffectDetector, Denoising, Signature
+from ce_plugin.detection.checkpoint import discard
+from ce_plugin.detection.denoiser import STEP
 from ce_plugin.errors import ArgumentError, FileError, expected
 from ce_plugin.files import csv_cell, existing_file, write_files
 from ce_plugin.models import VisionModel
@@ -32,6 +37,8 @@ from ce_plugin.report import (
 )
 
 _SMALL = 64
+# Of the denoiser's training, where none are asked for; and how many steps it takes at least then.
+_EPOCHS, _FEW_STEPS = 20, 800
 _LABELS = {"0": 0, "clean": 0, "1": 1, "adversarial": 1}
 
 
@@ -42,15 +49,24 @@ def fit(options: FitOptions, argv: Sequence[str]) -> dict[str, str]:
     pictures = Pictures(options.images, net, quiet=options.quiet)
     labels = None if options.labels is None else _labels(options.labels, pictures.names())
     detector = _unfitted(options, net)
-    with progress(-(-len(pictures) // 32) + 1, quiet=options.quiet) as step:
+    shape = (1 if options.grayscale else 3, net.framing.size, net.framing.size)
+    training = _training(detector, len(pictures), shape, options)
+    checkpoint = _begun(options)
+    with progress(-(-len(pictures) // 32), quiet=options.quiet) as step:
         images = pictures.all(step)
-        step("fitting")
-        detector.fit(images.numpy(), labels, batch_size=_batch_size(net), nb_epochs=options.epochs)
+    # Clean and altered pictures, attacked ones made and measured.
+    measured = (2 + 2 * len(detector.attacks or ())) * -(-len(images) // STEP)
+    with _resumable(checkpoint), _bar(training + measured, quiet=options.quiet) as done:
+        detector.fit(
+            images.numpy(), labels, batch_size=_batch_size(net), nb_epochs=options.epochs or _EPOCHS,
+            checkpoint=checkpoint, progress=done,
+        )  # fmt: skip
     detector.save(options.out, force=True)  # it is reserved
     findings = _fit_record(detector, len(pictures))
     inputs = {"IMAGES": list(map(str, options.images)), "pictures": len(pictures), "unreadable": pictures.unreadable}
     record = manifest(options, argv, net, inputs)
     write_files(options.out.parent, {record_file.name: {**record, "findings": findings}})
+    discard(checkpoint)
     low, high = findings["false_alarms_due"]
     say(
         f"Flags {options.fpr:.1%} of clean pictures; by the {findings['calibration_images']} that set the threshold, "
@@ -59,6 +75,60 @@ def fit(options: FitOptions, argv: Sequence[str]) -> dict[str, str]:
     )
     say(f"Detector: {options.out.absolute()}")
     return pictures.unreadable
+
+
+def _begun(options: FitOptions | EvaluateOptions) -> Path:
+    """The folder in which the run is saved, after a look whether it may begin, or go on."""
+    checkpoint = Path(f"{options.out}.checkpoint")
+    if options.resume and not checkpoint.exists():
+        hint = "There is nothing to go on from: leave out --resume."
+        raise FileError(expected("resume", f"with the folder {str(checkpoint)!r} of an interrupted run", "none", hint))
+    if checkpoint.exists() and not options.resume:
+        if not options.force:
+            hint = "Go on from it with --resume, or begin again with --force."
+            raise FileError(expected("out", "without an interrupted run", f"{str(checkpoint)!r}", hint))
+        discard(checkpoint)
+    return checkpoint
+
+
+@contextmanager
+def _resumable(checkpoint: Path) -> Iterator[None]:
+    """Say where an interrupted run can be taken up."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if checkpoint.exists():
+            sys.stderr.write(f"What was done is in {checkpoint.absolute()}; add --resume to go on from there\n")
+        raise
+
+
+@contextmanager
+def _bar(total: int, *, quiet: bool) -> Iterator[Callable[[str, int], None]]:
+    """A bar over steps; each call says what was done, and how many of them."""
+    with tqdm(total=total, disable=quiet, unit="step", leave=False) as bar:
+
+        def done(what: str, n: int) -> None:
+            bar.set_description(what, refresh=False)
+            bar.update(n)
+
+        yield done
+
+
+def _training(detector: CausalEffectDetector, n: int, shape: tuple[int, int, int], options: FitOptions) -> int:
+    """How many steps will be trained, after a word on them.
+
+    Raises:
+        ArgumentError: epochs are asked for where nothing is trained.
+    """
+    training = detector.training_steps(n, shape, options.epochs or _EPOCHS)
+    if options.epochs is not None and not training:
+        wanted = f"left out for pictures of {shape[-1]} pixels a side, for which nothing is trained"
+        raise ArgumentError(expected("epochs", wanted, options.epochs))
+    for name, steps in training.items():
+        few = options.epochs is not None and steps < _FEW_STEPS
+        remark = f"; fewer than {_FEW_STEPS} seldom suffice" if few else ""
+        say(f"Training, {name}: {steps} steps of {STEP} pictures{remark}", quiet=options.quiet)
+    return sum(training.values())
 
 
 def _unfitted(options: FitOptions, net: VisionModel) -> CausalEffectDetector:
@@ -77,6 +147,14 @@ def _unfitted(options: FitOptions, net: VisionModel) -> CausalEffectDetector:
         )
     if options.adversarial_training or options.hardened:
         detector.set_params(signature=Signature.adversarially_trained(detector.classifier.clip_values))
+    if options.epochs is not None:
+        # As many as were asked for: the minimum is for the default.
+        shape = (1 if options.grayscale else 3, net.framing.size, net.framing.size)
+        signature = detector.signature or Signature.of(shape, detector.classifier.clip_values)
+        for probe in signature.probes:
+            if isinstance(probe, Denoising):
+                probe.least_steps = 1
+        detector.set_params(signature=signature)
     if options.attacks:
         planned = _planned(options.attacks, options.eps, net)
         learned = [attack_to_learn(detector, name, eps, batch_size=_batch_size(net)) for name, eps in planned]
@@ -121,15 +199,17 @@ def evaluate(options: EvaluateOptions, argv: Sequence[str]) -> dict[str, str]:
     if options.truth is not None:
         given = column_of(options.truth, names, "class", "truth")
         truth = torch.tensor([net.class_index(text, "truth") for text in given])
+    checkpoint = _begun(options)
     planned = _planned(options.attacks or (), options.eps, net)
     attacks = [detector_attack(detector, name, eps, batch_size=size, seed=options.seed) for name, eps in planned]
-    with progress(-(-len(pictures) // 32) + 1 + len(attacks), quiet=options.quiet) as step:
+    with _resumable(checkpoint), progress(-(-len(pictures) // 32) + 1 + len(attacks), quiet=options.quiet) as step:
         trial = try_detector(
             detector, pictures.all(step), names, attacks, labels=truth, layer=options.layer, batch_size=size,
-            seed=options.seed, progress=step,
+            seed=options.seed, progress=step, checkpoint=checkpoint,
         )  # fmt: skip
     record = manifest(options, argv, net, _inputs(options, pictures))
     page = save_evaluation(trial, options.out, net=net, detector=options.detector.name, manifest=record)
+    discard(checkpoint)
     say(_tried(trial), quiet=options.quiet)
     say(f"Evaluation: {page.absolute()}")
     return pictures.unreadable

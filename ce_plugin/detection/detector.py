@@ -240,7 +240,8 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         config.check(clip_values)
         split.check(self.classifier, batch_size)
         Calibration(np.zeros(int(split.held_out.sum()))).threshold(self.fpr)
-        saved = Checkpoint(checkpoint, config.settings(self.classifier, split, attacks), progress)
+        asked = {} if checkpoint is None else config.settings(self.classifier, split, attacks)
+        saved = Checkpoint(checkpoint, asked, progress)
         state, attacked = self._fitter.fit(self.classifier, config, split, saved), split.attacked
         if attacks:
             parts = []

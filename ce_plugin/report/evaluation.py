@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +29,7 @@ from ce_plugin.visualization import data_uri, plot_roc, plot_scores
 
 if TYPE_CHECKING:
     from ce_plugin.detection import Calibration, CausalEffectDetector, Rate
+    from ce_plugin.detection.checkpoint import Checkpoint
     from ce_plugin.evaluation import Figures
 
 # With fewer successful attacks no AUROC is given.
@@ -50,12 +54,14 @@ class DetectorAttack:
         settings: of the attack, for the reader.
         bound: largest change of a value, as a share of the range; None where values may change as they like.
         craft: images (N, C, H, W) in image units, the classes to leave (N,), and their ids -> attacked images.
+        seed: of random starts.
     """
 
     name: str
     settings: str
     bound: float | None
     craft: Callable[[Tensor, Tensor, Sequence[int]], Tensor] = field(repr=False)
+    seed: int = 0
 
 
 def detector_attack(
@@ -92,9 +98,11 @@ def detector_attack(
         return found
 
     if name == "jsma":
-        return DetectorAttack(name, f"L0, at most {_PAIRS} pairs of values set to the end of the range", None, craft)
+        return DetectorAttack(
+            name, f"L0, at most {_PAIRS} pairs of values set to the end of the range", None, craft, seed
+        )
     settings = f"L-inf, eps {_levels(eps)} of the range" + (f", {_ITERATIONS} steps" if name != "fgsm" else "")
-    return DetectorAttack(f"{name} {_levels(eps)}", settings, eps, craft)
+    return DetectorAttack(f"{name} {_levels(eps)}", settings, eps, craft, seed)
 
 
 def attack_to_learn(detector: CausalEffectDetector, name: str, eps: float, *, batch_size: int = 128) -> Adversarial:
@@ -139,7 +147,7 @@ def _adaptive(detector: CausalEffectDetector, eps: float, batch_size: int, seed:
 
     runs = f"{len(attack.losses)} losses x {attack.restarts} restarts x {attack.steps} steps"
     settings = f"L-inf, eps {_levels(eps)} of the range, knows network and detector, {runs}"
-    return DetectorAttack(f"adaptive {_levels(eps)}", settings, eps, craft)
+    return DetectorAttack(f"adaptive {_levels(eps)}", settings, eps, craft, seed)
 
 
 def rounded(moved: Tensor, clean: Tensor, bound: float | None, clip_values: tuple[float, float]) -> Tensor:
@@ -235,6 +243,7 @@ def try_detector(
     batch_size: int = 128,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    checkpoint: str | PathLike[str] | None = None,
 ) -> DetectorTrial:
     """Attack pictures, and see how many successful attacks the detector flags, and how many clean pictures.
 
@@ -252,9 +261,13 @@ def try_detector(
         batch_size: pictures at a time.
         seed: of the bootstrap.
         progress: called with the name of each step.
+        checkpoint: a folder, in which attacked pictures are saved, some batches at a time: a trial that was
+            interrupted goes on from there with the same result, with the same settings and pictures. Delete it at the
+            end.
 
     Raises:
         InputError: a picture was fitted on, or none is classified correctly.
+        ArgumentError, ModelError, FileError: the checkpoint is that of another trial, or none.
 
     Example:
         >>> from ce_plugin.detection import CausalEffectDetector, CounterAttack, Signature
@@ -269,9 +282,12 @@ def try_detector(
         (50, 50)
     """
     from ce_plugin.detection import rate
+    from ce_plugin.detection.checkpoint import Checkpoint
 
     progress = progress or (lambda step: None)
     _check_unseen(detector, images)
+    asked = {} if checkpoint is None else _trial_settings(detector, images, attacks, labels, batch_size)
+    saved = Checkpoint(checkpoint, asked)
     progress("clean pictures")
     start = time.perf_counter()
     rows = scored(detector, names, images, batch_size)
@@ -286,7 +302,7 @@ def try_detector(
     data, tried = _Data(images, names, truth, clean, right), []
     for attack in attacks:
         progress(attack.name)
-        tried.append(_attacked(detector, attack, data, n_shown, layer, seed))
+        tried.append(_attacked(detector, attack, data, n_shown, layer, seed, batch_size, saved))
     state = detector.learned()
     return DetectorTrial(
         clean=clean,
@@ -315,20 +331,26 @@ class _Data:
 
 
 def _attacked(
-    detector: CausalEffectDetector, attack: DetectorAttack, data: _Data, n_shown: int, layer: str | None, seed: int
+    detector: CausalEffectDetector,
+    attack: DetectorAttack,
+    data: _Data,
+    n_shown: int,
+    layer: str | None,
+    seed: int,
+    batch_size: int,
+    saved: Checkpoint,
 ) -> AttackResult:
     from ce_plugin.detection import rate
     from ce_plugin.evaluation import figures
 
     index = np.flatnonzero(data.right)
     before, truth = data.images[index], data.truth[index]
-    start = time.perf_counter()
-    moved = rounded(attack.craft(before, truth, index.tolist()), before, attack.bound, detector.classifier.clip_values)
-    seconds = time.perf_counter() - start
+    found, seconds = _crafted(attack, before, truth, index.tolist(), batch_size, saved)
+    moved = rounded(found, before, attack.bound, detector.classifier.clip_values)
     won = np.flatnonzero((_answers(detector, moved) != truth).numpy())
     rows = scored(detector, [data.names[i] for i in index[won]], moved[won]) if len(won) else []
     scores = np.array([row.score for row in rows])
-    found = figures(
+    measured = figures(
         data.clean[index], scores, detector=detector.name, attack=attack.name, ids=(index, index[won]), needed=_NEEDED,
         seed=seed,
     )  # fmt: skip
@@ -338,7 +360,47 @@ def _attacked(
         image = moved[one : one + 1]
         shown.append(explained(detector, rows[place], image, layer, before[one], int(truth[one])))
     flagged = rate(scores > detector.threshold) if len(scores) else None
-    return AttackResult(attack.name, attack.settings, len(index), scores, found, flagged, tuple(shown), seconds)
+    return AttackResult(attack.name, attack.settings, len(index), scores, measured, flagged, tuple(shown), seconds)
+
+
+def _crafted(
+    attack: DetectorAttack, images: Tensor, classes: Tensor, ids: list[int], batch_size: int, saved: Checkpoint
+) -> tuple[Tensor, float]:
+    """What the attack makes of the images, and the seconds that it took; in parts that are saved."""
+    from ce_plugin.detection.checkpoint import shards
+
+    def craft(rows: slice) -> dict[str, Any]:
+        start = time.perf_counter()
+        made = attack.craft(images[rows], classes[rows], ids[rows])
+        return {"images": made.detach().cpu(), "seconds": time.perf_counter() - start}
+
+    parts = [saved.stage(f"{attack.name} {rows.start}", partial(craft, rows)) for rows in shards(len(ids), batch_size)]
+    return torch.cat([part["images"] for part in parts]), sum(part["seconds"] for part in parts)
+
+
+def _trial_settings(
+    detector: CausalEffectDetector,
+    images: Tensor,
+    attacks: Sequence[DetectorAttack],
+    labels: Tensor | None,
+    batch_size: int,
+) -> dict[str, Any]:
+    """What an interrupted trial must share with the one that goes on."""
+    from ce_plugin.detection.signature import digests
+
+    state = detector.learned()
+    learned = [value.cpu().numpy().tobytes() for _, value in sorted(state.state_dict().items())]
+    truth = None if labels is None else labels.tolist()
+    return {
+        "purpose": "evaluation",
+        "network": state.fingerprint,
+        "detector": blake2b(b"".join(learned), digest_size=16).hexdigest(),
+        "images": blake2b(repr((digests(images), truth)).encode(), digest_size=16).hexdigest(),
+        "clip_values": detector.classifier.clip_values,
+        "normalization": repr(detector.classifier.normalization),
+        "attacks": [(one.name, one.settings, one.bound, one.seed) for one in attacks],
+        "batch_size": batch_size,
+    }
 
 
 def _examples(rows: Sequence[Screened], n: int) -> list[int]:
