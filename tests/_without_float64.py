@@ -1,4 +1,7 @@
-"""A simulated device that has no float64, as Apple's MPS has none: run as a script, it prints what each call gave."""
+"""A simulated device that has no float64, as Apple's MPS has none: run as a script, it prints what each call gave.
+
+With ``--float64`` it has it, as CUDA has: no tensor of the CPU may get among those of the device then either.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class OnDevice(Tensor):
 
     @staticmethod
     def __new__(cls, raw: Tensor, requires_grad: bool = False) -> OnDevice:
-        if raw.dtype in (torch.float64, torch.complex128):
+        if raw.dtype in (torch.float64, torch.complex128) and "--float64" not in sys.argv:
             raise TypeError("Cannot convert a tensor of this device to float64 dtype as it has none.")
         return torch.Tensor._make_wrapper_subclass(
             cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype,
@@ -207,26 +210,25 @@ def calls() -> dict[str, Callable[[Any], Any]]:
     }  # fmt: skip
 
 
-def main(names: list[str]) -> dict[str, str]:
+def main() -> dict[str, str]:
     """What became of each call: "equal" to its result on the CPU, or what went wrong."""
     # In inference mode tensors of other classes are not handed to their class.
     torch.inference_mode = lambda mode=True: torch.no_grad() if mode else nullcontext()  # type: ignore[misc, assignment]
     _setup_privateuseone_for_python_backend(DEVICE)
-    found = {}
-    for name, call in calls().items():
-        if names and name not in names:
-            continue
-        try:
-            on_cpu = call(lambda value: value)
-            with Constructors(), Device():
-                there = call(moved)
-            pairs = zip(tree_leaves(on_cpu), tree_leaves(there), strict=True)
-            same = all(torch.allclose(*(_values(one) for one in pair), rtol=1e-3, atol=1e-5, equal_nan=True)
-                       for pair in pairs)  # fmt: skip
-            found[name] = "equal" if same else f"{on_cpu} became {there}"
-        except Exception:
-            found[name] = traceback.format_exc()
-    return found
+    return {name: _outcome(call) for name, call in calls().items()}
+
+
+def _outcome(call: Callable[[Any], Any]) -> str:
+    try:
+        on_cpu = call(lambda value: value)
+        with Constructors(), Device():
+            there = call(moved)
+        pairs = zip(tree_leaves(on_cpu), tree_leaves(there), strict=True)
+        values = [(_values(one), _values(other)) for one, other in pairs]
+        same = all(torch.allclose(*pair, rtol=1e-3, atol=1e-5, equal_nan=True) for pair in values)
+        return "equal" if same else f"{on_cpu} became {there}"
+    except Exception:
+        return traceback.format_exc()
 
 
 def _values(one: Any) -> Tensor:
@@ -235,4 +237,4 @@ def _values(one: Any) -> Tensor:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(sys.argv[1:])))
+    sys.stdout.write(json.dumps(main()))

@@ -26,12 +26,12 @@ _CALLS = [
 
 
 @functools.cache
-def outcome() -> dict[str, str]:
+def outcome(*options: str) -> dict[str, str]:
     """What each call gave on the simulated device; in a process of its own, for a device cannot be taken back."""
     pytest.importorskip("torch.utils.backend_registration", reason="devices written in Python")
     if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch takes no devices written in Python")
-    done = subprocess.run([sys.executable, str(_SCRIPT)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(_SCRIPT), *options], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, str] = json.loads(done.stdout)
     return found
@@ -40,6 +40,11 @@ def outcome() -> dict[str, str]:
 @pytest.mark.parametrize("name", _CALLS)
 def test_call_gives_the_same_on_a_device_without_float64(name: str) -> None:
     assert outcome()[name] == "equal", outcome()[name][-3000:]
+
+
+@pytest.mark.parametrize("name", _CALLS)
+def test_call_gives_the_same_on_a_device_with_float64(name: str) -> None:
+    assert outcome("--float64")[name] == "equal", outcome("--float64")[name][-3000:]
 
 
 def test_every_call_of_the_script_is_looked_at() -> None:

@@ -20,6 +20,12 @@ class InterruptError(Exception):
     """Stands for whatever ends a run."""
 
 
+class Passes:
+    """How many more passes a network can make; not in the network, which is left as it was."""
+
+    left: int | None = None
+
+
 class Fragile(nn.Module):
     """A network that fails at one of its passes."""
 
@@ -27,13 +33,12 @@ class Fragile(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.linear = nn.Linear(64, 3)
-        self.left: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.left is not None:
-            if self.left == 0:
+        if Passes.left is not None:
+            if Passes.left == 0:
                 raise InterruptError
-            self.left -= 1
+            Passes.left -= 1
         return self.linear(x.flatten(1))
 
 
@@ -75,13 +80,13 @@ def bits(found: CausalEffectDetector) -> dict[str, Tensor]:
 def whole() -> tuple[CausalEffectDetector, int]:
     """A fit that is not interrupted, and how many passes it takes."""
     network = Fragile()
-    network.left = 10**6
+    Passes.left = 10**6
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "_SHARD", 16)
         patch.setattr(scorers, "_STEPS", 10)
         found, _ = fit(network, None)
-    passes = 10**6 - network.left
-    network.left = None
+    passes = 10**6 - Passes.left
+    Passes.left = None
     return found, passes
 
 
@@ -99,14 +104,14 @@ def test_an_interrupted_fit_goes_on_and_ends_with_the_same_bits(
 ) -> None:
     wanted, passes = whole
     network = Fragile()
-    network.left = int(share * passes)
+    Passes.left = int(share * passes)
     with pytest.raises(InterruptError):
         fit(network, tmp_path / "run")
-    network.left = 10**6
+    Passes.left = 10**6
     found, _ = fit(network, tmp_path / "run")
     if share > 0.5:
-        assert 10**6 - network.left < passes, "what was done is not done again"
-    network.left = None
+        assert 10**6 - Passes.left < passes, "what was done is not done again"
+    Passes.left = None
     assert_same(found, wanted)
 
 
@@ -132,11 +137,11 @@ def test_an_interrupt_at_every_tick(whole: tuple[CausalEffectDetector, int], tmp
 def test_a_finished_run_is_read(whole: tuple[CausalEffectDetector, int], tmp_path: Path) -> None:
     network = Fragile()
     fit(network, tmp_path / "run")
-    network.left = 10**6
+    Passes.left = 10**6
     found, done = fit(network, tmp_path / "run")
     # The split's predictions, the denoiser's logits and cost, and which attacks won are computed again.
-    assert 10**6 - network.left < whole[1] / 2
-    network.left = None
+    assert 10**6 - Passes.left < whole[1] / 2
+    Passes.left = None
     assert_same(found, whole[0])
     assert {"denoising", "clean images", "altered images", "images held out", "attacked images"} <= set(done)
     discard(tmp_path / "run")
@@ -163,20 +168,20 @@ def test_the_result_does_not_depend_on_being_saved(
 )
 def test_other_settings_are_refused(options: dict[str, Any], match: str, tmp_path: Path) -> None:
     network = Fragile()
-    network.left = 40
+    Passes.left = 40
     with pytest.raises(InterruptError):
         fit(network, tmp_path)
-    network.left = None
+    Passes.left = None
     with pytest.raises(ArgumentError, match=f"`checkpoint` to be .*{match}"):
         fit(network, tmp_path, **options)
 
 
 def test_another_network_other_images_or_another_folder_are_refused(tmp_path: Path) -> None:
     network = Fragile()
-    network.left = 40
+    Passes.left = 40
     with pytest.raises(InterruptError):
         fit(network, tmp_path / "run")
-    network.left = None
+    Passes.left = None
     with pytest.raises(ModelError, match="`checkpoint` to be one of a run on this network"):
         fit(Fragile(seed=1), tmp_path / "run")
     found = detector(network)
