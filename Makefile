@@ -9,15 +9,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT := ce-plugin-demo
 ARGS :=
 METADATA := setup.cfg pyproject.toml
+# What is run on other interpreters and versions: all but detectors, the command line, reports and benchmarks.
+QUICK := $(addprefix tests/,attribution concepts effects interventions trials test_sites.py test_guard.py test_errors.py \
+  test_package.py test_golden.py test_compatibility.py)
 SCRIPTS = $(shell grep -l '^if __name__ == "__main__":' benchmarks/*.py benchmarks/*/*.py)
 
 # glibc returns large blocks to the system after every operation, which slows convolutional networks down on a CPU
 # (docs/performance.md); other C libraries take no notice of these.
-demo test test-slow: export MALLOC_MMAP_MAX_ = 0
-demo test test-slow: export MALLOC_TRIM_THRESHOLD_ = 20000000000
+demo test test-slow test-oldest test-python: export MALLOC_MMAP_MAX_ = 0
+demo test test-slow test-oldest test-python: export MALLOC_TRIM_THRESHOLD_ = 20000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format docs benchmark clean distclean
+.PHONY: help demo test test-slow test-oldest test-python check format docs benchmark clean distclean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -43,6 +46,22 @@ test: $(VENV)/.installed-demo $(VENV)/.installed-test  ## all tests, doctests of
 
 test-slow: $(VENV)/.installed-demo $(VENV)/.installed-test  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# In an environment of its own, which is made anew: the row of docs/works-with.md is written anew too.
+define on_other_versions
+	@echo "This installs PyTorch into $(1), which may take several GB."
+	$(2) -m venv --clear $(1)
+	$(1)/bin/python -m pip --disable-pip-version-check install --quiet $(3) --editable '.[demo,networks]' pytest hypothesis import-linter
+	-$(1)/bin/python -m pytest --junitxml=$(1)/tests.xml $(QUICK) $(ARGS)
+	$(1)/bin/python -m benchmarks.works_with.versions $(4) $(1)/tests.xml
+endef
+
+test-oldest:  ## the tests on Python 3.10 and the lower bounds of setup.cfg (PYTHON=python3.10)
+	sed -n '/^install_requires/,/^\[/s/^ *\([A-Za-z0-9_-]*\)>=\(.*\)/\1==\2/p' setup.cfg > .oldest.txt
+	$(call on_other_versions,.venv-oldest,$(PYTHON),--constraint .oldest.txt,oldest)
+
+test-python:  ## the tests on another interpreter and the newest versions for it (PYTHON=python3.13)
+	$(call on_other_versions,.venv-newest,$(PYTHON),--upgrade,newest)
 
 check: $(VENV)/.installed-test  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
@@ -71,5 +90,5 @@ clean:  ## remove what was built (not .venv, not a report)
 	rm -rf build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find ce_plugin tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean  ## remove .venv too
-	rm -rf $(VENV) *.egg-info
+distclean: clean  ## remove .venv and its like too
+	rm -rf $(VENV) .venv-oldest .venv-newest .oldest.txt *.egg-info

@@ -6,9 +6,6 @@ windows of the input, by the engine's own choice of route against ``engine="full
 
 from __future__ import annotations
 
-import argparse
-import time
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -26,7 +23,7 @@ CHANNELS, CELLS, CLASSES, DEPTH = 12, 6, 10, 0.6
 
 # The smallest of each family in timm, and the side of its images where 64 will not do.
 TIMM = {
-    "beit_base_patch16_224": 64, "botnet26t_256": 256, "lambda_resnet26t": 256, "mobileone_s1": 64,
+    "beit_base_patch16_224": 64, "lambda_resnet26t": 256, "mobileone_s1": 64,
     "repvgg_a0": 64, "gernet_s": 64, "resnet32ts": 64,
     "cait_xxs24_224": 64, "coat_tiny": 64, "convit_tiny": 64, "convmixer_768_32": 64, 
     "crossvit_tiny_240": 240, "darknet17": 64, "cspresnet50": 64, "davit_tiny": 64, "deit_tiny_patch16_224": 64,
@@ -56,10 +53,29 @@ TORCHVISION = {
     "squeezenet1_1": 64, "swin_t": 64, "swin_v2_t": 64, "vgg11": 64, "vit_b_16": 64, "wide_resnet50_2": 64,
 }  # fmt: skip
 
+_TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+_SIZES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}
+_STAGES = {**_SIZES, "embedding_size": 8}
+_WINDOWS = {"embed_dim": 16, "depths": [1, 2, 2], "num_heads": [2, 2, 2], "window_size": 4}
+# Families of transformers, made tiny, and the side of their images where 64 will not do.
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "Beit": _TINY, "Bit": {**_STAGES, "num_groups": 8},
+    "ConvNext": _SIZES, "ConvNextV2": _SIZES, "DeiT": _TINY, "Data2VecVision": _TINY,
+    "Dinov2": {**_TINY, "mlp_ratio": 2},
+    "EfficientNet": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320},
+    "FocalNet": {"embed_dim": 16, "depths": [1, 1, 2, 1]}, "IJepa": _TINY,
+    "Levit": {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1]},
+    "MobileNetV1": {"depth_multiplier": 0.25},
+    "MobileNetV2": {"depth_multiplier": 0.35}, "MobileViT": {"hidden_sizes": [24, 32, 40]}, "PoolFormer": _SIZES,
+    "PvtV2": {}, "RegNet": {**_STAGES, "groups_width": 8}, "ResNet": _STAGES,
+    "Segformer": {"hidden_sizes": [8, 16, 40, 64]}, "SwiftFormer": {}, "Swin": _WINDOWS, "Swinv2": _WINDOWS,
+    "ViT": _TINY, "ViTMSN": _TINY,
+}  # fmt: skip
+
 
 def families() -> list[str]:
     """All networks, as ``library.name``."""
-    return [*(f"timm.{name}" for name in TIMM), *(f"torchvision.{name}" for name in TORCHVISION)]
+    return [*(f"timm.{name}" for name in TIMM), *(f"torchvision.{name}" for name in TORCHVISION), *(f"transformers.{name}" for name in TRANSFORMERS)]
 
 
 def network(family: str) -> tuple[nn.Module, Tensor]:
@@ -70,9 +86,12 @@ def network(family: str) -> tuple[nn.Module, Tensor]:
         if library == "timm":
             side = TIMM[name]
             net = _of_timm(name, side)
-        else:
+        elif library == "torchvision":
             side = TORCHVISION[name]
             net = _of_torchvision(name, side)
+        else:
+            side = 224 if name == "Levit" else 64
+            net = _of_transformers(name, side)
         _vary(net)
         _estimate_statistics(net, side)
         image = torch.rand(1, 3, side, side) * 2 - 1
@@ -98,6 +117,19 @@ def _of_torchvision(name: str, side: int) -> nn.Module:
     if name.startswith("vit"):
         options |= {"image_size": side}
     net: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    return net.eval()
+
+
+def _of_transformers(name: str, side: int) -> nn.Module:
+    import transformers
+
+    options = TRANSFORMERS[name]
+    if "hidden_size" in options or "embed_dim" in options or name == "Levit":
+        options = {"image_size": side, **options}
+    if "hidden_size" in options:
+        options = {"patch_size": 8, **options}
+    config = getattr(transformers, f"{name}Config")(num_labels=CLASSES, **options)
+    net: nn.Module = getattr(transformers, f"{name}ForImageClassification")(config)
     return net.eval()
 
 
@@ -202,31 +234,3 @@ def at_input(net: nn.Module, image: Tensor) -> Verdict:
 
 def _options(net: nn.Module) -> dict[str, Any]:
     return {"output": "logits"} if type(net).__module__.startswith("transformers.") else {}
-
-
-def main() -> None:
-    """Run them all."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=[])
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    import json
-
-    for family in options.names or families():
-        try:
-            start = time.perf_counter()
-            net, image = network(family)
-            made = time.perf_counter() - start
-        except Exception as error:
-            print(family, "CANNOT MAKE", type(error).__name__, str(error)[:200], flush=True)
-            continue
-        for row in (at_layer, at_input):
-            try:
-                found = row(net, image)
-                print(family, f"{made:.1f}", json.dumps(asdict(found)), flush=True)
-            except Exception as error:
-                print(family, row.__name__, "RAISED", type(error).__name__, str(error)[:300], flush=True)
-
-
-if __name__ == "__main__":
-    main()

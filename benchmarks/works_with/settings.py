@@ -770,22 +770,3 @@ def _pickled() -> Setup:
 
     return Setup(convolutional(), images(), "4", ask=ask)
 
-
-def main() -> None:
-    """Run all cases, or those that are named, and print their verdicts."""
-    import sys
-
-    torch.set_num_threads(1)
-    for case in [CASES[name] for name in sys.argv[1:]] or list(CASES.values()):
-        try:
-            at_layer, at_input = run(case)
-        except Exception as error:
-            print(f"{case.name}: RAISED {type(error).__name__}: {str(error)[:300]}")
-            continue
-        for wanted, found in ((case.layer, at_layer), (case.at_input, at_input)):
-            mark = "" if wanted == found.verdict else f"  <-- {wanted} WANTED"
-            print(f"{case.name}: {found.site} {found.verdict} {found.route} {found.reason[:160]} {found.seconds:.1f}{mark}")
-
-
-if __name__ == "__main__":
-    main()

@@ -122,7 +122,7 @@ def _rewritten(node: fx.Node, root: nn.Module) -> bool:
         return True
     if node.op != "call_function":
         return False
-    if "out" in node.kwargs:
+    if node.kwargs.get("out") is not None:
         raise ChangedInPlaceError("an operation writes into `out=`")
     if name in _OPERATORS and getattr(operator, name) is node.target:
         node.target = getattr(operator, _OPERATORS[name])

@@ -426,7 +426,8 @@ def _answer_of_query(node: fx.Node, args: Any, rows: int) -> Any:
         return None
     clean = state.value if isinstance(state, Dense) else state.clean
     name = node.args[1] if node.target is getattr else node.target if node.op == "call_method" else ""
-    shape = torch.Size((rows, *clean.shape[1:]))
+    # Rows that are dense may have been folded with windows or patches by then.
+    shape = clean.shape if isinstance(state, Dense) else torch.Size((rows, *clean.shape[1:]))
     if name == "shape" or name == "size":
         return shape[args[1]] if name == "size" and len(args) > 1 else shape
     if name in ("dim", "ndimension", "ndim"):

@@ -132,7 +132,9 @@ def gathered(maps: Tensor, top: Tensor, left: Tensor, size: tuple[int, int], *, 
 def overlaid(clean: Tensor, window: Window) -> Tensor:
     """The full map of each row, (B, C, H, W), channels last in memory."""
     rows, (_, channels, height, width) = len(window.top), clean.shape
-    full = clean[0].permute(1, 2, 0).expand(rows, height, width, channels).contiguous()
+    # Always a copy: of one row `contiguous` would return the clean map itself, which is then written to.
+    own = clean[0].permute(1, 2, 0).expand(rows, height, width, channels)
+    full = own.clone(memory_format=torch.contiguous_format)
     cells = _cells(window.top, window.left, window.size, width).view(rows, -1)
     cells = cells + torch.arange(rows, device=cells.device)[:, None] * (height * width)
     crop = window.crop.permute(0, 2, 3, 1).reshape(-1, channels)

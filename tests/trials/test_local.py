@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ce_plugin.networks.graph import HookPoint, Suffix
 from ce_plugin.trials._incremental import IncrementalForward
+from ce_plugin.trials._states import Window, overlaid
 
 
 def brute(network: nn.Module, module: nn.Module | None, x: Tensor, do: Tensor, masks: Tensor) -> Any:
@@ -434,3 +435,13 @@ def test_larger_networks_of_torchvision(name: str) -> None:
         site = network.get_submodule(layer)
         captured = Suffix(network, HookPoint(site)).capture((x,))
         check(network, site, x, every_channel(captured.site.shape[1], captured.site.dim())[:3])
+
+
+def test_a_single_window_leaves_the_clean_map_alone() -> None:
+    """One row has the memory of the clean map where its channels come last."""
+    clean = torch.rand(1, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    before = clean.clone()
+    window = Window(clean, torch.tensor([1]), torch.tensor([2]), torch.zeros(1, 3, 2, 2))
+    full = overlaid(clean, window)
+    assert torch.equal(clean, before)
+    assert not full[:, :, 1:3, 2:].any()
