@@ -23,9 +23,9 @@ CHANNELS, CELLS, CLASSES, DEPTH = 12, 6, 10, 0.6
 
 # The smallest of each family in timm, and the side of its images where 64 will not do.
 TIMM = {
-    "beit_base_patch16_224": 64, "lambda_resnet26t": 256, "mobileone_s1": 64,
+    "beit_base_patch16_224": 64, "botnet26t_256": 256, "halonet26t": 256, "lambda_resnet26t": 256, "mobileone_s1": 64,
     "repvgg_a0": 64, "gernet_s": 64, "resnet32ts": 64,
-    "cait_xxs24_224": 64, "coat_tiny": 64, "convit_tiny": 64, "convmixer_768_32": 64, 
+    "cait_xxs24_224": 64, "coat_tiny": 64, "convit_tiny": 64, "convmixer_768_32": 64,
     "crossvit_tiny_240": 240, "darknet17": 64, "cspresnet50": 64, "davit_tiny": 64, "deit_tiny_patch16_224": 64,
     "densenet121": 64, "dla46x_c": 64, "dpn48b": 64, "edgenext_xx_small": 64, "efficientformer_l1": 224,
     "efficientformerv2_s0": 224, "mnasnet_small": 64, "efficientvit_b0": 64, "efficientvit_m0": 224,
@@ -62,7 +62,6 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "Beit": _TINY, "Bit": {**_STAGES, "num_groups": 8},
     "ConvNext": _SIZES, "ConvNextV2": _SIZES, "DeiT": _TINY, "Data2VecVision": _TINY,
     "Dinov2": {**_TINY, "mlp_ratio": 2},
-    "EfficientNet": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320},
     "FocalNet": {"embed_dim": 16, "depths": [1, 1, 2, 1]}, "IJepa": _TINY,
     "Levit": {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1]},
     "MobileNetV1": {"depth_multiplier": 0.25},
@@ -75,7 +74,11 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
 
 def families() -> list[str]:
     """All networks, as ``library.name``."""
-    return [*(f"timm.{name}" for name in TIMM), *(f"torchvision.{name}" for name in TORCHVISION), *(f"transformers.{name}" for name in TRANSFORMERS)]
+    return [
+        *(f"timm.{name}" for name in TIMM),
+        *(f"torchvision.{name}" for name in TORCHVISION),
+        *(f"transformers.{name}" for name in TRANSFORMERS),
+    ]
 
 
 def network(family: str) -> tuple[nn.Module, Tensor]:
@@ -223,9 +226,7 @@ def at_input(net: nn.Module, image: Tensor) -> Verdict:
     mask = (index[:, None] * CELLS + index)[None, None]
 
     def estimate(engine: str) -> Estimate:
-        explainer = CausalEffect(
-            net, PixelMask("zero"), OneAtATime(), outcome=None, engine=engine, **_options(net)
-        )
+        explainer = CausalEffect(net, PixelMask("zero"), OneAtATime(), outcome=None, engine=engine, **_options(net))
         found: Estimate = explainer.estimate(image, feature_mask=mask)
         return found
 

@@ -1,7 +1,7 @@
 """Kinds of networks, and settings that they are used in: is each explained exactly, in full, or refused?
 
-Each case is explained at a layer (its channels) and at its input (cells of a grid, or single values) by the engine's own
-choice of route, by full passes, and by hand: with hooks and masks, without the package.
+Each case is explained at a layer (its channels) and at its input (cells of a grid, or single values) by the engine's
+own choice of route, by full passes, and by hand: with hooks and masks, without the package.
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ def _cells(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """A number for each value: cells of a grid over what follows the channels of images and volumes."""
     masks, first = [], 0
     for x in inputs if isinstance(inputs, tuple) else (inputs,):
-        mask = torch.zeros(1, 1, *x.shape[2:], dtype=torch.int64) if x.dim() > 3 else torch.zeros(1, *x.shape[1:]).long()
+        mask = (
+            torch.zeros(1, 1, *x.shape[2:], dtype=torch.int64) if x.dim() > 3 else torch.zeros(1, *x.shape[1:]).long()
+        )
         for dim in range(2 if x.dim() > 3 else 1, x.dim()):
             size = x.shape[dim]
             index = torch.arange(size) * min(CELLS, size) // size
@@ -372,7 +374,7 @@ def _encoder() -> Setup:
     return Setup(Encoder().eval(), torch.rand(2, 7, 4), "encoder.layers.0")
 
 
-@case("attention whose result is tested", SECTION)
+@case("attention whose result is tested", SECTION, FULL, EXACT, "tuple")
 def _attention() -> Setup:
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -601,12 +603,12 @@ def _distributed() -> Setup:
 
 @case("dynamic quantisation (`perturbations_per_eval=1`)", SECTION)
 def _quantised() -> Setup:
-    # Values are rounded to steps that depend on the largest value in the batch: only rows that go alone can be compared.
+    # Values are rounded to steps that depend on the largest in the batch: only rows that go alone can be compared.
     net = torch.ao.quantization.quantize_dynamic(convolutional(), {nn.Linear}, torch.qint8)
     return Setup(net, images(1), "4", call={"perturbations_per_eval": 1})
 
 
-@case("static quantisation", SECTION, REFUSED, EXACT, "quanti")
+@case("static quantisation", SECTION, REFUSED, EXACT, "quantised")
 def _statically_quantised() -> Setup:
     from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
 
@@ -769,4 +771,3 @@ def _pickled() -> Setup:
         return found
 
     return Setup(convolutional(), images(), "4", ask=ask)
-

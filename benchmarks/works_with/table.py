@@ -31,18 +31,19 @@ Pair = tuple[Verdict, Verdict]
 
 HEAD = """# Works with
 
-This page is made by tests: each row is run, and a row that says something else than what happens fails. Weights are random, so that
-nothing needs to be downloaded.
+This page is made by tests: each row is run, and a row that says something else than what happens fails. Weights are
+random, so that nothing needs to be downloaded.
 
 | | |
 |---|---|
 | **exact** | effects equal those of full passes, up to rounding; trials run only what changes, where that saves time |
-| **full route** | the same effects; every trial passes through the whole network, because of the reason given, which is logged |
+| **full route** | the same effects; each trial passes through the whole network; the reason is logged |
 | **refused** | an error of our own says why, and what to do, before any number is given |
 
-Effects of a layer's channels, and of the cells of a grid over the input, are compared with `engine="full"`; in the first table also with
-hooks and masks by hand, without the package. At an input the whole network follows, so that there is less to save: "exact" there means
-that the network can be followed window by window where that pays.
+Effects of a layer's channels, and of the cells of a grid over the input, are compared with `engine="full"`; in the
+first tables also with hooks and masks by hand, without the package. At an input the whole network follows, so that there is
+less to save: "exact" there means that the network can be followed window by window where that pays, or that there is
+nothing to follow (inputs that are no images).
 """
 
 
@@ -97,11 +98,19 @@ def networks_table(found: Mapping[str, Pair]) -> list[str]:
     ]  # fmt: skip
     for library in dict.fromkeys(name.split(".")[0] for name in found):
         rows = [pair for name, pair in found.items() if name.startswith(f"{library}.")]
-        counts = [sum(pair[k].verdict == verdict for pair in rows) for k in (0, 1) for verdict in (EXACT, FULL, REFUSED)]
+        counts = [
+            sum(pair[k].verdict == verdict for pair in rows) for k in (0, 1) for verdict in (EXACT, FULL, REFUSED)
+        ]
         lines.append(f"| {library} | {len(rows)} | {' | '.join(map(str, counts))} |")
     others = {name: pair for name, pair in found.items() if {verdict.verdict for verdict in pair} != {EXACT}}
     if others:
-        lines += ["", "Those that are not exact at both:", "", "| network | at a layer | at the input | why |", "|---|---|---|---|"]
+        lines += [
+            "",
+            "Those that are not exact at both:",
+            "",
+            "| network | at a layer | at the input | why |",
+            "|---|---|---|---|",
+        ]
         for name, pair in others.items():
             lines.append(f"| {name} | {pair[0].verdict} | {pair[1].verdict} | {_why(pair)} |")
     return lines
@@ -109,14 +118,22 @@ def networks_table(found: Mapping[str, Pair]) -> list[str]:
 
 def versions_table(rows: list[dict[str, Any]]) -> list[str]:
     """One row for each interpreter and set of versions."""
-    lines = ["## Versions", ""]
-    lines.append("What the test suite says on the oldest versions that are allowed (`make test-oldest`) and on the newest ones for")
-    lines.append("other interpreters (`make test-python PYTHON=python3.13`). Lower bounds in `setup.cfg` are those of the first row.")
+    lines = [
+        "## Versions", "",
+        "What the tests say on the oldest versions that are allowed (`make test-oldest`), and on the newest ones for",
+        "other interpreters (`make test-python PYTHON=python3.13`). Lower bounds in `setup.cfg` are those of the first row.",
+    ]  # fmt: skip
     names = ["torch", "torchvision", "captum", "adversarial-robustness-toolbox", "numpy", "scipy"]
-    lines += ["", f"| | Python | {' | '.join(names)} | passed | failed | skipped | on |", "|---" * (len(names) + 6) + "|"]
+    lines += [
+        "",
+        f"| | Python | {' | '.join(names)} | passed | failed | skipped | on |",
+        "|---" * (len(names) + 6) + "|",
+    ]
     for row in rows:
         cells = [row["label"], row["python"], *(row["versions"].get(name, "") for name in names)]
-        lines.append(f"| {' | '.join([*cells, str(row['passed']), str(row['failed']), str(row['skipped']), row['date']])} |")
+        lines.append(
+            f"| {' | '.join([*cells, str(row['passed']), str(row['failed']), str(row['skipped']), row['date']])} |"
+        )
     return lines
 
 
@@ -130,14 +147,15 @@ def report(networks: Mapping[str, Pair]) -> str:
     """benchmarks/results/works_with.md."""
     lines = [
         "# Families of networks", "",
-        "Effects of 12 channels of a layer at 60 % of the depth, and of the 36 cells of a grid over the input, by the engine's",
-        "choice of route and by full passes. Difference: the largest, as a share of the largest effect.", "",
-        "| network | layer | verdict | route | difference | input | route | difference |", "|---|---|---|---|---|---|---|---|",
+        "Effects of 12 channels of a layer at 60 % of the depth, and of the 36 cells of a grid over the input, by the",
+        "engine's choice of route and by full passes. Difference: the largest, as a share of the largest effect.", "",
+        "| network | layer | verdict | route | difference | input | route | difference |",
+        "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, (layer, at_input) in networks.items():
         lines.append(
-            f"| {name} | {layer.site} | {layer.verdict} | {layer.route} | {layer.difference:.1e} | {at_input.verdict} | "
-            f"{at_input.route} | {at_input.difference:.1e} |"
+            f"| {name} | {layer.site} | {layer.verdict} | {layer.route} | {layer.difference:.1e} "
+            f"| {at_input.verdict} | {at_input.route} | {at_input.difference:.1e} |"
         )
     return "\n".join(lines)
 
@@ -171,7 +189,15 @@ def main() -> None:
 def _told(name: str, layer: Verdict, at_input: Verdict) -> Pair:
     for verdict in (layer, at_input):
         mark = "  <-- WRONG" if verdict.verdict == WRONG else ""
-        print(name, verdict.site, verdict.verdict, verdict.route, verdict.reason[:200], f"{verdict.seconds:.1f} s{mark}", flush=True)
+        print(
+            name,
+            verdict.site,
+            verdict.verdict,
+            verdict.route,
+            verdict.reason[:200],
+            f"{verdict.seconds:.1f} s{mark}",
+            flush=True,
+        )
     return layer, at_input
 
 

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +100,9 @@ def judged(
     route = str(found.settings["route"])
     because = [message.split("because ", 1)[1] for message in messages if "because " in message]
     # At the input all of the network follows: where nothing stood in the way, nothing was to be saved.
-    verdict, reason = (FULL, because[0] if because else "") if route == "full" and (because or site != "input") else (EXACT, "")
+    verdict, reason = (
+        (FULL, because[0] if because else "") if route == "full" and (because or site != "input") else (EXACT, "")
+    )
     if not max(gaps) <= BOUNDS[dtype] or not largest > 0:
         verdict, reason = WRONG, f"differs by {max(gaps):.2g} of the largest effect, {largest:.2g}"
     seconds = time.perf_counter() - start

@@ -205,12 +205,20 @@ def is_art_classifier(thing: object) -> bool:
     return module is not None and isinstance(thing, module.ClassifierMixin)
 
 
+class _OneColumn(nn.Module):
+    """Scores (N, C), also of one number for each image. The question of rank cannot be traced: this stays whole."""
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return scores.unsqueeze(1) if scores.dim() == 1 else scores
+
+
 class _ClassifierNetwork(nn.Module):
     """What ``classifier.predict`` computes, in torch and differentiable."""
 
     def __init__(self, classifier: Any) -> None:
         super().__init__()
         self.model = classifier.model
+        self.columns = _OneColumn()
         self._classifier = classifier
 
     def forward(self, images: Tensor) -> Tensor:
@@ -218,8 +226,8 @@ class _ClassifierNetwork(nn.Module):
         for operation in self._classifier.preprocessing_operations:
             if operation.apply_predict:
                 x, _ = operation.forward(x, None)
-        scores: Tensor = self.model(x)
-        return scores.unsqueeze(1) if scores.dim() == 1 else scores
+        scores: Tensor = self.columns(self.model(x))
+        return scores
 
 
 def unwrap(classifier: object) -> tuple[nn.Module, ClipValues | None]:

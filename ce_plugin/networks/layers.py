@@ -268,7 +268,7 @@ def hooked(point: HookPoint, act: Callable[[Tensor], Tensor | None], name: str) 
 
     Raises:
         ModelError: the network does not pass through the layer, or not that often.
-        InputError: the layer's value is no tensor.
+        InputError: the layer's value is no tensor, or quantised.
     """
     found = HookCalls()
     module = point.module
@@ -283,8 +283,11 @@ def hooked(point: HookPoint, act: Callable[[Tensor], Tensor | None], name: str) 
             return None
         found.element = _element(parts, point, name)
         path = as_path(found.element)
-        new = act(part_of(parts, path).transpose(0, point.rows))
-        # Recurrent modules take contiguous states only.
+        value = part_of(parts, path)
+        if value.is_quantized:
+            hint = "Take a layer whose value is not quantised, or the network before it is converted."
+            raise InputError(expected("layer", "one with floating-point values", f"{name!r}, a quantised one", hint))
+        new = act(value.transpose(0, point.rows))
         if new is None:
             return None
         # Recurrent modules take contiguous states only.

@@ -178,8 +178,9 @@ def _through_linear(operation: Linear, source: Channel, clean: Tensor) -> Tensor
         part = weight.t()[begin : begin + block * len(difference)].view(len(difference), block, -1)
         return clean + torch.bmm(difference[:, None], part)[:, 0]
     # One product per row reads each weight once; to copy the columns first would take ten times as long.
+    # `matmul`, unlike `mv`, takes weights of another type inside autocast.
     starts = source.start.tolist()
-    rows = [torch.mv(weight[:, begin : begin + block], d) for begin, d in zip(starts, difference, strict=True)]
+    rows = [torch.matmul(weight[:, begin : begin + block], d) for begin, d in zip(starts, difference, strict=True)]
     return clean + torch.stack(rows)
 
 
