@@ -47,7 +47,7 @@ TIMM = {
     "efficientvim_m1": 64, "res2next50": 64, "convnext_zepto_rms": 64, "resnetv2_18": 64, "swinv2_cr_tiny_224": 64,
 }  # fmt: skip
 TORCHVISION = {
-    "alexnet": 64, "convnext_tiny": 64, "densenet121": 64, "efficientnet_b0": 64, "efficientnet_v2_s": 64,
+    "alexnet": 64, "convnext_tiny": 64, "densenet121": 64, "efficientnet_b0": 64, "efficientnet_v2_s": 128,
     "googlenet": 64, "inception_v3": 96, "maxvit_t": 224, "mnasnet0_5": 64, "mobilenet_v2": 64,
     "mobilenet_v3_small": 64, "regnet_y_400mf": 64, "resnet18": 64, "resnext50_32x4d": 64, "shufflenet_v2_x0_5": 64,
     "squeezenet1_1": 64, "swin_t": 64, "swin_v2_t": 64, "vgg11": 64, "vit_b_16": 64, "wide_resnet50_2": 64,
