@@ -260,6 +260,8 @@ def _blur(image: Tensor, sigma: float | None) -> Tensor:
     # Imported here because importing torchvision takes as long as importing torch.
     from torchvision.transforms.functional import gaussian_blur
 
+    if image.dtype == torch.float16 and image.device.type == "cpu":  # which has no padding for it before PyTorch 2.6
+        return _blur(image.float(), sigma).half()
     sizes = image.shape[2:]
     if len(sizes) not in (1, 2, 3):
         wanted = "'zero', 'mean' or a number for inputs that are not signals, images or volumes (N, C, ...)"

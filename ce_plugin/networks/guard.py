@@ -351,6 +351,8 @@ class state_guard:  # noqa: N801 - a context manager, named as torch.no_grad is
 
     def __exit__(self, *error: object) -> None:
         self._steps.close()
+        # Inside autocast, weights that were cast in inference mode would be met by a training step.
+        torch.clear_autocast_cache()
 
     def _save_module(self, module: nn.Module) -> None:
         scripted = isinstance(module, torch.jit.ScriptModule)

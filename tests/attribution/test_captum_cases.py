@@ -16,7 +16,7 @@ from ce_plugin import CausalEffect
 from ce_plugin.designs import OneAtATime
 from ce_plugin.interventions import Adversarial, PixelMask
 
-WHERE = "captum's wheels hold its test cases from version 0.8"
+WHERE = "captum's wheels hold its test cases from version 0.9"
 config = pytest.importorskip("captum.testing.attr.helpers.test_config", reason=WHERE).config
 models = pytest.importorskip("captum.testing.helpers.basic_models", reason=WHERE)
 
