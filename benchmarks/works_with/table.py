@@ -41,9 +41,9 @@ random, so that nothing needs to be downloaded.
 | **refused** | an error of our own says why, and what to do, before any number is given |
 
 Effects of a layer's channels, and of the cells of a grid over the input, are compared with `engine="full"`; in the
-first tables also with hooks and masks by hand, without the package. At an input the whole network follows, so that there is
-less to save: "exact" there means that the network can be followed window by window where that pays, or that there is
-nothing to follow (inputs that are no images).
+first tables also with hooks and masks by hand, without the package. At an input the whole network follows, so that
+there is less to save: "exact" there means that the network can be followed window by window where that pays, or that
+there is nothing to follow (inputs that are no images).
 """
 
 
@@ -121,7 +121,8 @@ def versions_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## Versions", "",
         "What the tests say on the oldest versions that are allowed (`make test-oldest`), and on the newest ones for",
-        "other interpreters (`make test-python PYTHON=python3.13`). Lower bounds in `setup.cfg` are those of the first row.",
+        "other interpreters (`make test-python PYTHON=python3.13`). Lower bounds in `setup.cfg` are those of the first",
+        "row.",
     ]  # fmt: skip
     names = ["torch", "torchvision", "captum", "adversarial-robustness-toolbox", "numpy", "scipy"]
     lines += [
