@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.detectors import MLLOO
 from ce_plugin.detection import CausalEffectDetector
+from ce_plugin.detection.checkpoint import Checkpoint
 from ce_plugin.detection.classifier import ClassifierWrapper
 from ce_plugin.detection.fitting import FitConfig, Fitter, Split, State
 from ce_plugin.errors import CEPluginError
@@ -48,7 +49,9 @@ class KeptFitter(Fitter):
         text = repr((repr(replace(config, batch_size=1)), clean))
         return self.folder / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.ce"
 
-    def fit(self, classifier: ClassifierWrapper, config: FitConfig, split: Split) -> State:
+    def fit(
+        self, classifier: ClassifierWrapper, config: FitConfig, split: Split, checkpoint: Checkpoint | None = None
+    ) -> State:
         """The state fitted to the clean images of a split."""
         file = self.file(classifier, config, split)
         if file.is_file():
@@ -56,7 +59,7 @@ class KeptFitter(Fitter):
                 return CausalEffectDetector.load(file, self.network).learned()
             except CEPluginError as error:
                 print(f"{file.name} is not used: {error}", flush=True)
-        state = super().fit(classifier, config, split)
+        state = super().fit(classifier, config, split, checkpoint)
         detector = CausalEffectDetector(
             self.network,
             config.signature,

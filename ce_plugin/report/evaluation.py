@@ -273,6 +273,7 @@ def try_detector(
         >>> from ce_plugin.detection import CausalEffectDetector, CounterAttack, Signature
         >>> from ce_plugin.report import detector_attack
         >>> images = torch.rand(300, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> _ = torch.manual_seed(0)
         >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
         >>> detector = CausalEffectDetector(network, Signature([CounterAttack()]))
         >>> detector.fit(images[:250])
