@@ -7,6 +7,7 @@ JUNIT is what `pytest --junitxml` wrote. `make test-oldest` and `make test-pytho
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -51,8 +52,11 @@ def row(label: str, junit: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Replace the row of this label and interpreter, and write the page."""
-    label, junit = sys.argv[1:]
-    new = row(label, Path(junit))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("label", choices=("oldest", "newest"), help="of the row")
+    parser.add_argument("junit", type=Path, help="what `pytest --junitxml` wrote")
+    options = parser.parse_args()
+    label, new = options.label, row(options.label, options.junit)
     minor = new["python"].rsplit(".", 1)[0]
     others = [old for old in versions() if (old["label"], old["python"].rsplit(".", 1)[0]) != (label, minor)]
     rows = sorted([*others, new], key=lambda each: (each["label"] != "oldest", int(each["python"].split(".")[1])))
