@@ -529,17 +529,17 @@ def _art() -> Setup:
     return _wrapped(wrap, "model.4")
 
 
-@case("torch.jit.script", SECTION, REFUSED, FULL, "script")
+@case("torch.jit.script", SECTION, REFUSED, FULL, "TorchScript|scripted")
 def _scripted() -> Setup:
     return _wrapped(torch.jit.script)
 
 
-@case("torch.jit.trace", SECTION, REFUSED, FULL, "script")
+@case("torch.jit.trace", SECTION, REFUSED, FULL, "TorchScript|scripted")
 def _traced() -> Setup:
     return _wrapped(lambda net: torch.jit.trace(net, images()))
 
 
-@case("torch.jit.freeze", SECTION, REFUSED, FULL, "script")
+@case("torch.jit.freeze", SECTION, REFUSED, FULL, "TorchScript|scripted")
 def _frozen() -> Setup:
     return _wrapped(lambda net: torch.jit.freeze(torch.jit.script(net)))
 
