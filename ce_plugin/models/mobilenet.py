@@ -93,6 +93,14 @@ class MobileNet(nn.Module):
         head: the convolution before the pooling; None in version 1.
         classifier: from the pooled features to logits.
 
+    Example:
+        >>> def unit(out: int, of: int, size: int, groups: int = 1) -> ConvUnit:
+        ...     return ConvUnit(torch.ones(out, of, size, size), torch.zeros(out), groups=groups)
+        >>> block = Block(None, unit(4, 1, 3, groups=4), unit(8, 4, 1), residual=False)
+        >>> net = MobileNet(unit(4, 3, 3), [block], None, nn.Linear(8, 10))
+        >>> net(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+
     Source: Howard et al. 2017 (arXiv 1704.04861); Sandler et al. 2018 (arXiv 1801.04381).
     """
 
