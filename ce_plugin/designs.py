@@ -81,6 +81,15 @@ class Design(ABC):
         """Probability that a unit flips, if the design defines it."""
         return None
 
+    def independent(self, n_trials: int) -> tuple[Tensor, float] | None:
+        """Which of the first trials set each unit by itself, bool (T,), and with which probability; None if none do."""
+        return None
+
+    def turns(self, n_trials: int) -> Tensor:
+        """Each trial's turn, (T,): alternative values are set in turn, by the trials of a block the same one."""
+        blocks = self.blocks(n_trials)
+        return torch.arange(n_trials) if blocks is None else blocks
+
     def reseeded(self, seed: int) -> Design:
         """The same design with another seed."""
         other = copy.copy(self)
@@ -315,10 +324,50 @@ class RandomMask(_Random):
 
 
 class _OverGrid(_Random):
-    """Random designs that set coherent parts of a grid; a regression must separate neighbours, which flip together."""
+    """Random designs that set coherent parts of a grid, and in a share of the trials each unit by itself.
+
+    Coherent trials show where an effect lies with few trials, but neighbours flip together, so that they cannot say
+    which unit it belongs to. Independent ones can, for any network (:func:`ce_plugin.effects.smooth.smooth`). They are
+    interleaved evenly, so that the first trials are a small design of the same kind.
+    """
 
     estimator = "smooth"
     _p = ("a share of the area in (0, 1)", "Write 0.5 for a half.")
+
+    def __init__(self, p: Any, n_trials: Any, independent: Any, seed: int) -> None:
+        super().__init__(p, n_trials, seed)
+        wanted, hint = "a share of the trials in [0, 1]", "Write 0.4 for 40 per cent."
+        self.share = check_number("independent", independent, wanted, hint=hint, error=DesignError)
+        if not 0 <= self.share <= 1:
+            raise DesignError(expected("independent", wanted, independent, hint))
+
+    def independent(self, n_trials: int) -> tuple[Tensor, float] | None:
+        """Trials at which the whole part of (t + 1) * share rises: evenly spread, and a part of every beginning."""
+        if self.share == 0:
+            return None
+        count = (torch.arange(n_trials + 1, dtype=torch.float64) * self.share + 1e-9).floor()
+        return count.diff() > 0, self.p
+
+    def turns(self, n_trials: int) -> Tensor:
+        """Each kind of trial by itself: both then set every alternative value equally often."""
+        found = self.independent(n_trials)
+        if found is None:
+            return super().turns(n_trials)
+        alone, _ = found
+        return torch.where(alone, alone.cumsum(0), (~alone).cumsum(0)) - 1
+
+    def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
+        coherent = self._coherent(self._grid(n_units, grid), example)
+        found = self.independent(self.n_trials)
+        if found is None:
+            return coherent
+        alone, p = found
+        draw = generator(self.seed, example, "independent")
+        return torch.where(alone[:, None], torch.rand(coherent.shape, generator=draw) < p, coherent)
+
+    @abstractmethod
+    def _coherent(self, cells: Grid, example: int) -> Tensor:
+        """As many coherent trials as there are trials, bool (T, U)."""
 
     def _grid(self, n_units: int, grid: Grid | None) -> Grid:
         if grid is None or math.prod(grid) != n_units:
@@ -327,15 +376,20 @@ class _OverGrid(_Random):
         return grid
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.p}, n_trials={self.n_trials}, seed={self.seed})"
+        share = f", independent={self.share}" if self.share else ""
+        return f"{type(self).__name__}({self.p}, n_trials={self.n_trials}{share}, seed={self.seed})"
 
 
 class RandomWindows(_OverGrid):
     """Square windows (cubes in volumes) of several sizes at random places, until they cover a share of the input.
 
+    What ``independent`` trials add is said of :class:`RandomRegions`.
+
     Args:
-        p: share of the area that each trial sets, in (0, 1), as closely as whole windows allow.
+        p: share of the area that each coherent trial sets, in (0, 1), as closely as whole windows allow; the
+            probability that a unit flips in an independent one.
         n_trials: number of trials, 2 or more.
+        independent: share of the trials that set each unit by itself, in [0, 1]; 0.4 is a good choice.
         sizes: sides of the windows as shares of the grid's longer side, in (0, 1].
         seed: any integer.
 
@@ -354,21 +408,21 @@ class RandomWindows(_OverGrid):
         n_trials: int = 399,
         *,
         sizes: Sequence[float] = (0.1, 0.15, 0.2, 0.3, 0.4),
+        independent: float = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__(p, n_trials, seed)
+        super().__init__(p, n_trials, independent, seed)
         given: object = sizes
         shares: list[object] = list(given) if isinstance(given, (list, tuple)) else []
         if not shares or not all(isinstance(share, Real) and 0 < float(share) <= 1 for share in shares):
             raise DesignError(expected("sizes", "shares of the grid's side in (0, 1]", repr(sizes)))
         self.sizes = tuple(float(size) for size in sizes)
 
-    def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
-        cells = self._grid(n_units, grid)
+    def _coherent(self, cells: Grid, example: int) -> Tensor:
         draw = generator(self.seed, example, "windows")
         sides = torch.tensor([max(1, round(size * max(cells))) for size in self.sizes])
         # Enough windows for any share, although late ones add little to what is covered already.
-        count = 4 + int(6 * n_units / float((sides.double() ** len(cells)).mean()))
+        count = 4 + int(6 * math.prod(cells) / float((sides.double() ** len(cells)).mean()))
         return torch.stack([self._trial(sides, count, cells, draw) for _ in range(self.n_trials)])
 
     def _trial(self, sides: Tensor, count: int, cells: Grid, draw: torch.Generator) -> Tensor:
@@ -393,10 +447,19 @@ class RandomRegions(_OverGrid):
     probability exactly p; neighbours tend to flip together; no direction or position is preferred. The number of units
     that flip varies between trials: if it were fixed, the mean effect could not be separated from the intercept.
 
+    Without independent trials the effects are a smooth picture: good to look at, with errors that belong to it, and
+    shrunk where a unit differs from its neighbours. With ``independent=0.4`` four trials in ten set each unit by itself
+    instead. The effect is then what :class:`RandomMask` estimates, averaged over the fills in equal shares,
+
+        effect_u = E[ Y(a_u = 1, A) - Y(a_u = 0, A) ],   A: each of the other units set with probability p
+
+    unbiased, with intervals that hold for every unit; the smooth picture is in ``Estimate.smoothed``.
+
     Args:
         p: probability that a unit flips, in (0, 1).
         n_trials: number of trials, 2 or more; with the reference the default takes 400 forward passes.
         length: standard deviation of the smoothing, in cells of the grid.
+        independent: share of the trials that set each unit by itself, in [0, 1]; 0.4 is a good choice.
         seed: any integer.
 
     Raises:
@@ -408,13 +471,20 @@ class RandomRegions(_OverGrid):
         (torch.Size([300, 196]), True)
     """
 
-    def __init__(self, p: float = 0.5, n_trials: int = 399, *, length: float = 1.2, seed: int = 0) -> None:
-        super().__init__(p, n_trials, seed)
+    def __init__(
+        self,
+        p: float = 0.5,
+        n_trials: int = 399,
+        *,
+        length: float = 1.2,
+        independent: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(p, n_trials, independent, seed)
         wanted = "a positive number of cells"
         self.length = check_number("length", length, wanted, above=0, error=DesignError)
 
-    def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
-        cells = self._grid(n_units, grid)
+    def _coherent(self, cells: Grid, example: int) -> Tensor:
         draw = generator(self.seed, example, "regions")
         pad = math.ceil(3 * self.length)
         padded = [size + 2 * pad for size in cells]

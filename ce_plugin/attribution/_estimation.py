@@ -16,7 +16,7 @@ from ce_plugin.designs import Design
 from ce_plugin.effects import Outcome
 from ce_plugin.effects.estimators import Effects, adjusted, difference_in_means, exact_difference
 from ce_plugin.effects.outcomes import OUTCOMES, check_outcome
-from ce_plugin.effects.smooth import smooth
+from ce_plugin.effects.smooth import SmoothEffects, smooth
 from ce_plugin.errors import DesignError, ModelError, OutcomeError, TargetError, expected
 from ce_plugin.trials.batches import TrialSpec
 
@@ -43,6 +43,7 @@ class Answer:
     assignments: Tensor | None = None
     outcomes: Tensor | None = None
     insertion_effect: Tensor | None = None
+    smoothed: Tensor | None = None
 
 
 def answers(
@@ -82,12 +83,13 @@ def answers(
             effects = _effects(spec, i, drawn[i], outcome[i, :trials], compared[name][i])
             parts.append([None if column is None else column.to(outcome) for column in effects])
         # Exact designs have effects only; examples with fewer units than others are filled up.
-        columns = [column for column in zip(*parts, strict=True) if column[0] is not None]
-        effect, *errors = [pad_sequence(list(column), True, torch.nan) for column in columns]
+        columns = dict(zip(effects._fields, zip(*parts, strict=True), strict=True))
+        there = {key: pad_sequence(list(c), True, torch.nan) for key, c in columns.items() if c[0] is not None}
         found[name] = Answer(
-            effect=effect,
-            std_error=errors[0] if errors else None,
-            dof=errors[1] if errors else None,
+            effect=there["effect"],
+            std_error=there.get("std_error"),
+            dof=there.get("dof"),
+            smoothed=there.get("smoothed"),
             reference=measure.reference[name],
             target=measure.targets[name],
             predicted=measure.predicted[name],
@@ -132,7 +134,9 @@ def check_finite(spec: TrialSpec, measure: OutcomeMeasure, outcomes: Tensor, ran
     raise ModelError(expected("forward_func", wanted, f"NaN or infinity in {where}{others}", hint))
 
 
-def _effects(spec: TrialSpec, example: int, drawn: Tensor | None, outcomes: Tensor, compared: Tensor) -> Effects:
+def _effects(
+    spec: TrialSpec, example: int, drawn: Tensor | None, outcomes: Tensor, compared: Tensor
+) -> Effects | SmoothEffects:
     """One example's effects, (U, C); units that only other examples have are NaN or left out."""
     design = spec.design
     if drawn is None:
@@ -147,7 +151,12 @@ def _effects(spec: TrialSpec, example: int, drawn: Tensor | None, outcomes: Tens
     if spec.units.grid is None:
         hint = "Leave out `feature_mask` and windows for images, or give the design another `estimator`."
         raise DesignError(expected("design", "one for units that are not a grid", repr(design), hint))
-    return smooth(own, outcomes, spec.units.grid, spec.variants(0, len(own)))
+    fills = spec.variants(0, len(own))
+    alone = design.independent(len(own))
+    if alone is None:
+        return smooth(own, outcomes, spec.units.grid, fills)
+    independent, p = alone
+    return smooth(own, outcomes, spec.units.grid, fills, independent=independent, p=p)
 
 
 def average(draws: list[Answer]) -> Answer:
@@ -155,6 +164,7 @@ def average(draws: list[Answer]) -> Answer:
     first, k = draws[0], len(draws)
     effects = torch.stack([draw.effect for draw in draws])
     insertions = [draw.insertion_effect for draw in draws if draw.insertion_effect is not None]
+    smoothed = [draw.smoothed for draw in draws if draw.smoothed is not None]
     return replace(
         first,
         effect=effects.mean(0),
@@ -162,6 +172,7 @@ def average(draws: list[Answer]) -> Answer:
         dof=torch.full_like(first.effect, k - 1),
         reference=torch.stack([draw.reference for draw in draws]).mean(0),
         insertion_effect=torch.stack(insertions).mean(0) if insertions else None,
+        smoothed=torch.stack(smoothed).mean(0) if smoothed else None,
         assignments=None,
         outcomes=None,
     )

@@ -35,6 +35,7 @@ from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite, Masks
 from ce_plugin.trials._routing import Router
 
 Engine: TypeAlias = Literal["auto", "suffix", "full"]
+MapValues: TypeAlias = Literal["smoothed", "unbiased"]
 Site: TypeAlias = "InputSite | LayerSite | ConceptSite"
 
 
@@ -180,20 +181,24 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
         estimates = self._experiment(call).run()
         return estimates[""] if list(estimates) == [""] else estimates
 
-    def _maps(self, call: Call, significant_only: bool | float | None) -> tuple[Tensor, ...]:
+    def _maps(
+        self, call: Call, significant_only: bool | float | None, values: MapValues = "smoothed"
+    ) -> tuple[Tensor, ...]:
         """The contributions of the call's units, each wherever its unit is."""
+        if values not in ("smoothed", "unbiased"):
+            raise unknown_name("values", values, ("smoothed", "unbiased"))
         experiment = self._experiment(call)
         rate = None if significant_only is None else false_discovery_rate(significant_only, experiment)
         (estimate,) = experiment.run().values()
-        values = estimate.contribution[..., 0]
+        shown = (estimate.smoothed_contribution if values == "smoothed" else estimate.contribution)[..., 0]
         if rate is not None:
-            values = values.where(estimate.significant(rate)[..., 0], 0.0)
+            shown = shown.where(estimate.significant(rate)[..., 0], 0.0)
         units = experiment.spec.units
         if isinstance(experiment.design, Joint):
             # Each unit gets the mean over the groups that it is in.
-            member = experiment.design.assignments(units.width).to(values)
-            values = values @ member / member.sum(0).clamp(min=1)
-        return units.spread(values)
+            member = experiment.design.assignments(units.width).to(shown)
+            shown = shown @ member / member.sum(0).clamp(min=1)
+        return units.spread(shown)
 
 
 def with_channels(intervention: Intervention, found: tuple[int, str] | None) -> Intervention:

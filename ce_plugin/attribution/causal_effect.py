@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ce_plugin.attribution._estimation import Target
 from ce_plugin.attribution._experiment import Baselines, Call, Given, Ids
-from ce_plugin.attribution._explainer import Engine, Explainer, as_baseline, with_channels
+from ce_plugin.attribution._explainer import Engine, Explainer, MapValues, as_baseline, with_channels
 from ce_plugin.designs import Design, OneAtATime, RandomRegions
 from ce_plugin.effects import Outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
@@ -59,7 +59,8 @@ class CausalEffect(Explainer):
     reported ones it scored 0.441; Grad-CAM, SmoothGrad, RISE and the best Occlusion 0.313 to 0.286, RandomMask(0.1)
     0.216 (``benchmarks/results/faithfulness.md``). Its errors belong to that smooth picture: 95 % intervals cover that
     much or more on average, but next to nothing where a single patch stands out alone (``coverage_smooth.md``). Where
-    you need the effect of each patch by itself, take RandomMask, whose intervals cover 95 % (``coverage.md``).
+    you need the effect of each patch by itself, take ``RandomRegions(independent=0.4)``, whose effects are unbiased and
+    whose intervals cover 95 % (``coverage_regions.md``), or RandomMask (``coverage.md``).
 
     **Volumes** (N, C, D, H, W) have the same defaults on a grid of 8 x 8 x 8, **signals** (N, C, L) and **sequences**
     (N, L, C) on one of 64 pieces, where the network's first module shows which of the two they are.
@@ -127,6 +128,7 @@ class CausalEffect(Explainer):
         given: Given = None,
         ids: Ids = None,
         significant_only: bool | float | None = None,
+        values: MapValues = "smoothed",
     ) -> Inputs:
         """The contribution of each unit (minus its effect: positive supports the class), as a map.
 
@@ -146,6 +148,8 @@ class CausalEffect(Explainer):
             ids: one integer per example; examples with equal ids (None: all of them) get equal assignments.
             significant_only: set units to zero whose effect is not significant: True at a false discovery rate of
                 0.05, or the rate itself.
+            values: "smoothed" gives the smooth map where the design has one (with independent trials), "unbiased" the
+                effects themselves, one by one.
 
         Returns:
             Tensors of the inputs' shapes: each unit's contribution wherever it is, the mean over units that overlap.
@@ -168,7 +172,7 @@ class CausalEffect(Explainer):
             mask=feature_mask, perturbations_per_eval=perturbations_per_eval, show_progress=show_progress,
             windows=sliding_window_shapes, strides=strides, given=given, ids=ids, predicted_only=True,
         )  # fmt: skip
-        maps = self._maps(call, significant_only)
+        maps = self._maps(call, significant_only, values)
         return maps if isinstance(inputs, tuple) else maps[0]  # type: ignore[return-value]
 
     def estimate(

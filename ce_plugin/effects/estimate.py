@@ -44,7 +44,7 @@ _SLICES = 6
 # One row per example; the rest belongs to all examples.
 _BY_EXAMPLE = (
     *("effect", "std_error", "dof", "reference"),
-    *("n_units", "target", "predicted", "assignments", "outcomes", "insertion_effect"),
+    *("n_units", "target", "predicted", "assignments", "outcomes", "insertion_effect", "smoothed"),
 )
 
 
@@ -55,8 +55,17 @@ class Estimate:
     Signs are those of Eq. 1: removing a unit that supports the class has a *negative* effect. ``contribution`` is minus
     the effect and reads like other maps: positive supports the class.
 
+    What a design with independent trials estimates is each unit's mean effect over what else its trials set (A: every
+    other unit independently, with the design's probability p) and over the fills v,
+
+        effect_u = mean over v of E[ Y(a_u = 1, A, v) - Y(a_u = 0, A, v) ]
+
+    without bias; errors, intervals and p-values belong to it. ``smoothed``, where there is one, is a map for the eye.
+
     Attributes:
         effect: (N, U, C); NaN beyond an example's own units.
+        smoothed: (N, U, C), a smooth map of the effects beside them, shrunk where neighbours disagree, for designs over
+            a grid with independent trials; None for others. No error is known for it.
         std_error: (N, U, C) for random designs, None for exact ones.
         reference: (N, C), the outcome with all units idle (under the same evidence).
         dof: degrees of freedom of the t quantiles, (N, U, C), or None for normal quantiles.
@@ -118,6 +127,7 @@ class Estimate:
     outcomes: Tensor | None = None
     blocks: Tensor | None = None
     insertion_effect: Tensor | None = None
+    smoothed: Tensor | None = None
 
     def __post_init__(self) -> None:
         n, units, _ = self.effect.shape
@@ -128,6 +138,11 @@ class Estimate:
     def contribution(self) -> Tensor:
         """Minus the effect, (N, U, C): positive where the unit supports the class."""
         return -self.effect
+
+    @property
+    def smoothed_contribution(self) -> Tensor:
+        """What maps show, (N, U, C): minus :attr:`smoothed`, or minus the effect for designs without it."""
+        return -self.effect if self.smoothed is None else -self.smoothed
 
     @property
     def saturated(self) -> Tensor:
@@ -219,7 +234,7 @@ class Estimate:
             blocks = None if self.blocks is None else self.blocks[:own]
             found.append(interactions(a[:own, : int(self.n_units[i])], y[:own], pairs, self.p, blocks))
         labels = [[f"{own[u]} x {own[v]}" for u, v in pairs] for own in map(self.labels_of, range(len(self)))]
-        dropped: dict[str, Any] = dict.fromkeys(("assignments", "outcomes", "blocks", "groups"))
+        dropped: dict[str, Any] = dict.fromkeys(("assignments", "outcomes", "blocks", "groups", "smoothed"))
         return replace(
             self,
             effect=torch.stack([f.effect for f in found]).to(self.effect),
@@ -234,7 +249,8 @@ class Estimate:
         """A tidy frame with one row per example, unit and class.
 
         Columns: example, unit, label, class, effect, std_error, ci_low, ci_high (at ``level``), p_value, significant
-        (at ``fdr``), reference. What exact designs do not have is missing there (NaN, NA).
+        (at ``fdr``), smoothed (where there is such a map), reference. What exact designs do not have is missing there
+        (NaN, NA).
         """
         import pandas as pd
 
@@ -261,6 +277,8 @@ class Estimate:
             data |= {"std_error": _flat(self.std_error), "ci_low": _flat(low), "ci_high": _flat(high)}
             significant = pd.array(_flat(self.significant(fdr)), dtype="boolean")
             data |= {"p_value": _flat(self.p_values()), "significant": significant}
+        if self.smoothed is not None:
+            data["smoothed"] = _flat(self.smoothed)
         data["reference"] = self.reference.detach().cpu().numpy()[example, column]
         there = unit < self.n_units.cpu().numpy()[example]
         frame: pd.DataFrame = pd.DataFrame(data).loc[there].reset_index(drop=True).infer_objects()
@@ -332,7 +350,8 @@ class Estimate:
             FileError: where the file is missing or damaged, or holds something else.
         """
         content = load(path, "Estimate", 1)
-        values = {f.name: content[f.name] for f in fields(cls)}
+        values = {f.name: content[f.name] for f in fields(cls) if f.name != "smoothed"}
+        values["smoothed"] = content.get("smoothed")  # files of 0.3 have none
         try:
             values["class_shape"] = tuple(values["class_shape"])
             if values["groups"] is not None:
@@ -373,6 +392,7 @@ class Estimate:
 # Shape and type of what a file holds; one letter is one size everywhere. "?" may be None.
 _TENSORS = {
     "effect": ("NUC", "float"),
+    "smoothed": ("NUC", "float?"),
     "reference": ("NC", "float"),
     "std_error": ("NUC", "float?"),
     "dof": ("NUC", "float?"),
@@ -484,6 +504,9 @@ def plot_estimate(
 ) -> Figure:
     """Draw the contributions of one example to one class.
 
+    Over an image colours are the smoothed contributions, where the design has them; outlined is what is significant by
+    the effects themselves. Bars show the effects and their intervals.
+
     Args:
         estimate: what ``estimate(...)`` returned.
         image: the example, (C, H, W), values in [0, 1] or bytes (uint8): the contributions are laid over it,
@@ -545,7 +568,8 @@ def plot_estimate(
         raise UnitError(expected("image", f"with the {n_units} units of the estimate", int(units.n_units[0]), hint))
     channels = (1 if dim is None else dim) % batch.dim()
     shown = batch.movedim(channels, 1)[0]
-    (plane,) = units.spread(double(values)[None])
+    contribution = estimate.smoothed_contribution[example, :n_units, column].detach()
+    (plane,) = units.spread(double(contribution)[None])
     plane, region = plane.movedim(channels, 1)[0], None
     if found is not None:
         (where,) = units.spread(double(found)[None])

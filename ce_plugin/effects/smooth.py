@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ce_plugin.effects.estimators import Effects
+from ce_plugin.effects.estimators import Effects, score_mean, with_rounding
 from ce_plugin.errors import DesignError, UnitError, expected
 from ce_plugin.networks.forward import double
 
@@ -17,41 +18,68 @@ LENGTHS = (0.03, 0.1, 0.2, 0.3, 0.5, 0.8)
 _RATIOS = 31
 
 
+class SmoothEffects(NamedTuple):
+    """Effects of all units on all classes, with a smooth map beside them.
+
+    Attributes:
+        effect, std_error, dof: as in :class:`~ce_plugin.effects.estimators.Effects`.
+        smoothed: (U, C), a smooth and shrunk map of the effects.
+    """
+
+    effect: Tensor
+    std_error: Tensor
+    dof: Tensor
+    smoothed: Tensor
+
+
 def smooth(
     assignments: Tensor,
     outcomes: Tensor,
     grid: tuple[int, ...],
     variants: Tensor | None = None,
     *,
+    independent: Tensor | None = None,
+    p: float = 0.5,
     lengths: tuple[float, ...] = LENGTHS,
-) -> Effects:
-    r"""Effects of units that flip together with their neighbours, by Gaussian-process regression.
+) -> Effects | SmoothEffects:
+    r"""Effects of a grid's units, and a smooth map of them, from coherent and independent trials.
+
+    Some trials set coherent regions, others (``independent``) each unit by itself with probability p. All of them fit a
+    smooth additive description m of the outcome, by Gaussian-process regression:
 
         y_t = mu_v(t) + sum_u a_tu f_u + noise,   f ~ N(0, tau^2 K),   noise ~ N(0, sigma^2)
 
     K is a Matern-3/2 kernel of the distance between units plus 1, a level that all share; each alternative value v
-    (fill) has an intercept of its own with a flat prior. Reported is the posterior mean
+    (fill) has an intercept of its own with a flat prior. The posterior mean is
 
-        f = tau^2 K A' (tau^2 A K A' + sigma^2 I)^-1 y     (A and y centred within each alternative)
+        f = H y = tau^2 K A' (tau^2 A K A' + sigma^2 I)^-1 y     (A and y centred within each alternative)
 
     with the length scale and sigma^2 / tau^2 of highest restricted likelihood on a small grid, for each output by
-    itself. Writing f = H y, the squared standard error is the sampling variance sum_t H_ut^2 (e_t / (1 - h_t))^2 from
-    leave-one-trial-out residuals, valid where the noise differs between trials, plus the prior expectation of the
-    squared shrinkage, tau^2 [(I - H A) K (I - H A)']_uu.
+    itself. Shrunk and smooth, it is the more faithful map, and biased. The effect of unit u that is estimated,
 
-    What is estimated is the best additive and smooth description of the outcome under the design's assignments: the
-    effect of a unit with about a share p of its surroundings set as well. Where interactions are strong, that is not
-    the effect of the unit alone.
+        tau_u = mean over v of E[ y(a_u = 1, A, v) - y(a_u = 0, A, v) ],   A: the others, each set with probability p
+
+    is the mean, within each alternative and then over them, of the independent trials' scores
+
+        psi_tu = f_u^(-t) + (a_tu - p) / (p (1 - p)) e_t^(-t)
+
+    where f^(-t) is the fit without trial t and e_t^(-t) what it mispredicts there: e_t / (1 - h_t), and
+    f^(-t) = f - H_t e_t^(-t). Trial t is independent of that fit and its units of each other, so that the mean is
+    unbiased for every network, however rough its effects, and the scores' spread is its standard error.
 
     Args:
         assignments: (T, U) boolean, True where the trial sets the unit.
         outcomes: (T, C).
         grid: number of cells along each dimension, rows and columns for images; U is their product.
         variants: (T,) integers: which alternative value a trial set; None where there is one.
+        independent: (T,) boolean, the trials whose units were set independently; None where there are none.
+        p: the probability with which they were.
         lengths: length scales that are tried, as shares of the grid's longer side.
 
     Returns:
-        Effects (U, C); the degrees of freedom are the trials left over by the regression.
+        Effects (U, C), with f as ``smoothed`` beside them where there are independent trials. Otherwise the effect is f
+        itself; its squared standard error is the sampling variance sum_t H_ut^2 (e_t^(-t))^2 plus the prior expectation
+        of the squared shrinkage, tau^2 [(I - H A) K (I - H A)']_uu; its degrees of freedom are the trials left over.
 
     Raises:
         UnitError: the units are not the cells of the grid, or trials and outcomes differ in number.
@@ -61,12 +89,12 @@ def smooth(
         >>> draw = torch.Generator().manual_seed(0)
         >>> a = torch.rand(200, 16, generator=draw) < 0.5
         >>> planted = torch.linspace(-1, 1, 16)[:, None]
-        >>> effects = smooth(a, a.float() @ planted, (4, 4))
+        >>> effects = smooth(a, a.float() @ planted, (4, 4), independent=torch.ones(200, dtype=torch.bool))
         >>> bool((effects.effect - planted).abs().max() < 0.02)
         True
 
-    Source: Rasmussen and Williams 2006, chapter 2; restricted likelihood: Patterson and Thompson 1971; errors from
-    deleted residuals: MacKinnon and White 1985.
+    Source: Rasmussen and Williams 2006, chapter 2; restricted likelihood: Patterson and Thompson 1971; errors of f
+    from deleted residuals: MacKinnon and White 1985; scores: Wu and Gagnon-Bartsch 2018.
     """
     if assignments.dim() != 2 or math.prod(grid) != assignments.shape[1] or len(assignments) != len(outcomes):
         got = f"{tuple(assignments.shape)} for a grid {grid} and outcomes {tuple(outcomes.shape)}"
@@ -75,6 +103,7 @@ def smooth(
     held = _intercepts(variants, a)
     if len(a) < held.shape[1] + 3:
         raise DesignError(expected("n_trials", f"at least {held.shape[1] + 3}", len(a)))
+    flips = a
     a, y = a - held @ (held.T @ a), y - held @ (held.T @ y)
     n = len(a) - held.shape[1]
     scale = torch.logspace(-3, 3, _RATIOS, dtype=a.dtype, device=a.device)
@@ -84,16 +113,51 @@ def smooth(
         bases.append(_basis(a, grid, length))
         fits.append(_restricted_likelihood(bases[-1], y, energy, n, scale))
     best = torch.cat(fits).argmax(0)
-    effect = y.new_zeros(a.shape[1], y.shape[1])
-    error, dof = effect.clone(), effect + n
+    strata = [] if independent is None else _strata(independent.cpu(), variants)
+    fit = y.new_zeros(a.shape[1], y.shape[1])
+    effect, error, dof = fit.clone(), fit.clone(), fit + (sum(map(len, strata)) - 1 if strata else n)
     live = energy > 1e-24 * len(y) * double(outcomes).square().amax(0).clamp_min(1e-300)
     for choice in sorted(set(best[live].tolist())):
         basis = bases[choice // _RATIOS]
         ratio = scale[choice % _RATIOS] * basis[2].sum() / n
         here = live & (best == choice)
-        effect[:, here], error[:, here], left = _posterior(basis, ratio, y[:, here], held, n)
-        dof[:, here] = left
-    return Effects(effect, error, dof)
+        hat, deleted, shrinkage, left = _fitted(basis, ratio, y[:, here], held, n)
+        fit[:, here] = hat @ y[:, here]
+        if strata:
+            weights = (flips - p) / (p * (1 - p)) - hat.T
+            mean, error[:, here], dof[:, here] = _score_means(weights, deleted, flips, strata, p)
+            effect[:, here] = fit[:, here] + mean
+        else:
+            error[:, here] = (hat.square() @ deleted.square() + shrinkage).sqrt()
+            dof[:, here] = left
+    return SmoothEffects(effect, error, dof, fit) if strata else Effects(fit, error, dof)
+
+
+def _strata(independent: Tensor, variants: Tensor | None) -> list[Tensor]:
+    """The independent trials of each alternative; all together where an alternative has fewer than two."""
+    fills = torch.zeros(len(independent)) if variants is None else variants.cpu()
+    each = [(independent & (fills == fill)).nonzero()[:, 0] for fill in sorted(set(fills.tolist()))]
+    return each if min(map(len, each)) >= 2 else [independent.nonzero()[:, 0]]
+
+
+def _score_means(
+    weights: Tensor, deleted: Tensor, flips: Tensor, strata: list[Tensor], p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean over the strata of the means of w_tu e_tc, its standard error and degrees of freedom, each (U, C)."""
+    kurtosis = weights.new_full((weights.shape[1],), 1 / (p * (1 - p)) - 3)
+    means, variances, dofs = [], [], []
+    for trials in strata:
+        arm = flips[trials].sum(0)
+        index = torch.arange(len(trials))[:, None]
+        smallest = torch.minimum(arm, len(trials) - arm)
+        mean, variance, dof = score_mean(weights[trials], deleted[trials], index, kurtosis, smallest)
+        means.append(mean)
+        variances.append(variance / len(strata) ** 2)
+        dofs.append(dof)
+    variance = torch.stack(variances)
+    dof = variance.sum(0).square() / (variance.square() / torch.stack(dofs)).sum(0).clamp_min(1e-300)
+    error = with_rounding(variance.sum(0), deleted)
+    return torch.stack(means).mean(0), error, torch.where(variance.sum(0) > 0, dof, torch.stack(dofs).sum(0))
 
 
 def _intercepts(variants: Tensor | None, a: Tensor) -> Tensor:
@@ -105,10 +169,15 @@ def _intercepts(variants: Tensor | None, a: Tensor) -> Tensor:
     return columns / columns.sum(0).sqrt()
 
 
-def _posterior(
+def _fitted(
     basis: tuple[Tensor, Tensor, Tensor], ratio: Tensor, y: Tensor, held: Tensor, n: int
-) -> tuple[Tensor, Tensor, float]:
-    """Posterior mean, standard error (U, C) and degrees of freedom, at one length scale and noise ratio."""
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """A fit at one length scale and noise ratio.
+
+    Returns:
+        H (U, T), what the fit without each trial mispredicts there (T, C), the expected squared shrinkage (U, C), and
+        the trials left over.
+    """
     to_units, to_trials, w = basis
     hat = (to_units / (w + ratio)) @ to_trials.T
     residual = y - (to_trials / (w + ratio)) @ (to_trials.T @ y)
@@ -116,8 +185,7 @@ def _posterior(
     deleted = residual / (1 - leverage).clamp_min(1e-12)[:, None]
     prior = (y * residual).sum(0) / ratio / n
     shrinkage = (to_units.square() * (ratio / (w + ratio)).square()).sum(1)[:, None] * prior
-    error = (hat.square() @ deleted.square() + shrinkage).sqrt()
-    return hat @ y, error, max(float(n - (w / (w + ratio)).sum()), 1.0)
+    return hat, deleted, shrinkage, max(float(n - (w / (w + ratio)).sum()), 1.0)
 
 
 def _kernel(grid: tuple[int, ...], length: float, like: Tensor) -> Tensor:

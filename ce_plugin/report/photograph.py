@@ -375,7 +375,7 @@ def _maps(study: Study, inputs: Tensor, answers: list[Answer], meter: Meter) -> 
         maps.append(
             ClassMaps(
                 answer=answer,
-                contribution=plane(estimate.contribution[:, :, answer.index]),
+                contribution=plane(estimate.smoothed_contribution[:, :, answer.index]),
                 outlined=plane(double(region)) > 0.5,
                 n_outlined=int(region.sum()),
                 n_units=region.shape[1],

@@ -261,9 +261,7 @@ class TrialSpec:
 
     def variants(self, start: int, stop: int) -> Tensor:
         """Which alternative value a trial of a random design sets: in turn; antithetic partners set the same."""
-        blocks = self.design.blocks(stop)
-        trials = torch.arange(stop) if blocks is None else blocks
-        return trials[start:stop] % self.intervention.n_variants
+        return self.design.turns(stop)[start:stop] % self.intervention.n_variants
 
     def args_of(self, examples: Tensor) -> tuple[object, ...]:
         """The additional forward arguments of a batch of rows."""

@@ -148,6 +148,8 @@ def test_frame_has_one_row_per_example_unit_and_class() -> None:
         assert row["significant"] == bool(estimate.significant(0.2)[i, u, c])
         assert row["label"] == [["a", "b", "c"], ["d", "e"]][i][u]
     assert not frame.isna().any().any()
+    frame = replace(estimate, smoothed=2 * estimate.effect).to_dataframe()
+    assert (frame["smoothed"] == 2 * frame["effect"]).all()
 
 
 def test_frame_of_an_exact_design_names_the_target_and_has_no_errors() -> None:

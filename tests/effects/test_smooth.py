@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ce_plugin.designs import RandomRegions, RandomWindows
+from ce_plugin.effects import half_width
+from ce_plugin.effects.estimators import Effects
 from ce_plugin.effects.smooth import smooth
 from ce_plugin.errors import DesignError, UnitError
 
@@ -21,6 +23,14 @@ def trials(n: int = 120, seed: int = 0) -> tuple[Tensor, Tensor]:
     noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
     planted = torch.linspace(-1, 1, UNITS).double()[:, None] * torch.tensor([1.0, -2.0]).double()
     return a, a.double() @ planted + 0.3 * noise
+
+
+def of(design: RandomRegions, n: int) -> Tensor:
+    found = design.independent(n)
+    assert found is not None
+    alone, p = found
+    assert p == design.p
+    return alone
 
 
 def kernel(length: float) -> Tensor:
@@ -67,17 +77,20 @@ def test_recovers_a_smooth_additive_outcome() -> None:
 
 def test_each_class_by_itself() -> None:
     a, y = trials()
-    both = smooth(a, y, GRID)
+    alone = torch.arange(len(a)) % 2 == 0
+    both = smooth(a, y, GRID, independent=alone)
     for c in range(2):
-        one = smooth(a, y[:, c : c + 1], GRID)
-        for together, alone in zip(both, one, strict=True):
-            assert torch.allclose(together[:, c], alone[:, 0], atol=1e-10)
+        one = smooth(a, y[:, c : c + 1], GRID, independent=alone)
+        for together, single in zip(both, one, strict=True):
+            assert torch.allclose(together[:, c], single[:, 0], atol=1e-10)
 
 
 def test_scale_and_shift_of_the_outcome() -> None:
     a, y = trials()
-    plain, other = smooth(a, y, GRID), smooth(a, 5 - 3 * y, GRID)
+    alone = torch.arange(len(a)) % 2 == 0
+    plain, other = smooth(a, y, GRID, independent=alone), smooth(a, 5 - 3 * y, GRID, independent=alone)
     assert torch.allclose(other.effect, -3 * plain.effect, atol=1e-8)
+    assert torch.allclose(other.smoothed, -3 * plain.smoothed, atol=1e-8)
     assert torch.allclose(other.std_error, 3 * plain.std_error, atol=1e-8)
 
 
@@ -96,10 +109,71 @@ def test_order_of_trials_does_not_matter() -> None:
 
 def test_constant_outcome_has_no_effect_and_no_error() -> None:
     a, _ = trials()
-    effects = smooth(a, torch.full((len(a), 1), 0.7).double(), GRID)
+    effects = smooth(a, torch.full((len(a), 1), 0.7).double(), GRID, independent=torch.arange(len(a)) % 2 == 0)
     assert float(effects.effect.abs().max()) == 0
     assert effects.std_error is not None
     assert float(effects.std_error.abs().max()) == 0
+
+
+def test_effects_are_means_of_scores_that_leave_the_trial_out() -> None:
+    """The closed form against 40 fits that each have not seen a trial, at the hyperparameters of the whole fit."""
+    design, length = RandomRegions(0.5, 40, independent=0.5), 0.3
+    a = design.assignments(UNITS, grid=GRID).double()
+    alone = of(design, 40)
+    fills = design.turns(40) % 2
+    y = (a @ torch.linspace(-1, 1, UNITS).double() + torch.randn(40, generator=torch.Generator().manual_seed(1)))[
+        :, None
+    ]
+    effects = smooth(a > 0.5, y, GRID, fills, independent=alone, lengths=(length,))
+    # The noise ratio that was chosen, from the fit's own shrinkage: try all candidates.
+    k, scores = kernel(length), {}
+    held = torch.stack([fills == 0, fills == 1], 1).double()
+
+    def fit(rows: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+        """Slopes and intercepts of the generalised least squares fit of some trials."""
+        total = a[rows] @ k @ a[rows].T + ratio * torch.eye(len(rows), dtype=torch.double)
+        inverse = torch.linalg.inv(total)
+        h = held[rows]
+        levels = torch.linalg.solve(h.T @ inverse @ h, h.T @ inverse @ y[rows])
+        return k @ a[rows].T @ inverse @ (y[rows] - h @ levels), levels
+
+    centred = a - held @ torch.linalg.lstsq(held, a).solution
+    mean_signal = float((centred @ k @ centred.T).trace()) / 38
+    for scale in torch.logspace(-3, 3, 31, dtype=torch.double).tolist():
+        ratio = scale * mean_signal
+        psi = torch.empty(40, UNITS, dtype=torch.double)
+        for t in range(40):
+            rows = torch.tensor([k for k in range(40) if k != t])
+            slopes, levels = fit(rows, ratio)
+            missed = y[t] - a[t] @ slopes - held[t] @ levels
+            psi[t] = slopes[:, 0] + (a[t] - 0.5) / 0.25 * missed
+        parts = [psi[alone & (fills == fill)] for fill in range(2)]
+        mean = torch.stack([part.mean(0) for part in parts]).mean(0)
+        error = (sum(part.var(0) / len(part) for part in parts) / 4).sqrt()
+        scores[scale] = float((effects.effect[:, 0] - mean).abs().max() + (effects.std_error[:, 0] - error).abs().max())
+    assert min(scores.values()) < 1e-9
+
+
+def test_effects_are_unbiased_where_the_map_is_not() -> None:
+    """One unit alone, and an interaction that no additive fit explains: 300 runs against the closed form."""
+    found, maps, covered = [], [], []
+    for seed in range(300):
+        design = RandomRegions(0.5, 60, independent=0.4, seed=seed)
+        a = design.assignments(UNITS, grid=GRID).double()
+        y = (-a[:, 14] + 0.8 * a[:, 3] * a[:, 4] + 0.4 * (a[:, 20] - 0.5) * (a[:, 9] - 0.5))[:, None]
+        effects = smooth(a > 0.5, y, GRID, design.turns(60) % 3, independent=of(design, 60))
+        truth = torch.zeros(UNITS, 1, dtype=torch.double)
+        truth[14], truth[3], truth[4] = -1.0, 0.4, 0.4
+        found.append(effects.effect)
+        maps.append(effects.smoothed)
+        covered.append((effects.effect - truth).abs() <= half_width(effects.std_error, effects.dof, 0.95))
+    estimates = torch.stack(found)
+    z = (estimates.mean(0) - truth) / (estimates.std(0) / 300**0.5)
+    assert float(z.abs().max()) < 4.5
+    assert float(torch.stack(maps).mean(0)[14]) > -0.9
+    rate = torch.stack(covered).double().mean(0)
+    assert 0.93 < float(rate.mean()) < 0.99
+    assert float(rate.min()) > 0.88
 
 
 def test_intervals_cover_smooth_effects() -> None:
@@ -108,9 +182,38 @@ def test_intervals_cover_smooth_effects() -> None:
     for seed in range(40):
         a, y = trials(seed=seed)
         effects = smooth(a, y, GRID)
+        assert isinstance(effects, Effects)
         assert effects.std_error is not None
         covered.append(((effects.effect - planted).abs() <= 1.98 * effects.std_error).double().mean())
     assert 0.88 < float(torch.stack(covered).mean()) <= 1
+
+
+def test_the_map_beside_the_effects_is_the_fit_to_all_trials() -> None:
+    a, y = trials()
+    fit, both = smooth(a, y, GRID), smooth(a, y, GRID, independent=torch.arange(len(a)) % 2 == 0)
+    assert torch.equal(both.smoothed, fit.effect)
+    assert not torch.allclose(both.effect, fit.effect, atol=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.4, 1.0])
+def test_both_kinds_are_a_part_of_every_beginning_and_share_the_fills(share: float) -> None:
+    design = RandomRegions(0.5, 399, independent=share)
+    alone = of(design, 399)
+    counts = alone.cumsum(0).double()
+    assert float((counts - share * torch.arange(1, 400)).abs().max()) <= 1 + 1e-6
+    for kind in (alone, ~alone):
+        turns = torch.bincount(design.turns(399)[kind] % 3, minlength=3)
+        assert int(turns.max() - turns.min()) <= 1
+
+
+def test_independent_trials_are_those_of_a_random_mask() -> None:
+    design = RandomRegions(0.3, 4000, independent=0.5)
+    alone = of(design, 4000)
+    a = design.assignments(49, grid=(7, 7)).double()
+    near = torch.corrcoef(a[alone][:, [24, 25]].T)[0, 1], torch.corrcoef(a[~alone][:, [24, 25]].T)[0, 1]
+    assert abs(float(near[0])) < 0.07
+    assert float(near[1]) > 0.5
+    assert float(a[alone].mean()) == pytest.approx(0.3, abs=0.01)
 
 
 @pytest.mark.parametrize("design", [RandomRegions(0.3, 4000), RandomWindows(0.3, 4000)])
@@ -136,5 +239,8 @@ def test_errors() -> None:
         smooth(a[:3], y[:3], GRID)
     with pytest.raises(DesignError, match="not a grid"):
         RandomRegions().assignments(10)
+    for share in (-0.1, 1.5, "a", True):
+        with pytest.raises(DesignError, match="`independent`"):
+            RandomRegions(independent=share)  # type: ignore[arg-type]
     with pytest.raises(DesignError, match="sizes"):
         RandomWindows(sizes=())
