@@ -23,9 +23,9 @@ FEW = (
 
 def needs(package: str) -> None:
     """Skip what needs a package that is not there, or that does not take this PyTorch."""
-    pytest.importorskip(package)
     if package in ("transformers", "peft") and not pytest.importorskip("transformers").is_torch_available():
         pytest.skip("this version of transformers needs a newer PyTorch")
+    pytest.importorskip(package)
 
 
 def same(found: tuple[Verdict, Verdict], told: tuple[Verdict, Verdict]) -> None:
