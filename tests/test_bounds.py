@@ -45,10 +45,10 @@ def required() -> dict[str, str]:
 
 def test_everything_that_is_imported_is_required() -> None:
     packages = {"PIL": "pillow", "art": "adversarial-robustness-toolbox", "sklearn": "scikit-learn", "jinja2": "Jinja2"}
-    # Jinja2's own, whose strings its templates return; and the networks of the demonstration, an extra.
-    brought = {"markupsafe": "Jinja2"}
-    extras = set(setup()["options.extras_require"]["demo"].replace("-", "_").split())
-    names = set()
+    # Jinja2's own, whose strings its templates return; extras bring the demonstration's networks and a data set.
+    brought, bring = {"markupsafe": "Jinja2"}, setup()["options.extras_require"]
+    extras = {line.replace("-", "_") for name in ("demo", "benchmark") for line in bring[name].split()}
+    names: set[str] = set()
     for path in (ROOT / "ce_plugin").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
