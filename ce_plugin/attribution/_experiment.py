@@ -56,7 +56,7 @@ from ce_plugin.trials._routing import (
     SiteHook,
     hook_of,
 )
-from ce_plugin.trials._runner import AggregateError, Runner, run_aggregated
+from ce_plugin.trials._runner import OUTCOME_COPIES, AggregateError, Runner, run_aggregated
 from ce_plugin.trials.batches import Cost, TrialSpec, checked_values, free_memory, rows_of
 
 logger = logging.getLogger("ce_plugin")
@@ -223,9 +223,9 @@ class Experiment:
             heads = self._first_outputs()
             captured_site = self._example or CapturedSite(self.forward, *self._first())
             try:
-                route, each, once = self._route(captured_site)
+                route, each, once, followed = self._route(captured_site)
             except Untraceable as failure:
-                route, each, once = self._route(self.router.uncut(captured_site, failure))
+                route, each, once, followed = self._route(self.router.uncut(captured_site, failure))
         # The outcome with all units set, which some designs compare with, is one more trial.
         once += self.spec.repeats if self.design.reference == "all" else 0
         once += self.intervention.forward_equivalents + self.evidence_forwards
@@ -237,23 +237,28 @@ class Experiment:
         one = self.target is not None or self.call.predicted_only or not self.outcome.per_class
         outcomes = len(heads) if one else sum(head.numel() for head in heads.values())
         size = 4 * outcomes * self.n * max(self.used)
-        return Cost(self.trials, passes, route, size, size + self.runner.pass_bytes, self.memory_budget)
+        taken = OUTCOME_COPIES * size + self.runner.pass_bytes + followed
+        return Cost(self.trials, passes, route, size, taken, self.memory_budget)
 
-    def _route(self, captured_site: CapturedSite) -> tuple[str, float, float]:
-        """How trials will be run, what a trial costs, and what is run once for each example, in forward passes."""
+    def _route(self, captured_site: CapturedSite) -> tuple[str, float, float, int]:
+        """How trials will be run; what one costs, and what is run once for each example, in forward passes; bytes.
+
+        The bytes are those that following differences takes beside a pass through the network.
+        """
         spec = replace(self.spec, inputs=captured_site.values)
         # Evidence at a layer is set by hooks, which only whole passes meet.
         if not self.evidence_at_layers:
             captured_site = self.router.followed(captured_site, spec)
         cut = captured_site.forward
         if not isinstance(cut, ForwardFromSite) or cut.suffix is None or cut.captured is None:
-            return "full", 1, 1
+            return "full", 1, 1, 0
         with traced():
             share = cut.suffix.share(cut.captured)
             # A clean pass, another for what by-passes the site, and the reference.
             once = 1 + (not cut.suffix.is_cut) + share
             each = share if captured_site.flips is None else captured_site.flips.cost(spec)
-        return captured_site.taken, each, once
+        followed = 0 if captured_site.flips is None else captured_site.flips.pass_bytes
+        return captured_site.taken, each, once, followed
 
     @property
     def trials(self) -> int:

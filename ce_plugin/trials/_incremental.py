@@ -28,8 +28,10 @@ _BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 _FIRST, _GUESS = 8, 16
 # How often a row's outputs are held at once on their way from the network to the outcomes.
 _COPIES = 6
-# What rows take at the peak, measured, in multiples of what is counted: blocks are gathered, unfolded and pasted.
-_HELD = {"window differences": 2.8, "channel differences": 2.0}
+# What rows take at the peak, measured, in multiples of what is counted: blocks are gathered, unfolded and pasted, and
+# the allocator keeps the gaps between blocks of many sizes. Clean values that are kept make such gaps, too.
+_HELD = {"window differences": 5.0, "channel differences": 2.5}
+_KEPT = 2
 _MOST = 8192
 
 
@@ -88,10 +90,20 @@ class IncrementalTrials:
             guess = max(1, min(_FIRST, budget // max(_GUESS * site[:1].numel() * site.element_size(), 1)))
             return guess, guess
         each = self.forward.bytes_per_row + _COPIES * self._output_bytes
-        room = budget - nbytes(self.forward.clean_value.kept)
+        room = budget - self.kept_bytes
         held = each * _HELD.get(self.route, 1.0)
         limit = max(1, min(int(room // held), _MOST))
         return max(1, min(max(_BYTES.get(device.type, _BYTES["cuda"]) // each, 4), limit)), limit
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that the clean values take that are kept from one batch to the next."""
+        return _KEPT * nbytes(self.forward.clean_value.kept)
+
+    @property
+    def pass_bytes(self) -> int:
+        """Bytes that one row takes beside a pass through the whole network, as far as rows have shown."""
+        return self.kept_bytes + int(self.forward.bytes_per_row * _HELD.get(self.route, 1.0))
 
     def kind(self, spec: TrialSpec) -> str:
         """How flips of the site's units start: as a "channel", as a "window", or "" where neither."""

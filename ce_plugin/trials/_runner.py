@@ -33,6 +33,8 @@ from ce_plugin.trials.batches import (
 # From the heads' outputs of B rows and the rows' examples (B,) to each head's outcomes (B, C).
 Measure: TypeAlias = Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]]
 _REFERENCE_ROWS = 16
+# Sums over alternative values, their means and the effects are alive at once.
+OUTCOME_COPIES = 3
 # A run must have this many trials before it is worth trying another memory layout.
 _MANY = 32
 
@@ -311,7 +313,8 @@ class Runner:
         """Bytes for the rows of a pass, beside the outcomes and what a pass takes anyway."""
         if self.memory_budget is None:
             return free_memory(device) // 2
-        return max(self.memory_budget - self.outcome_bytes - kernels_overhead(self.forward.modules), 1)
+        outcomes = OUTCOME_COPIES * self.outcome_bytes
+        return max(self.memory_budget - outcomes - kernels_overhead(self.forward.modules), 1)
 
     @property
     def pass_bytes(self) -> int:

@@ -81,12 +81,15 @@ def bytes_per_row(modules: list[nn.Module], rows: int, inputs: tuple[Tensor, ...
 
 
 def kernels_overhead(modules: list[nn.Module]) -> int:
-    """Bytes that a pass takes whatever its number of rows: kernels reorder weights, which copies the largest."""
+    """Bytes that a pass takes whatever its number of rows, measured: kernels copy the largest weights, reordered.
+
+    Two copies are alive at once, and the allocator holds on to about as much as one more.
+    """
     largest = 0
     for module in modules:
         for parameter in module.parameters():
             largest = max(largest, 0 if is_lazy(parameter) else _nbytes(parameter))
-    return 2 * largest
+    return 3 * largest
 
 
 class BatchSize:
@@ -190,7 +193,8 @@ class Cost:
             part that depends on the site, ``"channel differences"`` and ``"window differences"`` only follow what a
             single unit changes there.
         outcome_bytes: memory that the outcomes of all trials take.
-        pass_bytes: memory that a pass of one row takes, the outcomes beside it; no budget below can be kept.
+        pass_bytes: memory that a pass of one row takes, with the outcomes and the clean values that are kept beside it;
+            no budget below can be kept.
         memory_budget: of the run, in bytes; None where there is none.
 
     Example:
