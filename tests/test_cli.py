@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -566,7 +568,10 @@ def test_a_closed_output_does_not_cost_the_result(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_run_that_is_ended_from_outside_cleans_up(folder: Path, name: str) -> None:
     (folder / "own.py").write_text(f"import signal\ndef ended(): signal.raise_signal(signal.{name})\n")
-    ended = _run(["explain", "one.png", "--model", "./own.py:ended"], stdout=subprocess.PIPE)
+    # Under nohup the tests themselves ignore SIGHUP, and their children would too.
+    heeded = functools.partial(signal.signal, getattr(signal, name), signal.SIG_DFL)
+    call = ["explain", "one.png", "--model", "./own.py:ended"]
+    ended = _run(call, stdout=subprocess.PIPE, preexec_fn=heeded)
     assert ended.stderr == "ce-plugin: interrupted\ncode 130\n"
     assert not (folder / "ce-plugin-report").exists()
 
