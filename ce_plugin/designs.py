@@ -340,6 +340,9 @@ class _OverGrid(_Random):
         self.share = check_number("independent", independent, wanted, hint=hint, error=DesignError)
         if not 0 <= self.share <= 1:
             raise DesignError(expected("independent", wanted, independent, hint))
+        if 0 < self.share * self.n_trials < 2 - 1e-9:
+            wanted = f"0, or a share that makes two independent trials or more of {self.n_trials}"
+            raise DesignError(expected("independent", wanted, independent, "Take more trials, or a larger share."))
 
     def independent(self, n_trials: int) -> tuple[Tensor, float] | None:
         """Trials at which the whole part of (t + 1) * share rises: evenly spread, and a part of every beginning."""

@@ -83,7 +83,7 @@ def smooth(
 
     Raises:
         UnitError: the units are not the cells of the grid, or trials and outcomes differ in number.
-        DesignError: fewer than three trials more than alternatives.
+        DesignError: fewer than three trials more than alternatives, or one independent trial.
 
     Example:
         >>> draw = torch.Generator().manual_seed(0)
@@ -103,6 +103,8 @@ def smooth(
     held = _intercepts(variants, a)
     if len(a) < held.shape[1] + 3:
         raise DesignError(expected("n_trials", f"at least {held.shape[1] + 3}", len(a)))
+    if independent is not None and int(independent.sum()) < 2:
+        raise DesignError(expected("independent", "two independent trials or more", int(independent.sum())))
     flips = a
     a, y = a - held @ (held.T @ a), y - held @ (held.T @ y)
     n = len(a) - held.shape[1]

@@ -242,5 +242,12 @@ def test_errors() -> None:
     for share in (-0.1, 1.5, "a", True):
         with pytest.raises(DesignError, match="`independent`"):
             RandomRegions(independent=share)  # type: ignore[arg-type]
+    for n, share in ((5, 0.1), (30, 0.05)):
+        with pytest.raises(DesignError, match="two independent trials or more"):
+            RandomRegions(0.5, n, independent=share)
+    assert int(of(RandomRegions(0.5, 5, independent=0.4), 5).sum()) == 2
+    for alone in (torch.zeros(len(a), dtype=torch.bool), torch.arange(len(a)) == 1):
+        with pytest.raises(DesignError, match="two independent trials or more"):
+            smooth(a, y, GRID, independent=alone)
     with pytest.raises(DesignError, match="sizes"):
         RandomWindows(sizes=())
