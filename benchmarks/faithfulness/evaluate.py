@@ -30,6 +30,7 @@ from tqdm import tqdm
 from benchmarks.common.results import RESULTS, write
 from benchmarks.faithfulness._forward import ENGINES, Engine
 from benchmarks.faithfulness._methods import METHODS, NORMALIZATION, Scene, finest_stride, passes_of
+from benchmarks.faithfulness._references import images, index_of
 from benchmarks.faithfulness._tables import chosen_text, report_data, report_text
 from ce_plugin.datasets import read_image
 from ce_plugin.evaluation import insertion_deletion, reference_images
@@ -41,20 +42,6 @@ from ce_plugin.models import as_batch, efficientnet_lite0
 Plan = list[tuple[str, dict[str, Any]]]
 CHOSEN = "faithfulness_choosing"
 CHOOSE_STEPS, REPORT_STEPS = 14, 28
-
-
-def images(multiple_of_ten: bool) -> list[Path]:
-    """The images for choosing or the reported ones, in a fixed random order."""
-    if not os.environ.get("CE_PLUGIN_DATA"):
-        raise SystemExit("Set CE_PLUGIN_DATA to the folder that holds imagenet-samples/.")
-    files = sorted((Path(os.environ["CE_PLUGIN_DATA"]) / "imagenet-samples").glob("*.jpg"))
-    files = [file for file in files if (index_of(file) % 10 == 0) == multiple_of_ten]
-    return [files[i] for i in np.random.default_rng(2026).permutation(len(files))]
-
-
-def index_of(file: Path) -> int:
-    """The class index, with which file names begin."""
-    return int(file.name.split("_")[0])
 
 
 def study(file: Path, plan: Plan, engine_name: str, steps: int, folder: Path, until: float) -> bool:
