@@ -82,7 +82,7 @@ benchmark: $(VENV)/.installed-demo $(VENV)/.installed-benchmark  ## list the ben
 ifdef RUN
 	$(BIN)/python -m benchmarks.$(subst /,.,$(RUN:.py=)) $(ARGS)
 else
-	@echo "Run one by name, for example: make benchmark RUN=coverage.smooth"
+	@echo "Run one by name, for example: make benchmark RUN=coverage.regions"
 	@for script in $(SCRIPTS); do name=$${script#benchmarks/}; \
 	  printf '  %-24s %s\n' "$$(echo $${name%.py} | tr / .)" "$$(sed -n '1s/^"""//;1s/"""$$//;1p' $$script)"; done
 endif

@@ -81,6 +81,11 @@ class Design(ABC):
         """Probability that a unit flips, if the design defines it."""
         return None
 
+    @property
+    def has_errors(self) -> bool:
+        """Whether its effects have standard errors: exact effects need none."""
+        return not self.exact
+
     def independent(self, n_trials: int) -> tuple[Tensor, float] | None:
         """Which of the first trials set each unit by itself, bool (T,), and with which probability; None if none do."""
         return None
@@ -243,6 +248,8 @@ class _Random(Design):
 class RandomMask(_Random):
     """Each unit flips with probability p in each trial, independently: effects are averages over the other units.
 
+        effect_u = E[ Y(a_u = 1, A) - Y(a_u = 0, A) ],   A: each of the other units set with probability p
+
     Args:
         p: probability of a flip, in (0, 1); the paper masks 10 % of the area.
         n_trials: number of trials, 2 or more.
@@ -332,17 +339,25 @@ class _OverGrid(_Random):
     """
 
     estimator = "smooth"
+    # Fewer than this give intervals that say nothing, and cost the map trials.
+    few = 30
     _p = ("a share of the area in (0, 1)", "Write 0.5 for a half.")
 
     def __init__(self, p: Any, n_trials: Any, independent: Any, seed: int) -> None:
         super().__init__(p, n_trials, seed)
-        wanted, hint = "a share of the trials in [0, 1]", "Write 0.4 for 40 per cent."
+        if independent is None:
+            independent = 0.4 if self.n_trials >= self.few else 0
+        wanted, hint = "None or a share of the trials in [0, 1]", "Write 0.4 for 40 per cent."
         self.share = check_number("independent", independent, wanted, hint=hint, error=DesignError)
         if not 0 <= self.share <= 1:
             raise DesignError(expected("independent", wanted, independent, hint))
         if 0 < self.share * self.n_trials < 2 - 1e-9:
             wanted = f"0, or a share that makes two independent trials or more of {self.n_trials}"
             raise DesignError(expected("independent", wanted, independent, "Take more trials, or a larger share."))
+
+    @property
+    def has_errors(self) -> bool:
+        return self.share > 0
 
     def independent(self, n_trials: int) -> tuple[Tensor, float] | None:
         """Trials at which the whole part of (t + 1) * share rises: evenly spread, and a part of every beginning."""
@@ -379,20 +394,23 @@ class _OverGrid(_Random):
         return grid
 
     def __repr__(self) -> str:
-        share = f", independent={self.share}" if self.share else ""
-        return f"{type(self).__name__}({self.p}, n_trials={self.n_trials}{share}, seed={self.seed})"
+        share = f"independent={self.share:g}"
+        return f"{type(self).__name__}({self.p}, n_trials={self.n_trials}, {share}, seed={self.seed})"
 
 
 class RandomWindows(_OverGrid):
     """Square windows (cubes in volumes) of several sizes at random places, until they cover a share of the input.
 
-    What ``independent`` trials add is said of :class:`RandomRegions`.
+    What is estimated, and what ``independent`` trials are for, is said of :class:`RandomRegions`:
+
+        effect_u = E[ Y(a_u = 1, A) - Y(a_u = 0, A) ],   A: each of the other units set with probability p
 
     Args:
         p: share of the area that each coherent trial sets, in (0, 1), as closely as whole windows allow; the
             probability that a unit flips in an independent one.
         n_trials: number of trials, 2 or more.
-        independent: share of the trials that set each unit by itself, in [0, 1]; 0.4 is a good choice.
+        independent: share of the trials that set each unit by itself, in [0, 1]; None takes 0.4, and 0 where there are
+            fewer than 30 trials.
         sizes: sides of the windows as shares of the grid's longer side, in (0, 1].
         seed: any integer.
 
@@ -411,7 +429,7 @@ class RandomWindows(_OverGrid):
         n_trials: int = 399,
         *,
         sizes: Sequence[float] = (0.1, 0.15, 0.2, 0.3, 0.4),
-        independent: float = 0.0,
+        independent: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(p, n_trials, independent, seed)
@@ -450,19 +468,22 @@ class RandomRegions(_OverGrid):
     probability exactly p; neighbours tend to flip together; no direction or position is preferred. The number of units
     that flip varies between trials: if it were fixed, the mean effect could not be separated from the intercept.
 
-    Without independent trials the effects are a smooth picture: good to look at, with errors that belong to it, and
-    shrunk where a unit differs from its neighbours. With ``independent=0.4`` four trials in ten set each unit by itself
-    instead. The effect is then what :class:`RandomMask` estimates, averaged over the fills in equal shares,
+    Such trials show with few passes where an effect lies, but not which unit it belongs to. Four in ten trials
+    (``independent``) therefore set each unit by itself. What is estimated is the effect that :class:`RandomMask` has,
+    averaged over the fills in equal shares,
 
         effect_u = E[ Y(a_u = 1, A) - Y(a_u = 0, A) ],   A: each of the other units set with probability p
 
-    unbiased, with intervals that hold for every unit; the smooth picture is in ``Estimate.smoothed``.
+    unbiased for every network, with intervals that hold for every unit. All trials together make the smooth map beside
+    it, ``Estimate.smoothed``. With ``independent=0`` this map, shrunk where a unit differs from its neighbours, is all
+    there is: ``Estimate.effect`` is the same, and has no standard error.
 
     Args:
         p: probability that a unit flips, in (0, 1).
         n_trials: number of trials, 2 or more; with the reference the default takes 400 forward passes.
         length: standard deviation of the smoothing, in cells of the grid.
-        independent: share of the trials that set each unit by itself, in [0, 1]; 0.4 is a good choice.
+        independent: share of the trials that set each unit by itself, in [0, 1]; None takes 0.4, and 0 where there are
+            fewer than 30 trials.
         seed: any integer.
 
     Raises:
@@ -480,7 +501,7 @@ class RandomRegions(_OverGrid):
         n_trials: int = 399,
         *,
         length: float = 1.2,
-        independent: float = 0.0,
+        independent: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(p, n_trials, independent, seed)

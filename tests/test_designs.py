@@ -141,7 +141,7 @@ def test_antithetic_pairs_differ_as_much_as_p_allows(p: float, balanced: bool) -
 @pytest.mark.parametrize("p", [0.2, 0.5])
 def test_coherent_designs(make: Any, p: float) -> None:
     grid = (14, 14)
-    a = make(p, 600).assignments(196, grid=grid).double().reshape(600, *grid)
+    a = make(p, 600, independent=0).assignments(196, grid=grid).double().reshape(600, *grid)
     if make is RandomRegions:  # every unit, at the border too, flips with probability p exactly
         assert ((a.flatten(1).mean(0) - p).abs() < 4.5 * (p * (1 - p) / 600) ** 0.5).all()
     else:

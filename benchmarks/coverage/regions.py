@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.results import write
-from benchmarks.coverage.smooth import bump
 from ce_plugin.designs import RandomRegions
 from ce_plugin.effects import benjamini_hochberg, half_width, p_values
 from ce_plugin.effects.smooth import smooth
@@ -32,6 +31,12 @@ NETWORKS = (
 NULL = ("one patch", "two patches", "ring")
 SHOWN_ONLY = ("probability, saturated",)
 NOISE = 0.3
+
+
+def bump(row: float, column: float, width: float) -> Tensor:
+    """A Gaussian hill on the grid."""
+    y, x = torch.meshgrid(torch.arange(14.0), torch.arange(14.0), indexing="ij")
+    return torch.exp(-((y - row) ** 2 + (x - column) ** 2) / (2 * width**2)).flatten().double()
 
 
 def planted() -> Tensor:

@@ -153,7 +153,7 @@ def _effects(
         raise DesignError(expected("design", "one for units that are not a grid", repr(design), hint))
     fills = spec.variants(0, len(own))
     alone = design.independent(len(own))
-    if alone is None:
+    if alone is None or int(alone[0].sum()) < 2:  # the first of many trials may hold fewer
         return smooth(own, outcomes, spec.units.grid, fills)
     independent, p = alone
     return smooth(own, outcomes, spec.units.grid, fills, independent=independent, p=p)

@@ -133,9 +133,9 @@ class Experiment:
     def __post_init__(self) -> None:
         until, per_eval = self.call.until, self.call.perturbations_per_eval
         if until is not None:
-            wanted = "a positive half-width, for a random design"
+            wanted = "a positive half-width, for a design with standard errors"
             check_number("until", until, wanted, above=0)
-            if self.design.exact:
+            if not self.design.has_errors:
                 raise ArgumentError(expected("until", wanted, f"{until} for {self.design!r}"))
         if per_eval is not None:
             check_integer("perturbations_per_eval", per_eval, "None or a positive integer", least=1)
@@ -746,13 +746,13 @@ def answers_until(
 
 def _widest(spec: TrialSpec, found: dict[str, Answer], example: int) -> float:
     """Half the width of an example's widest interval; infinite where a unit's error is not known yet."""
-    widest = 0.0
+    widest, own = 0.0, slice(int(spec.units.n_units[example]))
     for answer in found.values():
-        if answer.std_error is not None:
-            own = slice(int(spec.units.n_units[example]))
-            dof = None if answer.dof is None else answer.dof[example, own]
-            widths = half_width(answer.std_error[example, own], dof, 0.95)
-            widest = max(widest, float(widths.nan_to_num(torch.inf).max()))
+        if answer.std_error is None:
+            return torch.inf
+        dof = None if answer.dof is None else answer.dof[example, own]
+        widths = half_width(answer.std_error[example, own], dof, 0.95)
+        widest = max(widest, float(widths.nan_to_num(torch.inf).max()))
     return widest
 
 

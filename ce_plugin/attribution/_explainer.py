@@ -188,15 +188,19 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
         if values not in ("smoothed", "unbiased"):
             raise unknown_name("values", values, ("smoothed", "unbiased"))
         experiment = self._experiment(call)
+        design = experiment.design
+        if values == "unbiased" and not (design.exact or design.has_errors):
+            hint = "Leave out independent=0 or take 30 trials or more; values='smoothed' is the map."
+            raise InferenceError(expected("values", f"'smoothed' for {design!r}", repr(values), hint))
         rate = None if significant_only is None else false_discovery_rate(significant_only, experiment)
         (estimate,) = experiment.run().values()
         shown = (estimate.smoothed_contribution if values == "smoothed" else estimate.contribution)[..., 0]
         if rate is not None:
             shown = shown.where(estimate.significant(rate)[..., 0], 0.0)
         units = experiment.spec.units
-        if isinstance(experiment.design, Joint):
+        if isinstance(design, Joint):
             # Each unit gets the mean over the groups that it is in.
-            member = experiment.design.assignments(units.width).to(shown)
+            member = design.assignments(units.width).to(shown)
             shown = shown @ member / member.sum(0).clamp(min=1)
         return units.spread(shown)
 
@@ -215,8 +219,8 @@ def false_discovery_rate(significant_only: bool | float, experiment: Experiment)
     if given is not True:
         wanted, hint = "True, or a false discovery rate in (0, 1)", "Write 0.05 for five per cent."
         check_number("significant_only", given, wanted, above=0, below=1, hint=hint)
-    if experiment.design.exact and experiment.n_draws == 1:
-        hint = "Only random designs or a data set have sampling error: use RandomMask(...), or leave it out."
+    if not experiment.design.has_errors and experiment.n_draws == 1:
+        hint = "Only random designs or a data set have standard errors: use RandomMask(...), or leave it out."
         raise InferenceError(expected("significant_only", f"None for {experiment.design!r}", significant_only, hint))
     return 0.05 if significant_only is True else float(significant_only)
 

@@ -51,16 +51,13 @@ class CausalEffect(Explainer):
         engine: "auto" computes again only what a window changes, where windows are set one at a time and that pays;
             "suffix" insists on it; "full" passes every trial through the whole network.
 
-    **Defaults for images** (one tensor (N, C, H, W), no mask, no windows): the patches of a 14 x 14 grid are set in
-    random coherent regions, half of the image in each of 399 trials, to black, the image's mean and a blur in turn
-    (:class:`~ce_plugin.designs.RandomRegions`); effects come from a regression with a smooth prior. This was chosen by
-    insertion and deletion on photographs that the benchmark does not report: a trial that sets half of the image is
-    more informative than one that sets 30 % of it, and a smooth prior more than 196 separate effects. On the 100
-    reported ones it scored 0.441; Grad-CAM, SmoothGrad, RISE and the best Occlusion 0.313 to 0.286, RandomMask(0.1)
-    0.216 (``benchmarks/results/faithfulness.md``). Its errors belong to that smooth picture: 95 % intervals cover that
-    much or more on average, but next to nothing where a single patch stands out alone (``coverage_smooth.md``). Where
-    you need the effect of each patch by itself, take ``RandomRegions(independent=0.4)``, whose effects are unbiased and
-    whose intervals cover 95 % (``coverage_regions.md``), or RandomMask (``coverage.md``).
+    **Defaults for images** (one tensor (N, C, H, W), no mask, no windows): the patches of a 14 x 14 grid are set, half of
+    the image in each of 399 trials, to black, the image's mean and a blur in turn: coherent regions in six trials of
+    ten, single patches in the others (:class:`~ce_plugin.designs.RandomRegions`). ``estimate`` gives the mean effect of
+    each patch over what else is set, without bias, with intervals that hold for every patch
+    (``benchmarks/results/coverage_regions.md``), and beside it, as ``Estimate.smoothed``, the smooth map that
+    ``attribute`` returns. How well that map predicts what the network depends on, beside Grad-CAM and others, stands in
+    ``benchmarks/results/faithfulness_paired_reported.md``.
 
     **Volumes** (N, C, D, H, W) have the same defaults on a grid of 8 x 8 x 8, **signals** (N, C, L) and **sequences**
     (N, L, C) on one of 64 pieces, where the network's first module shows which of the two they are.

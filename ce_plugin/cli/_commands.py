@@ -281,7 +281,7 @@ class ExplainOptions(NetworkOptions):
         Literal["regions", "random-mask", "one-at-a-time", "leave-one-in"],
         _experiment(
             "DESIGN",
-            "Which patches are covered in a trial: random coherent regions (smooth maps from few trials), random-mask "
+            "Which patches are covered in a trial: random coherent regions (and single patches for the tests), random-mask "
             "(random single patches), one-at-a-time, leave-one-in (all but one). The first two have standard errors.",
         ),
     ] = "regions"

@@ -154,7 +154,11 @@ def _experiment(plan: Plan, fill: str) -> str:
     design, grid = plan.design, f"{plan.cells} × {plan.cells} patches of the photograph"
     done = _FILLS[fill][1]
     if isinstance(design, RandomRegions):
-        return f"in each of {design.n_trials} trials random regions, about {design.p:.0%} of the {grid}, were {done}"
+        found = design.independent(design.n_trials)
+        alone = 0 if found is None else int(found[0].sum())
+        single = f", in {alone} single patches," if alone else ","
+        where = f"in {design.n_trials - alone} trials random regions{single}"
+        return f"{where} about {design.p:.0%} of the {grid} each time, were {done}"
     if isinstance(design, RandomMask):
         return f"in each of {design.n_trials} trials a random {design.p:.0%} of the {grid} were {done}"
     if isinstance(design, LeaveOneIn):

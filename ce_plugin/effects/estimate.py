@@ -55,8 +55,8 @@ class Estimate:
     Signs are those of Eq. 1: removing a unit that supports the class has a *negative* effect. ``contribution`` is minus
     the effect and reads like other maps: positive supports the class.
 
-    What a design with independent trials estimates is each unit's mean effect over what else its trials set (A: every
-    other unit independently, with the design's probability p) and over the fills v,
+    What random designs estimate is each unit's mean effect over what else their trials set (A: every other unit
+    independently, with the design's probability p) and over the fills v in equal shares,
 
         effect_u = mean over v of E[ Y(a_u = 1, A, v) - Y(a_u = 0, A, v) ]
 
@@ -64,9 +64,10 @@ class Estimate:
 
     Attributes:
         effect: (N, U, C); NaN beyond an example's own units.
-        smoothed: (N, U, C), a smooth map of the effects beside them, shrunk where neighbours disagree, for designs over
-            a grid with independent trials; None for others. No error is known for it.
-        std_error: (N, U, C) for random designs, None for exact ones.
+        smoothed: (N, U, C), a smooth map of the effects beside them, shrunk where neighbours disagree, for designs that
+            set regions of a grid; None for others. No error is known for it. Where such a design has no independent
+            trials, ``effect`` is the same map.
+        std_error: (N, U, C) for random designs; None for exact ones and where there is a smooth map alone.
         reference: (N, C), the outcome with all units idle (under the same evidence).
         dof: degrees of freedom of the t quantiles, (N, U, C), or None for normal quantiles.
         n_units: (N,), number of units of each example.
@@ -159,7 +160,7 @@ class Estimate:
         """Two-sided t intervals (low, high), each (N, U, C), of each effect by itself.
 
         Raises:
-            InferenceError: for exact designs.
+            InferenceError: for exact designs, and for a smooth map alone.
 
         Warns:
             SaturationWarning: for probabilities next to 0 or 1 (see :attr:`saturated`), of the target or the predicted
@@ -174,7 +175,7 @@ class Estimate:
         Where :attr:`peeked` is set they do not cover the choice of the number of trials.
 
         Raises:
-            InferenceError: for exact designs.
+            InferenceError: for exact designs, and for a smooth map alone.
 
         Warns:
             SaturationWarning: as :meth:`confidence_interval`.
@@ -191,7 +192,7 @@ class Estimate:
             bool (N, U, C); False beyond an example's own units.
 
         Raises:
-            InferenceError: for exact designs.
+            InferenceError: for exact designs, and for a smooth map alone.
             ArgumentError: for a rate outside (0, 1).
 
         Source: Benjamini and Hochberg 1995.
@@ -369,11 +370,13 @@ class Estimate:
         return mine.keys() == theirs.keys() and all(_same(value, theirs[name]) for name, value in mine.items())
 
     def _errors(self) -> tuple[Tensor, Tensor | None]:
-        """Standard errors and degrees of freedom, or an error for exact designs; warns where they mislead."""
+        """Standard errors and degrees of freedom, or an error where there are none; warns where they mislead."""
         if self.std_error is None:
+            why = "exact designs have no sampling error" if self.smoothed is None else "a smooth map has no known error"
             raise InferenceError(
-                f"This estimate comes from {self.design or 'an exact design'}: exact designs have no sampling error. "
-                "Only random designs or a data set have one. Read .effect itself, or explain with RandomMask(...)."
+                f"This estimate comes from {self.design or 'an exact design'}: {why}. "
+                "Random designs with independent trials, and data sets, have one. Read .effect itself, or explain with "
+                "RandomMask(...), or with RandomRegions(...) of 30 trials or more."
             )
         asked = self.saturated
         if self.target is None and self.predicted is not None and self.class_shape == asked.shape[1:]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ce_plugin.effects.estimators import Effects, score_mean, with_rounding
+from ce_plugin.effects.estimators import score_mean, with_rounding
 from ce_plugin.errors import DesignError, UnitError, expected
 from ce_plugin.networks.forward import double
 
@@ -22,13 +22,14 @@ class SmoothEffects(NamedTuple):
     """Effects of all units on all classes, with a smooth map beside them.
 
     Attributes:
-        effect, std_error, dof: as in :class:`~ce_plugin.effects.estimators.Effects`.
+        effect: (U, C); the smooth map itself where no trial is independent.
+        std_error, dof: (U, C), or None where no trial is independent.
         smoothed: (U, C), a smooth and shrunk map of the effects.
     """
 
     effect: Tensor
-    std_error: Tensor
-    dof: Tensor
+    std_error: Tensor | None
+    dof: Tensor | None
     smoothed: Tensor
 
 
@@ -41,7 +42,7 @@ def smooth(
     independent: Tensor | None = None,
     p: float = 0.5,
     lengths: tuple[float, ...] = LENGTHS,
-) -> Effects | SmoothEffects:
+) -> SmoothEffects:
     r"""Effects of a grid's units, and a smooth map of them, from coherent and independent trials.
 
     Some trials set coherent regions, others (``independent``) each unit by itself with probability p. All of them fit a
@@ -77,9 +78,8 @@ def smooth(
         lengths: length scales that are tried, as shares of the grid's longer side.
 
     Returns:
-        Effects (U, C), with f as ``smoothed`` beside them where there are independent trials. Otherwise the effect is f
-        itself; its squared standard error is the sampling variance sum_t H_ut^2 (e_t^(-t))^2 plus the prior expectation
-        of the squared shrinkage, tau^2 [(I - H A) K (I - H A)']_uu; its degrees of freedom are the trials left over.
+        Effects (U, C), with f as ``smoothed`` beside them. Without independent trials the effect is f itself, and
+        has no standard error: how far shrinkage moves it depends on what the true effects are.
 
     Raises:
         UnitError: the units are not the cells of the grid, or trials and outcomes differ in number.
@@ -93,8 +93,8 @@ def smooth(
         >>> bool((effects.effect - planted).abs().max() < 0.02)
         True
 
-    Source: Rasmussen and Williams 2006, chapter 2; restricted likelihood: Patterson and Thompson 1971; errors of f
-    from deleted residuals: MacKinnon and White 1985; scores: Wu and Gagnon-Bartsch 2018.
+    Source: Rasmussen and Williams 2006, chapter 2; restricted likelihood: Patterson and Thompson 1971; scores: Wu and
+    Gagnon-Bartsch 2018.
     """
     if assignments.dim() != 2 or math.prod(grid) != assignments.shape[1] or len(assignments) != len(outcomes):
         got = f"{tuple(assignments.shape)} for a grid {grid} and outcomes {tuple(outcomes.shape)}"
@@ -117,22 +117,19 @@ def smooth(
     best = torch.cat(fits).argmax(0)
     strata = [] if independent is None else _strata(independent.cpu(), variants)
     fit = y.new_zeros(a.shape[1], y.shape[1])
-    effect, error, dof = fit.clone(), fit.clone(), fit + (sum(map(len, strata)) - 1 if strata else n)
+    effect, error, dof = fit.clone(), fit.clone(), fit + (sum(map(len, strata)) - 1)
     live = energy > 1e-24 * len(y) * double(outcomes).square().amax(0).clamp_min(1e-300)
     for choice in sorted(set(best[live].tolist())):
         basis = bases[choice // _RATIOS]
         ratio = scale[choice % _RATIOS] * basis[2].sum() / n
         here = live & (best == choice)
-        hat, deleted, shrinkage, left = _fitted(basis, ratio, y[:, here], held, n)
+        hat, deleted = _fitted(basis, ratio, y[:, here], held)
         fit[:, here] = hat @ y[:, here]
         if strata:
             weights = (flips - p) / (p * (1 - p)) - hat.T
             mean, error[:, here], dof[:, here] = _score_means(weights, deleted, flips, strata, p)
             effect[:, here] = fit[:, here] + mean
-        else:
-            error[:, here] = (hat.square() @ deleted.square() + shrinkage).sqrt()
-            dof[:, here] = left
-    return SmoothEffects(effect, error, dof, fit) if strata else Effects(fit, error, dof)
+    return SmoothEffects(effect, error, dof, fit) if strata else SmoothEffects(fit, None, None, fit)
 
 
 def _strata(independent: Tensor, variants: Tensor | None) -> list[Tensor]:
@@ -171,23 +168,13 @@ def _intercepts(variants: Tensor | None, a: Tensor) -> Tensor:
     return columns / columns.sum(0).sqrt()
 
 
-def _fitted(
-    basis: tuple[Tensor, Tensor, Tensor], ratio: Tensor, y: Tensor, held: Tensor, n: int
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """A fit at one length scale and noise ratio.
-
-    Returns:
-        H (U, T), what the fit without each trial mispredicts there (T, C), the expected squared shrinkage (U, C), and
-        the trials left over.
-    """
+def _fitted(basis: tuple[Tensor, Tensor, Tensor], ratio: Tensor, y: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """A fit at one length scale and noise ratio: H (U, T), and what the fit without each trial mispredicts there."""
     to_units, to_trials, w = basis
     hat = (to_units / (w + ratio)) @ to_trials.T
     residual = y - (to_trials / (w + ratio)) @ (to_trials.T @ y)
     leverage = (to_trials.square() / (w + ratio)).sum(1) + held.square().sum(1)
-    deleted = residual / (1 - leverage).clamp_min(1e-12)[:, None]
-    prior = (y * residual).sum(0) / ratio / n
-    shrinkage = (to_units.square() * (ratio / (w + ratio)).square()).sum(1)[:, None] * prior
-    return hat, deleted, shrinkage, max(float(n - (w / (w + ratio)).sum()), 1.0)
+    return hat, residual / (1 - leverage).clamp_min(1e-12)[:, None]
 
 
 def _kernel(grid: tuple[int, ...], length: float, like: Tensor) -> Tensor:

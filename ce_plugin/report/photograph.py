@@ -16,7 +16,7 @@ from torch.nn.functional import max_pool2d
 
 from ce_plugin.attribution import CausalEffect
 from ce_plugin.designs import Design
-from ce_plugin.effects import resolve_outcome
+from ce_plugin.effects import Estimate, resolve_outcome
 from ce_plugin.errors import ArgumentError, ModelError, TargetError, expected, unknown_name
 from ce_plugin.interventions import Intervention
 from ce_plugin.interventions.adversarial import Adversarial
@@ -155,7 +155,7 @@ class ClassMaps:
     Attributes:
         answer: the class.
         contribution: minus the effect: positive supports the class; in units of the outcome.
-        outlined: the units that are significant, or, for exact designs, not zero.
+        outlined: the units that are significant, or, for exact designs, not zero; none where no errors are known.
         n_outlined: how many units these are, of ``n_units``.
         saliency: greatest absolute gradient over the channels.
         grad_cam: None where the network has no layer for it.
@@ -184,7 +184,8 @@ class Case:
         perturbation: (C, H, W) as shares of the range; None for the clean photograph.
         success: whether the answer changed; None for the clean photograph.
         settings: of the attack.
-        exact: the design has no sampling error, so that ``outlined`` means "not zero".
+        outlines: what outlined units are: "significant", "not zero" (exact designs), or "" where there are none.
+        smoothed: colours are a smooth map of the effects.
         trials: number of trials of the design.
         passes: forward passes by what they were for.
         seconds: wall-clock time by what it was for.
@@ -199,7 +200,8 @@ class Case:
     perturbation: Tensor | None
     success: bool | None
     settings: Mapping[str, Any]
-    exact: bool
+    outlines: str
+    smoothed: bool
     trials: int
     passes: Mapping[str, int]
     seconds: Mapping[str, float]
@@ -295,7 +297,7 @@ class PhotographSection(Section[tuple[Case, ...]]):
         """A table of the answers, and the maps."""
         return {
             "explained": found[0].explained.name,
-            "exact": found[0].exact,
+            "outlines": found[0].outlines,
             "cases": [{"case": case, "cells": _cells(case, OUTCOMES[self.plan.outcome])} for case in found],
         }
 
@@ -317,7 +319,7 @@ def _case(study: Study, evidence: str) -> Case:
     answers = [Answer(i, net.class_name(i), probability, odds) for i, (probability, odds) in enumerate(values)]
     top = sorted(answers, key=attrgetter("probability"), reverse=True)[:3]
     success = top[0].index != clean_answer if attacked else None
-    maps, n_trials, exact = _maps(study, inputs, [answers[study.target], *([top[0]] if success else [])], meter)
+    maps, estimate = _maps(study, inputs, [answers[study.target], *([top[0]] if success else [])], meter)
     span = net.value_range[1] - net.value_range[0]
     change = net.normalization.to_image(inputs) - net.normalization.to_image(study.inputs)
     return Case(
@@ -330,15 +332,23 @@ def _case(study: Study, evidence: str) -> Case:
         perturbation=(change[0] / span).cpu() if attacked else None,
         success=success,
         settings=settings,
-        exact=exact,
-        trials=n_trials,
+        outlines=_outlines(estimate),
+        smoothed=estimate.smoothed is not None,
+        trials=int(estimate.n_trials),
         passes=meter.passes,
         seconds=meter.seconds,
     )
 
 
-def _maps(study: Study, inputs: Tensor, answers: list[Answer], meter: Meter) -> tuple[tuple[ClassMaps, ...], int, bool]:
-    """The maps of each answer, the number of trials, and whether the design is exact."""
+def _outlines(estimate: Estimate) -> str:
+    """What outlined units are."""
+    if estimate.std_error is not None:
+        return "significant"
+    return "not zero" if estimate.smoothed is None else ""
+
+
+def _maps(study: Study, inputs: Tensor, answers: list[Answer], meter: Meter) -> tuple[tuple[ClassMaps, ...], Estimate]:
+    """The maps of each answer, and the estimate that they show."""
     net, plan = study.net, study.plan
     explainer = CausalEffect(
         net.model, plan.intervention, plan.design, outcome=plan.outcome, normalization=net.normalization, seed=plan.seed
@@ -351,11 +361,13 @@ def _maps(study: Study, inputs: Tensor, answers: list[Answer], meter: Meter) -> 
             feature_mask=None if plan.cells == 14 else patch_grid(inputs.shape[2], inputs.shape[3], plan.cells),
             perturbations_per_eval=plan.perturbations_per_eval,
         )
-    exact = estimate.std_error is None
-    if exact:
+    what = _outlines(estimate)
+    if what == "significant":
+        outlined = estimate.significant(fdr=plan.fdr)
+    elif what:
         outlined = estimate.effect.abs() > 10 * _float_noise(net.model, plan.outcome, inputs)
     else:
-        outlined = estimate.significant(fdr=plan.fdr)
+        outlined = torch.zeros_like(estimate.effect, dtype=torch.bool)
     units = InputSite(cells=plan.cells).units_of((inputs,))
 
     def plane(values: Tensor) -> Tensor:
@@ -383,7 +395,7 @@ def _maps(study: Study, inputs: Tensor, answers: list[Answer], meter: Meter) -> 
                 grad_cam=cam,
             )
         )
-    return tuple(maps), int(estimate.n_trials), exact
+    return tuple(maps), estimate
 
 
 def _float_noise(model: nn.Module, outcome: str, inputs: Tensor) -> float:
@@ -553,9 +565,10 @@ def _cells(case: Case, unit: str) -> list[dict[str, Any]]:
 
 def _map_cells(case: Case, number: int, unit: str, scale: float) -> list[dict[str, Any]]:
     maps = case.maps[number]
-    name, what = maps.answer.name, "not zero" if case.exact else "significant"
+    name = maps.answer.name
     effect = overlay(maps.contribution, case.picture, scale=scale or None, significant=maps.outlined)
-    caption = f"full colour is ±{scale:.2g} {unit}; {maps.n_outlined} of {maps.n_units} patches {what}"
+    counted = f"; {maps.n_outlined} of {maps.n_units} patches {case.outlines}" if case.outlines else ""
+    caption = f"full colour is ±{scale:.2g} {unit}{counted}"
     cells = [cell(f"Causal effect on “{name}”", f"causal effects on {name}, {case.name}", effect, caption=caption)]
     for label, values in (("Grad-CAM", maps.grad_cam), ("Saliency", maps.saliency)):
         if values is None:

@@ -656,10 +656,53 @@ def test_until_needs_a_width(until: float) -> None:
         explainer.estimate(inputs(), until=until)
 
 
-def test_until_needs_a_random_design() -> None:
+def test_until_needs_standard_errors() -> None:
     explainer = CausalEffect(network(), PixelMask("zero"), OneAtATime())
-    with pytest.raises(ArgumentError, match=r"for a random design, but got 0.1 for OneAtATime\(\)"):
+    with pytest.raises(ArgumentError, match=r"with standard errors, but got 0.1 for OneAtATime\(\)"):
         explainer.estimate(inputs(), until=0.1)
+    images = torch.rand(1, 1, 8, 8, dtype=DOUBLE)
+    for design in (RandomRegions(n_trials=29), RandomRegions(independent=0)):
+        with pytest.raises(ArgumentError, match="with standard errors"):
+            CausalEffect(network_of_images(), design=design).estimate(images, until=0.1)
+
+
+def network_of_images() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).double()
+
+
+@pytest.mark.parametrize("design", [RandomRegions(n_trials=29), RandomRegions(n_trials=40, independent=0)])
+def test_a_smooth_map_alone_has_no_errors(design: Design) -> None:
+    explainer, x = CausalEffect(network_of_images(), design=design), torch.rand(1, 1, 8, 8, dtype=DOUBLE)
+    found = explainer.estimate(x, target=0)
+    assert found.std_error is None
+    assert torch.equal(found.effect, found.smoothed)
+    with pytest.raises(InferenceError, match="a smooth map has no known error"):
+        found.significant(fdr=0.05)
+    assert found.to_dataframe()["significant"].isna().all()
+    for keywords in ({"values": "unbiased"}, {"significant_only": True}):
+        with pytest.raises(InferenceError):
+            explainer.attribute(x, target=0, **keywords)
+    assert torch.isfinite(explainer.attribute(x, target=0)).all()
+
+
+def test_the_default_is_unbiased_with_a_smooth_map_beside_it() -> None:
+    """One pixel alone counts: the effect says so, whose interval holds it; the map, which attribute shows, is smoother."""
+    x = torch.ones(1, 1, 14, 14, dtype=DOUBLE)
+
+    def model(v: Tensor) -> Tensor:
+        return torch.stack([v[:, 0, 6, 6], -v[:, 0, 6, 6]], 1)
+
+    explainer = CausalEffect(model, PixelMask("zero"), outcome=None)
+    found = explainer.estimate(x, target=0)
+    assert "independent=0.4" in found.design
+    unit = 6 * 14 + 6
+    low, high = found.confidence_interval(0.95)
+    assert low[0, unit, 0] <= -1 <= high[0, unit, 0]
+    assert found.significant(fdr=0.05)[0, :, 0].nonzero().flatten().tolist() == [unit]
+    assert float(found.smoothed[0, unit, 0]) > float(found.effect[0, unit, 0]) + 1e-3
+    assert torch.allclose(explainer.attribute(x, target=0)[0, 0].flatten(), -found.smoothed[0, :, 0])
+    assert torch.allclose(explainer.attribute(x, target=0, values="unbiased")[0, 0].flatten(), -found.effect[0, :, 0])
 
 
 def test_significant_only_sets_the_rest_to_zero() -> None:
