@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ce_plugin.trials._operations import Cat, Conv, Last, Linear, Norm, Operation, Pointwise, Separable, View
-from ce_plugin.trials._states import Channel, Clean, Dense, State
+from ce_plugin.trials._states import Channel, Clean, CleanMap, Dense, State
 
 
 def mixes(operation: Operation) -> bool:
@@ -21,7 +20,7 @@ def mixes(operation: Operation) -> bool:
     return isinstance(operation, Linear) and operation.source.clean.dim() == 2
 
 
-def follow_channels(operation: Operation, clean: Callable[[], Tensor], rows: int) -> State | None:
+def follow_channels(operation: Operation, clean: CleanMap, rows: int) -> State | None:
     """The state after an operation on states with one differing channel; None where that cannot be followed.
 
     Args:
@@ -30,29 +29,29 @@ def follow_channels(operation: Operation, clean: Callable[[], Tensor], rows: int
         rows: number of rows of the batch.
     """
     if isinstance(operation, Pointwise):
-        return _pointwise(operation, clean(), rows)
+        return _pointwise(operation, clean, rows)
     if isinstance(operation, Cat):
-        return _cat(operation, clean())
+        return _cat(operation, clean)
     source = operation.source
     if not isinstance(source, Channel):
         return None
     if isinstance(operation, Norm):
-        return Channel(clean(), source.start, _normalised(operation, source))
+        return Channel(clean, source.start, _normalised(operation, source))
     if isinstance(operation, Separable):
-        return Channel(clean(), source.start, operation.apply(source.value)) if source.clean.dim() == 4 else None
+        return Channel(clean, source.start, operation.apply(source.value)) if source.clean.dim() == 4 else None
     if isinstance(operation, View):
-        return _view(source, clean())
+        return _view(source, clean)
     if isinstance(operation, Conv) and source.clean.dim() == 4:
-        return _mixed(operation, source, clean()) if operation.groups == 1 else _grouped(operation, source, clean())
+        return _mixed(operation, source, clean) if operation.groups == 1 else _grouped(operation, source, clean)
     if isinstance(operation, Linear) and source.clean.dim() == 2:
-        return Dense(_through_linear(operation, source, clean()))
+        return Dense(_through_linear(operation, source, clean.value))
     dims = operation.dims if isinstance(operation, Last) else 1
     if isinstance(operation, (Last, Linear)) and source.clean.dim() >= 2 + dims:
-        return Channel(clean(), source.start, operation.apply(source.value))
+        return Channel(clean, source.start, operation.apply(source.value))
     return None
 
 
-def _pointwise(operation: Operation, clean: Tensor, rows: int) -> State | None:
+def _pointwise(operation: Operation, clean: CleanMap, rows: int) -> State | None:
     operands = operation.source
     channels = [operand for operand in operands if isinstance(operand, Channel)]
     first = channels[0]
@@ -64,13 +63,20 @@ def _pointwise(operation: Operation, clean: Tensor, rows: int) -> State | None:
     value = operation.apply(*slices)
     if Dense not in map(type, operands):
         return Channel(clean, first.start, value)
-    plain = [x.clean if isinstance(x, (Clean, Channel)) else x.value if isinstance(x, Dense) else x for x in operands]
+    plain = [_plain(operand) for operand in operands]
     full = operation.apply(*plain)
     full[torch.arange(rows, device=full.device)[:, None], first.channels] = value
     return Dense(full)
 
 
-def _fits(operand: Any, first: Channel, clean: Tensor) -> bool:
+def _plain(operand: Any) -> Any:
+    """An operand's clean value, or what its rows are where they are dense."""
+    if isinstance(operand, Channel):
+        return operand.clean.value
+    return operand.clean if isinstance(operand, Clean) else operand.value if isinstance(operand, Dense) else operand
+
+
+def _fits(operand: Any, first: Channel, clean: CleanMap) -> bool:
     """Whether an operand's part in the block of channels can be taken."""
     if isinstance(operand, Channel):
         same = operand.start is first.start or torch.equal(operand.start, first.start)
@@ -85,7 +91,7 @@ def _fits(operand: Any, first: Channel, clean: Tensor) -> bool:
     return tensor.dim() <= clean.dim() and all(a in (1, b) for a, b in sizes)
 
 
-def _slice(operand: Any, first: Channel, clean: Tensor) -> Any:
+def _slice(operand: Any, first: Channel, clean: CleanMap) -> Any:
     if isinstance(operand, Channel):
         return operand.value
     if isinstance(operand, Dense):
@@ -96,7 +102,7 @@ def _slice(operand: Any, first: Channel, clean: Tensor) -> Any:
     return first.taken(tensor.expand(clean.shape))
 
 
-def _cat(operation: Cat, clean: Tensor) -> State | None:
+def _cat(operation: Cat, clean: CleanMap) -> State | None:
     parts = operation.source
     channels = [part for part in parts if isinstance(part, Channel)]
     dim = operation.dim % clean.dim()
@@ -120,9 +126,9 @@ def _normalised(operation: Norm, source: Channel) -> Tensor:
     return value if operation.bias is None else value + operation.bias[channels].view(shape)
 
 
-def _view(source: Channel, clean: Tensor) -> State | None:
+def _view(source: Channel, clean: CleanMap) -> State | None:
     """A block of channels is a run of consecutive elements; in the new shape it may again be a block."""
-    if clean.dim() < 2 or len(clean) != 1:
+    if clean.dim() < 2 or clean.shape[0] != 1:
         return None
     before, after = math.prod(source.clean.shape[2:]), math.prod(clean.shape[2:])
     length = source.value.shape[1] * before
@@ -132,7 +138,7 @@ def _view(source: Channel, clean: Tensor) -> State | None:
     return Channel(clean, source.start * before // after, value)
 
 
-def _grouped(operation: Conv, source: Channel, clean: Tensor) -> State | None:
+def _grouped(operation: Conv, source: Channel, clean: CleanMap) -> State | None:
     """Channels of one group are mixed among themselves: what differs afterwards is that group's block."""
     inside, outside = operation.weight.shape[1], operation.weight.shape[0] // operation.groups
     block = source.value.shape[1]
@@ -140,21 +146,21 @@ def _grouped(operation: Conv, source: Channel, clean: Tensor) -> State | None:
     if bool((group != torch.div(source.start + block - 1, inside, rounding_mode="floor")).any()):
         return None
     start = group * outside
-    result = Channel(clean, start, clean.new_empty((len(start), outside, *clean.shape[2:])))
+    result = Channel(clean, start, clean.value.new_empty((len(start), outside, *clean.shape[2:])))
     kernels = operation.weight[result.channels[:, :, None], (source.channels % inside)[:, None, :]]
     rows, options = len(start), (operation.stride, operation.padding, operation.dilation)
     difference = source.difference().reshape(1, rows * block, *source.value.shape[2:])
     changed = F.conv2d(difference, kernels.flatten(0, 1), None, *options, rows)
-    return Channel(clean, start, result.taken(clean) + changed.view(rows, outside, *clean.shape[2:]))
+    return Channel(clean, start, result.taken(clean.value) + changed.view(rows, outside, *clean.shape[2:]))
 
 
-def _mixed(operation: Conv, source: Channel, clean: Tensor) -> State:
+def _mixed(operation: Conv, source: Channel, clean: CleanMap) -> State:
     """Convolution of all channels: the clean result plus the kernels of the differing channels on the difference."""
     difference = source.difference()
     rows = len(difference)
     out, size = clean.shape[1], clean.shape[2:]
     kernels = operation.weight.movedim(0, -1)[source.channels]  # (B, m, kh, kw, out)
-    base = clean[0].permute(1, 2, 0).reshape(1, -1, out)
+    base = clean.value[0].permute(1, 2, 0).reshape(1, -1, out)
     if operation.kernel == (1, 1) and operation.padding == (0, 0):
         patches = difference[:, :, :: operation.stride[0], :: operation.stride[1]].flatten(2)
     else:

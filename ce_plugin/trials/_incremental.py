@@ -17,7 +17,7 @@ from ce_plugin.networks.graph import Suffix, SuffixConstants, flops_of
 from ce_plugin.networks.tracing import Untraceable, traced
 from ce_plugin.trials._channels import follow_channels, mixes
 from ce_plugin.trials._operations import Cat, Conv, Operation, Pointwise, Pool, resolve
-from ce_plugin.trials._states import Channel, Clean, Dense, State, Window, as_dense, is_state, nbytes, select
+from ce_plugin.trials._states import Channel, Clean, CleanMap, Dense, State, Window, as_dense, is_state, nbytes, select
 from ce_plugin.trials._windows import follow_windows, window_of
 from ce_plugin.trials.batches import TrialBatch, TrialSpec, Values
 
@@ -210,7 +210,8 @@ class IncrementalForward:
             masks: a sample of rows, as in :meth:`__call__`.
             example: which example.
         """
-        self(example, do, masks)  # the clean values are not a row's
+        with torch.inference_mode():
+            self(example, do, masks)  # the clean values are not a row's
         total = flops_of(lambda: self(example, do, masks))
         return total / max(len(masks), 1) / max(self.suffix.full_flops(self.captured), 1)
 
@@ -220,7 +221,7 @@ class CleanValues:
 
     A batch asks for them in the suffix's own order, so that the clean pass runs in step with the first one and nothing
     has to be kept for later. What was asked for once is kept for the batches that follow; the values of a whole network
-    would not fit into a small budget.
+    would not fit into a small budget. Most operations only ask what shape a value has, which a first pass shows.
 
     Args:
         suffix: of the network.
@@ -236,11 +237,13 @@ class CleanValues:
         self.example, self.site = -1, captured.site
         self._asked: set[fx.Node] = set(suffix.graph.outputs)
         self.kept: dict[fx.Node, Any] = {}
+        self._maps: dict[fx.Node, CleanMap] = {}
         self._passing: dict[fx.Node, Any] = {}
-        self._next = 0
+        self._next = self._furthest = 0
 
     def start(self, example: int) -> None:
         """From now on the values are those of this example."""
+        self._drop_last()
         if example != self.example:
             self.example, self.site = example, self.captured.site[example : example + 1]
             self.kept.clear()
@@ -259,21 +262,38 @@ class CleanValues:
             self._step()
         return self.kept[node]
 
+    def map_of(self, node: fx.Node) -> CleanMap | None:
+        """The shape of a node's clean value, (1, ...), and the way to the value; None where it is no tensor."""
+        if self._furthest < len(self.suffix.nodes):
+            self._restart()
+            while self._next < len(self.suffix.nodes):
+                self._step()
+            self._restart()
+        return self._maps.get(node)
+
     def _restart(self) -> None:
         self._next = 0
         self._passing = self.suffix.constants(self.captured, 1, torch.tensor([self.example]))
         self._passing[self.suffix.graph.site] = self.site
 
     def _step(self) -> None:
+        self._drop_last()
         node = self.suffix.nodes[self._next]
         self._next += 1
+        self._furthest = max(self._furthest, self._next)
         args = map_arg(node.args, self._passing.__getitem__)
         kwargs = map_arg(node.kwargs, self._passing.__getitem__)
         value = self._passing[node] = self.suffix.graph.call(node, args, kwargs)
+        if isinstance(value, Tensor):
+            self._maps[node] = CleanMap(value.shape, value.dtype, value.device, partial(self, node))
         if node in self._asked:
             self.kept[node] = value
-        for arg in self._last_uses[node]:
-            self._passing.pop(arg, None)
+
+    def _drop_last(self) -> None:
+        """Forget what the last operation needed; not before the next one, since a batch may ask for it until then."""
+        if self._next:
+            for arg in self._last_uses[self.suffix.nodes[self._next - 1]]:
+                self._passing.pop(arg, None)
         if self._next == len(self.suffix.nodes):
             self._passing = {}
 
@@ -360,7 +380,7 @@ class IncrementalPass:
                 return state
         for state in states:
             if isinstance(state, (Channel, Window)):
-                self._scratch += self.rows * nbytes(state.clean)
+                self._scratch += self.rows * state.clean.nbytes
         args, kwargs = tree_map(partial(as_dense, rows=self.rows), (args, kwargs))
         return tree_map_only(Tensor, Dense, self.graph.call(node, args, kwargs))
 
@@ -369,8 +389,8 @@ class IncrementalPass:
         if operation is None:
             return None
         sources = operation.source if isinstance(operation.source, tuple) else (operation.source,)
-        kinds, clean = set(map(type, sources)), partial(self.forward.clean_value, node)
-        if {Channel, Window} <= kinds:
+        kinds, clean = set(map(type, sources)), self.forward.clean_value.map_of(node)
+        if clean is None or {Channel, Window} <= kinds:
             return None
         in_channels = Channel in kinds
         state = follow_channels(operation, clean, self.rows) if in_channels else follow_windows(operation, clean)
@@ -408,7 +428,7 @@ def initial(site: Tensor, do: Tensor, masks: Tensor) -> State:
             channels = masks.flatten(2).any(2) if masks.dim() > 2 else masks
             if bool((channels.sum(1) <= 1).all()):
                 start, rows = channels.int().argmax(1), torch.arange(len(masks), device=masks.device)
-                state = Channel(site, start, site.new_empty((len(masks), 1, *site.shape[2:])))
+                state = Channel(CleanMap.of(site), start, site.new_empty((len(masks), 1, *site.shape[2:])))
                 own = masks[rows[:, None], start[:, None]]
                 return replace(state, value=torch.where(own, state.taken(do), state.taken(site)))
     return Dense(torch.where(masks, do, site))

@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
+
+
+@dataclass(frozen=True)
+class CleanMap:
+    """A clean value, (1, ...), of which the shape is known; it is run, and kept, only where its elements are needed.
+
+    Args:
+        shape, dtype, device: of the value.
+        get: returns it.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    get: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, value: Tensor) -> CleanMap:
+        """A value that is there."""
+        return cls(value.shape, value.dtype, value.device, lambda: value)
+
+    @property
+    def value(self) -> Tensor:
+        """The value."""
+        return self.get()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the value takes, also while it is not there."""
+        return self.shape.numel() * self.dtype.itemsize
+
+    def dim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
 
 
 @dataclass(frozen=True)
@@ -34,7 +69,7 @@ class Channel:
         value: the block's values, (B, m, ...).
     """
 
-    clean: Tensor
+    clean: CleanMap
     start: Tensor
     value: Tensor
 
@@ -50,7 +85,7 @@ class Channel:
 
     def difference(self) -> Tensor:
         """Value minus clean value, (B, m, ...)."""
-        return self.value - self.taken(self.clean)
+        return self.value - self.taken(self.clean.value)
 
 
 @dataclass(frozen=True)
@@ -64,7 +99,7 @@ class Window:
         crop: the values in it, (B, C, h, w).
     """
 
-    clean: Tensor
+    clean: CleanMap
     top: Tensor
     left: Tensor
     crop: Tensor
@@ -76,7 +111,7 @@ class Window:
 
     def difference(self) -> Tensor:
         """Value minus clean value, (B, C, h, w)."""
-        return self.crop - gathered(self.clean, self.top, self.left, self.size)
+        return self.crop - gathered(self.clean.value, self.top, self.left, self.size)
 
 
 State: TypeAlias = "Clean | Dense | Channel | Window"
@@ -89,11 +124,11 @@ def as_dense(state: Any, rows: int) -> Any:
     if isinstance(state, Clean):
         return state.clean.expand(rows, *state.clean.shape[1:])
     if isinstance(state, Channel):
-        full = _repeated(state.clean, rows)
+        full = _repeated(state.clean.value, rows)
         full[torch.arange(rows, device=full.device)[:, None], state.channels] = state.value
         return full
     if isinstance(state, Window):
-        return overlaid(state.clean, state)
+        return overlaid(state.clean.value, state)
     return state
 
 

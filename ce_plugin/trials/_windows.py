@@ -7,7 +7,6 @@ Outside the window a map is clean; what a kernel needs from there is gathered fr
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ce_plugin.trials._operations import Cat, Conv, Norm, Operation, Pointwise, Pool, Separable
-from ce_plugin.trials._states import Clean, Dense, State, Window, gathered
+from ce_plugin.trials._states import Clean, CleanMap, Dense, State, Window, gathered
 
 # Windows that cover more of a map are run in full: gathering then costs more than it saves.
 _LARGEST_SHARE = 0.75
@@ -36,7 +35,7 @@ def window_of(site: Tensor, do: Tensor, masks: Tensor) -> Window | None:
     size = (height, width)
     chosen = gathered(masks, top, left, size, own=True)
     crop = torch.where(chosen, gathered(do, top, left, size), gathered(site, top, left, size))
-    return Window(site, top, left, crop)
+    return Window(CleanMap.of(site), top, left, crop)
 
 
 def _extent(covered: Tensor) -> tuple[Tensor, int]:
@@ -48,7 +47,7 @@ def _extent(covered: Tensor) -> tuple[Tensor, int]:
     return first.clamp(max=length - longest), longest
 
 
-def follow_windows(operation: Operation, clean: Callable[[], Tensor]) -> State | None:
+def follow_windows(operation: Operation, clean: CleanMap) -> State | None:
     """The state after an operation on states with one differing window; None where that cannot be followed.
 
     Args:
@@ -56,26 +55,26 @@ def follow_windows(operation: Operation, clean: Callable[[], Tensor]) -> State |
         clean: the operation's clean result, (1, C, H, W).
     """
     if isinstance(operation, Pointwise):
-        return _pointwise(operation, clean())
+        return _pointwise(operation, clean)
     if isinstance(operation, Cat):
-        return _cat(operation, clean())
+        return _cat(operation, clean)
     source = operation.source
     if not isinstance(source, Window):
         return None
     if isinstance(operation, Norm):
-        return replace(source, clean=clean(), crop=operation.apply(source.crop))
+        return replace(source, clean=clean, crop=operation.apply(source.crop))
     if isinstance(operation, Conv):
-        return _convolved(operation, source, clean())
+        return _convolved(operation, source, clean)
     if isinstance(operation, Pool):
-        return _pooled(operation, source, clean())
+        return _pooled(operation, source, clean)
     if isinstance(operation, Separable) and operation.spatial == "mean":
         cells = source.clean.shape[2] * source.clean.shape[3]
         change = source.difference().sum((2, 3)) / cells
-        return Dense(clean() + change.view(len(change), *clean().shape[1:]))
+        return Dense(clean.value + change.view(len(change), *clean.shape[1:]))
     if isinstance(operation, Separable) and operation.spatial is not None:
         left, _, top, _ = operation.spatial
-        return Window(clean(), source.top + top, source.left + left, source.crop)
-    if isinstance(operation, Separable) and clean().shape == source.clean.shape and _keeps(operation, source.clean):
+        return Window(clean, source.top + top, source.left + left, source.crop)
+    if isinstance(operation, Separable) and clean.shape == source.clean.shape and _keeps(operation, source.clean.value):
         return source
     return None
 
@@ -85,7 +84,7 @@ def _keeps(operation: Separable, clean: Tensor) -> bool:
     return torch.equal(operation.apply(clean), clean)
 
 
-def _pointwise(operation: Pointwise, clean: Tensor) -> State | None:
+def _pointwise(operation: Pointwise, clean: CleanMap) -> State | None:
     operands = operation.source
     if any(isinstance(operand, Dense) for operand in operands):
         return None
@@ -99,11 +98,11 @@ def _pointwise(operation: Pointwise, clean: Tensor) -> State | None:
     return Window(clean, union.top, union.left, operation.apply(*crops))
 
 
-def _is_large(size: tuple[int, int], clean: Tensor) -> bool:
+def _is_large(size: tuple[int, int], clean: CleanMap) -> bool:
     return size[0] * size[1] > _LARGEST_SHARE * clean.shape[2] * clean.shape[3]
 
 
-def _fits(operand: Any, clean: Tensor) -> bool:
+def _fits(operand: Any, clean: CleanMap) -> bool:
     """Whether an operand's part in a window can be taken."""
     if isinstance(operand, Window):
         return True
@@ -114,7 +113,7 @@ def _fits(operand: Any, clean: Tensor) -> bool:
     return tensor.dim() <= clean.dim() and all(a in (1, b) for a, b in sizes)
 
 
-def _cropped(operand: Any, union: Window, clean: Tensor) -> Any:
+def _cropped(operand: Any, union: Window, clean: CleanMap) -> Any:
     """An operand in a window, or as it is where its map has one cell."""
     if isinstance(operand, Window):
         return _enlarged(operand, union.top, union.left, union.size)
@@ -142,7 +141,7 @@ def _union(windows: list[Window]) -> Window:
     return Window(first.clean, top, left, first.crop[:, :1, :1, :1].expand(-1, 1, height, width))
 
 
-def _cat(operation: Cat, clean: Tensor) -> State | None:
+def _cat(operation: Cat, clean: CleanMap) -> State | None:
     parts = operation.source
     if clean.dim() != 4 or operation.dim % 4 != 1 or not all(isinstance(part, (Clean, Window)) for part in parts):
         return None
@@ -165,7 +164,7 @@ def _enlarged(window: Window, top: Tensor, left: Tensor, size: tuple[int, int], 
     rows, (_, channels, height, width) = len(top), window.clean.shape
     before = (max(0, -int(top.min())), max(0, -int(left.min())))
     after = (max(0, int(top.max()) + size[0] - height), max(0, int(left.max()) + size[1] - width))
-    around = window.clean
+    around = window.clean.value
     if any(before + after):
         around = F.pad(around, (before[1], after[1], before[0], after[0]), value=fill)
     result = gathered(around, top + before[0], left + before[1], size).permute(0, 2, 3, 1)
@@ -200,7 +199,7 @@ def _reached(top: Tensor, length: int, reach: tuple[int, int, int, int], out: in
     return low.clamp(max=out - longest), longest
 
 
-def _needed(operation: Conv | Pool, source: Window, clean: Tensor, fill: float) -> tuple[Window, Tensor] | None:
+def _needed(operation: Conv | Pool, source: Window, clean: CleanMap, fill: float) -> tuple[Window, Tensor] | None:
     """The outputs that a window reaches (without their values), and the inputs that these need."""
     k, s, p, d = operation.kernel, operation.stride, operation.padding, operation.dilation
     top, height = _reached(source.top, source.size[0], (k[0], s[0], p[0], d[0]), clean.shape[2])
@@ -212,7 +211,7 @@ def _needed(operation: Conv | Pool, source: Window, clean: Tensor, fill: float) 
     return Window(clean, top, left, source.crop[:, :1, :1, :1].expand(-1, 1, height, width)), inputs
 
 
-def _convolved(operation: Conv, source: Window, clean: Tensor) -> State | None:
+def _convolved(operation: Conv, source: Window, clean: CleanMap) -> State | None:
     found = _needed(operation, source, clean, 0.0)
     if found is None:
         return None
@@ -221,7 +220,7 @@ def _convolved(operation: Conv, source: Window, clean: Tensor) -> State | None:
     return replace(place, crop=F.conv2d(inputs, operation.weight, operation.bias, *options))
 
 
-def _pooled(operation: Pool, source: Window, clean: Tensor) -> State | None:
+def _pooled(operation: Pool, source: Window, clean: CleanMap) -> State | None:
     largest = operation.form == "max"
     found = _needed(operation, source, clean, -torch.inf if largest else 0.0)
     if found is None:
@@ -230,12 +229,12 @@ def _pooled(operation: Pool, source: Window, clean: Tensor) -> State | None:
     if largest:
         return replace(place, crop=F.max_pool2d(inputs, operation.kernel, operation.stride, 0, operation.dilation))
     sums = F.avg_pool2d(inputs, operation.kernel, operation.stride, 0, divisor_override=1)
-    return replace(place, crop=sums * gathered(_weights(operation, source.clean), place.top, place.left, place.size))
+    return replace(place, crop=sums * gathered(_weights(operation, source), place.top, place.left, place.size))
 
 
-def _weights(operation: Pool, clean: Tensor) -> Tensor:
+def _weights(operation: Pool, source: Window) -> Tensor:
     """One over what the sum of each pooling window is divided by, (1, 1, H, W): it differs at the borders."""
-    ones = torch.ones_like(clean[:, :1])
+    ones = source.crop.new_ones((1, 1, *source.clean.shape[2:]))
     count = F.avg_pool2d(ones, operation.kernel, operation.stride, operation.padding, operation.ceil, True, 1)
     weights: Tensor = operation.apply(ones) / count
     return weights

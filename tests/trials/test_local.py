@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ce_plugin.networks.graph import HookPoint, Suffix
 from ce_plugin.trials._incremental import IncrementalForward
-from ce_plugin.trials._states import Window, overlaid
+from ce_plugin.trials._states import CleanMap, Window, overlaid
 
 
 def brute(network: nn.Module, module: nn.Module | None, x: Tensor, do: Tensor, masks: Tensor) -> Any:
@@ -396,6 +396,27 @@ def test_bytes_per_row_are_what_memory_grows_by(form: str) -> None:
     assert (peaks[2] - peaks[1]) / 8 == pytest.approx(local.bytes_per_row, rel=0.1)
 
 
+def test_only_clean_values_whose_elements_are_needed_are_kept() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+    ).eval()
+    suffix = Suffix(network, HookPoint())
+    forward = IncrementalForward(suffix, suffix.capture((torch.rand(2, 3, 16, 16),)))
+    masks = torch.zeros(3, 1, 16, 16, dtype=torch.bool)
+    masks[torch.arange(3), :, torch.arange(3), 4:6] = True
+    forward.cost(torch.zeros(1, 3, 16, 16), masks)
+    kept = forward.clean_value.kept
+    # The second convolution reads around the window; the last value is what rows are pasted into.
+    assert {suffix.graph.module(node) for node in kept} == {network[2], network[4]}
+    # Parameters take gradients here; the graph of a clean pass would hold on to all of its values.
+    assert not any(value.requires_grad for value in kept.values())
+    before = dict(kept)
+    for example in (1, 0):
+        forward(example, torch.zeros(1, 3, 16, 16), masks)
+        assert kept.keys() == before.keys()
+    assert all(torch.equal(kept[node], before[node]) for node in kept)
+
+
 TORCHVISION = {
     "resnet18": ["maxpool", "layer2.0.bn1", "layer4"],
     "mobilenet_v3_small": ["features.2", "features.5.block.1"],
@@ -441,7 +462,7 @@ def test_a_single_window_leaves_the_clean_map_alone() -> None:
     """One row has the memory of the clean map where its channels come last."""
     clean = torch.rand(1, 3, 4, 4).contiguous(memory_format=torch.channels_last)
     before = clean.clone()
-    window = Window(clean, torch.tensor([1]), torch.tensor([2]), torch.zeros(1, 3, 2, 2))
+    window = Window(CleanMap.of(clean), torch.tensor([1]), torch.tensor([2]), torch.zeros(1, 3, 2, 2))
     full = overlaid(clean, window)
     assert torch.equal(clean, before)
     assert not full[:, :, 1:3, 2:].any()
