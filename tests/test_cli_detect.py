@@ -26,12 +26,14 @@ from ce_plugin.errors import FileError
 from ce_plugin.files import csv_text
 from ce_plugin.interventions import Adversarial, Smooth
 from ce_plugin.models import DigitsCNN, Framing, VisionModel
+from ce_plugin.report import evaluation
 
 FACTORY = """
 import torch
 from torch import nn
 from ce_plugin.interventions.base import Normalization
 from ce_plugin.models import DigitsCNN, Framing, VisionModel
+from ce_plugin.report import evaluation
 
 def gray():
     return VisionModel(DigitsCNN(8), "digits", Framing(8), class_names=("zero", *"123456789"))
@@ -464,13 +466,21 @@ def test_an_interrupted_evaluation_is_taken_up(
     words = ["detect", "evaluate", "test", *NETWORK, "--detector", "d.ce", "--attacks", "fgsm", "pgd", "--quiet"]
     assert main([*words, "--out", "whole"]) == 0
     assert not Path("whole.checkpoint").exists()
+    monkeypatch.setattr("ce_plugin.detection.checkpoint._SHARD", 32)
     with monkeypatch.context() as patch:
         calls = stop_at(patch, Adversarial, "perturb", 2)
+        scores = stop_at(patch, evaluation, "scored", 10**9)
         assert main([*words, "--out", "taken-up"]) == 130
+        before = len(scores)
+        assert before > 1
         assert "add --resume" in capsys.readouterr().err
         assert main([*words, "--out", "taken-up", "--resume", "--seed", "4"]) == 1
+        assert main([*words, "--out", "taken-up", "--resume", "--fpr", "0.2"]) == 1
         assert main([*words, "--out", "taken-up", "--resume"]) == 0
         assert len(calls) == 3, "the first attack is not made again"
+        resumed = len(scores) - before
+        assert main([*words, "--out", "again"]) == 0
+        assert len(scores) - before - resumed == before + resumed, "nothing is scored again"
     assert not Path("taken-up.checkpoint").exists()
     assert Path("taken-up/evaluation.csv").read_text() == Path("whole/evaluation.csv").read_text()
 

@@ -592,7 +592,7 @@ class EvaluateOptions(NetworkOptions):
     attack knows the detector and looks for pictures that fool it as well; it takes
     up to four thousand steps through network and detector for each picture.
 
-    Attacked pictures are saved in a folder beside, OUT.checkpoint. An interrupted
+    Attacked pictures and scores are saved in a folder beside, OUT.checkpoint. An interrupted
     evaluation goes on from there with the same options and --resume.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import blake2b
 from os import PathLike
@@ -261,9 +261,9 @@ def try_detector(
         batch_size: pictures at a time.
         seed: of the bootstrap.
         progress: called with the name of each step.
-        checkpoint: a folder, in which attacked pictures are saved, some batches at a time: a trial that was
-            interrupted goes on from there with the same result, with the same settings and pictures. Delete it at the
-            end.
+        checkpoint: a folder, in which attacked pictures and all scores are saved, some batches at a time: a trial that
+            was interrupted goes on from there with the same result, with the same settings and pictures. Delete it at
+            the end.
 
     Raises:
         InputError: a picture was fitted on, or none is classified correctly.
@@ -290,9 +290,7 @@ def try_detector(
     asked = {} if checkpoint is None else _trial_settings(detector, images, attacks, labels, batch_size)
     saved = Checkpoint(checkpoint, asked)
     progress("clean pictures")
-    start = time.perf_counter()
-    rows = scored(detector, names, images, batch_size)
-    seconds = (time.perf_counter() - start) / len(images)
+    rows, seconds = _scored(detector, "clean pictures", names, images, batch_size, saved)
     answers = torch.tensor([row.predicted for row in rows])
     truth = answers if labels is None else labels.cpu()
     right = (answers == truth).numpy()
@@ -316,8 +314,25 @@ def try_detector(
         threshold=detector.threshold,
         fpr=detector.fpr,
         passes=detector.passes,
-        seconds=seconds,
+        seconds=seconds / len(images),
     )
+
+
+def _scored(
+    detector: CausalEffectDetector, what: str, names: Sequence[str], images: Tensor, batch_size: int, saved: Checkpoint
+) -> tuple[list[Screened], float]:
+    """What the detector says of the images, and the seconds that it took; in parts that are saved."""
+    from ce_plugin.detection.checkpoint import shards
+
+    def score(rows: slice) -> dict[str, Any]:
+        start = time.perf_counter()
+        found = scored(detector, names[rows], images[rows], batch_size)
+        return {"scores": [asdict(row) for row in found], "seconds": time.perf_counter() - start}
+
+    parts = [
+        saved.stage(f"{what} {rows.start} scores", partial(score, rows)) for rows in shards(len(names), batch_size)
+    ]
+    return [Screened(**row) for part in parts for row in part["scores"]], sum(part["seconds"] for part in parts)
 
 
 @dataclass(frozen=True)
@@ -349,7 +364,7 @@ def _attacked(
     found, seconds = _crafted(attack, before, truth, index.tolist(), batch_size, saved)
     moved = rounded(found, before, attack.bound, detector.classifier.clip_values)
     won = np.flatnonzero((_answers(detector, moved) != truth).numpy())
-    rows = scored(detector, [data.names[i] for i in index[won]], moved[won]) if len(won) else []
+    rows, _ = _scored(detector, attack.name, [data.names[i] for i in index[won]], moved[won], 128, saved)
     scores = np.array([row.score for row in rows])
     measured = figures(
         data.clean[index], scores, detector=detector.name, attack=attack.name, ids=(index, index[won]), needed=_NEEDED,
@@ -401,6 +416,7 @@ def _trial_settings(
         "normalization": repr(detector.classifier.normalization),
         "attacks": [(one.name, one.settings, one.bound, one.seed) for one in attacks],
         "batch_size": batch_size,
+        "fpr": detector.fpr,
     }
 
 
