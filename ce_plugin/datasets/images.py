@@ -70,19 +70,18 @@ def _decode(file: Path) -> Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with warnings.catch_warnings():
-            # Above the limit for which Pillow warns, it is an error here.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file) as opened:
-                limit = Image.MAX_IMAGE_PIXELS
-                if limit is not None and opened.width * opened.height > limit:
-                    raise _too_large(file, f"{opened.width} x {opened.height}")
-                opened.load()
-                picture = ImageOps.exif_transpose(opened)
-                file_format = opened.format
+        with Image.open(file) as opened:
+            # Above the limit for which Pillow warns, it is an error here. The warning stays, because filters
+            # of warnings are those of all threads; where they make it an exception, that is the same error.
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and opened.width * opened.height > limit:
+                raise _too_large(file, f"{opened.width} x {opened.height}")
+            opened.load()
+            picture = ImageOps.exif_transpose(opened)
+            file_format = opened.format
     except FileError:
         raise
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(file, str(error).partition(",")[0]) from error
     except UnidentifiedImageError as error:
         hint = "Convert it to JPEG or PNG, or leave it out."
