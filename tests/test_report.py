@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -386,6 +387,21 @@ def test_reports_are_written_whole_and_never_over_another(net: VisionModel, phot
     save_report(studies[:1], page.parent, force=True, incomplete="stopped", **words)  # type: ignore[arg-type]
     assert "stopped" in page.read_text()
     assert (page.parent / "mine.txt").read_text() == "keep"
+
+
+def test_of_reports_that_are_saved_at_once_one_is_written(net: VisionModel, tmp_path: Path) -> None:
+    words = {"model": "m", "plan": Plan(), "experiment": "e", "manifest": _manifest(net)}
+
+    def saved(k: int) -> bool:
+        try:
+            save_report([], tmp_path / "r", incomplete=f"of {k}", **words)  # type: ignore[arg-type]
+        except FileError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        (winner,) = (k for k, done in enumerate(pool.map(saved, range(8))) if done)
+    assert f"of {winner}" in (tmp_path / "r" / "report.html").read_text()
 
 
 def test_out_is_checked(tmp_path: Path) -> None:

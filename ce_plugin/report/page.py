@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ce_plugin.errors import ArgumentError, InputError, expected
-from ce_plugin.files import check_out, write_files
+from ce_plugin.files import check_out, reserved, write_files
 from ce_plugin.models import VisionModel
 from ce_plugin.networks.layers import find_layer, last_conv_layer
 from ce_plugin.report.evaluation import DetectorTrial, TrialSection
@@ -97,7 +98,7 @@ def save_report(
 
     Args:
         studies: one per photograph.
-        out: the folder; see :func:`check_out`.
+        out: the folder, which is made for this call alone; see :func:`check_out`.
         model: the network's name.
         plan: what was run.
         experiment: a few words on what a trial is, for the reader.
@@ -111,7 +112,7 @@ def save_report(
         Path of the page.
 
     Raises:
-        FileError: see :func:`check_out`.
+        FileError: see :func:`check_out`; or another run is writing to the folder.
 
     Example:
         >>> import tempfile
@@ -122,16 +123,17 @@ def save_report(
         ...     page.name, page.stat().st_size > 0
         ('report.html', True)
     """
-    folder = check_out(out, force=force)
-    findings = {study.name: study.record() for study in studies}
-    if digits is not None:
-        findings[TrialSection.name] = TrialSection(str).record(digits)
-    full = {**manifest, "findings": findings}
-    html = render(
-        studies, model=model, plan=plan, experiment=experiment, manifest=full, incomplete=incomplete, digits=digits,
-        unreadable=unreadable,
-    )  # fmt: skip
-    write_files(folder, {"manifest.json": full, "report.html": html})
+    # Of two calls for one new folder one fails. What may be replaced is the caller's, who may have reserved it.
+    with nullcontext(check_out(out, force=True)) if force else reserved(out) as folder:
+        findings = {study.name: study.record() for study in studies}
+        if digits is not None:
+            findings[TrialSection.name] = TrialSection(str).record(digits)
+        full = {**manifest, "findings": findings}
+        html = render(
+            studies, model=model, plan=plan, experiment=experiment, manifest=full, incomplete=incomplete, digits=digits,
+            unreadable=unreadable,
+        )  # fmt: skip
+        write_files(folder, {"manifest.json": full, "report.html": html})
     return folder / "report.html"
 
 
