@@ -1,4 +1,8 @@
-"""Whether a network gives the same for the same row: whenever it is passed, and whatever rows are passed with it."""
+"""Whether a network gives the same for the same row: whenever it is passed, and whatever rows are passed with it.
+
+What depends on a row's place before a layer is not looked for where all examples pass alone, as one or two do: a third
+row would have to pass again, and the layer's values are those of each example by itself, which trials then start from.
+"""
 
 from __future__ import annotations
 
