@@ -284,7 +284,7 @@ class CleanValues:
         args = map_arg(node.args, self._passing.__getitem__)
         kwargs = map_arg(node.kwargs, self._passing.__getitem__)
         value = self._passing[node] = self.suffix.graph.call(node, args, kwargs)
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and node not in self._maps:
             self._maps[node] = CleanMap(value.shape, value.dtype, value.device, partial(self, node))
         if node in self._asked:
             self.kept[node] = value

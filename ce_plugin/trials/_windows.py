@@ -191,11 +191,13 @@ def _steady(offset: Tensor, length: int, room: int) -> bool:
 
 
 def _reached(top: Tensor, length: int, reach: tuple[int, int, int, int], out: int) -> tuple[Tensor, int]:
-    """First output row that a window reaches, and how many, for a kernel, stride, padding and dilation."""
+    """First output row that a window reaches, and how many, for a kernel, stride, padding and dilation.
+
+    As many as a window may reach wherever it lies: each new size of a window makes kernels that stay in memory.
+    """
     k, s, p, d = reach
     low = torch.div(top + p - (k - 1) * d + s - 1, s, rounding_mode="floor").clamp(0, out - 1)
-    high = torch.div(top + length - 1 + p, s, rounding_mode="floor").clamp(0, out - 1)
-    longest = max(1, int((high - low).max()) + 1)
+    longest = min((length - 1 + (k - 1) * d) // s + 1, out)
     return low.clamp(max=out - longest), longest
 
 
