@@ -17,6 +17,7 @@ from ce_plugin.networks.tracing import Untraceable
 from ce_plugin.trials._incremental import IncrementalTrials
 from ce_plugin.trials._repeats import check_repeated, random_marks
 from ce_plugin.trials.batches import (
+    KERNELS_LOADED,
     BatchSize,
     Counterfactuals,
     TrialBatch,
@@ -33,8 +34,8 @@ from ce_plugin.trials.batches import (
 # From the heads' outputs of B rows and the rows' examples (B,) to each head's outcomes (B, C).
 Measure: TypeAlias = Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]]
 _REFERENCE_ROWS = 16
-# Sums over alternative values, their means and the effects are alive at once.
-OUTCOME_COPIES = 3
+# Alive at once: sums over alternative values, their means, and two of their kind in float64, twice as large.
+OUTCOME_COPIES = 6
 # A run must have this many trials before it is worth trying another memory layout.
 _MANY = 32
 
@@ -319,7 +320,7 @@ class Runner:
     @property
     def pass_bytes(self) -> int:
         """Bytes that a pass of one row takes, as far as passes have shown."""
-        return self._shared.row_bytes + kernels_overhead(self.forward.modules)
+        return self._shared.row_bytes + kernels_overhead(self.forward.modules) + KERNELS_LOADED
 
     def _affordable(self, device: torch.device) -> int:
         """How many rows the memory budget allows."""

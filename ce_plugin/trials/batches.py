@@ -25,6 +25,8 @@ _FIRST, _LARGEST = (4, 8, 16), 4096
 # Shorter batches than this are dominated by fixed costs, so that a larger batch always pays.
 _SHORT_SECONDS = 0.004
 _TIMINGS = 3
+# What kernels load and keep for the shapes of a run, measured.
+KERNELS_LOADED = 8 << 20
 
 
 def free_memory(device: torch.device) -> int:
@@ -81,14 +83,16 @@ def bytes_per_row(modules: list[nn.Module], rows: int, inputs: tuple[Tensor, ...
 
 
 def kernels_overhead(modules: list[nn.Module]) -> int:
-    """Bytes that a pass takes whatever its number of rows, measured: kernels copy the largest weights, reordered.
+    """Bytes that a pass takes whatever its number of rows, measured: convolutions copy their weights, reordered.
 
-    Two copies are alive at once, and the allocator holds on to about as much as one more.
+    Two copies are alive at once, and the allocator holds on to about as much as one more. Linear maps and convolutions
+    of one cell read their weights as they are.
     """
     largest = 0
     for module in modules:
         for parameter in module.parameters():
-            largest = max(largest, 0 if is_lazy(parameter) else _nbytes(parameter))
+            if not is_lazy(parameter) and parameter.shape[2:].numel() > 1:
+                largest = max(largest, _nbytes(parameter))
     return 3 * largest
 
 
