@@ -16,7 +16,7 @@ from ce_plugin.networks.forward import OutputSelector, select_heads
 from ce_plugin.networks.graph import Suffix, SuffixConstants, flops_of
 from ce_plugin.networks.tracing import Untraceable, traced
 from ce_plugin.trials._channels import follow_channels, mixes
-from ce_plugin.trials._operations import Cat, Conv, Operation, Pointwise, Pool, resolve
+from ce_plugin.trials._operations import Cat, Conv, Norm, Operation, Pointwise, Pool, resolve
 from ce_plugin.trials._states import Channel, Clean, CleanMap, Dense, State, Window, as_dense, is_state, nbytes, select
 from ce_plugin.trials._windows import follow_windows, window_of
 from ce_plugin.trials.batches import TrialBatch, TrialSpec, Values
@@ -308,17 +308,18 @@ class IncrementalPass:
 
     Attributes:
         alive: which of the rows still differ from the clean pass, and ``rows`` how many.
+        unchanged: which rows do not differ although they are carried on.
     """
 
     def __init__(self, forward: IncrementalForward, start: State, rows: int) -> None:
         self.forward, self.suffix, self.graph = forward, forward.suffix, forward.suffix.graph
         self.total = self.rows = rows
-        self.alive = torch.arange(rows)
+        self.alive, self.unchanged = torch.arange(rows), torch.zeros(rows, dtype=torch.bool)
         self.values: dict[fx.Node, Any] = {self.graph.site: start}
         self.constants = self.suffix.constants(forward.captured, rows, torch.tensor([forward.clean_value.example]))
         for node in forward.captured.rows:
             self.constants[node] = tree_map_only(Tensor, lambda x: Clean(x[:1]), self.constants[node])
-        self.peak, self._scratch = 0.0, 0
+        self.peak, self._scratch, self._at_front = 0.0, 0, True
 
     def output(self) -> Any:
         """Run to the end; the network's raw output for all rows."""
@@ -336,7 +337,7 @@ class IncrementalPass:
         return self.graph.returned(self._output_of)
 
     def _output_of(self, node: fx.Node) -> Any:
-        if self.rows == self.total:
+        if self.rows == self.total and not bool(self.unchanged.any()):
             return tree_map(partial(as_dense, rows=self.rows), self._value(node))
         if node in self.suffix.dependent:
             clean = self.forward.clean_value(node)
@@ -350,7 +351,8 @@ class IncrementalPass:
     def _fill(self, full: Any, value: Any) -> None:
         """Put the values of the rows that differ into all rows."""
         if isinstance(full, Tensor):
-            full[self.alive.to(full.device)] = as_dense(value, self.rows)
+            differ = ~self.unchanged[self.alive]
+            full[self.alive[differ].to(full.device)] = as_dense(value, self.rows)[differ.to(full.device)]
 
     def _value(self, node: fx.Node) -> Any:
         return self.values[node] if node in self.values else self.constants[node]
@@ -369,6 +371,11 @@ class IncrementalPass:
             return tree_map_only(Tensor, Clean, self.forward.clean_value(node))
         if not kinds <= {Clean, Dense}:
             operation = resolve(node, self.graph.module(node), args, kwargs)
+            if self._at_front and not isinstance(operation, (Pointwise, Norm, Cat)):
+                # What has not changed by now never does, but for rounding.
+                self._at_front = False
+                if self._drop_unchanged():
+                    return self._followed(node) if self.rows else None
             mixed = operation is not None and mixes(operation) and isinstance(operation.source, Channel)
             state = None if mixed else self._difference(node, operation)
             # From here on rows are dense, and a row that need not be run is worth most.
@@ -399,14 +406,22 @@ class IncrementalPass:
         return state
 
     def _drop_unchanged(self) -> bool:
-        """Leave out rows in which no state differs from the clean pass; only possible while nothing is dense."""
-        changed = torch.zeros(self.rows, dtype=torch.bool)
+        """Leave out rows in which no state differs from the clean pass; only possible while nothing is dense.
+
+        Where a number is known that may be that of the rows, they are carried on, and only marked.
+        """
+        changed, numbers = torch.zeros(self.rows, dtype=torch.bool), False
         for part in tree_leaves(list(self.values.values())):
             if isinstance(part, (Channel, Window)):
                 changed |= (part.difference() != 0).flatten(1).any(1).cpu()
-            elif not isinstance(part, Clean):
+            elif isinstance(part, (Dense, Tensor)):
                 return False
+            elif not isinstance(part, Clean):
+                numbers = True
         if bool(changed.all()):
+            return False
+        if numbers:
+            self.unchanged[self.alive[~changed]] = True
             return False
         index = changed.nonzero()[:, 0]
         self.alive, self.rows = self.alive[index], len(index)
