@@ -57,7 +57,7 @@ from ce_plugin.trials._routing import (
     hook_of,
 )
 from ce_plugin.trials._runner import OUTCOME_COPIES, AggregateError, Runner, run_aggregated
-from ce_plugin.trials.batches import Cost, TrialSpec, checked_values, free_memory, rows_of
+from ce_plugin.trials.batches import Cost, TrialSpec, alternatives, checked_values, free_memory, rows_of
 
 logger = logging.getLogger("ce_plugin")
 Baselines: TypeAlias = "Tensor | float | tuple[Tensor | float, ...] | None"
@@ -84,7 +84,8 @@ class Call:
         windows, strides: ``sliding_window_shapes`` and their steps, of an input.
         at_input: ``attribute_to_layer_input``.
         predicted_only: without a target explain each example's predicted class only.
-        keep_values: keep the site's values under each draw of the evidence.
+        weighting: of a map: keep what it is made of, under each draw of the evidence and each alternative value that
+            is run by itself. None: no map is made.
     """
 
     inputs: Tensor | tuple[Tensor, ...]
@@ -102,7 +103,23 @@ class Call:
     until: float | None = None
     keep_trials: bool = False
     predicted_only: bool = False
-    keep_values: bool = False
+    weighting: str | None = None
+
+
+@dataclass(frozen=True)
+class MapPart:
+    """What a map is made of, under one draw of the evidence and one alternative value (or all that take turns).
+
+    Attributes:
+        spec: the trials.
+        answer: the effects, of a network with one head.
+        shown: for each example where its units are, (F, ...) in the layer's shape: where their changes arrive, or for
+            maps of activations the clean value, (1, ...).
+    """
+
+    spec: TrialSpec
+    answer: Answer
+    shown: list[Tensor]
 
 
 @dataclass(kw_only=True)
@@ -151,7 +168,7 @@ class Experiment:
         rows = None if per_eval is None else per_eval * self.n
         self.runner = Runner(self.forward, rows, self.memory_budget, self.call.show_progress)
         self.route, self.cut, self.seconds = "full", False, 0.0
-        self.kept: list[TrialSpec] = []
+        self.parts: list[MapPart] = []
         self.n_draws, self.evidence_forwards, self.evidence_at_layers = 1, 0, False
         for evidence in self.evidences:
             self.n_draws = max(self.n_draws, evidence.n_draws)
@@ -295,7 +312,7 @@ class Experiment:
     def _prepare(self, values: tuple[Tensor, ...]) -> None:
         """Units and trials of the site's values, (N, ...) each, and whether the design fits them."""
         if isinstance(self.site, LayerSite):
-            self.site = self.site.laid_out(values[0], self.forward.modules, maps=self.call.keep_values)
+            self.site = self.site.laid_out(values[0], self.forward.modules, maps=self.call.weighting is not None)
         units = self.site.units_of(values)
         self.spec = TrialSpec(values, self.args, units, self.design, self.intervention, self.context)
         self.used = list(map(self.spec.n_trials, range(self.n)))
@@ -344,10 +361,30 @@ class Experiment:
     def _draw(self, draw: int, repeat: bool) -> dict[str, Answer]:
         """The effects under one draw of the random evidence."""
         spec, captured_site = self._set(draw, repeat)
+        if self.call.weighting is None:
+            return self._cut_or_whole(spec, captured_site, repeat)[0]
+        parts: list[MapPart] = []
+        for part in alternatives(spec):
+            found, captured_site = self._cut_or_whole(part, captured_site, repeat and not parts)
+            if len(found) > 1:
+                hint = "Name one with `output=`."
+                raise ArgumentError(expected("forward_func", "a model with one output head", sorted(found), hint))
+            ((name, answer),) = found.items()
+            by_change = self.call.weighting == "change"
+            shown = self.router.changes(captured_site, part) if by_change else list(torch.split(part.inputs[0], 1))
+            parts.append(MapPart(part, answer, shown))
+        self.parts += parts
+        return {name: replace(answer, effect=torch.stack([part.answer.effect for part in parts]).mean(0))}
+
+    def _cut_or_whole(
+        self, spec: TrialSpec, captured_site: CapturedSite, repeat: bool
+    ) -> tuple[dict[str, Answer], CapturedSite]:
+        """The effects in trials from this site, and the site, with the whole network where its part of it fails."""
         try:
-            return self._answers(spec, captured_site, repeat)
+            return self._answers(spec, captured_site, repeat), captured_site
         except Untraceable as failure:
-            return self._answers(spec, self.router.uncut(captured_site, failure), repeat)
+            captured_site = self.router.uncut(captured_site, failure)
+            return self._answers(spec, captured_site, repeat), captured_site
 
     def _answers(self, spec: TrialSpec, captured_site: CapturedSite, repeat: bool) -> dict[str, Answer]:
         """The effects in trials from this site.
@@ -400,8 +437,6 @@ class Experiment:
         context = replace(context, donors=donors)
         spec = replace(self.spec, inputs=captured_site.values, args=captured_site.args, context=context, design=design)
         warn_unchanged(spec)
-        if self.call.keep_values:
-            self.kept.append(spec)
         return spec, captured_site
 
     def _start(

@@ -1,9 +1,8 @@
-"""CausalEffectMap (CEM): the contributions of a layer's units, laid where the units change."""
+"""CausalEffectMap (CEM): the contributions of a layer's units, laid where their changes arrive."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -13,17 +12,16 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ce_plugin.attribution._estimation import Target, check_target, flat_target
-from ce_plugin.attribution._experiment import Call, Experiment, Given, Ids
+from ce_plugin.attribution._experiment import Call, Experiment, Given, Ids, MapPart
 from ce_plugin.attribution._explainer import Options, as_inputs, false_discovery_rate
-from ce_plugin.attribution.layer_effect import ConceptCausalEffect, LayerCausalEffect
-from ce_plugin.designs import Design
+from ce_plugin.attribution.layer_effect import ConceptCausalEffect, LastLayerCausalEffect, LayerCausalEffect
+from ce_plugin.designs import Design, Joint
 from ce_plugin.effects import Estimate, Outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
 from ce_plugin.errors import ArgumentError, OutcomeError, TargetError, expected, unknown_name
 from ce_plugin.interventions import Intervention
 from ce_plugin.networks.forward import widest
 from ce_plugin.sites import ConceptSite, InputSite, LayerSite, MaskUnits
-from ce_plugin.trials.batches import checked_values
 
 Contrast: TypeAlias = "int | Sequence[int] | Tensor | Literal['others'] | None"
 _WEIGHTINGS = ("change", "activation")
@@ -32,32 +30,52 @@ _WEIGHTINGS = ("change", "activation")
 class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
     """The causal effect map (CEM) of a layer: where the units are that support a class, with their sign.
 
-        CEM_c(s) = sum_u contribution_{u,c} |d_u(s)| / sum_s' |d_u(s')|
+        CEM_c(s) = sum_u contribution_{u,c} w_u(s)
+        w_u(s) = mean over f in F(u) with a change of |d_uf(s)| / sum_s' |d_uf(s')|
+        d_uf(s) = f(do(u))(s) - f(clean)(s)
 
-    with d_u the change that the intervention makes to unit u at position s, so that a map sums to the contributions.
+    F(u), the front, is where unit u's change arrives before anything mixes it: the change is followed through what acts
+    on each channel and position by itself (activations, batch normalisation, scaling, concatenation, sums and products
+    with what does not depend on the layer or depends on it only in this way), up to the distinct values that any other
+    operation takes (a convolution, a pooling, attention, a sum with what already mixes) or that are the output. So a
+    layer before an activation gives a map of what the activation lets through. A unit that changes nothing there has
+    contribution 0, and a map sums to the contributions. Units of several channels add up |d| over them; under several
+    alternative values, donors or draws of evidence the products of contribution and weight are averaged (where a random
+    design takes the values in turn, their weights are). For concepts the front is the code. In a network that cannot be
+    traced it is the layer itself, and a warning in the log says so.
+
+    Maps of layers in front of an activation, of what follows it, and of the last layer are as faithful as Grad-CAM's
+    there; outputs of linear blocks (``_blocks.10`` of an EfficientNet), which still add and cancel, give poor maps by
+    either method (``benchmarks/results/faithfulness_maps.md``).
 
     Args:
         forward_func: as in :class:`CausalEffect`.
         layer: with maps (N, C, h, w), or (N, C, l) of a signal, or (N, C, d, h, w) of a volume: a module, its dotted
             name, a :class:`LayerSite` (transformers need its ``reshape_transform``), or a :class:`ConceptSite`, whose
-            map is made of concepts.
+            map is made of concepts. None takes the last value with positions before they are pooled away or flattened,
+            which is usually the best.
         intervention: what units are set to; None means :class:`~ce_plugin.interventions.ZeroOut`.
-        design: None means each unit by itself, exactly.
+        design: None means each unit by itself, exactly; a :class:`~ce_plugin.designs.Joint` one makes a map of groups.
         weighting: ``"change"`` as above; ``"activation"`` is the plain product of the paper's sentence,
-            ``sum_u contribution_{u,c} A_u(s)`` with the clean activation A, which favours what is strongly active.
+            ``sum_u contribution_{u,c} A_u(s)`` with the clean activation A of the layer, which favours what is strongly
+            active.
         device_ids, outcome, output, seed, memory_budget, engine: as in :class:`LayerCausalEffect`; the outcome is the
             logit here, because probabilities hide every class but the winner.
 
     Raises:
         UnknownNameError: ``weighting`` of unknown name; see also :class:`LayerCausalEffect`.
         OutcomeError: an outcome that is one number for all classes.
+        ModelError: at a call, without ``layer``, where no layer's positions are pooled away or flattened.
 
     Example:
         >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-        >>> cem = CausalEffectMap(net, "1").attribute(torch.rand(2, 1, 8, 8))
+        >>> x = torch.rand(2, 1, 8, 8)
+        >>> cem = CausalEffectMap(net).attribute(x)
         >>> cem.shape, CausalEffectMap.interpolate(cem, (8, 8)).shape
         (torch.Size([2, 1, 6, 6]), torch.Size([2, 1, 8, 8]))
+        >>> bool(torch.allclose(CausalEffectMap(net, "0").attribute(x), cem))  # before ReLU: the front is behind it
+        True
 
     Source: Yang et al., ICIP 2019 (arXiv 1902.03380), Figure 3 (II), which gives no formula; the interface is that of
         captum's LayerGradCam.
@@ -66,7 +84,7 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
     def __init__(
         self,
         forward_func: Callable[..., Any],
-        layer: nn.Module | str | LayerSite | ConceptSite,
+        layer: nn.Module | str | LayerSite | ConceptSite | None = None,
         intervention: Intervention | None = None,
         design: Design | None = None,
         *,
@@ -82,6 +100,8 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
             self.effects = ConceptCausalEffect(
                 forward_func, layer.place, layer.autoencoder, intervention, design, outcome=outcome, **options
             )
+        elif layer is None:
+            self.effects = LastLayerCausalEffect(forward_func, intervention, design, outcome=outcome, **options)
         else:
             self.effects = LayerCausalEffect(forward_func, layer, intervention, design, outcome=outcome, **options)
         super().__init__(forward_func, self.effects.layer, device_ids)
@@ -140,15 +160,17 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
             raise ArgumentError(expected("relu_attributions", "True or False", repr(relu_attributions)))
         call = Call(
             inputs=inputs, additional_forward_args=additional_forward_args, at_input=attribute_to_layer_input,
-            show_progress=show_progress, given=given, ids=ids, keep_values=True,
+            show_progress=show_progress, given=given, ids=ids, weighting=self.weighting,
         )  # fmt: skip
-        estimate, weights = self._run(call, significant_only)
+        estimate, parts = self._run(call, significant_only)
         chosen = _target_of(estimate, target)
-        values = estimate.contribution
-        own = values.gather(2, chosen.reshape(-1, 1, 1).expand(-1, values.shape[1], 1))
-        if against is not None:
-            own = own - _contrasted(values, chosen, against)
-        found = effect_map(own, weights)
+        maps = []
+        for values, weights in parts:
+            own = values.gather(2, chosen.reshape(-1, 1, 1).expand(-1, values.shape[1], 1))
+            if against is not None:
+                own = own - _contrasted(values, chosen, against)
+            maps.append(effect_map(own, weights))
+        found = torch.stack(maps).mean(0)
         return found.clamp(min=0) if relu_attributions else found
 
     def maps(
@@ -172,42 +194,43 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
         """
         call = Call(
             inputs=inputs, additional_forward_args=additional_forward_args, at_input=attribute_to_layer_input,
-            show_progress=show_progress, given=given, ids=ids, keep_values=True,
+            show_progress=show_progress, given=given, ids=ids, weighting=self.weighting,
         )  # fmt: skip
-        estimate, weights = self._run(call, significant_only)
-        return effect_map(estimate.contribution, weights)
+        _, parts = self._run(call, significant_only)
+        return torch.stack([effect_map(values, weights) for values, weights in parts]).mean(0)
 
-    def _run(self, call: Call, significant_only: bool | float | None) -> tuple[Estimate, Tensor]:
-        """Contributions of every class, zero where they are not significant, and the units' weights (N, U, h, w)."""
+    def _run(self, call: Call, significant_only: bool | float | None) -> tuple[Estimate, list[tuple[Tensor, Tensor]]]:
+        """The estimate, and contributions (N, U, C) with weights (N, U, h, w) whose products' mean is the map.
+
+        There is one pair for each draw of random evidence and each alternative value that is run by itself;
+        contributions are zero where they are not significant.
+        """
         experiment = self.effects._experiment(call)
         rate = None if significant_only is None else false_discovery_rate(significant_only, experiment)
-        estimates = experiment.run()
-        if len(estimates) > 1:
-            hint = "Name one with `output=`."
-            raise ArgumentError(expected("forward_func", "a model with one output head", sorted(estimates), hint))
-        (estimate,) = estimates.values()
-        if rate is not None:
-            estimate.effect = estimate.effect.where(estimate.significant(rate), 0.0)
-        return estimate, self._weights(experiment)
+        (estimate,) = experiment.run().values()
+        parts = []
+        for part in experiment.parts:
+            values = -part.answer.effect.nan_to_num(0.0)  # where an example has no such unit
+            if rate is not None:
+                values = values.where(estimate.significant(rate), 0.0)
+            parts.append((values, self._weights(experiment, part)))
+        return estimate, parts
 
-    def _weights(self, experiment: Experiment) -> Tensor:
-        """Where the units are, (N, U, h, w): the mean over the draws of the evidence and the alternative values."""
-        site, units, parts = experiment.site, experiment.spec.units, []
+    def _weights(self, experiment: Experiment, part: MapPart) -> Tensor:
+        """Where the units are, (N, U, h, w), or the groups of a joint design."""
+        site, units, (clean,) = experiment.site, part.spec.units, part.spec.inputs
         if isinstance(site, InputSite) or not isinstance(units, MaskUnits):
             raise TypeError("maps are made at layers")
-        for spec in experiment.kept:
-            (clean,) = spec.inputs
-            numbers = units.ids[0].to(clean.device).to(widest(clean.device)).expand(len(units.ids[0]), *clean.shape[1:])
-            unit_of = site.map(numbers).round().long()
-            if self.weighting == "activation":
-                parts.append(activation_weights(site.map(clean), unit_of, units.width))
-                continue
-            changes = []
-            for variant in range(spec.intervention.n_variants):
-                do = checked_values(spec.intervention, clean, replace(spec.context, variant=variant))
-                changes.append(change_weights(site.map(do - clean), unit_of, units.width))
-            parts.append(torch.stack(changes).mean(0))
-        return torch.stack(parts).mean(0)
+        numbers = units.ids[0].to(clean.device).to(widest(clean.device)).expand(-1, *clean.shape[1:])
+        unit_of = site.map(numbers).round().long()
+        found = []
+        for i, shown in enumerate(part.shown):
+            own = _by_unit(site.map(shown), unit_of[i % len(unit_of)], units.width)
+            if isinstance(experiment.design, Joint):
+                member = experiment.design.assignments(units.width).to(own)
+                own = torch.einsum("gu,fu...->fg...", member, own)
+            found.append(change_weights(own) if self.weighting == "change" else own[0])
+        return torch.stack(found)
 
 
 def _target_of(estimate: Estimate, target: Target) -> Tensor:
@@ -268,35 +291,23 @@ def _contrasted(values: Tensor, chosen: Tensor, contrast: Tensor | str) -> Tenso
     return values.gather(2, rows[:, None].expand(-1, values.shape[1], -1)).mean(2, keepdim=True)
 
 
-def change_weights(change: Tensor, unit_of: Tensor, n_units: int) -> Tensor:
-    """Where each unit changes, as shares that sum to one: |d_u(s)| / sum_s' |d_u(s')|.
+def change_weights(change: Tensor) -> Tensor:
+    """Where each unit changes: mean over f in F(u) with a change of |d_uf(s)| / sum_s' |d_uf(s')|.
 
     Args:
-        change: d, the value under ``do`` minus the clean one, (N, K, h, w); one or three dimensions of places do too.
-        unit_of: the unit of each element, int64 (1 or N, K, h, w); ``n_units`` means none.
-        n_units: number of units U.
+        change: |d_uf(s)|, (F, U, h, w); one or three dimensions of places do too.
 
     Returns:
-        (N, U, h, w); 0 for a unit that does not change.
+        (U, h, w), which sums to one for each unit; 0 for a unit that changes nothing.
 
     Example:
-        >>> change = torch.tensor([[[[1.0, -3.0]], [[0.0, 0.0]]]])
-        >>> change_weights(change, torch.tensor([[[[0, 0]], [[1, 1]]]]), 2).squeeze().tolist()
-        [[0.25, 0.75], [0.0, 0.0]]
+        >>> change = torch.tensor([[[[1.0, 3.0]], [[0.0, 0.0]]], [[[2.0, 2.0]], [[0.0, 0.0]]]])
+        >>> change_weights(change).squeeze().tolist()
+        [[0.375, 0.625], [0.0, 0.0]]
     """
-    mass = _by_unit(change.abs(), unit_of, n_units)
-    total = mass.sum(tuple(range(2, mass.dim())), keepdim=True)
-    return mass / total.clamp(min=torch.finfo(mass.dtype).tiny)
-
-
-def activation_weights(clean: Tensor, unit_of: Tensor, n_units: int) -> Tensor:
-    """The clean activation of each unit at each position, (N, U, h, w); arguments as in :func:`change_weights`.
-
-    Example:
-        >>> activation_weights(torch.ones(1, 2, 1, 1), torch.zeros(1, 2, 1, 1, dtype=torch.long), 1).item()
-        2.0
-    """
-    return _by_unit(clean, unit_of, n_units)
+    total = change.sum(tuple(range(2, change.dim())), keepdim=True)
+    shares = change / total.clamp(min=torch.finfo(change.dtype).tiny)
+    return shares.sum(0) / (total > 0).sum(0).clamp(min=1)
 
 
 def effect_map(contribution: Tensor, weights: Tensor) -> Tensor:
@@ -321,9 +332,18 @@ def effect_map(contribution: Tensor, weights: Tensor) -> Tensor:
 
 
 def _by_unit(values: Tensor, unit_of: Tensor, n_units: int) -> Tensor:
-    """Sums over the elements of each unit at each position, (N, U, h, w)."""
+    """Sums over the elements of each unit at each position.
+
+    Args:
+        values: (F, K, h, w).
+        unit_of: the unit of each element, int64 (K, h, w); ``n_units`` means none.
+        n_units: number of units U.
+
+    Returns:
+        (F, U, h, w).
+    """
     n, channels, *places = values.shape
-    alone = torch.arange(channels, device=unit_of.device).reshape(1, -1, *[1] * len(places))
+    alone = torch.arange(channels, device=unit_of.device).reshape(-1, *[1] * len(places))
     if n_units == channels and bool((unit_of == alone).all()):
         return values
     index = unit_of.to(values.device).expand_as(values)

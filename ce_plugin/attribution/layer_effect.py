@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
@@ -13,15 +16,20 @@ from typing_extensions import Unpack
 
 from ce_plugin.attribution._estimation import Target
 from ce_plugin.attribution._experiment import Baselines, Call, Given, Ids
-from ce_plugin.attribution._explainer import Explainer, Options, as_baseline
+from ce_plugin.attribution._explainer import Explainer, Options, as_args, as_baseline
 from ce_plugin.concepts import ConceptAutoencoder
 from ce_plugin.designs import Design, OneAtATime
 from ce_plugin.effects import Outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
-from ce_plugin.errors import ArgumentError, expected
+from ce_plugin.errors import ArgumentError, CEPluginError, InputError, ModelError, expected
 from ce_plugin.interventions import Intervention, ZeroOut
+from ce_plugin.networks.layers import find_layer, last_map
+from ce_plugin.networks.layout import misfit
 from ce_plugin.sites import ConceptSite, LayerSite, Masks
 from ce_plugin.trials import Cost
+from ce_plugin.trials.batches import rows_of
+
+logger = logging.getLogger("ce_plugin")
 
 
 class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
@@ -71,7 +79,7 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
     ) -> None:
         self.site = layer if isinstance(layer, LayerSite) else LayerSite(layer)
         Explainer.__init__(self, forward_func, intervention, design, outcome=outcome, **options)
-        _, self.layer = self.site.module(self.forward.modules)
+        self.layer: nn.Module | None = self.site.module(self.forward.modules)[1]
         self.device_ids = device_ids
 
     @log_usage()  # type: ignore[untyped-decorator]
@@ -189,16 +197,65 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
                 hint = "Baselines replace the intervention; leave one of them out."
                 raise ArgumentError(expected("layer_baselines", f"None with {intervention!r}", "baselines", hint))
             intervention = as_baseline(call.baselines)
-        return self._site(call.mask, call.at_input), intervention, self.design or OneAtATime()
+        return self._site(call, inputs), intervention, self.design or OneAtATime()
 
-    def _site(self, layer_mask: Masks, at_input: bool) -> LayerSite | ConceptSite:
-        if isinstance(layer_mask, tuple):
-            if len(layer_mask) != 1:
-                hint = "A layer's value is one tensor; `LayerSite(layer, element=...)` says which."
-                raise ArgumentError(expected("layer_mask", "one mask", f"{len(layer_mask)}", hint))
-            layer_mask = layer_mask[0]
-        site = self.site if layer_mask is None else replace(self.site, layer_mask=layer_mask)
-        return replace(site, at_input=True) if at_input else site
+    def _site(self, call: Call, inputs: tuple[Tensor, ...]) -> LayerSite | ConceptSite:
+        return _asked(self.site, call)
+
+
+def _asked(site: LayerSite, call: Call) -> LayerSite:
+    """The site with the units and the end of the layer that the call names."""
+    if isinstance(call.mask, tuple) and len(call.mask) != 1:
+        hint = "A layer's value is one tensor; `LayerSite(layer, element=...)` says which."
+        raise ArgumentError(expected("layer_mask", "one mask", f"{len(call.mask)}", hint))
+    mask = call.mask[0] if isinstance(call.mask, tuple) else call.mask
+    site = site if mask is None else replace(site, layer_mask=mask)
+    return replace(site, at_input=True) if call.at_input else site
+
+
+class LastLayerCausalEffect(LayerCausalEffect):
+    """Causal effects at the last value with positions before they are pooled away or flattened, found in each call.
+
+    Args: as in :class:`LayerCausalEffect`.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        intervention: Intervention | None = None,
+        design: Design | None = None,
+        *,
+        outcome: str | Outcome | OutcomeFunction | None = "probability",
+        **options: Unpack[Options],
+    ) -> None:
+        Explainer.__init__(self, forward_func, intervention, design, outcome=outcome, **options)
+        self.layer = self.device_ids = None
+
+    def _site(self, call: Call, inputs: tuple[Tensor, ...]) -> LayerSite:
+        args, n, networks = as_args(call.additional_forward_args), len(inputs[0]), self.forward.modules
+
+        def run(rows: int) -> list[Tensor]:
+            some = torch.arange(rows)
+            return list(self.forward(rows_of(inputs, n, some), rows_of(args, n, some)).values())
+
+        try:
+            try:
+                found = last_map(networks, partial(run, 1))
+            except (RuntimeError, ValueError, TypeError, IndexError):  # a network may insist on the number of rows
+                found = last_map(networks, partial(run, n))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            wrong = None if isinstance(error, CEPluginError) else misfit(networks, inputs)
+            if wrong is None:
+                raise
+            raise InputError(expected("inputs", *wrong)) from error
+        if found is None:
+            hint = "Name one: `CausalEffectMap(model, 'features.28')`; `model.named_modules()` lists them."
+            got = "None for a network in which no layer's positions are pooled away or flattened"
+            raise ModelError(expected("layer", "a layer with maps (N, C, h, w)", got, hint))
+        module, at_input, index = found
+        name, _ = find_layer(networks, module)
+        logger.info("layer: %s%s, call %d, is taken", "the input of " if at_input else "", name, index)
+        return _asked(LayerSite(module, at_input=at_input, call=index), call)
 
 
 class ConceptCausalEffect(LayerCausalEffect):
@@ -253,14 +310,14 @@ class ConceptCausalEffect(LayerCausalEffect):
             **options,
         )
         self.autoencoder = autoencoder
-        root = next(network for network in self.forward.modules if self.layer in set(network.modules()))
-        autoencoder.check(root, self.layer, min_fidelity)
+        _, layer = self.concept_site.module(self.forward.modules)
+        root = next(network for network in self.forward.modules if layer in set(network.modules()))
+        autoencoder.check(root, layer, min_fidelity)
 
-    def _site(self, layer_mask: Masks, at_input: bool) -> ConceptSite:
-        if layer_mask is not None:
+    def _site(self, call: Call, inputs: tuple[Tensor, ...]) -> ConceptSite:
+        if call.mask is not None:
             hint = "Joint groups of concepts: pass design=Joint(groups)."
             raise ArgumentError(expected("layer_mask", "None: the units are concepts", "a mask", hint))
-        if at_input and not self.concept_site.place.at_input:
-            place = replace(self.concept_site.place, at_input=True)
-            return ConceptSite(place, self.autoencoder)
+        if call.at_input and not self.concept_site.place.at_input:
+            return ConceptSite(replace(self.concept_site.place, at_input=True), self.autoencoder)
         return self.concept_site

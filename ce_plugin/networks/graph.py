@@ -363,7 +363,7 @@ class Suffix:
                 self.dependent.add(node)
             elif not sources.isdisjoint(from_given) and node is not graph.site:
                 from_given.add(node)
-                if _is_query(node) or sources & from_given <= from_shapes:
+                if is_query(node) or sources & from_given <= from_shapes:
                     from_shapes.add(node)
             if _is_input(graph, node) or not sources.isdisjoint(self._inputs):
                 self._inputs.add(node)
@@ -383,7 +383,7 @@ class Suffix:
             users = included.intersection(node.users)
             if node not in from_given:
                 self._fixed.append(node)
-            elif users and node not in graph.outputs and all(map(_is_query, users)):
+            elif users and node not in graph.outputs and all(map(is_query, users)):
                 self._shapes.append(node)
             else:
                 self._rows.append(node)
@@ -503,7 +503,7 @@ def _is_input(graph: Graph, node: fx.Node) -> bool:
     return taken and isinstance(node.args[1], int) and node.args[1] < graph.n_inputs
 
 
-def _is_query(node: fx.Node) -> bool:
+def is_query(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in _QUERY_METHODS
     return node.target is getattr and node.args[1] in _QUERIES

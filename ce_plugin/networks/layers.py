@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Union
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ce_plugin.errors import ArgumentError, CEPluginError, InputError, ModelError, expected, unknown_name
-from ce_plugin.networks.forward import OutputSelector, select_logits
+from ce_plugin.networks.forward import OutputSelector, is_opaque, select_logits
 from ce_plugin.networks.guard import state_guard, turn
 from ce_plugin.networks.tracing import Element, HookPoint, as_path, spliced
 
@@ -113,6 +113,46 @@ def last_conv_layer(network: nn.Module, images: Tensor) -> tuple[str, nn.Module]
     if not planes or (planes[-1] == 0 and len(steps) > 4):
         return None
     return find_layer(network, steps[planes[-1]])
+
+
+def last_map(networks: Sequence[nn.Module], run: Callable[[], Iterable[Tensor]]) -> tuple[nn.Module, bool, int] | None:
+    """Where the last value with positions is, before they are pooled away or flattened.
+
+    Args:
+        networks: left as they were.
+        run: passes an example through them; returns the outputs.
+
+    Returns:
+        A module; whether its input is meant, as of a pooling; and which of its calls. None where no value has
+        positions, or the outputs have them.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> last_map([net], lambda: [net(torch.zeros(1, 1, 5, 5))])
+        (AdaptiveAvgPool2d(output_size=1), True, 0)
+    """
+    calls: dict[int, int] = {}
+    found: tuple[nn.Module, bool, int] | None = None
+
+    def note(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        nonlocal found
+        call = calls[id(module)] = calls.get(id(module), -1) + 1
+        if _has_positions(output):
+            found = module, False, call
+        elif found and args and _has_positions(args[0]) and not list(module.children()):
+            found = module, True, call
+
+    with state_guard(networks=networks), torch.no_grad():  # the guard takes the hooks away again
+        parts = {id(part): part for root in networks if not is_opaque(root) for part in root.modules()}
+        for key in parts.keys() - set(map(id, networks)):
+            if not is_opaque(parts[key]):
+                parts[key].register_forward_hook(in_this_thread(note))
+        outputs = run()
+    return None if any(map(_has_positions, outputs)) else found
+
+
+def _has_positions(value: object) -> bool:
+    return isinstance(value, Tensor) and 3 <= value.dim() <= 5 and value.shape[2:].numel() > 1
 
 
 def read_layer(network: nn.Module, layer: Layer, images: Tensor) -> tuple[Tensor, Any]:

@@ -234,7 +234,7 @@ def _all_of(names: str, *homes: Any) -> list[Any]:
 _POINTWISE_NAMES = """relu relu6 silu gelu hardswish hardsigmoid hardtanh sigmoid tanh leaky_relu elu selu celu mish
     softplus softsign logsigmoid hardshrink softshrink tanhshrink threshold clamp clip abs exp log sqrt rsqrt square
     neg negative pow add sub mul div true_divide truediv maximum minimum multiply subtract divide clone contiguous
-    detach"""
+    detach erf sin cos reciprocal expm1 log1p"""
 _POINTWISE_METHODS = set(_POINTWISE_NAMES.split())
 _VIEW_NAMES = "flatten reshape view squeeze unsqueeze"
 _METHODS = {"mean", *_VIEW_NAMES.split()}
@@ -251,6 +251,7 @@ _BUILDERS: dict[str, Callable[..., Operation | None]] = {
     "layer_norm": _layer_norm,
     "cat": _cat,
     "concat": _cat,
+    "concatenate": _cat,
     "dropout": _inactive,
     "dropout2d": _inactive,
     **dict.fromkeys(_VIEW_NAMES.split(), _view),
@@ -280,6 +281,7 @@ _MODULES: dict[type[nn.Module], tuple[Callable[..., Operation | None], str]] = {
     nn.AdaptiveMaxPool2d: (_adaptive_max_pool2d, "output_size return_indices"),
     nn.BatchNorm2d: (_batch_norm, "running_mean running_var weight bias training eps"),
     nn.BatchNorm1d: (_batch_norm, "running_mean running_var weight bias training eps"),
+    nn.BatchNorm3d: (_batch_norm, "running_mean running_var weight bias training eps"),
     nn.Linear: (_linear, "weight bias"),
     nn.LayerNorm: (_layer_norm, "normalized_shape weight bias eps"),
     nn.Flatten: (_view, ""),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -19,6 +19,7 @@ from ce_plugin.networks.graph import Suffix, SuffixConstants
 from ce_plugin.networks.layers import find_layer, hooked, keep_copy, rows_dim
 from ce_plugin.networks.tracing import Element, HookPoint, Untraceable, traced
 from ce_plugin.sites import ConceptSite, LayerSite
+from ce_plugin.trials._front import all_set, front_changes
 from ce_plugin.trials._incremental import IncrementalTrials, with_rows
 from ce_plugin.trials._repeats import check_deterministic, close
 from ce_plugin.trials._runner import AggregateError, Runner
@@ -212,6 +213,12 @@ class EvidenceForward(Forward):
         self.modules, self.learned = forward.modules, {}
 
     def __call__(self, inputs: tuple[Tensor, ...], args: tuple[object, ...] = ()) -> dict[str, Tensor]:
+        with self.held(args) as rest:
+            return self.forward(inputs, rest)
+
+    @contextmanager
+    def held(self, args: tuple[object, ...]) -> Iterator[tuple[object, ...]]:
+        """The evidence is set in one pass through the network, with its own additional arguments."""
         *rest, examples = args
         if not isinstance(examples, Tensor):
             raise TypeError("the last argument holds the examples' indices")
@@ -219,7 +226,7 @@ class EvidenceForward(Forward):
             for evidence in self.evidences:
                 act = partial(evidence, examples=examples)
                 stack.enter_context(hooked(evidence.place.point, act, evidence.place.name))
-            return self.forward(inputs, tuple(rest))
+            yield tuple(rest)
 
 
 @dataclass(frozen=True)
@@ -405,6 +412,56 @@ class Router:
         self._fall_back(place.name, reason)
         return replace(captured_site, forward=whole or captured_site.forward, route="full", whole=None, flips=None)
 
+    def changes(self, captured_site: CapturedSite, spec: TrialSpec) -> list[Tensor]:
+        """Where the changes of a layer's units arrive: at its front, whatever way its trials take.
+
+        The front of a code, and of a layer in a network that cannot be traced, is the site itself; the latter is said
+        once.
+
+        Args:
+            captured_site: the layer.
+            spec: its trials.
+
+        Returns:
+            For each example (F, ...) in the layer's shape, over the values of the front and the alternative values of
+            the intervention; see :func:`~ce_plugin.trials._front.front_changes`.
+        """
+        whole = captured_site.forward
+        if isinstance(whole, ForwardFromSite) and whole.place.decoder is None:
+            try:
+                return self._at_front(whole, spec)
+            except Untraceable as reason:
+                if f"front: {reason}" not in self._logged:
+                    self._logged.add(f"front: {reason}")
+                    said = "%s: the map lies where the layer itself changes, because %s"
+                    logger.warning(said, whole.place.name, reason)
+        return _by_example(spec, lambda i, do: (do - spec.inputs[0][i : i + 1]).abs())
+
+    def _at_front(self, whole: ForwardFromSite, spec: TrialSpec) -> list[Tensor]:
+        """The changes at the front.
+
+        Raises:
+            Untraceable: it is not found.
+        """
+
+        def changes(cut: ForwardFromSite | str) -> list[Tensor]:
+            if isinstance(cut, str) or cut.suffix is None or cut.captured is None:
+                raise Untraceable(str(cut))
+            with torch.inference_mode(), traced():
+                found = _by_example(spec, partial(front_changes, cut.suffix, cut.captured))
+            return [change.clone() for change in found]  # ordinary tensors
+
+        values = spec.inputs[0]
+        if not isinstance(whole.forward, EvidenceForward):
+            return changes(
+                whole if whole.suffix else self._traced(whole.place, whole.inputs, whole.args, values, self._suffixes)
+            )
+        found: list[Tensor] = []
+        # What is behind the layer is not passed through here, which is an error elsewhere.
+        with suppress(ModelError), whole.forward.held(whole.args) as args:
+            found = changes(self._traced(whole.place, whole.inputs, args, values, {}))
+        return found
+
     def _cut(
         self, place: SiteHook, inputs: tuple[Tensor, ...], args: tuple[object, ...], values: Tensor
     ) -> ForwardFromSite | None:
@@ -413,34 +470,44 @@ class Router:
         Raises:
             ModelError: it cannot be, and ``engine="suffix"`` insists on it.
         """
+        found = self._traced(place, inputs, args, values, self._suffixes)
+        if isinstance(found, str):
+            self._fall_back(place.name, found)
+            return None
+        return found
+
+    def _traced(
+        self,
+        place: SiteHook,
+        inputs: tuple[Tensor, ...],
+        args: tuple[object, ...],
+        values: Tensor,
+        suffixes: dict[object, Suffix | str],
+    ) -> ForwardFromSite | str:
+        """The part of the network that depends on the site, or why it cannot be cut out; what is learned is added."""
         network = self.forward.forward_func
         if not isinstance(network, nn.Module):
-            self._fall_back(place.name, "forward_func is a function, not a module")
-            return None
+            return "forward_func is a function, not a module"
         if is_opaque(network):
-            self._fall_back(place.name, "the network is scripted or compiled")
-            return None
+            return "the network is scripted or compiled"
         if any(isinstance(arg, Shared) for arg in args):
-            self._fall_back(place.name, "an additional argument belongs to all examples")
-            return None
+            return "an additional argument belongs to all examples"
         key = _key(place, inputs, args)
         try:
             with traced():
-                suffix = self._suffixes.get(key)
+                suffix = suffixes.get(key)
                 if suffix is None:
                     suffix = Suffix(network, place.point, decoder=place.decoder, n_inputs=len(inputs), args=args)
-                    self._suffixes[key] = suffix
-                if isinstance(suffix, Suffix):
-                    with torch.inference_mode():
-                        captured = suffix.capture(inputs, args, values)
-                    return ForwardFromSite(self.forward, place, inputs, args, suffix, captured)
-                reason = suffix
+                    suffixes[key] = suffix
+                if isinstance(suffix, str):
+                    return suffix
+                with torch.inference_mode():
+                    captured = suffix.capture(inputs, args, values)
+                return ForwardFromSite(self.forward, place, inputs, args, suffix, captured)
         except Untraceable as error:
-            reason = str(error)
             # Where the capture failed the suffix stays: it may succeed with other inputs.
-            self._suffixes.setdefault(key, reason)
-        self._fall_back(place.name, reason)
-        return None
+            suffixes.setdefault(key, str(error))
+            return str(error)
 
     def _fall_back(self, name: str, reason: str) -> None:
         if self.engine == "suffix":
@@ -449,6 +516,12 @@ class Router:
         if reason not in self._logged:
             self._logged.add(reason)
             logger.info("%s: every trial passes through the whole network, because %s", name, reason)
+
+
+def _by_example(spec: TrialSpec, at: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+    """What ``at`` finds with all units set, for each example (F, ...), over the intervention's alternative values."""
+    variants = range(spec.intervention.n_variants)
+    return [torch.cat([at(i, all_set(spec, i, variant)) for variant in variants]) for i in range(spec.n)]
 
 
 def _key(place: SiteHook, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> object:

@@ -276,6 +276,32 @@ class TrialSpec:
         return rows_of(self.args, self.n, examples)
 
 
+class _Alternative(Intervention):
+    """One of an intervention's alternative values.
+
+    Args:
+        intervention: supplies them.
+        variant: which one.
+    """
+
+    def __init__(self, intervention: Intervention, variant: int) -> None:
+        self.intervention, self.variant = intervention, variant
+        self.per_trial, self.forward_equivalents = intervention.per_trial, intervention.forward_equivalents
+
+    def values(self, clean: Tensor, context: Context) -> Tensor:
+        return self.intervention.values(clean, replace(context, variant=self.variant))
+
+    def __repr__(self) -> str:
+        return repr(self.intervention)
+
+
+def alternatives(spec: TrialSpec) -> list[TrialSpec]:
+    """The trials with each alternative value by itself; those of a random design, which takes turns, stay together."""
+    if spec.repeats == 1:
+        return [spec]
+    return [replace(spec, intervention=_Alternative(spec.intervention, variant)) for variant in range(spec.repeats)]
+
+
 _Given = TypeVar("_Given")
 
 
