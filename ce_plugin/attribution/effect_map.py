@@ -39,21 +39,21 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
     with what does not depend on the layer or depends on it only in this way), up to the distinct values that any other
     operation takes (a convolution, a pooling, attention, a sum with what already mixes) or that are the output. So a
     layer before an activation gives a map of what the activation lets through. A unit that changes nothing there has
-    contribution 0, and a map sums to the contributions. Units of several channels add up |d| over them; under several
-    alternative values, donors or draws of evidence the products of contribution and weight are averaged (where a random
-    design takes the values in turn, their weights are). For concepts the front is the code. In a network that cannot be
-    traced it is the layer itself, and a warning in the log says so.
+    contribution 0, and a map sums to the contributions. Units of several channels add up |d| over them. Under several
+    alternative values, donors or draws of evidence the products of contribution and weight are averaged; only random
+    designs, whose trials take the values in turn, have one contribution for all of them. For concepts the front is the
+    code. In a network that cannot be traced it is the layer itself, and a warning in the log says so.
 
-    Maps of layers in front of an activation, of what follows it, and of the last layer are as faithful as Grad-CAM's
-    there; outputs of linear blocks (``_blocks.10`` of an EfficientNet), which still add and cancel, give poor maps by
-    either method (``benchmarks/results/faithfulness_maps.md``).
+    Take the last layer with positions, or the one before its activation, where maps are as faithful as Grad-CAM's.
+    Further inside a network, before activations and at outputs of linear blocks (``_blocks.10`` of an EfficientNet,
+    where changes of both signs still cancel), both are much less faithful
+    (``benchmarks/results/faithfulness_maps.md``).
 
     Args:
         forward_func: as in :class:`CausalEffect`.
         layer: with maps (N, C, h, w), or (N, C, l) of a signal, or (N, C, d, h, w) of a volume: a module, its dotted
             name, a :class:`LayerSite` (transformers need its ``reshape_transform``), or a :class:`ConceptSite`, whose
-            map is made of concepts. None takes the last value with positions before they are pooled away or flattened,
-            which is usually the best.
+            map is made of concepts. None takes the last value with positions before they are pooled away or flattened.
         intervention: what units are set to; None means :class:`~ce_plugin.interventions.ZeroOut`.
         design: None means each unit by itself, exactly; a :class:`~ce_plugin.designs.Joint` one makes a map of groups.
         weighting: ``"change"`` as above; ``"activation"`` is the plain product of the paper's sentence,
