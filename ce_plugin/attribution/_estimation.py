@@ -53,6 +53,7 @@ def answers(
     measure: OutcomeMeasure,
     used: list[int],
     keep: bool,
+    guide: Tensor | None = None,
 ) -> dict[str, Answer]:
     """Effects of all examples.
 
@@ -63,6 +64,7 @@ def answers(
         measure: the reference.
         used: number of trials of each example.
         keep: keep assignments and outcomes in the answer.
+        guide: (N, U, C), what is known of the effects before the trials, for smooth maps.
 
     Returns:
         For each head its answer, (N, U, C) tensors in the outcome's type, NaN where an example has no such unit.
@@ -80,7 +82,8 @@ def answers(
     for name, outcome in outcomes.items():
         parts = []
         for i, trials in enumerate(used):
-            effects = _effects(spec, i, drawn[i], outcome[i, :trials], compared[name][i])
+            known = None if guide is None else guide[i]
+            effects = _effects(spec, i, drawn[i], outcome[i, :trials], compared[name][i], known)
             parts.append([None if column is None else column.to(outcome) for column in effects])
         # Exact designs have effects only; examples with fewer units than others are filled up.
         columns = dict(zip(effects._fields, zip(*parts, strict=True), strict=True))
@@ -135,7 +138,12 @@ def check_finite(spec: TrialSpec, measure: OutcomeMeasure, outcomes: Tensor, ran
 
 
 def _effects(
-    spec: TrialSpec, example: int, drawn: Tensor | None, outcomes: Tensor, compared: Tensor
+    spec: TrialSpec,
+    example: int,
+    drawn: Tensor | None,
+    outcomes: Tensor,
+    compared: Tensor,
+    guide: Tensor | None,
 ) -> Effects | SmoothEffects:
     """One example's effects, (U, C); units that only other examples have are NaN or left out."""
     design = spec.design
@@ -154,9 +162,9 @@ def _effects(
     fills = spec.variants(0, len(own))
     alone = design.independent(len(own))
     if alone is None or int(alone[0].sum()) < 2:  # the first of many trials may hold fewer
-        return smooth(own, outcomes, spec.units.grid, fills)
+        return smooth(own, outcomes, spec.units.grid, fills, guide=guide)
     independent, p = alone
-    return smooth(own, outcomes, spec.units.grid, fills, independent=independent, p=p)
+    return smooth(own, outcomes, spec.units.grid, fills, independent=independent, p=p, guide=guide)
 
 
 def average(draws: list[Answer]) -> Answer:
@@ -197,7 +205,7 @@ def check_design(spec: TrialSpec) -> None:
         trials = spec.n_trials(example)
         if not design.exact and trials < _FEW:
             # Whether these are too few is for the estimator to say, but before they are run.
-            _effects(spec, example, spec.assignments(example, 0, trials), torch.zeros(trials, 1), torch.zeros(1))
+            _effects(spec, example, spec.assignments(example, 0, trials), torch.zeros(trials, 1), torch.zeros(1), None)
 
 
 def _flip_probability(design: Design) -> float:

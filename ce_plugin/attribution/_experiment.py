@@ -26,6 +26,7 @@ from ce_plugin.attribution._estimation import (
     check_finite,
     check_target,
 )
+from ce_plugin.attribution._guide import PASSES, gradient_guide
 from ce_plugin.designs import Design, EveryUnit, Joint
 from ce_plugin.effects import Estimate, Interactions, Outcome, half_width, pairwise
 from ce_plugin.errors import (
@@ -39,7 +40,7 @@ from ce_plugin.errors import (
     check_number,
     expected,
 )
-from ce_plugin.interventions import Context, Intervention
+from ce_plugin.interventions import Context, Intervention, PixelMask
 from ce_plugin.networks.forward import Forward, Shared
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.networks.layout import misfit
@@ -84,6 +85,7 @@ class Call:
         windows, strides: ``sliding_window_shapes`` and their steps, of an input.
         at_input: ``attribute_to_layer_input``.
         predicted_only: without a target explain each example's predicted class only.
+        guided: a gradient may guide the map, where the design has one.
         weighting: of a map: keep what it is made of, under each draw of the evidence and each alternative value that
             is run by itself. None: no map is made.
     """
@@ -103,6 +105,7 @@ class Call:
     until: float | None = None
     keep_trials: bool = False
     predicted_only: bool = False
+    guided: bool = False
     weighting: str | None = None
 
 
@@ -167,7 +170,7 @@ class Experiment:
         self.context = Context(ids=self.ids, seed=self.seed)
         rows = None if per_eval is None else per_eval * self.n
         self.runner = Runner(self.forward, rows, self.memory_budget, self.call.show_progress)
-        self.route, self.cut, self.seconds = "full", False, 0.0
+        self.route, self.cut, self.seconds, self.guided = "full", False, 0.0, False
         self.parts: list[MapPart] = []
         self.n_draws, self.evidence_forwards, self.evidence_at_layers = 1, 0, False
         for evidence in self.evidences:
@@ -249,6 +252,7 @@ class Experiment:
         passes = self.trials * each + self.n_draws * self.n * once + (self.evidence_forwards > 0)
         # One clean row is run twice, and one trial.
         passes += 1 + each
+        passes += self.n_draws * (PASSES * self.n + 1) if self._is_guided else 0
         if route == "full":
             passes += self.runner.layout_passes(self.inputs, self.args, self.trials)
         one = self.target is not None or self.call.predicted_only or not self.outcome.per_class
@@ -399,18 +403,35 @@ class Experiment:
         try:
             captured_site, runner, heads, measure = self._start(spec, captured_site, repeat)
             runner.outcome_bytes = check_memory(spec, measure, max(self.used))
+            guide = self._guide(captured_site.forward, spec, measure)
             if self.call.until is not None:
-                return answers_until(spec, runner, measure, self.used, self.call.until, self.call.keep_trials, repeat)
+                keep = self.call.keep_trials
+                return answers_until(spec, runner, measure, self.used, self.call.until, keep, repeat, guide)
             outcomes = runner.run(spec, 0, max(self.used), measure, repeat=repeat)
             compared = measure.reference
             if spec.design.reference == "all":
                 every = runner.run(replace(spec, design=EveryUnit()), 0, 1, measure)
                 compared = {name: outcome[:, 0] for name, outcome in every.items()}
             self.route, self.cut, self.seconds = captured_site.taken, captured_site.is_cut, captured_site.seconds
-            found = answers(spec, outcomes, compared, measure, self.used, self.call.keep_trials)
+            found = answers(spec, outcomes, compared, measure, self.used, self.call.keep_trials, guide)
             return self._with_insertion(found, heads, captured_site) if isinstance(self.site, ConceptSite) else found
         except AggregateError:
             return self._aggregated(spec, self.runner.of(captured_site.forward))
+
+    @property
+    def _is_guided(self) -> bool:
+        """Whether a gradient may say beforehand where effects will be: those of masks, on a smooth map."""
+        smooth = self.design.estimator == "smooth" and isinstance(self.intervention, PixelMask)
+        return self.call.guided and smooth and bool(self.forward.modules)
+
+    def _guide(self, forward: Forward, spec: TrialSpec, measure: OutcomeMeasure) -> Tensor | None:
+        """What a gradient says of the effects, (N, U, C)."""
+        if not self._is_guided or len(measure.reference) > 1:
+            return None
+        self.runner.count(PASSES * spec.n + 1)
+        found = gradient_guide(forward, spec, measure)
+        self.guided = found is not None
+        return found
 
     def _set(self, draw: int, repeat: bool) -> tuple[TrialSpec, CapturedSite]:
         """The trials under one draw of the random evidence, and the site; assignments are drawn anew for each."""
@@ -524,6 +545,7 @@ class Experiment:
                 "trials_per_example": answer.n_trials.tolist(),
                 "route": self.route,
                 "cut": self.cut,
+                "guide": "gradient" if self.guided else None,
                 "units_of_site": units.width,
                 "channel_dim": None if isinstance(self.site, ConceptSite) else self.site.channel_dim,
             },
@@ -754,6 +776,7 @@ def answers_until(
     until: float,
     keep: bool,
     repeat: bool = False,
+    guide: Tensor | None = None,
 ) -> dict[str, Answer]:
     """Rounds of trials; an example leaves when all its intervals are at most ``until`` to either side.
 
@@ -763,6 +786,7 @@ def answers_until(
         until: half-width of the 95 % intervals.
         keep: keep the trials in the answers.
         repeat: run one trial twice, which must give the same.
+        guide: see :func:`gradient_guide`.
     """
     n, last = spec.n, max(most)
     outcomes: dict[str, Tensor] = {}
@@ -774,7 +798,7 @@ def answers_until(
         outcomes = {name: torch.cat([outcomes[name], new[name]], 1) if outcomes else new[name] for name in new}
         used = [min(stop, most[i]) if i in active else used[i] for i in range(n)]
         done = stop
-        found = answers(spec, outcomes, measure.reference, measure, used, keep)
+        found = answers(spec, outcomes, measure.reference, measure, used, keep, guide)
         active = [i for i in active if used[i] == done and _widest(spec, found, i) > until]
     return found
 

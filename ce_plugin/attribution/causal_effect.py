@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from captum.log import log_usage
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from ce_plugin.attribution._explainer import Engine, Explainer, MapValues, as_ba
 from ce_plugin.designs import Design, OneAtATime, RandomRegions
 from ce_plugin.effects import Outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
-from ce_plugin.errors import ArgumentError, NormalizationWarning, expected
+from ce_plugin.errors import ArgumentError, NormalizationWarning, expected, unknown_name
 from ce_plugin.interventions import Intervention, Normalization, PixelMask
 from ce_plugin.interventions.base import NormalizationLike
 from ce_plugin.networks.forward import OutputSelector
@@ -25,6 +25,7 @@ from ce_plugin.sites import InputSite, Masks, Strides, Windows
 from ce_plugin.trials import Cost
 
 logger = logging.getLogger("ce_plugin")
+Guide: TypeAlias = Literal["gradient"] | None
 Inputs = TypeVar("Inputs", bound="Tensor | tuple[Tensor, ...]")
 
 # Below this many values a side there are so few units that each can be asked for by itself.
@@ -50,11 +51,15 @@ class CausalEffect(Explainer):
         memory_budget: bytes that a pass may take beyond model and inputs; None means half of what is free.
         engine: "auto" computes again only what a window changes, where windows are set one at a time and that pays;
             "suffix" insists on it; "full" passes every trial through the whole network.
+        guide: "gradient": where a design sets regions to a fill, the smooth map begins at gradient times activation of
+            the last value with positions (as Grad-CAM), and trials correct it; this takes three passes an example.
+            Effects and their errors are as valid with it as without. None: trials alone, as also for functions that are
+            no modules.
 
-    **Defaults for images** (one tensor (N, C, H, W), no mask, no windows): the patches of a 14 x 14 grid are set, half of
-    the image in each of 399 trials, to black, the image's mean and a blur in turn: coherent regions in six trials of
-    ten, single patches in the others (:class:`~ce_plugin.designs.RandomRegions`). ``estimate`` gives the mean effect of
-    each patch over what else is set, without bias, with intervals that hold for every patch
+    **Defaults for images** (one tensor (N, C, H, W), no mask, no windows): the patches of a 14 x 14 grid are set, half
+    of the image in each of 399 trials, to black, the image's mean and a blur in turn: coherent regions in six trials
+    of ten, single patches in the others (:class:`~ce_plugin.designs.RandomRegions`). ``estimate`` gives the mean effect
+    of each patch over what else is set, without bias, with intervals that hold for every patch
     (``benchmarks/results/coverage_regions.md``), and beside it, as ``Estimate.smoothed``, the smooth map that
     ``attribute`` returns. How well that map predicts what the network depends on, beside Grad-CAM and others, stands in
     ``benchmarks/results/faithfulness_paired_reported.md``.
@@ -95,11 +100,15 @@ class CausalEffect(Explainer):
         seed: int = 0,
         memory_budget: int | None = None,
         engine: Engine = "auto",
+        guide: Guide = "gradient",
     ) -> None:
+        if guide is not None and guide != "gradient":
+            raise unknown_name("guide", guide, ("gradient", "None"))
         super().__init__(
             forward_func, intervention, design, outcome=outcome, output=output, seed=seed,
             memory_budget=memory_budget, engine=engine,
         )  # fmt: skip
+        self.guide = guide
         self.normalization = Normalization.of(normalization)
         if not self.normalization.is_identity and _normalizes(self.forward.modules):
             warnings.warn(
@@ -168,6 +177,7 @@ class CausalEffect(Explainer):
             inputs=inputs, baselines=baselines, target=target, additional_forward_args=additional_forward_args,
             mask=feature_mask, perturbations_per_eval=perturbations_per_eval, show_progress=show_progress,
             windows=sliding_window_shapes, strides=strides, given=given, ids=ids, predicted_only=True,
+            guided=self.guide is not None,
         )  # fmt: skip
         maps = self._maps(call, significant_only, values)
         return maps if isinstance(inputs, tuple) else maps[0]  # type: ignore[return-value]
@@ -216,7 +226,7 @@ class CausalEffect(Explainer):
             inputs=inputs, baselines=baselines, target=target, additional_forward_args=additional_forward_args,
             mask=feature_mask, perturbations_per_eval=perturbations_per_eval, show_progress=show_progress,
             windows=sliding_window_shapes, strides=strides, given=given, ids=ids, until=until,
-            keep_trials=keep_trials,
+            keep_trials=keep_trials, guided=self.guide is not None,
         )  # fmt: skip
         return self._estimates(call)
 
@@ -241,7 +251,7 @@ class CausalEffect(Explainer):
         """
         call = Call(
             inputs=inputs, target=target, additional_forward_args=additional_forward_args, mask=feature_mask,
-            windows=sliding_window_shapes, strides=strides, given=given,
+            windows=sliding_window_shapes, strides=strides, given=given, guided=self.guide is not None,
         )  # fmt: skip
         return self._experiment(call).cost()
 

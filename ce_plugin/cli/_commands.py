@@ -281,8 +281,9 @@ class ExplainOptions(NetworkOptions):
         Literal["regions", "random-mask", "one-at-a-time", "leave-one-in"],
         _experiment(
             "DESIGN",
-            "Which patches are covered in a trial: random coherent regions (and single patches for the tests), random-mask "
-            "(random single patches), one-at-a-time, leave-one-in (all but one). The first two have standard errors.",
+            "Which patches are covered in a trial: random coherent regions (and single patches for the tests), "
+            "random-mask (random single patches), one-at-a-time, leave-one-in (all but one). The first two have "
+            "standard errors.",
         ),
     ] = "regions"
     mask_share: Annotated[

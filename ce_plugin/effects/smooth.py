@@ -75,7 +75,9 @@ def smooth(
 
     where f^(-t) is the fit without trial t and e_t^(-t) what it mispredicts there: e_t / (1 - h_t), and
     f^(-t) = f - H_t e_t^(-t). Trial t is independent of that fit and its units of each other, so that the mean is
-    unbiased for every network, however rough its effects, and the scores' spread is its standard error.
+    unbiased for every network, however rough its effects, and the scores' spread is its standard error. The map is
+    the fit to the coherent trials alone: what single patches do is another question, and answers to it made the map a
+    little less faithful.
 
     Args:
         assignments: (T, U) boolean, True where the trial sets the unit.
@@ -129,7 +131,13 @@ def smooth(
                 weights = (flips - p) / (p * (1 - p)) - hat.T
                 mean, error[:, at], dof[:, at] = _score_means(weights, deleted, flips, strata, p)
                 effect[:, at] = fit[:, at] + mean
-    return SmoothEffects(effect, error, dof, fit) if strata else SmoothEffects(fit, None, None, fit)
+    if not strata or independent is None:
+        return SmoothEffects(fit, None, None, fit)
+    coherent = ~independent
+    if int(coherent.sum()) >= held.shape[1] + 3:
+        turns = None if variants is None else variants[coherent]
+        fit = smooth(assignments[coherent], outcomes[coherent], grid, turns, guide=guide, lengths=lengths).smoothed
+    return SmoothEffects(effect, error, dof, fit)
 
 
 def _guided(guide: Tensor | None, live: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -96,6 +96,10 @@ class Runner:
         """Rows that went through the network, or a part of it, so far."""
         return self._shared.passes
 
+    def count(self, rows: int) -> None:
+        """Rows that pass through the network outside of the runner."""
+        self._shared.passes += rows
+
     def of(self, forward: Forward) -> Runner:
         """A runner of another function with the same limits, whose passes count here too."""
         if forward is self.forward:

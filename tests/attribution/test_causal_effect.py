@@ -687,7 +687,7 @@ def test_a_smooth_map_alone_has_no_errors(design: Design) -> None:
 
 
 def test_the_default_is_unbiased_with_a_smooth_map_beside_it() -> None:
-    """One pixel alone counts: the effect says so, whose interval holds it; the map, which attribute shows, is smoother."""
+    """One pixel alone counts: the effect says so, and its interval; the map, which attribute shows, is smoother."""
     x = torch.ones(1, 1, 14, 14, dtype=DOUBLE)
 
     def model(v: Tensor) -> Tensor:

@@ -1,0 +1,120 @@
+"""What a gradient says of the effects before any trial is run: the guide of designs that set regions of a grid."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d, interpolate
+
+from ce_plugin.attribution._estimation import OutcomeMeasure
+from ce_plugin.effects.outcomes import OUTCOMES
+from ce_plugin.networks.forward import Forward, double
+from ce_plugin.networks.layers import in_this_thread, last_map
+from ce_plugin.networks.layout import channel_dim
+from ce_plugin.trials.batches import TrialSpec, rows_of
+
+logger = logging.getLogger("ce_plugin")
+
+PASSES = 3
+"""A pass, and a backward pass, which counts as two."""
+
+_POOLS: dict[int, Callable[..., Tensor]] = {1: adaptive_avg_pool1d, 2: adaptive_avg_pool2d, 3: adaptive_avg_pool3d}
+_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def gradient_guide(forward: Forward, spec: TrialSpec, measure: OutcomeMeasure) -> Tensor | None:
+    """Minus gradient times activation, summed over channels, at the last value with positions, on the units' grid.
+
+    This is the first-order effect of setting a position of that value to zero: where the network only pools and weighs
+    afterwards, the map of Grad-CAM without its ReLU. Each example's explained class has one (its target, or the class
+    predicted); columns of other classes are zero.
+
+    Args:
+        forward: what is explained, of one output head.
+        spec: the trials; its units are the cells of a grid.
+        measure: of the outcome whose gradient is taken; of a probability it is that of its log-odds, which points the
+            same way and does not vanish where the probability is 1.
+
+    Returns:
+        (N, U, C), any scale, on the CPU; None where there is no such value, or no gradient: the reason is logged.
+    """
+    grid = spec.units.grid
+    (name,) = measure.reference
+    columns = _explained(measure, name)
+    if grid is None or columns is None:
+        return None
+    first = rows_of(spec.inputs, spec.n, torch.tensor([0])), rows_of(spec.args, spec.n, torch.tensor([0]))
+    try:
+        place = last_map(forward.modules, lambda: forward(*first).values())
+        maps = None if place is None else [_one(forward, spec, measure, name, place, i) for i in range(spec.n)]
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        logger.info(
+            "no gradient guides the map: %s", str(error).splitlines()[0] if str(error) else type(error).__name__
+        )
+        return None
+    if maps is None or any(one.dim() != len(grid) or one.numel() == 1 for one in maps):
+        logger.info("no gradient guides the map: the network has no last value with the positions of its inputs")
+        return None
+    guide = torch.zeros(spec.n, math.prod(grid), measure.reference[name].shape[1], dtype=torch.double)
+    for i, one in enumerate(maps):
+        on_grid = -_resized(double(one), grid).flatten()
+        guide[i, :, int(columns[i])] = on_grid if bool(torch.isfinite(on_grid).all()) else 0
+    return guide
+
+
+def _explained(measure: OutcomeMeasure, name: str) -> Tensor | None:
+    """Each example's column whose effects are explained."""
+    reference, predicted = measure.reference[name], measure.predicted[name]
+    if reference.shape[1] == 1:
+        return torch.zeros(len(reference), dtype=torch.long)
+    return predicted if predicted is not None and measure.class_shapes[name] == (reference.shape[1],) else None
+
+
+def _one(
+    forward: Forward,
+    spec: TrialSpec,
+    measure: OutcomeMeasure,
+    name: str,
+    place: tuple[torch.nn.Module, bool, int],
+    example: int,
+) -> Tensor:
+    """One example's map, with the value's own positions."""
+    module, at_input, call = place
+    kept: list[Tensor] = []
+
+    def keep(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        kept.append(args[0] if at_input else output)
+
+    row = torch.tensor([example])
+    handle = module.register_forward_hook(in_this_thread(keep))
+    try:
+        # Inference tensors cannot be followed: a clone made outside of inference mode can.
+        with torch.inference_mode(False), torch.enable_grad():
+            inputs = tuple(x.clone().requires_grad_() for x in rows_of(spec.inputs, spec.n, row))
+            head = forward(inputs, rows_of(spec.args, spec.n, row))[name]
+            outcome = OUTCOMES["log_odds"] if measure.outcome is OUTCOMES["probability"] else measure.outcome
+            measured = outcome(head, head.detach()).reshape(-1)
+            targets, predicted = measure.targets[name], measure.predicted[name]
+            target = targets if targets is not None else predicted
+            one = measured[0] if target is None or len(measured) == 1 else measured[int(target[example])]
+            (gradient,) = torch.autograd.grad(one, kept[call])
+    finally:
+        handle.remove()
+    value = kept[call].detach()
+    found = channel_dim(forward.modules, module, value.shape, at_input=at_input)
+    dim = 1 if found is None else found[0]
+    return (gradient * value).sum(dim, keepdim=True).movedim(dim, 1)[0, 0].cpu()
+
+
+def _resized(values: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """A map of any size on the grid: averaged where it is finer, interpolated where it is coarser."""
+    there = values[None, None]
+    if any(have > want for have, want in zip(values.shape, grid, strict=True)):
+        there = _POOLS[len(grid)](there, tuple(min(pair) for pair in zip(values.shape, grid, strict=True)))
+    return interpolate(there, grid, mode=_LINEAR[len(grid)], align_corners=False)[0, 0]

@@ -1,0 +1,177 @@
+"""The gradient that guides a smooth map: what it is, when there is none, and that it changes nothing else."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from ce_plugin import CausalEffect
+from ce_plugin.attribution import _estimation
+from ce_plugin.designs import OneAtATime, RandomMask, RandomRegions
+from ce_plugin.effects.smooth import smooth
+from ce_plugin.errors import UnknownNameError
+from ce_plugin.interventions import Adversarial, PixelMask
+
+DOUBLE = torch.float64
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, padding=1), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)),
+    )
+    return net.eval().double()
+
+
+def images(n: int = 2, size: int = 16) -> Tensor:
+    return torch.rand(n, 1, size, size, dtype=DOUBLE, generator=torch.Generator().manual_seed(n))
+
+
+@pytest.mark.parametrize("outcome", ["logit", "probability", "log_odds"])
+def test_the_guide_is_minus_gradient_times_activation(outcome: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pooled and weighed afterwards, the last value's first-order effect is known: weights times activations."""
+    seen: list[Tensor] = []
+
+    def watched(*args: Any, guide: Tensor, **kwargs: Any) -> Any:
+        seen.append(guide)
+        return smooth(*args, guide=guide, **kwargs)
+
+    monkeypatch.setattr(_estimation, "smooth", watched)
+    net, x = network(), images()
+    target = net(x).argmax(1)
+    CausalEffect(net, design=RandomRegions(n_trials=24), outcome=outcome).attribute(x)
+    with torch.no_grad():
+        planes, logits = net[:5](x), net(x)
+    weights = net[7].weight.detach()[target]
+    if outcome != "logit":  # log p - log (1 - p) is the logit minus the logarithm of the others' sum
+        others = logits.clone().scatter_(1, target[:, None], -torch.inf).softmax(1)
+        weights = weights - others @ net[7].weight.detach()
+    expected = (planes * weights[:, :, None, None]).sum(1, keepdim=True)
+    expected = interpolate(expected, (14, 14), mode="bilinear", align_corners=False)[:, 0].flatten(1)
+    for guide, map_ in zip(seen[-2:], expected, strict=True):
+        own, wanted = -guide[:, 0], map_
+        assert torch.allclose(own / own.abs().max(), wanted / wanted.abs().max(), atol=1e-9)
+
+
+def test_attribute_is_the_map_of_the_predicted_class_in_estimate() -> None:
+    net, x = network(), images()
+    explainer = CausalEffect(net, design=RandomRegions(n_trials=40))
+    estimate = explainer.estimate(x)
+    predicted = estimate.predicted
+    own = estimate.smoothed_contribution[torch.arange(2), :, predicted]
+    target = explainer.estimate(x, target=predicted)
+    assert torch.allclose(target.smoothed_contribution[:, :, 0], own, atol=1e-9)
+    assert torch.allclose(target.effect[:, :, 0], estimate.effect[torch.arange(2), :, predicted], atol=1e-9)
+    assert estimate.settings["guide"] == "gradient"
+
+
+def test_examples_have_guides_of_their_own() -> None:
+    net, x = network(), images(3)
+    explainer = CausalEffect(net, design=RandomRegions(n_trials=12))
+    together = explainer.attribute(x, ids=[4, 5, 6])
+    for i in range(3):
+        assert torch.allclose(explainer.attribute(x[i : i + 1], ids=[4 + i])[0], together[i], atol=1e-8)
+
+
+def test_effects_stay_unbiased_whatever_the_guide_says() -> None:
+    """A network of which one half shouts in the gradient and does nothing under the fill."""
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 1, bias=False)
+            self.conv.weight.data.fill_(1.0)
+
+        def forward(self, v: Tensor) -> Tensor:
+            h = self.conv(v)
+            loud = h[:, 0, :, :7].sum((1, 2)) - h[:, 0, :, :7].detach().sum((1, 2))  # a slope without a value
+            return (h[:, 0, 6, 10] + 5 * loud)[:, None].expand(-1, 2)
+
+    x, covered = torch.ones(1, 1, 14, 14, dtype=DOUBLE), []
+    for run in range(40):
+        explainer = CausalEffect(Half().double(), PixelMask("zero"), RandomRegions(n_trials=60), outcome=None)
+        found = explainer.estimate(x, target=0, ids=[run])
+        low, high = found.confidence_interval(0.95)
+        truth = torch.zeros(196, dtype=DOUBLE)
+        truth[6 * 14 + 10] = -1.0
+        covered.append(((low[0, :, 0] <= truth) & (truth <= high[0, :, 0])).double())
+    assert 0.92 < float(torch.stack(covered).mean()) < 0.99
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_passes_are_counted(batch: int) -> None:
+    net, x = network(), images(batch)
+    counts = {}
+    for guide in ("gradient", None):
+        explainer = CausalEffect(net, design=RandomRegions(n_trials=30), guide=guide)  # type: ignore[arg-type]
+        counts[guide] = explainer.estimate(x, target=0).cost, explainer.estimate_cost(x, target=0).forward_passes
+    # One example to find the value, then a pass and a backward pass, which counts as two, for each.
+    assert [a - b for a, b in zip(counts["gradient"], counts[None], strict=True)] == [3 * batch + 1] * 2
+
+
+class NoGradient(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, v: Tensor) -> Tensor:
+        with torch.no_grad():
+            out: Tensor = self.net(v)
+            return out
+
+
+class NoPositions(nn.Module):
+    def forward(self, v: Tensor) -> Tensor:
+        return v.flatten(1)[:, :2]
+
+
+@pytest.mark.parametrize("make", [NoGradient, NoPositions])
+def test_without_a_gradient_trials_alone_answer(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    net, x = make(), images()
+    with caplog.at_level(logging.INFO, logger="ce_plugin"):
+        found = CausalEffect(net, design=RandomRegions(n_trials=40)).estimate(x, target=0)
+    assert found.settings["guide"] is None
+    assert sum("no gradient guides the map" in record.message for record in caplog.records) == 1
+    plain = CausalEffect(net, design=RandomRegions(n_trials=40), guide=None).estimate(x, target=0)
+    assert torch.equal(found.smoothed, plain.smoothed)
+
+
+def test_only_masks_on_regions_are_guided() -> None:
+    net, x = network(), images()
+    attack = Adversarial.fgsm(net, eps=0.1, clip_values=(0, 1))
+    for explainer in (
+        CausalEffect(net, PixelMask("zero"), RandomMask(0.5, n_trials=40)),
+        CausalEffect(net, PixelMask("zero"), OneAtATime()),
+        CausalEffect(net, attack, RandomRegions(n_trials=40)),
+        CausalEffect(lambda v: net(v), design=RandomRegions(n_trials=40), guide=None),
+    ):
+        assert explainer.estimate(x, target=0).settings["guide"] is None
+
+
+def test_the_network_is_as_it_was() -> None:
+    net, x = network(), images()
+    for parameter in net.parameters():
+        parameter.requires_grad_(True)
+    net[0].weight.grad = torch.ones_like(net[0].weight)
+    kept, state = net[0].weight.grad, torch.get_rng_state()
+    with torch.inference_mode():
+        inferred = CausalEffect(net, design=RandomRegions(n_trials=40)).attribute(x, target=0)
+    CausalEffect(net, design=RandomRegions(n_trials=40)).attribute(x, target=0)
+    assert torch.equal(inferred, CausalEffect(net, design=RandomRegions(n_trials=40)).attribute(x, target=0))
+    assert net[0].weight.grad is kept
+    assert torch.equal(kept, torch.ones_like(kept))
+    assert not any(module._forward_hooks for module in net.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not x.requires_grad
+
+
+def test_unknown_guides_are_refused() -> None:
+    for guide in ("saliency", 3, ("gradient",)):
+        with pytest.raises(UnknownNameError, match="`guide`"):
+            CausalEffect(network(), guide=guide)  # type: ignore[arg-type]
