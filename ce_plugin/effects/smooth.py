@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from ce_plugin.effects.estimators import score_mean, with_rounding
 from ce_plugin.errors import DesignError, UnitError, expected
 from ce_plugin.networks.forward import double
 
-LENGTHS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8)
+LENGTHS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3)
 """Length scales that are tried, as shares of the grid's longer side; the shortest is less than a cell of 14."""
 
 # What is expected before the trials, learnt from photographs that no benchmark reports, of two networks (399 trials
@@ -242,20 +243,21 @@ def _intercepts(variants: Tensor | None, a: Tensor) -> Tensor:
     return columns / columns.sum(0).sqrt()
 
 
-def _kernel(grid: tuple[int, ...], length: float, like: Tensor) -> Tensor:
-    """Matern-3/2 between the units' centres, plus 1."""
-    place = torch.cartesian_prod(*map(torch.arange, grid)).reshape(-1, len(grid)).to(like) / max(grid)
+@lru_cache(maxsize=32)
+def _root(grid: tuple[int, ...], length: float) -> Tensor:
+    """R with R R' = K, a Matern-3/2 kernel between the units' centres, plus 1; the same for all calls."""
+    place = torch.cartesian_prod(*map(torch.arange, grid)).reshape(-1, len(grid)).double() / max(grid)
     # Not torch.cdist: it goes through a matrix product and loses digits.
     distance = (place[:, None] - place[None]).square().sum(-1).sqrt() * (math.sqrt(3) / length)
-    return (1 + distance) * torch.exp(-distance) + 1
+    values, vectors = torch.linalg.eigh((1 + distance) * torch.exp(-distance) + 1)
+    root: Tensor = vectors * values.clamp_min(0).sqrt()
+    return root
 
 
 def _prior(a: Tensor, grid: tuple[int, ...], length: float, guide: Tensor | None) -> _Prior:
-    kernel, mean = _kernel(grid, length, a), a.new_zeros(a.shape[1])
+    root, mean = _root(grid, length), a.new_zeros(a.shape[1])
     if guide is not None:
-        kernel, mean = kernel + _WEIGHT[1] ** 2 * torch.outer(guide, guide), _WEIGHT[0] * guide
-    values, vectors = torch.linalg.eigh(kernel)
-    root = vectors * values.clamp_min(0).sqrt()
+        root, mean = torch.cat([root, _WEIGHT[1] * guide[:, None]], 1), _WEIGHT[0] * guide
     onto = a @ root
     w, rotation = torch.linalg.eigh(onto.T @ onto)
     return _Prior(root @ rotation, onto @ rotation, w.clamp_min(0), mean, a @ mean)
