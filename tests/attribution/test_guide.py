@@ -108,6 +108,7 @@ def test_effects_stay_unbiased_whatever_the_guide_says() -> None:
 def test_passes_are_counted(batch: int) -> None:
     net, x = network(), images(batch)
     counts = {}
+    CausalEffect(net, design=RandomRegions(n_trials=30)).estimate(x)  # finds the network's memory layout
     for guide in ("gradient", None):
         explainer = CausalEffect(net, design=RandomRegions(n_trials=30), guide=guide)  # type: ignore[arg-type]
         counts[guide] = explainer.estimate(x, target=0).cost, explainer.estimate_cost(x, target=0).forward_passes
