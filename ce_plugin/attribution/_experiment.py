@@ -29,6 +29,7 @@ from ce_plugin.attribution._estimation import (
 from ce_plugin.attribution._guide import PASSES, gradient_guide
 from ce_plugin.designs import Design, EveryUnit, Joint
 from ce_plugin.effects import Estimate, Interactions, Outcome, half_width, pairwise
+from ce_plugin.effects.smooth import estimate_bytes
 from ce_plugin.errors import (
     ArgumentError,
     CEPluginError,
@@ -259,6 +260,9 @@ class Experiment:
         outcomes = len(heads) if one else sum(head.numel() for head in heads.values())
         size = 4 * outcomes * self.n * max(self.used)
         taken = OUTCOME_COPIES * size + self.runner.pass_bytes + followed
+        if self.design.estimator == "smooth" and not self.design.exact:
+            # After the passes; but what these took, the allocator still holds.
+            taken += estimate_bytes(max(self.used), self.spec.units.width, outcomes)
         return Cost(self.trials, passes, route, size, taken, self.memory_budget)
 
     def _route(self, captured_site: CapturedSite) -> tuple[str, float, float, int]:

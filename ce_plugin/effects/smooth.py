@@ -141,6 +141,18 @@ def smooth(
     return SmoothEffects(effect, error, dof, fit)
 
 
+def estimate_bytes(trials: int, units: int, classes: int) -> int:
+    """Memory that :func:`smooth` takes: priors of all length scales, likelihoods and scores of all classes.
+
+    Example:
+        >>> estimate_bytes(399, 196, 1000) >> 20
+        28
+    """
+    priors = len(LENGTHS) * (units * units + trials * units)
+    likelihoods = 2 * len(LENGTHS) * len(_NOISES) * classes
+    return 8 * (priors + likelihoods + (4 * trials + 6 * units) * classes)
+
+
 def _guided(guide: Tensor | None, live: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The columns whose outcomes vary, those without a guide together, each of the others with its own (U,)."""
     scale = live.new_zeros(len(live), dtype=torch.double) if guide is None else double(guide).square().mean(0).sqrt()

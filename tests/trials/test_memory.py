@@ -139,7 +139,6 @@ def test_growth_keeps_to_the_budget(case: str, budget: int) -> None:
 
 @pytest.mark.slow
 @on_linux
-@pytest.mark.xfail(reason="what the smooth estimate of all classes takes is not counted", strict=False)
 def test_growth_of_the_default_for_all_classes_keeps_to_the_budget() -> None:
     allowed = max(30 * MB, least("regions", 64, 30 * MB, None))
     assert grown("regions", 64, 30 * MB, None) <= 1.1 * allowed + LOADED
