@@ -39,12 +39,15 @@ def test_what_supports_the_class_is_what_it_depends_on(data_folder: Path, networ
     """Covering the fifth of a photograph that the map names costs more than covering any other fifth."""
     x = photographs(data_folder, network, CLASSES[:3])
     explainer = CausalEffect(
-        network.model, design=RandomRegions(n_trials=120), outcome="log_odds", normalization=network.normalization
+        network.model,
+        design=RandomRegions(n_trials=120, independent=0),
+        outcome="log_odds",
+        normalization=network.normalization,
     )
     estimate = explainer.estimate(x, ids=CLASSES[:3])
     assert estimate.predicted is not None
     target = estimate.predicted
-    support = torch.stack([estimate.contribution[i, :, int(target[i])] for i in range(3)])
+    support = torch.stack([estimate.smoothed_contribution[i, :, int(target[i])] for i in range(3)])
     order = support.argsort(1, descending=True)
     fill = PixelMask("mean", normalization=network.normalization)(x)
     left = []
