@@ -480,7 +480,7 @@ class RandomRegions(_OverGrid):
 
     Args:
         p: probability that a unit flips, in (0, 1).
-        n_trials: number of trials, 2 or more; with the reference the default takes 400 forward passes.
+        n_trials: number of trials, 2 or more.
         length: standard deviation of the smoothing, in cells of the grid.
         independent: share of the trials that set each unit by itself, in [0, 1]; None takes 0.4, and 0 where there are
             fewer than 30 trials.
