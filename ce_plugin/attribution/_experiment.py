@@ -253,7 +253,7 @@ class Experiment:
         passes = self.trials * each + self.n_draws * self.n * once + (self.evidence_forwards > 0)
         # One clean row is run twice, and one trial.
         passes += 1 + each
-        passes += self.n_draws * (PASSES * self.n + 1) if self._is_guided else 0
+        passes += self.n_draws * PASSES * self.n if self._is_guided else 0
         if route == "full":
             passes += self.runner.layout_passes(self.inputs, self.args, self.trials)
         one = self.target is not None or self.call.predicted_only or not self.outcome.per_class
@@ -432,7 +432,7 @@ class Experiment:
         """What a gradient says of the effects, (N, U, C)."""
         if not self._is_guided or len(measure.reference) > 1:
             return None
-        self.runner.count(PASSES * spec.n + 1)
+        self.runner.count(PASSES * spec.n)
         found = gradient_guide(forward, spec, measure)
         self.guided = found is not None
         return found

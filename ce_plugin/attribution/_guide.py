@@ -13,7 +13,7 @@ from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d, adapti
 from ce_plugin.attribution._estimation import OutcomeMeasure
 from ce_plugin.effects.outcomes import OUTCOMES
 from ce_plugin.networks.forward import Forward, double
-from ce_plugin.networks.layers import in_this_thread, last_map
+from ce_plugin.networks.layers import has_positions, watched_maps
 from ce_plugin.networks.layout import channel_dim
 from ce_plugin.trials.batches import TrialSpec, rows_of
 
@@ -47,22 +47,20 @@ def gradient_guide(forward: Forward, spec: TrialSpec, measure: OutcomeMeasure) -
     columns = _explained(measure, name)
     if grid is None or columns is None:
         return None
-    first = rows_of(spec.inputs, spec.n, torch.tensor([0])), rows_of(spec.args, spec.n, torch.tensor([0]))
     try:
-        place = last_map(forward.modules, lambda: forward(*first).values())
-        maps = None if place is None else [_one(forward, spec, measure, name, place, i) for i in range(spec.n)]
+        maps = [_one(forward, spec, measure, name, i) for i in range(spec.n)]
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        logger.info(
-            "no gradient guides the map: %s", str(error).splitlines()[0] if str(error) else type(error).__name__
-        )
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        logger.info("no gradient guides the map: %s", reason)
         return None
-    if maps is None or any(one.dim() != len(grid) or one.numel() == 1 for one in maps):
+    found = [one for one in maps if one is not None and one.dim() == len(grid)]
+    if len(found) < spec.n:
         logger.info("no gradient guides the map: the network has no last value with the positions of its inputs")
         return None
     guide = torch.zeros(spec.n, math.prod(grid), measure.reference[name].shape[1], dtype=torch.double)
-    for i, one in enumerate(maps):
+    for i, one in enumerate(found):
         on_grid = -_resized(double(one), grid).flatten()
         guide[i, :, int(columns[i])] = on_grid if bool(torch.isfinite(on_grid).all()) else 0
     return guide
@@ -76,39 +74,24 @@ def _explained(measure: OutcomeMeasure, name: str) -> Tensor | None:
     return predicted if predicted is not None and measure.class_shapes[name] == (reference.shape[1],) else None
 
 
-def _one(
-    forward: Forward,
-    spec: TrialSpec,
-    measure: OutcomeMeasure,
-    name: str,
-    place: tuple[torch.nn.Module, bool, int],
-    example: int,
-) -> Tensor:
-    """One example's map, with the value's own positions."""
-    module, at_input, call = place
-    kept: list[Tensor] = []
-
-    def keep(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        kept.append(args[0] if at_input else output)
-
+def _one(forward: Forward, spec: TrialSpec, measure: OutcomeMeasure, name: str, example: int) -> Tensor | None:
+    """One example's map, with the value's own positions; None where the network has no such value."""
     row = torch.tensor([example])
-    handle = module.register_forward_hook(in_this_thread(keep))
-    try:
-        # Inference tensors cannot be followed: a clone made outside of inference mode can.
-        with torch.inference_mode(False), torch.enable_grad():
-            inputs = tuple(x.clone().requires_grad_() for x in rows_of(spec.inputs, spec.n, row))
-            head = forward(inputs, rows_of(spec.args, spec.n, row))[name]
-            outcome = OUTCOMES["log_odds"] if measure.outcome is OUTCOMES["probability"] else measure.outcome
-            measured = outcome(head, head.detach()).reshape(-1)
-            targets, predicted = measure.targets[name], measure.predicted[name]
-            target = targets if targets is not None else predicted
-            one = measured[0] if target is None or len(measured) == 1 else measured[int(target[example])]
-            (gradient,) = torch.autograd.grad(one, kept[call])
-    finally:
-        handle.remove()
-    value = kept[call].detach()
-    found = channel_dim(forward.modules, module, value.shape, at_input=at_input)
-    dim = 1 if found is None else found[0]
+    # Inference tensors cannot be followed: a clone made outside of inference mode can.
+    with watched_maps(forward.modules) as seen, torch.inference_mode(False), torch.enable_grad():
+        inputs = tuple(x.clone().requires_grad_() for x in rows_of(spec.inputs, spec.n, row))
+        head = forward(inputs, rows_of(spec.args, spec.n, row))[name]
+        if seen.module is None or seen.value is None or has_positions(head):
+            return None
+        outcome = OUTCOMES["log_odds"] if measure.outcome is OUTCOMES["probability"] else measure.outcome
+        measured = outcome(head, head.detach()).reshape(-1)
+        targets, predicted = measure.targets[name], measure.predicted[name]
+        target = targets if targets is not None else predicted
+        one = measured[0] if target is None or len(measured) == 1 else measured[int(target[example])]
+        (gradient,) = torch.autograd.grad(one, seen.value)
+    value = seen.value.detach()
+    layout = channel_dim(forward.modules, seen.module, value.shape, at_input=seen.at_input)
+    dim = 1 if layout is None else layout[0]
     return (gradient * value).sum(dim, keepdim=True).movedim(dim, 1)[0, 0].cpu()
 
 

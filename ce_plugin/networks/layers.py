@@ -115,6 +115,54 @@ def last_conv_layer(network: nn.Module, images: Tensor) -> tuple[str, nn.Module]
     return find_layer(network, steps[planes[-1]])
 
 
+@dataclass
+class MapWatch:
+    """The last value with positions that passed through networks, before positions are pooled away or flattened.
+
+    Attributes:
+        module: whose value it is; None where none had positions yet.
+        at_input: the module's input is meant, as of a pooling.
+        call: which of the module's calls.
+        value: the value itself, (N, ...).
+    """
+
+    module: nn.Module | None = None
+    at_input: bool = False
+    call: int = 0
+    value: Tensor | None = None
+
+
+@contextmanager
+def watched_maps(networks: Sequence[nn.Module]) -> Iterator[MapWatch]:
+    """Watch passes of this thread through networks, which are left as they were.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> with watched_maps([net]) as seen:
+        ...     output = net(torch.zeros(1, 1, 5, 5))
+        >>> seen.module, seen.at_input, seen.value.shape
+        (AdaptiveAvgPool2d(output_size=1), True, torch.Size([1, 4, 3, 3]))
+    """
+    calls: dict[int, int] = {}
+    seen = MapWatch()
+
+    def note(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        call = calls[id(module)] = calls.get(id(module), -1) + 1
+        at_input = not has_positions(output)
+        if at_input and not (seen.module and args and has_positions(args[0]) and not list(module.children())):
+            return
+        value = args[0] if at_input else output
+        if isinstance(value, Tensor):
+            seen.module, seen.at_input, seen.call, seen.value = module, at_input, call, value
+
+    with state_guard(networks=networks):  # the guard takes the hooks away again
+        parts = {id(part): part for root in networks if not is_opaque(root) for part in root.modules()}
+        for key in parts.keys() - set(map(id, networks)):
+            if not is_opaque(parts[key]):
+                parts[key].register_forward_hook(in_this_thread(note))
+        yield seen
+
+
 def last_map(networks: Sequence[nn.Module], run: Callable[[], Iterable[Tensor]]) -> tuple[nn.Module, bool, int] | None:
     """Where the last value with positions is, before they are pooled away or flattened.
 
@@ -131,27 +179,13 @@ def last_map(networks: Sequence[nn.Module], run: Callable[[], Iterable[Tensor]])
         >>> last_map([net], lambda: [net(torch.zeros(1, 1, 5, 5))])
         (AdaptiveAvgPool2d(output_size=1), True, 0)
     """
-    calls: dict[int, int] = {}
-    found: tuple[nn.Module, bool, int] | None = None
-
-    def note(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        nonlocal found
-        call = calls[id(module)] = calls.get(id(module), -1) + 1
-        if _has_positions(output):
-            found = module, False, call
-        elif found and args and _has_positions(args[0]) and not list(module.children()):
-            found = module, True, call
-
-    with state_guard(networks=networks), torch.no_grad():  # the guard takes the hooks away again
-        parts = {id(part): part for root in networks if not is_opaque(root) for part in root.modules()}
-        for key in parts.keys() - set(map(id, networks)):
-            if not is_opaque(parts[key]):
-                parts[key].register_forward_hook(in_this_thread(note))
+    with watched_maps(networks) as seen, torch.no_grad():
         outputs = run()
-    return None if any(map(_has_positions, outputs)) else found
+    return None if seen.module is None or any(map(has_positions, outputs)) else (seen.module, seen.at_input, seen.call)
 
 
-def _has_positions(value: object) -> bool:
+def has_positions(value: object) -> bool:
+    """Whether a value (N, C, ...) has more than one position."""
     return isinstance(value, Tensor) and 3 <= value.dim() <= 5 and value.shape[2:].numel() > 1
 
 
