@@ -95,6 +95,15 @@ class Design(ABC):
         blocks = self.blocks(n_trials)
         return torch.arange(n_trials) if blocks is None else blocks
 
+    def sized(self, n_trials: int) -> Design:
+        """The same design with another number of trials.
+
+        Raises:
+            DesignError: its units say how many there are.
+        """
+        hint = "Leave out `passes`, or use RandomRegions or RandomMask."
+        raise DesignError(expected("passes", f"None for {self!r}, whose units say how many", n_trials, hint))
+
     def reseeded(self, seed: int) -> Design:
         """The same design with another seed."""
         other = copy.copy(self)
@@ -295,6 +304,12 @@ class RandomMask(_Random):
                 raise DesignError(expected(name, "True or False", repr(flag)))
         self.balanced, self.antithetic, self.estimator = balanced, antithetic, estimator
 
+    def sized(self, n_trials: int) -> RandomMask:
+        options: dict[str, Any] = {
+            name: getattr(self, name) for name in ("balanced", "antithetic", "estimator", "seed")
+        }
+        return RandomMask(self.p, n_trials, **options)
+
     def flip_probability(self) -> float | None:
         """p; for a balanced design the share of trials in which each unit flips."""
         return round(self.p * self.n_trials) / self.n_trials if self.balanced else self.p
@@ -345,6 +360,7 @@ class _OverGrid(_Random):
 
     def __init__(self, p: Any, n_trials: Any, independent: Any, seed: int) -> None:
         super().__init__(p, n_trials, seed)
+        self.asked: float | None = independent
         if independent is None:
             independent = 0.4 if self.n_trials >= self.few else 0
         wanted, hint = "None or a share of the trials in [0, 1]", "Write 0.4 for 40 per cent."
@@ -439,6 +455,9 @@ class RandomWindows(_OverGrid):
             raise DesignError(expected("sizes", "shares of the grid's side in (0, 1]", repr(sizes)))
         self.sizes = tuple(float(size) for size in sizes)
 
+    def sized(self, n_trials: int) -> RandomWindows:
+        return RandomWindows(self.p, n_trials, sizes=self.sizes, independent=self.asked, seed=self.seed)
+
     def _coherent(self, cells: Grid, example: int) -> Tensor:
         draw = generator(self.seed, example, "windows")
         sides = torch.tensor([max(1, round(size * max(cells))) for size in self.sizes])
@@ -507,6 +526,9 @@ class RandomRegions(_OverGrid):
         super().__init__(p, n_trials, independent, seed)
         wanted = "a positive number of cells"
         self.length = check_number("length", length, wanted, above=0, error=DesignError)
+
+    def sized(self, n_trials: int) -> RandomRegions:
+        return RandomRegions(self.p, n_trials, length=self.length, independent=self.asked, seed=self.seed)
 
     def _coherent(self, cells: Grid, example: int) -> Tensor:
         draw = generator(self.seed, example, "regions")

@@ -26,7 +26,7 @@ from ce_plugin.attribution._estimation import (
     check_finite,
     check_target,
 )
-from ce_plugin.attribution._guide import PASSES, gradient_guide
+from ce_plugin.attribution._guide import PASSES, gradient_guide, is_guided
 from ce_plugin.designs import Design, EveryUnit, Joint
 from ce_plugin.effects import Estimate, Interactions, Outcome, half_width, pairwise
 from ce_plugin.effects.smooth import estimate_bytes
@@ -41,7 +41,7 @@ from ce_plugin.errors import (
     check_number,
     expected,
 )
-from ce_plugin.interventions import Context, Intervention, PixelMask
+from ce_plugin.interventions import Context, Intervention
 from ce_plugin.networks.forward import Forward, Shared
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.networks.layout import misfit
@@ -87,6 +87,7 @@ class Call:
         at_input: ``attribute_to_layer_input``.
         predicted_only: without a target explain each example's predicted class only.
         guided: a gradient may guide the map, where the design has one.
+        passes: of each example, from which a random design's number of trials follows.
         weighting: of a map: keep what it is made of, under each draw of the evidence and each alternative value that
             is run by itself. None: no map is made.
     """
@@ -107,6 +108,7 @@ class Call:
     keep_trials: bool = False
     predicted_only: bool = False
     guided: bool = False
+    passes: int | None = None
     weighting: str | None = None
 
 
@@ -424,9 +426,8 @@ class Experiment:
 
     @property
     def _is_guided(self) -> bool:
-        """Whether a gradient may say beforehand where effects will be: those of masks, on a smooth map."""
-        smooth = self.design.estimator == "smooth" and isinstance(self.intervention, PixelMask)
-        return self.call.guided and smooth and bool(self.forward.modules)
+        """Whether a gradient guides the map."""
+        return self.call.guided and is_guided(self.design, self.intervention) and bool(self.forward.modules)
 
     def _guide(self, forward: Forward, spec: TrialSpec, measure: OutcomeMeasure) -> Tensor | None:
         """What a gradient says of the effects, (N, U, C)."""

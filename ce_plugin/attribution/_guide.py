@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d, interpolate
 
 from ce_plugin.attribution._estimation import OutcomeMeasure
+from ce_plugin.designs import Design
 from ce_plugin.effects.outcomes import OUTCOMES
+from ce_plugin.interventions import Intervention, PixelMask
 from ce_plugin.networks.forward import Forward, double
 from ce_plugin.networks.layers import has_positions, watched_maps
 from ce_plugin.networks.layout import channel_dim
@@ -24,6 +26,11 @@ PASSES = 3
 
 _POOLS: dict[int, Callable[..., Tensor]] = {1: adaptive_avg_pool1d, 2: adaptive_avg_pool2d, 3: adaptive_avg_pool3d}
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def is_guided(design: Design, intervention: Intervention) -> bool:
+    """Whether a gradient may say beforehand where effects will be: those of masks, on a smooth map."""
+    return design.estimator == "smooth" and not design.exact and isinstance(intervention, PixelMask)
 
 
 def gradient_guide(forward: Forward, spec: TrialSpec, measure: OutcomeMeasure) -> Tensor | None:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ce_plugin.attribution._estimation import Target
 from ce_plugin.attribution._experiment import Baselines, Call, Given, Ids
 from ce_plugin.attribution._explainer import Engine, Explainer, MapValues, as_baseline, with_channels
+from ce_plugin.attribution._guide import PASSES, is_guided
 from ce_plugin.designs import Design, OneAtATime, RandomRegions
 from ce_plugin.effects import Outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
-from ce_plugin.errors import ArgumentError, NormalizationWarning, expected, unknown_name
+from ce_plugin.errors import ArgumentError, NormalizationWarning, check_integer, expected, unknown_name
 from ce_plugin.interventions import Intervention, Normalization, PixelMask
 from ce_plugin.interventions.base import NormalizationLike
 from ce_plugin.networks.forward import OutputSelector
@@ -135,6 +136,7 @@ class CausalEffect(Explainer):
         ids: Ids = None,
         significant_only: bool | float | None = None,
         values: MapValues = "smoothed",
+        passes: int | None = None,
     ) -> Inputs:
         """The contribution of each unit (minus its effect: positive supports the class), as a map.
 
@@ -156,6 +158,9 @@ class CausalEffect(Explainer):
                 0.05, or the rate itself.
             values: "smoothed" gives the smooth map where the design has one (with independent trials), "unbiased" the
                 effects themselves, one by one.
+            passes: forward passes of each example, all counted (the clean one, two that show whether the network is
+                deterministic, three of the guide), which say how many trials a random design has; None leaves that
+                to the design.
 
         Returns:
             Tensors of the inputs' shapes: each unit's contribution wherever it is, the mean over units that overlap.
@@ -177,7 +182,7 @@ class CausalEffect(Explainer):
             inputs=inputs, baselines=baselines, target=target, additional_forward_args=additional_forward_args,
             mask=feature_mask, perturbations_per_eval=perturbations_per_eval, show_progress=show_progress,
             windows=sliding_window_shapes, strides=strides, given=given, ids=ids, predicted_only=True,
-            guided=self.guide is not None,
+            guided=self.guide is not None, passes=passes,
         )  # fmt: skip
         maps = self._maps(call, significant_only, values)
         return maps if isinstance(inputs, tuple) else maps[0]  # type: ignore[return-value]
@@ -198,12 +203,14 @@ class CausalEffect(Explainer):
         ids: Ids = None,
         until: float | None = None,
         keep_trials: bool = False,
+        passes: int | None = None,
     ) -> Any:
         """Effects of all units on all classes, with standard errors where the design is random.
 
         Args:
             inputs, baselines, target, additional_forward_args, feature_mask, perturbations_per_eval, show_progress,
-                sliding_window_shapes, strides, given, ids: as in :meth:`attribute`; without a target all classes.
+                sliding_window_shapes, strides, given, ids, passes: as in :meth:`attribute`; without a target all
+                classes.
             until: stop an example's trials when all its 95 % intervals are at most this half-width; the design's
                 number of trials is the most that is run. p-values do not cover such peeking, and are marked.
             keep_trials: keep assignments and outcomes, for :meth:`Estimate.pairs`.
@@ -226,7 +233,7 @@ class CausalEffect(Explainer):
             inputs=inputs, baselines=baselines, target=target, additional_forward_args=additional_forward_args,
             mask=feature_mask, perturbations_per_eval=perturbations_per_eval, show_progress=show_progress,
             windows=sliding_window_shapes, strides=strides, given=given, ids=ids, until=until,
-            keep_trials=keep_trials, guided=self.guide is not None,
+            keep_trials=keep_trials, guided=self.guide is not None, passes=passes,
         )  # fmt: skip
         return self._estimates(call)
 
@@ -274,7 +281,24 @@ class CausalEffect(Explainer):
                 hint = "Baselines replace the fill of a mask; leave them out."
                 raise ArgumentError(expected("baselines", f"None with {intervention!r}", "baselines", hint))
             intervention = as_baseline(call.baselines, inputs)
-        return site, intervention, self.design or (RandomRegions() if grid else OneAtATime())
+        design = self.design or (RandomRegions() if grid else OneAtATime())
+        if call.passes is not None:
+            guided = call.guided and is_guided(design, intervention) and bool(self.forward.modules)
+            design = within(call.passes, design, guided, intervention.n_variants)
+        return site, intervention, design
+
+
+def within(passes: int, design: Design, guided: bool, fills: int) -> Design:
+    """The design with as many trials as passes leave, beside the clean one, two checks and the guide.
+
+    Raises:
+        ArgumentError: too few passes.
+        DesignError: the design's units say how many trials there are.
+    """
+    other = 3 + (PASSES if guided else 0)
+    least = other + (fills + 3 if design.estimator == "smooth" else 2)
+    check_integer("passes", passes, f"None or an integer, at least {least}", least=least)
+    return design.sized(passes - other)
 
 
 def _normalizes(networks: list[nn.Module]) -> bool:

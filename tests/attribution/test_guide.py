@@ -14,7 +14,7 @@ from ce_plugin import CausalEffect
 from ce_plugin.attribution import _estimation
 from ce_plugin.designs import OneAtATime, RandomMask, RandomRegions
 from ce_plugin.effects.smooth import smooth
-from ce_plugin.errors import UnknownNameError
+from ce_plugin.errors import ArgumentError, DesignError, UnknownNameError
 from ce_plugin.interventions import Adversarial, PixelMask
 
 DOUBLE = torch.float64
@@ -114,6 +114,30 @@ def test_passes_are_counted(batch: int) -> None:
         counts[guide] = explainer.estimate(x, target=0).cost, explainer.estimate_cost(x, target=0).forward_passes
     # A pass and a backward pass, which counts as two, for each example.
     assert [a - b for a, b in zip(counts["gradient"], counts[None], strict=True)] == [3 * batch] * 2
+
+
+@pytest.mark.parametrize("passes", [12, 40, 100])
+def test_a_budget_of_passes_is_kept(passes: int) -> None:
+    net, x = network(), images(1)
+    explainer = CausalEffect(net)
+    explainer.estimate(x)  # finds the network's memory layout
+    found = explainer.estimate(x, passes=passes)
+    assert found.cost == passes
+    assert found.n_trials == passes - 6
+    assert (found.std_error is None) == (passes < 36)
+    assert torch.equal(explainer.attribute(x, passes=passes), explainer.attribute(x, passes=passes))
+    plain = CausalEffect(net, design=RandomMask(0.3, 77, balanced=True, seed=4)).estimate(x, passes=passes)
+    assert plain.design == repr(RandomMask(0.3, passes - 3, balanced=True, seed=4))
+
+
+def test_budgets_that_cannot_be_kept_are_refused() -> None:
+    net, x = network(), images(1)
+    for passes in (11, 0, -3, 2.5, "many", True):
+        with pytest.raises(ArgumentError, match="`passes` to be None or an integer, at least 12"):
+            CausalEffect(net).attribute(x, passes=passes)  # type: ignore[arg-type]
+    CausalEffect(net).attribute(x, passes=12)  # what the hint says works
+    with pytest.raises(DesignError, match="`passes` to be None"):
+        CausalEffect(net, PixelMask("zero"), OneAtATime()).attribute(x, passes=100)
 
 
 class NoGradient(nn.Module):
