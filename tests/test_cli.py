@@ -23,7 +23,7 @@ from torch import nn
 import ce_plugin.cli._explain as command
 import ce_plugin.cli._session as session
 from ce_plugin.cli import app, main
-from ce_plugin.models import VisionModel
+from ce_plugin.models import VisionModel, efficientnet_lite0
 
 FACTORY = """
 import torch
@@ -248,10 +248,22 @@ def test_a_small_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
 
 @pytest.mark.slow
 def test_the_whole_demo_in_its_time(tmp_path: Path) -> None:
+    """In forward passes of its network, because processors differ: 90 seconds where 400 rows take four."""
     pytest.importorskip("efficientnet_lite_pytorch")
-    start = time.perf_counter()
+    network, rows = efficientnet_lite0().model, torch.zeros(16, 3, 224, 224).to(memory_format=torch.channels_last)
+
+    def pace() -> float:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            for _ in range(25):
+                network(rows)
+        return time.perf_counter() - start
+
+    pace()
+    before, start = pace(), time.perf_counter()
     subprocess.run([sys.executable, "-m", "ce_plugin", "demo", "--out", str(tmp_path / "demo")], check=True)
-    assert time.perf_counter() - start < 90  # on two cores that do nothing else
+    taken = time.perf_counter() - start
+    assert taken < 22.5 * max(before, pace())
 
 
 def test_help_names_what_a_newcomer_needs(capsys: pytest.CaptureFixture[str]) -> None:
