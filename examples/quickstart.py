@@ -11,11 +11,11 @@ x = network.inputs([sample_photographs()["flower.jpg"]])  # (1, 3, 224, 224)
 explainer = CausalEffect(network.model, outcome="log_odds", normalization=network.normalization)
 contribution = explainer.attribute(x)  # (1, 3, 224, 224)
 
-# All patches x all classes from the same trials, with standard errors.
+# All patches x all classes from the same trials, each patch by itself, with standard errors.
 estimate = explainer.estimate(x)
 answer = int(estimate.predicted[0])
 significant = estimate.significant(fdr=0.05)[0, :, answer]
-print(f"{network.class_name(answer)}: {int(significant.sum())} of {len(significant)} patches are significant")
+print(f"{network.class_name(answer)}: {int(significant.sum())} of {len(significant)} patches matter by themselves")
 
 # The same as a picture, significant patches outlined.
 estimate.plot(network.pictures(x)[0]).savefig("quickstart.png")

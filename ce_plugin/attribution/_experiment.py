@@ -26,7 +26,7 @@ from ce_plugin.attribution._estimation import (
     check_finite,
     check_target,
 )
-from ce_plugin.attribution._guide import PASSES, gradient_guide, is_guided
+from ce_plugin.attribution._guide import PASSES, gradient_guide, has_map, is_guided
 from ce_plugin.designs import Design, EveryUnit, Joint
 from ce_plugin.effects import Estimate, Interactions, Outcome, half_width, pairwise
 from ce_plugin.effects.smooth import estimate_bytes
@@ -44,6 +44,7 @@ from ce_plugin.errors import (
 from ce_plugin.interventions import Context, Intervention
 from ce_plugin.networks.forward import Forward, Shared
 from ce_plugin.networks.guard import state_guard
+from ce_plugin.networks.layers import watched_maps
 from ce_plugin.networks.layout import misfit
 from ce_plugin.networks.tracing import Untraceable, traced
 from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite, Masks, MaskUnits, Strides, Windows
@@ -243,19 +244,23 @@ class Experiment:
         """Trials and passes of a run; one example passes once, to see how many outcomes it has."""
         with self._guard():
             self._look()
-            heads = self._first_outputs()
+            with watched_maps(self.forward.modules) as seen:
+                heads = self._first_outputs()
             captured_site = self._example or CapturedSite(self.forward, *self._first())
             try:
                 route, each, once, followed = self._route(captured_site)
             except Untraceable as failure:
                 route, each, once, followed = self._route(self.router.uncut(captured_site, failure))
+            grid = self.spec.units.grid
+            guided = self._is_guided and grid is not None and has_map(seen, heads.values(), len(grid))
         # The outcome with all units set, which some designs compare with, is one more trial.
         once += self.spec.repeats if self.design.reference == "all" else 0
         once += self.intervention.forward_equivalents + self.evidence_forwards
         passes = self.trials * each + self.n_draws * self.n * once + (self.evidence_forwards > 0)
         # One clean row is run twice, and one trial.
         passes += 1 + each
-        passes += self.n_draws * PASSES * self.n if self._is_guided else 0
+        if self._is_guided:
+            passes += self.n_draws * (PASSES * self.n if guided else 1)
         if route == "full":
             passes += self.runner.layout_passes(self.inputs, self.args, self.trials)
         one = self.target is not None or self.call.predicted_only or not self.outcome.per_class
@@ -433,9 +438,9 @@ class Experiment:
         """What a gradient says of the effects, (N, U, C)."""
         if not self._is_guided or len(measure.reference) > 1:
             return None
-        self.runner.count(PASSES * spec.n)
         found = gradient_guide(forward, spec, measure)
         self.guided = found is not None
+        self.runner.count(PASSES * spec.n if self.guided else 1)
         return found
 
     def _set(self, draw: int, repeat: bool) -> tuple[TrialSpec, CapturedSite]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ce_plugin.designs import Design
 from ce_plugin.effects.outcomes import OUTCOMES
 from ce_plugin.interventions import Intervention, PixelMask
 from ce_plugin.networks.forward import Forward, double
-from ce_plugin.networks.layers import has_positions, watched_maps
+from ce_plugin.networks.layers import MapWatch, has_positions, watched_maps
 from ce_plugin.networks.layout import channel_dim
 from ce_plugin.trials.batches import TrialSpec, rows_of
 
@@ -24,6 +24,8 @@ logger = logging.getLogger("ce_plugin")
 PASSES = 3
 """A pass, and a backward pass, which counts as two."""
 
+# The ways in which a network fails for one row, or with gradients: trials alone answer then.
+_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError)
 _POOLS: dict[int, Callable[..., Tensor]] = {1: adaptive_avg_pool1d, 2: adaptive_avg_pool2d, 3: adaptive_avg_pool3d}
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -31,6 +33,11 @@ _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 def is_guided(design: Design, intervention: Intervention) -> bool:
     """Whether a gradient may say beforehand where effects will be: those of masks, on a smooth map."""
     return design.estimator == "smooth" and not design.exact and isinstance(intervention, PixelMask)
+
+
+def has_map(seen: MapWatch, heads: Iterable[Tensor], dims: int) -> bool:
+    """Whether a pass had a last value with positions, in so many dimensions."""
+    return seen.value is not None and seen.value.dim() == dims + 2 and not any(map(has_positions, heads))
 
 
 def gradient_guide(forward: Forward, spec: TrialSpec, measure: OutcomeMeasure) -> Tensor | None:
@@ -54,20 +61,22 @@ def gradient_guide(forward: Forward, spec: TrialSpec, measure: OutcomeMeasure) -
     columns = _explained(measure, name)
     if grid is None or columns is None:
         return None
+    maps: list[Tensor] = []
     try:
-        maps = [_one(forward, spec, measure, name, i) for i in range(spec.n)]
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
+        for example in range(spec.n):
+            one = _one(forward, spec, measure, name, example)
+            if one is None:
+                logger.info("no gradient guides the map: the network has no last value with the inputs' positions")
+                return None
+            maps.append(one)
+    except _FAILURES as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         logger.info("no gradient guides the map: %s", reason)
         return None
-    found = [one for one in maps if one is not None and one.dim() == len(grid)]
-    if len(found) < spec.n:
-        logger.info("no gradient guides the map: the network has no last value with the positions of its inputs")
-        return None
     guide = torch.zeros(spec.n, math.prod(grid), measure.reference[name].shape[1], dtype=torch.double)
-    for i, one in enumerate(found):
+    for i, one in enumerate(maps):
         on_grid = -_resized(double(one), grid).flatten()
         guide[i, :, int(columns[i])] = on_grid if bool(torch.isfinite(on_grid).all()) else 0
     return guide
@@ -88,7 +97,7 @@ def _one(forward: Forward, spec: TrialSpec, measure: OutcomeMeasure, name: str, 
     with watched_maps(forward.modules) as seen, torch.inference_mode(False), torch.enable_grad():
         inputs = tuple(x.clone().requires_grad_() for x in rows_of(spec.inputs, spec.n, row))
         head = forward(inputs, rows_of(spec.args, spec.n, row))[name]
-        if seen.module is None or seen.value is None or has_positions(head):
+        if seen.module is None or seen.value is None or not has_map(seen, [head], len(spec.units.grid or ())):
             return None
         outcome = OUTCOMES["log_odds"] if measure.outcome is OUTCOMES["probability"] else measure.outcome
         measured = outcome(head, head.detach()).reshape(-1)

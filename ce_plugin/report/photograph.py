@@ -567,7 +567,8 @@ def _map_cells(case: Case, number: int, unit: str, scale: float) -> list[dict[st
     maps = case.maps[number]
     name = maps.answer.name
     effect = overlay(maps.contribution, case.picture, scale=scale or None, significant=maps.outlined)
-    counted = f"; {maps.n_outlined} of {maps.n_units} patches {case.outlines}" if case.outlines else ""
+    alone = " by themselves" if case.outlines == "significant" else ""
+    counted = f"; {maps.n_outlined} of {maps.n_units} patches {case.outlines}{alone}" if case.outlines else ""
     caption = f"full colour is ±{scale:.2g} {unit}{counted}"
     cells = [cell(f"Causal effect on “{name}”", f"causal effects on {name}, {case.name}", effect, caption=caption)]
     for label, values in (("Grad-CAM", maps.grad_cam), ("Saliency", maps.saliency)):
