@@ -58,12 +58,15 @@ def child(network_name: str, layer: str, budget: int, warm: bool, engine: str, t
     model, x = network(network_name)
     model.requires_grad_(False)
     name, _, units = layer.partition(":")
-    site = LayerSite(name, units=units or "channels")  # type: ignore[arg-type]
-    explainer: Any = LayerCausalEffect(model, site, outcome=None, memory_budget=budget, engine=engine)  # type: ignore[arg-type]
+    explainer: Any
     options: dict[str, Any] = {}
+    shared: dict[str, Any] = {"outcome": None, "memory_budget": budget, "engine": engine}
     if name == "input":
-        explainer = CausalEffect(model, outcome=None, memory_budget=budget, engine=engine)
+        explainer = CausalEffect(model, **shared)
         options = {"sliding_window_shapes": (3, 32, 32), "strides": (3, 16, 16)}
+    else:
+        site = LayerSite(name, units=units or "channels")  # type: ignore[arg-type]
+        explainer = LayerCausalEffect(model, site, **shared)
     cost = explainer.estimate_cost(x, **options)
     if warm and name == "input":
         explainer.estimate(x[..., :64, :64], **options)
