@@ -267,9 +267,8 @@ class Experiment:
         outcomes = len(heads) if one else sum(head.numel() for head in heads.values())
         size = 4 * outcomes * self.n * max(self.used)
         taken = OUTCOME_COPIES * size + self.runner.pass_bytes + followed
-        if self.design.estimator == "smooth" and not self.design.exact:
-            # After the passes; but what these took, the allocator still holds.
-            taken += estimate_bytes(max(self.used), self.spec.units.width, outcomes)
+        # After the passes; but what these took, the allocator still holds.
+        taken += self._estimate_bytes(outcomes)
         return Cost(self.trials, passes, route, size, taken, self.memory_budget)
 
     def _route(self, captured_site: CapturedSite) -> tuple[str, float, float, int]:
@@ -414,6 +413,7 @@ class Experiment:
         try:
             captured_site, runner, heads, measure = self._start(spec, captured_site, repeat)
             runner.outcome_bytes = check_memory(spec, measure, max(self.used))
+            runner.estimate_bytes = self._estimate_bytes(max(one.shape[1] for one in measure.reference.values()))
             guide = self._guide(captured_site.forward, spec, measure)
             if self.call.until is not None:
                 keep = self.call.keep_trials
@@ -428,6 +428,12 @@ class Experiment:
             return self._with_insertion(found, heads, captured_site) if isinstance(self.site, ConceptSite) else found
         except AggregateError:
             return self._aggregated(spec, self.runner.of(captured_site.forward))
+
+    def _estimate_bytes(self, outcomes: int) -> int:
+        """What a smooth estimate of so many outcomes takes; other estimators take next to nothing."""
+        if self.design.exact or self.design.estimator != "smooth":
+            return 0
+        return estimate_bytes(max(self.used), self.spec.units.width, outcomes)
 
     @property
     def _is_guided(self) -> bool:

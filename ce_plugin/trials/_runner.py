@@ -70,6 +70,7 @@ class Runner:
 
     Attributes:
         outcome_bytes: what the outcomes of all trials take, which is part of the budget.
+        estimate_bytes: what estimating effects from them takes afterwards, beside what the allocator then holds.
 
     Example:
         >>> runner = Runner(Forward(torch.nn.Linear(2, 3)), memory_budget=1 << 20)
@@ -88,7 +89,7 @@ class Runner:
         self._row_bytes = 1
         self._channels_last = False
         self._values = Counterfactuals(self._laid_out)
-        self.outcome_bytes = 0
+        self.outcome_bytes = self.estimate_bytes = 0
         self.flips: IncrementalTrials | None = None
 
     @property
@@ -318,7 +319,7 @@ class Runner:
         """Bytes for the rows of a pass, beside the outcomes and what a pass takes anyway."""
         if self.memory_budget is None:
             return free_memory(device) // 2
-        outcomes = OUTCOME_COPIES * self.outcome_bytes
+        outcomes = OUTCOME_COPIES * self.outcome_bytes + self.estimate_bytes
         return max(self.memory_budget - outcomes - kernels_overhead(self.forward.modules), 1)
 
     @property
