@@ -96,13 +96,13 @@ class Design(ABC):
         return torch.arange(n_trials) if blocks is None else blocks
 
     def sized(self, n_trials: int) -> Design:
-        """The same design with another number of trials.
+        """The same design with another number of trials, or with as many as it can have below.
 
         Raises:
-            DesignError: its units say how many there are.
+            DesignError: it has no such choice.
         """
-        hint = "Leave out `passes`, or use RandomRegions or RandomMask."
-        raise DesignError(expected("passes", f"None for {self!r}, whose units say how many", n_trials, hint))
+        hint = "Leave out `passes`, or use RandomRegions or RandomMask; a random design of your own may write `sized`."
+        raise DesignError(expected("design", "one whose number of trials can be chosen", repr(self), hint))
 
     def reseeded(self, seed: int) -> Design:
         """The same design with another seed."""
@@ -305,6 +305,7 @@ class RandomMask(_Random):
         self.balanced, self.antithetic, self.estimator = balanced, antithetic, estimator
 
     def sized(self, n_trials: int) -> RandomMask:
+        n_trials -= n_trials % 2 if self.antithetic else 0  # pairs
         options: dict[str, Any] = {
             name: getattr(self, name) for name in ("balanced", "antithetic", "estimator", "seed")
         }

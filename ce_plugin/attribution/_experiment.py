@@ -244,7 +244,7 @@ class Experiment:
         """Trials and passes of a run; one example passes once, to see how many outcomes it has."""
         with self._guard():
             self._look()
-            with watched_maps(self.forward.modules) as seen:
+            with watched_maps(self.forward.modules if self._is_guided else []) as seen:
                 heads = self._first_outputs()
             captured_site = self._example or CapturedSite(self.forward, *self._first())
             try:

@@ -54,8 +54,8 @@ class CausalEffect(Explainer):
             "suffix" insists on it; "full" passes every trial through the whole network.
         guide: "gradient": where a design sets regions to a fill, the smooth map begins at gradient times activation of
             the last value with positions (as Grad-CAM), and trials correct it; this takes three passes an example.
-            Effects and their errors are as valid with it as without. None: trials alone, as also for functions that are
-            no modules.
+            Effects and their errors are as valid with it as without. None: trials alone, as also for functions in
+            which no module is found.
 
     **Defaults for images** (one tensor (N, C, H, W), no mask, no windows): the patches of a 14 x 14 grid are set, half
     of the image in each of 399 trials, to black, the image's mean and a blur in turn: coherent regions in six trials

@@ -136,7 +136,9 @@ def test_budgets_that_cannot_be_kept_are_refused() -> None:
         with pytest.raises(ArgumentError, match="`passes` to be None or an integer, at least 12"):
             CausalEffect(net).attribute(x, passes=passes)  # type: ignore[arg-type]
     CausalEffect(net).attribute(x, passes=12)  # what the hint says works
-    with pytest.raises(DesignError, match="`passes` to be None"):
+    paired = CausalEffect(net, PixelMask("zero"), RandomMask(0.5, 40, antithetic=True)).estimate(x, passes=20)
+    assert paired.n_trials == 16
+    with pytest.raises(DesignError, match="number of trials can be chosen, but got OneAtATime.*Leave out `passes`"):
         CausalEffect(net, PixelMask("zero"), OneAtATime()).attribute(x, passes=100)
 
 
@@ -174,7 +176,7 @@ def test_only_masks_on_regions_are_guided() -> None:
         CausalEffect(net, PixelMask("zero"), RandomMask(0.5, n_trials=40)),
         CausalEffect(net, PixelMask("zero"), OneAtATime()),
         CausalEffect(net, attack, RandomRegions(n_trials=40)),
-        CausalEffect(lambda v: net(v), design=RandomRegions(n_trials=40), guide=None),
+        CausalEffect(lambda v: v.flatten(1)[:, :3].exp(), design=RandomRegions(n_trials=40)),
     ):
         assert explainer.estimate(x, target=0).settings["guide"] is None
 
