@@ -138,7 +138,7 @@ def test_budgets_that_cannot_be_kept_are_refused() -> None:
     CausalEffect(net).attribute(x, passes=12)  # what the hint says works
     paired = CausalEffect(net, PixelMask("zero"), RandomMask(0.5, 40, antithetic=True)).estimate(x, passes=20)
     assert paired.n_trials == 16
-    with pytest.raises(DesignError, match="number of trials can be chosen, but got OneAtATime.*Leave out `passes`"):
+    with pytest.raises(DesignError, match=r"number of trials can be chosen, but got OneAtATime.*Leave out `passes`"):
         CausalEffect(net, PixelMask("zero"), OneAtATime()).attribute(x, passes=100)
 
 
