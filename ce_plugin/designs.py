@@ -19,6 +19,7 @@ from ce_plugin.randomness import generator
 
 __all__ = [
     "Design",
+    "FirstOrder",
     "Joint",
     "LeaveOneIn",
     "OneAtATime",
@@ -30,6 +31,8 @@ __all__ = [
 
 # The number of cells of a grid along each dimension: (rows, columns) for images.
 Grid: TypeAlias = tuple[int, ...]
+
+_NO_GRID = "Leave out `feature_mask` and windows for images (N, C, H, W), or use RandomMask or OneAtATime."
 
 
 class Design(ABC):
@@ -239,6 +242,38 @@ class Joint(Design):
         return f"Joint([{shown}])"
 
 
+class FirstOrder(Design):
+    """No trial at all: effects to first order, by one gradient, for images and volumes whose units are a grid's cells.
+
+        effect_u = - sum over channels and positions in u of  d outcome / d h . h
+
+    h is the last value of the network that has positions (:class:`~ce_plugin.CausalEffect` says more, at ``guide``):
+    the first-order effect of setting it to zero there, which on a network that pools h and weighs it linearly is
+    Grad-CAM without its ReLU. It takes three passes, a backward pass counted as two; of an example without a target
+    the predicted class is explained. An approximation: it has no sampling error, and is not without bias.
+
+    Example:
+        >>> FirstOrder().n_trials_for(196)
+        0
+
+    Source: Selvaraju et al. 2017 (Grad-CAM); Nanda 2023 (attribution patching).
+    """
+
+    exact = True
+    estimator = "exact"
+
+    def n_trials_for(self, n_units: int) -> int:
+        return 0
+
+    def assignments(self, n_units: int, *, example: int = 0, grid: Grid | None = None) -> Tensor:
+        if grid is None or math.prod(grid) != n_units:
+            raise DesignError(expected("design", "one for units that are not a grid", repr(self), _NO_GRID))
+        return torch.zeros(0, n_units, dtype=torch.bool)
+
+    def __repr__(self) -> str:
+        return "FirstOrder()"
+
+
 class _Random(Design):
     """Designs that set a share p of the units, drawn independently for each trial."""
 
@@ -355,15 +390,15 @@ class _OverGrid(_Random):
     """
 
     estimator = "smooth"
-    # Fewer than this give intervals that say nothing, and cost the map trials.
-    few = 30
+    # Up to so many trials the share is this: independent trials cost the map coherent ones.
+    _shares: ClassVar[tuple[tuple[float, float], ...]] = ((29, 0.0), (299, 0.2), (math.inf, 0.4))
     _p = ("a share of the area in (0, 1)", "Write 0.5 for a half.")
 
     def __init__(self, p: Any, n_trials: Any, independent: Any, seed: int) -> None:
         super().__init__(p, n_trials, seed)
         self.asked: float | None = independent
         if independent is None:
-            independent = 0.4 if self.n_trials >= self.few else 0
+            independent = next(share for most, share in self._shares if self.n_trials <= most)
         wanted, hint = "None or a share of the trials in [0, 1]", "Write 0.4 for 40 per cent."
         self.share = check_number("independent", independent, wanted, hint=hint, error=DesignError)
         if not 0 <= self.share <= 1:
@@ -406,8 +441,7 @@ class _OverGrid(_Random):
 
     def _grid(self, n_units: int, grid: Grid | None) -> Grid:
         if grid is None or math.prod(grid) != n_units:
-            hint = "Leave out `feature_mask` and windows for images (N, C, H, W), or use RandomMask or OneAtATime."
-            raise DesignError(expected("design", "one for units that are not a grid", repr(self), hint))
+            raise DesignError(expected("design", "one for units that are not a grid", repr(self), _NO_GRID))
         return grid
 
     def __repr__(self) -> str:
@@ -426,8 +460,8 @@ class RandomWindows(_OverGrid):
         p: share of the area that each coherent trial sets, in (0, 1), as closely as whole windows allow; the
             probability that a unit flips in an independent one.
         n_trials: number of trials, 2 or more.
-        independent: share of the trials that set each unit by itself, in [0, 1]; None takes 0.4, and 0 where there are
-            fewer than 30 trials.
+        independent: share of the trials that set each unit by itself, in [0, 1]; None takes 0.4, but 0.2 of
+            fewer than 300 trials, and 0 of fewer than 30.
         sizes: sides of the windows as shares of the grid's longer side, in (0, 1].
         seed: any integer.
 
@@ -488,13 +522,13 @@ class RandomRegions(_OverGrid):
     probability exactly p; neighbours tend to flip together; no direction or position is preferred. The number of units
     that flip varies between trials: if it were fixed, the mean effect could not be separated from the intercept.
 
-    Such trials show with few passes where an effect lies, but not which unit it belongs to. Four in ten trials
-    (``independent``) therefore set each unit by itself. What is estimated is the effect that :class:`RandomMask` has,
-    averaged over the fills in equal shares,
+    Such trials show with few passes where an effect lies, but not which unit it belongs to. Four in ten trials, or two
+    in ten of fewer than 300 (``independent``), therefore set each unit by itself. What is estimated is the effect that
+    :class:`RandomMask` has, averaged over the fills in equal shares,
 
         effect_u = E[ Y(a_u = 1, A) - Y(a_u = 0, A) ],   A: each of the other units set with probability p
 
-    unbiased for every network, with intervals that hold for every unit. All trials together make the smooth map beside
+    unbiased for every network, with intervals that hold for every unit. The coherent trials make the smooth map beside
     it, ``Estimate.smoothed``. With ``independent=0`` this map, shrunk where a unit differs from its neighbours, is all
     there is: ``Estimate.effect`` is the same, and has no standard error.
 
@@ -502,8 +536,8 @@ class RandomRegions(_OverGrid):
         p: probability that a unit flips, in (0, 1).
         n_trials: number of trials, 2 or more.
         length: standard deviation of the smoothing, in cells of the grid.
-        independent: share of the trials that set each unit by itself, in [0, 1]; None takes 0.4, and 0 where there are
-            fewer than 30 trials.
+        independent: share of the trials that set each unit by itself, in [0, 1]; None takes 0.4, but 0.2 of
+            fewer than 300 trials, and 0 of fewer than 30.
         seed: any integer.
 
     Raises:

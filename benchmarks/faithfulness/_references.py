@@ -24,6 +24,8 @@ SHARED = ("blur", "mean", "zero")
 UNSHARED = ("next", "noise")
 NOISE = (127.0, 64.0)
 STEPS = 14
+LEARNING = 25
+"""So many of the first photographs for choosing taught the default what to expect; comparisons take those after."""
 NETWORKS = ("EfficientNet-lite0", "MobileNet v2")
 
 

@@ -26,13 +26,14 @@ from ce_plugin.attribution._estimation import (
     check_finite,
     check_target,
 )
-from ce_plugin.attribution._guide import PASSES, gradient_guide, has_map, is_guided
-from ce_plugin.designs import Design, EveryUnit, Joint
+from ce_plugin.attribution._guide import PASSES, first_order, gradient_guide, has_map, is_guided
+from ce_plugin.designs import Design, EveryUnit, FirstOrder, Joint
 from ce_plugin.effects import Estimate, Interactions, Outcome, half_width, pairwise
 from ce_plugin.effects.smooth import estimate_bytes
 from ce_plugin.errors import (
     ArgumentError,
     CEPluginError,
+    DesignError,
     InputError,
     ModelError,
     NoChangeWarning,
@@ -41,7 +42,7 @@ from ce_plugin.errors import (
     check_number,
     expected,
 )
-from ce_plugin.interventions import Context, Intervention
+from ce_plugin.interventions import Context, Intervention, PixelMask
 from ce_plugin.networks.forward import Forward, Shared
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.networks.layers import watched_maps
@@ -69,6 +70,8 @@ Ids: TypeAlias = "Sequence[int] | Tensor | None"
 
 # Trials before the first look at the intervals of a run that may stop early, and between two looks.
 _FIRST, _ROUND = 100, 50
+# Trials before the first update of a run that is watched, of smooth designs and of others; each has twice as many.
+_SHOWN, _SHOWN_OTHERS = 12, 24
 # The most examples that are passed together, and the most arguments, to find out which belong to all examples.
 _TOGETHER, _UNCLEAR = 256, 4
 # Donors that pass through the network together.
@@ -89,6 +92,7 @@ class Call:
         predicted_only: without a target explain each example's predicted class only.
         guided: a gradient may guide the map, where the design has one.
         passes: of each example, from which a random design's number of trials follows.
+        on_update: is told what is known so far, and after how many passes of each example.
         weighting: of a map: keep what it is made of, under each draw of the evidence and each alternative value that
             is run by itself. None: no map is made.
     """
@@ -110,6 +114,7 @@ class Call:
     predicted_only: bool = False
     guided: bool = False
     passes: int | None = None
+    on_update: Callable[[Any, float], object] | None = None
     weighting: str | None = None
 
 
@@ -168,6 +173,11 @@ class Experiment:
             if not isinstance(value, bool):
                 named = "attribute_to_layer_input" if name == "at_input" else name
                 raise ArgumentError(expected(named, "True or False", repr(value)))
+        if self.call.on_update is not None and not callable(self.call.on_update):
+            raise ArgumentError(expected("on_update", "None or a function", type(self.call.on_update).__name__))
+        masks_input = isinstance(self.site, InputSite) and isinstance(self.intervention, PixelMask)
+        if isinstance(self.design, FirstOrder) and not masks_input:
+            raise DesignError(expected("design", "one with trials, for anything but masks of the input", self.design))
         check_target(self.call.target, len(self.inputs[0]))
         self.n = len(self.inputs[0])
         self.target = self.call.target
@@ -188,9 +198,13 @@ class Experiment:
         else:
             hook_of(self.site, self.forward.modules)
 
-    def run(self) -> dict[str, Estimate]:
-        """The estimates of all heads; the model and the random state are afterwards as they were."""
-        started = time.perf_counter()
+    def run(self, shown: Callable[[dict[str, Estimate]], Any] = dict) -> dict[str, Estimate]:
+        """The estimates of all heads; the model and the random state are afterwards as they were.
+
+        Args:
+            shown: what who watches the run is shown of estimates.
+        """
+        self._started, self._shown = time.perf_counter(), shown
         draws: list[dict[str, Answer]] = []
         with self._guard():
             # Costly evidence is made only after one example has shown that the target and the outcome fit.
@@ -199,16 +213,26 @@ class Experiment:
             if self.evidence_forwards:
                 self._check_target(self._first_outputs())
             for draw in range(self.n_draws):
-                draws.append(self._draw(draw, repeat=draw == 0))
+                draws.append(self._draw(draw, draws))
                 if self.call.predicted_only and self.target is None:
                     # One class for all draws: differences between classes are no effects.
                     self.target = next(iter(draws[0].values())).target
-        seconds = time.perf_counter() - started
-        estimates = {}
+            estimates = self._estimated(draws)
+            self._tell(estimates)
+        return estimates
+
+    def _estimated(self, draws: list[dict[str, Answer]]) -> dict[str, Estimate]:
+        """What the draws so far give."""
+        seconds, estimates = time.perf_counter() - self._started, {}
         for name, answer in draws[0].items():
-            several = average([draw[name] for draw in draws]) if self.n_draws > 1 else answer
+            several = average([draw[name] for draw in draws]) if len(draws) > 1 else answer
             estimates[name] = self._estimate(several, seconds)
         return estimates
+
+    def _tell(self, estimates: dict[str, Estimate]) -> None:
+        """Tell who watches the run what is known so far."""
+        if self.call.on_update is not None:
+            self.call.on_update(self._shown(estimates), self.runner.passes / self.n)
 
     def interactions(self, **options: Any) -> list[Interactions]:
         """Pairwise interactions of each example's units; options are those of :func:`~ce_plugin.effects.pairwise`."""
@@ -242,6 +266,8 @@ class Experiment:
 
     def cost(self) -> Cost:
         """Trials and passes of a run; one example passes once, to see how many outcomes it has."""
+        if isinstance(self.design, FirstOrder):
+            return Cost(0, self.n_draws * PASSES * self.n, "full", 0, self.runner.pass_bytes, self.memory_budget)
         with self._guard():
             self._look()
             with watched_maps(self.forward.modules if self._is_guided else []) as seen:
@@ -372,10 +398,14 @@ class Experiment:
     ) -> OutcomeMeasure:
         return OutcomeMeasure(heads, self.outcome, self.target, self.call.predicted_only, decided, warn)
 
-    def _draw(self, draw: int, repeat: bool) -> dict[str, Answer]:
-        """The effects under one draw of the random evidence."""
+    def _draw(self, draw: int, before: list[dict[str, Answer]]) -> dict[str, Answer]:
+        """The effects under one draw of the random evidence, after others."""
+        repeat = not before
         spec, captured_site = self._set(draw, repeat)
+        if isinstance(self.design, FirstOrder):
+            return self._first_order(spec, captured_site)
         if self.call.weighting is None:
+            self._before = before
             return self._cut_or_whole(spec, captured_site, repeat)[0]
         parts: list[MapPart] = []
         for part in alternatives(spec):
@@ -389,6 +419,20 @@ class Experiment:
             parts.append(MapPart(part, answer, shown))
         self.parts += parts
         return {name: replace(answer, effect=torch.stack([part.answer.effect for part in parts]).mean(0))}
+
+    def _first_order(self, spec: TrialSpec, captured_site: CapturedSite) -> dict[str, Answer]:
+        """Effects to first order, of the target or of the class predicted."""
+
+        def measured(heads: dict[str, Tensor], warn: bool) -> OutcomeMeasure:
+            return OutcomeMeasure(heads, self.outcome, self.target, predicted_only=True, warn=warn)
+
+        measure, effect = first_order(captured_site.forward, spec, measured)
+        self.guided = True
+        self.runner.count(PASSES * spec.n)
+        ((name, reference),) = measure.reference.items()
+        target, predicted = measure.targets[name], measure.predicted[name]
+        none = torch.zeros(spec.n, dtype=torch.long)
+        return {name: Answer(effect, None, None, reference, target, predicted, measure.class_shapes[name], none)}
 
     def _cut_or_whole(
         self, spec: TrialSpec, captured_site: CapturedSite, repeat: bool
@@ -415,9 +459,9 @@ class Experiment:
             runner.outcome_bytes = check_memory(spec, measure, max(self.used))
             runner.estimate_bytes = self._estimate_bytes(max(one.shape[1] for one in measure.reference.values()))
             guide = self._guide(captured_site.forward, spec, measure)
-            if self.call.until is not None:
-                keep = self.call.keep_trials
-                return answers_until(spec, runner, measure, self.used, self.call.until, keep, repeat, guide)
+            if self.call.until is not None or (self.call.on_update is not None and not self.design.exact):
+                keep, tell = self.call.keep_trials, self._tell_of_round
+                return answers_in_rounds(spec, runner, measure, self.used, self.call.until, keep, repeat, guide, tell)
             outcomes = runner.run(spec, 0, max(self.used), measure, repeat=repeat)
             compared = measure.reference
             if spec.design.reference == "all":
@@ -428,6 +472,10 @@ class Experiment:
             return self._with_insertion(found, heads, captured_site) if isinstance(self.site, ConceptSite) else found
         except AggregateError:
             return self._aggregated(spec, self.runner.of(captured_site.forward))
+
+    def _tell_of_round(self, found: dict[str, Answer]) -> None:
+        if self.call.on_update is not None:
+            self._tell(self._estimated([*self._before, found]))
 
     def _estimate_bytes(self, outcomes: int) -> int:
         """What a smooth estimate of so many outcomes takes; other estimators take next to nothing."""
@@ -784,39 +832,52 @@ def check_memory(spec: TrialSpec, measure: OutcomeMeasure, trials: int) -> int:
     return size
 
 
-def answers_until(
+def answers_in_rounds(
     spec: TrialSpec,
     runner: Runner,
     measure: OutcomeMeasure,
     most: list[int],
-    until: float,
+    until: float | None,
     keep: bool,
-    repeat: bool = False,
-    guide: Tensor | None = None,
+    repeat: bool,
+    guide: Tensor | None,
+    tell: Callable[[dict[str, Answer]], None],
 ) -> dict[str, Answer]:
     """Rounds of trials; an example leaves when all its intervals are at most ``until`` to either side.
 
     Args:
         spec, runner, measure: the experiment.
         most: the largest number of trials of each example.
-        until: half-width of the 95 % intervals.
+        until: half-width of the 95 % intervals; None runs all trials.
         keep: keep the trials in the answers.
         repeat: run one trial twice, which must give the same.
         guide: see :func:`gradient_guide`.
+        tell: is told the answers of every round but the last.
     """
     n, last = spec.n, max(most)
     outcomes: dict[str, Tensor] = {}
     active, used, done = list(range(n)), list(most), 0
     found: dict[str, Answer] = {}
-    while active and done < last:
-        stop = min(last, _FIRST if done == 0 else done + _ROUND)
+    for stop in _rounds(spec.design, last, until):
         new = runner.run(spec, done, stop, measure, active, repeat and done == 0)
         outcomes = {name: torch.cat([outcomes[name], new[name]], 1) if outcomes else new[name] for name in new}
         used = [min(stop, most[i]) if i in active else used[i] for i in range(n)]
         done = stop
         found = answers(spec, outcomes, measure.reference, measure, used, keep, guide)
-        active = [i for i in active if used[i] == done and _widest(spec, found, i) > until]
+        if until is not None:
+            active = [i for i in active if used[i] == done and _widest(spec, found, i) > until]
+        if not active or done == last:
+            break
+        tell(found)
     return found
+
+
+def _rounds(design: Design, last: int, until: float | None) -> list[int]:
+    """Trials so far after each round: as many again in each, or twice as many where nobody looks at intervals."""
+    if until is not None:
+        return [*range(_FIRST, last, _ROUND), last]
+    first = _SHOWN if design.estimator == "smooth" else _SHOWN_OTHERS
+    return [*itertools.takewhile(lambda stop: stop < last, (first * 2**k for k in itertools.count())), last]
 
 
 def _widest(spec: TrialSpec, found: dict[str, Answer], example: int) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ce_plugin.attribution._estimation import Target
 from ce_plugin.attribution._experiment import Baselines, Call, Experiment, Given, Ids
 from ce_plugin.designs import Design, Joint
-from ce_plugin.effects import Interactions, Outcome, resolve_outcome
+from ce_plugin.effects import Estimate, Interactions, Outcome, resolve_outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
 from ce_plugin.errors import (
     ArgumentError,
@@ -178,8 +178,7 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
 
     def _estimates(self, call: Call) -> Any:
         """The estimate, or a dict of them where the model has several heads."""
-        estimates = self._experiment(call).run()
-        return estimates[""] if list(estimates) == [""] else estimates
+        return _unnamed(self._experiment(call).run(_unnamed))
 
     def _maps(
         self, call: Call, significant_only: bool | float | None, values: MapValues = "smoothed"
@@ -193,16 +192,29 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
             hint = "Leave out independent=0 or take 30 trials or more; values='smoothed' is the map."
             raise InferenceError(expected("values", f"'smoothed' for {design!r}", repr(values), hint))
         rate = None if significant_only is None else false_discovery_rate(significant_only, experiment)
-        (estimate,) = experiment.run().values()
-        shown = (estimate.smoothed_contribution if values == "smoothed" else estimate.contribution)[..., 0]
-        if rate is not None:
-            shown = shown.where(estimate.significant(rate)[..., 0], 0.0)
-        units = experiment.spec.units
-        if isinstance(design, Joint):
-            # Each unit gets the mean over the groups that it is in.
-            member = design.assignments(units.width).to(shown)
-            shown = shown @ member / member.sum(0).clamp(min=1)
-        return units.spread(shown)
+
+        def maps(estimates: dict[str, Estimate]) -> tuple[Tensor, ...]:
+            (estimate,) = estimates.values()
+            shown = (estimate.smoothed_contribution if values == "smoothed" else estimate.contribution)[..., 0]
+            if rate is not None:
+                shown = shown.where(estimate.significant(rate)[..., 0], 0.0)
+            units = experiment.spec.units
+            if isinstance(design, Joint):
+                # Each unit gets the mean over the groups that it is in.
+                member = design.assignments(units.width).to(shown)
+                shown = shown @ member / member.sum(0).clamp(min=1)
+            return units.spread(shown)
+
+        def as_given(estimates: dict[str, Estimate]) -> Tensor | tuple[Tensor, ...]:
+            found = maps(estimates)
+            return found if isinstance(call.inputs, tuple) else found[0]
+
+        return maps(experiment.run(as_given))
+
+
+def _unnamed(estimates: dict[str, Estimate]) -> Any:
+    """The estimate, or a dict of them where the model has several heads."""
+    return estimates[""] if list(estimates) == [""] else estimates
 
 
 def with_channels(intervention: Intervention, found: tuple[int, str] | None) -> Intervention:

@@ -13,6 +13,7 @@ from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d, adapti
 from ce_plugin.attribution._estimation import OutcomeMeasure
 from ce_plugin.designs import Design
 from ce_plugin.effects.outcomes import OUTCOMES
+from ce_plugin.errors import CEPluginError, ModelError, expected
 from ce_plugin.interventions import Intervention, PixelMask
 from ce_plugin.networks.forward import Forward, double
 from ce_plugin.networks.layers import MapWatch, has_positions, watched_maps
@@ -64,7 +65,7 @@ def gradient_guide(forward: Forward, spec: TrialSpec, measure: OutcomeMeasure) -
     maps: list[Tensor] = []
     try:
         for example in range(spec.n):
-            one = _one(forward, spec, measure, name, example)
+            one, _ = _one(forward, spec, example, lambda heads: measure)
             if one is None:
                 logger.info("no gradient guides the map: the network has no last value with the inputs' positions")
                 return None
@@ -72,14 +73,65 @@ def gradient_guide(forward: Forward, spec: TrialSpec, measure: OutcomeMeasure) -
     except _FAILURES as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        logger.info("no gradient guides the map: %s", reason)
+        logger.info("no gradient guides the map: %s", _reason(error))
         return None
     guide = torch.zeros(spec.n, math.prod(grid), measure.reference[name].shape[1], dtype=torch.double)
     for i, one in enumerate(maps):
         on_grid = -_resized(double(one), grid).flatten()
         guide[i, :, int(columns[i])] = on_grid if bool(torch.isfinite(on_grid).all()) else 0
     return guide
+
+
+def first_order(
+    forward: Forward, spec: TrialSpec, measured: Callable[[dict[str, Tensor], bool], OutcomeMeasure]
+) -> tuple[OutcomeMeasure, Tensor]:
+    """Effects to first order: those of :func:`gradient_guide` in the outcome's unit, from the clean pass itself.
+
+    Args:
+        forward, spec: as there.
+        measured: from outputs, (N, *K) for each head, and whether to warn, to the measure that explains one class of
+            each example.
+
+    Returns:
+        The measure of the examples' outputs, and the effects (N, U, 1).
+
+    Raises:
+        ModelError: the network has no last value with positions, or no gradient.
+    """
+    outputs, maps = [], []
+    for example in range(spec.n):
+        try:
+            one, head = _one(forward, spec, example, lambda heads: measured(_repeated(heads, spec.n), False))
+        except _FAILURES as error:
+            if isinstance(error, (torch.OutOfMemoryError, CEPluginError)):
+                raise
+            raise _no_gradient(_reason(error)) from error
+        if one is None or spec.units.grid is None or not bool(torch.isfinite(one).all()):
+            raise _no_gradient("none" if one is None else "one that is not finite")
+        grid = spec.units.grid
+        outputs.append(head)
+        # A position of a coarse value is as large as several units, and of a fine one a part of a unit.
+        maps.append(-_resized(double(one), grid).flatten() * (one.numel() / math.prod(grid)))
+    measure = measured({name: torch.cat([head[name] for head in outputs]) for name in outputs[0]}, True)
+    (reference,) = measure.reference.values()
+    effect = torch.stack(maps)[..., None].to(reference)
+    if measure.outcome is OUTCOMES["probability"]:
+        effect = effect * (reference * (1 - reference))[:, None]  # of the log-odds
+    return measure, effect
+
+
+def _repeated(heads: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+    """One example's outputs, (1, *K) for each head, for each of n."""
+    return {name: head.expand(n, *head.shape[1:]) for name, head in heads.items()}
+
+
+def _no_gradient(got: str) -> ModelError:
+    wanted = "a network with a last value that has positions, and a gradient, for so few passes"
+    return ModelError(expected("forward_func", wanted, got, "Take 12 passes or more, with guide=None."))
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _explained(measure: OutcomeMeasure, name: str) -> Tensor | None:
@@ -90,25 +142,35 @@ def _explained(measure: OutcomeMeasure, name: str) -> Tensor | None:
     return predicted if predicted is not None and measure.class_shapes[name] == (reference.shape[1],) else None
 
 
-def _one(forward: Forward, spec: TrialSpec, measure: OutcomeMeasure, name: str, example: int) -> Tensor | None:
-    """One example's map, with the value's own positions; None where the network has no such value."""
+def _one(
+    forward: Forward,
+    spec: TrialSpec,
+    example: int,
+    measured: Callable[[dict[str, Tensor]], OutcomeMeasure],
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """One example's map, with the value's own positions, and its outputs; no map where there is no such value."""
     row = torch.tensor([example])
     # Inference tensors cannot be followed: a clone made outside of inference mode can.
     with watched_maps(forward.modules) as seen, torch.inference_mode(False), torch.enable_grad():
         inputs = tuple(x.clone().requires_grad_() for x in rows_of(spec.inputs, spec.n, row))
-        head = forward(inputs, rows_of(spec.args, spec.n, row))[name]
-        if seen.module is None or seen.value is None or not has_map(seen, [head], len(spec.units.grid or ())):
-            return None
+        heads = forward(inputs, rows_of(spec.args, spec.n, row))
+        outputs = {name: head.detach() for name, head in heads.items()}
+        measure = measured(outputs)
+        (name,) = measure.reference
+        if seen.module is None or seen.value is None:
+            return None, outputs
+        if not has_map(seen, [heads[name]], len(spec.units.grid or ())):
+            return None, outputs
         outcome = OUTCOMES["log_odds"] if measure.outcome is OUTCOMES["probability"] else measure.outcome
-        measured = outcome(head, head.detach()).reshape(-1)
+        found = outcome(heads[name], outputs[name]).reshape(-1)
         targets, predicted = measure.targets[name], measure.predicted[name]
         target = targets if targets is not None else predicted
-        one = measured[0] if target is None or len(measured) == 1 else measured[int(target[example])]
+        one = found[0] if target is None or len(found) == 1 else found[int(target[example])]
         (gradient,) = torch.autograd.grad(one, seen.value)
     value = seen.value.detach()
     layout = channel_dim(forward.modules, seen.module, value.shape, at_input=seen.at_input)
     dim = 1 if layout is None else layout[0]
-    return (gradient * value).sum(dim, keepdim=True).movedim(dim, 1)[0, 0].cpu()
+    return (gradient * value).sum(dim, keepdim=True).movedim(dim, 1)[0, 0].cpu(), outputs
 
 
 def _resized(values: Tensor, grid: tuple[int, ...]) -> Tensor:

@@ -15,7 +15,7 @@ from ce_plugin.attribution._estimation import Target
 from ce_plugin.attribution._experiment import Baselines, Call, Given, Ids
 from ce_plugin.attribution._explainer import Engine, Explainer, MapValues, as_baseline, with_channels
 from ce_plugin.attribution._guide import PASSES, is_guided
-from ce_plugin.designs import Design, OneAtATime, RandomRegions
+from ce_plugin.designs import Design, FirstOrder, OneAtATime, RandomRegions
 from ce_plugin.effects import Outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
 from ce_plugin.errors import ArgumentError, NormalizationWarning, check_integer, expected, unknown_name
@@ -137,6 +137,7 @@ class CausalEffect(Explainer):
         significant_only: bool | float | None = None,
         values: MapValues = "smoothed",
         passes: int | None = None,
+        on_update: Callable[[Inputs, float], object] | None = None,
     ) -> Inputs:
         """The contribution of each unit (minus its effect: positive supports the class), as a map.
 
@@ -160,7 +161,10 @@ class CausalEffect(Explainer):
                 effects themselves, one by one.
             passes: forward passes of each example, all counted (the clean one, two that show whether the network is
                 deterministic, three of the guide), which say how many trials a random design has; None leaves that
-                to the design.
+                to the design. The default takes 3 passes or more: below 12 they are a gradient
+                (:class:`~ce_plugin.designs.FirstOrder`), below 36 the map has no errors.
+            on_update: called with the map so far and the passes taken by each example: of a random design at 12 trials
+                (24 where it has no smooth map), then each time there are twice as many, and at the end.
 
         Returns:
             Tensors of the inputs' shapes: each unit's contribution wherever it is, the mean over units that overlap.
@@ -182,7 +186,7 @@ class CausalEffect(Explainer):
             inputs=inputs, baselines=baselines, target=target, additional_forward_args=additional_forward_args,
             mask=feature_mask, perturbations_per_eval=perturbations_per_eval, show_progress=show_progress,
             windows=sliding_window_shapes, strides=strides, given=given, ids=ids, predicted_only=True,
-            guided=self.guide is not None, passes=passes,
+            guided=self.guide is not None, passes=passes, on_update=on_update,
         )  # fmt: skip
         maps = self._maps(call, significant_only, values)
         return maps if isinstance(inputs, tuple) else maps[0]  # type: ignore[return-value]
@@ -204,6 +208,7 @@ class CausalEffect(Explainer):
         until: float | None = None,
         keep_trials: bool = False,
         passes: int | None = None,
+        on_update: Callable[[Any, float], object] | None = None,
     ) -> Any:
         """Effects of all units on all classes, with standard errors where the design is random.
 
@@ -213,6 +218,8 @@ class CausalEffect(Explainer):
                 classes.
             until: stop an example's trials when all its 95 % intervals are at most this half-width; the design's
                 number of trials is the most that is run. p-values do not cover such peeking, and are marked.
+            on_update: called with what is returned, so far, and the passes taken by each example, as in
+                :meth:`attribute`; with ``until`` whenever it looks at the intervals.
             keep_trials: keep assignments and outcomes, for :meth:`Estimate.pairs`.
 
         Returns:
@@ -233,7 +240,7 @@ class CausalEffect(Explainer):
             inputs=inputs, baselines=baselines, target=target, additional_forward_args=additional_forward_args,
             mask=feature_mask, perturbations_per_eval=perturbations_per_eval, show_progress=show_progress,
             windows=sliding_window_shapes, strides=strides, given=given, ids=ids, until=until,
-            keep_trials=keep_trials, guided=self.guide is not None, passes=passes,
+            keep_trials=keep_trials, guided=self.guide is not None, passes=passes, on_update=on_update,
         )  # fmt: skip
         return self._estimates(call)
 
@@ -282,6 +289,8 @@ class CausalEffect(Explainer):
                 raise ArgumentError(expected("baselines", f"None with {intervention!r}", "baselines", hint))
             intervention = as_baseline(call.baselines, inputs)
         design = self.design or (RandomRegions() if grid else OneAtATime())
+        if isinstance(design, FirstOrder) and call.passes is not None:
+            raise ArgumentError(expected("passes", f"None for {design!r}", call.passes))
         if call.passes is not None:
             guided = call.guided and is_guided(design, intervention) and bool(self.forward.modules)
             design = within(call.passes, design, guided, intervention.n_variants)
@@ -291,14 +300,17 @@ class CausalEffect(Explainer):
 def within(passes: int, design: Design, guided: bool, fills: int) -> Design:
     """The design with as many trials as passes leave, beside the clean one, two checks and the guide.
 
+    Of too few for trials a guided design leaves the gradient alone.
+
     Raises:
         ArgumentError: too few passes.
         DesignError: the design's units say how many trials there are.
     """
     other = 3 + (PASSES if guided else 0)
-    least = other + (fills + 3 if design.estimator == "smooth" else 2)
+    trials = other + (fills + 3 if design.estimator == "smooth" else 2)
+    least = PASSES if guided else trials
     check_integer("passes", passes, f"None or an integer, at least {least}", least=least)
-    return design.sized(passes - other)
+    return design.sized(passes - other) if passes >= trials else FirstOrder()
 
 
 def _normalizes(networks: list[nn.Module]) -> bool:

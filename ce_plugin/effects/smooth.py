@@ -265,10 +265,12 @@ def _root(grid: tuple[int, ...], length: float) -> Tensor:
     return root
 
 
-def _prior(a: Tensor, grid: tuple[int, ...], length: float, guide: Tensor | None) -> _Prior:
+def _prior(
+    a: Tensor, grid: tuple[int, ...], length: float, guide: Tensor | None, weight: tuple[float, float] = _WEIGHT
+) -> _Prior:
     root, mean = _root(grid, length), a.new_zeros(a.shape[1])
     if guide is not None:
-        root, mean = torch.cat([root, _WEIGHT[1] * guide[:, None]], 1), _WEIGHT[0] * guide
+        root, mean = torch.cat([root, weight[1] * guide[:, None]], 1), weight[0] * guide
     onto = a @ root
     w, rotation = torch.linalg.eigh(onto.T @ onto)
     return _Prior(root @ rotation, onto @ rotation, w.clamp_min(0), mean, a @ mean)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ce_plugin import CausalEffect
+from ce_plugin import CausalEffect, LayerCausalEffect
 from ce_plugin.attribution import _estimation
-from ce_plugin.designs import OneAtATime, RandomMask, RandomRegions
+from ce_plugin.designs import Design, FirstOrder, LeaveOneIn, OneAtATime, RandomMask, RandomRegions
 from ce_plugin.effects.smooth import smooth
-from ce_plugin.errors import ArgumentError, DesignError, UnknownNameError
+from ce_plugin.errors import ArgumentError, DesignError, InferenceError, ModelError, UnknownNameError
 from ce_plugin.interventions import Adversarial, PixelMask
+from ce_plugin.sites import Evidence
 
 DOUBLE = torch.float64
 
@@ -95,7 +96,9 @@ def test_effects_stay_unbiased_whatever_the_guide_says() -> None:
 
     x, covered = torch.ones(1, 1, 14, 14, dtype=DOUBLE), []
     for run in range(40):
-        explainer = CausalEffect(Half().double(), PixelMask("zero"), RandomRegions(n_trials=60), outcome=None)
+        explainer = CausalEffect(
+            Half().double(), PixelMask("zero"), RandomRegions(n_trials=60, independent=0.4), outcome=None
+        )
         found = explainer.estimate(x, target=0, ids=[run])
         low, high = found.confidence_interval(0.95)
         truth = torch.zeros(196, dtype=DOUBLE)
@@ -132,10 +135,13 @@ def test_a_budget_of_passes_is_kept(passes: int) -> None:
 
 def test_budgets_that_cannot_be_kept_are_refused() -> None:
     net, x = network(), images(1)
-    for passes in (11, 0, -3, 2.5, "many", True):
-        with pytest.raises(ArgumentError, match="`passes` to be None or an integer, at least 12"):
+    for passes in (2, 0, -3, 2.5, "many", True):
+        with pytest.raises(ArgumentError, match="`passes` to be None or an integer, at least 3"):
             CausalEffect(net).attribute(x, passes=passes)  # type: ignore[arg-type]
-    CausalEffect(net).attribute(x, passes=12)  # what the hint says works
+    CausalEffect(net).attribute(x, passes=3)  # what the hint says works
+    with pytest.raises(ArgumentError, match="`passes` to be None or an integer, at least 9"):
+        CausalEffect(net, guide=None).attribute(x, passes=8)
+    CausalEffect(net, guide=None).attribute(x, passes=9)
     paired = CausalEffect(net, PixelMask("zero"), RandomMask(0.5, 40, antithetic=True)).estimate(x, passes=20)
     assert paired.n_trials == 16
     with pytest.raises(DesignError, match=r"number of trials can be chosen, but got OneAtATime.*Leave out `passes`"):
@@ -202,3 +208,99 @@ def test_unknown_guides_are_refused() -> None:
     for guide in ("saliency", 3, ("gradient",)):
         with pytest.raises(UnknownNameError, match="`guide`"):
             CausalEffect(network(), guide=guide)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("outcome", ["logit", "log_odds", "probability"])
+def test_first_order_effects_are_those_of_the_last_value(outcome: str) -> None:
+    """On a 14 x 14 value a unit is a position: the slope of the outcome as this position alone is scaled down."""
+    net, x = network(), images(2, 28)
+    found = CausalEffect(net, design=FirstOrder(), outcome=outcome).estimate(x)
+    assert (found.cost, found.n_trials, found.std_error) == (2 * 3, 0, None)
+    assert found.effect.shape == (2, 196, 1)
+    with torch.no_grad():
+        value, target = net[:5](x), net(x).argmax(1)
+        for i, unit in ((0, 0), (0, 77), (1, 195)):
+            small = value[i : i + 1].clone()
+            small[0, :, unit // 14, unit % 14] *= 1 - 1e-6
+            ends = []
+            for one in (value[i : i + 1], small):
+                logits = net[5:](one)[0]
+                p = logits.softmax(0)[target[i]]
+                ends.append({"logit": logits[target[i]], "log_odds": p.logit(), "probability": p}[outcome])
+            slope = (ends[1] - ends[0]) / 1e-6
+            assert torch.allclose(found.effect[i, unit, 0], slope, rtol=1e-4, atol=1e-12)
+    with pytest.raises(InferenceError):
+        found.significant()
+    given = CausalEffect(net, design=FirstOrder(), outcome=outcome).estimate(x, target=[1, 2])
+    assert given.target is not None
+    assert given.target.tolist() == [1, 2]
+
+
+def test_few_passes_leave_the_gradient_alone() -> None:
+    net, x = network(), images()
+    one, other = CausalEffect(net), CausalEffect(net, design=FirstOrder())
+    for passes in (3, 11):
+        assert torch.equal(one.attribute(x, passes=passes), other.attribute(x))
+    assert one.estimate(x, passes=12).n_trials == 6
+    assert other.estimate_cost(x).forward_passes == 6
+    assert [len(other.estimate(x[:n]).effect) for n in (1, 2)] == [1, 2]
+    assert torch.allclose(other.attribute(x)[1:], other.attribute(x[1:]))
+
+
+def test_where_there_is_no_gradient_few_passes_are_refused() -> None:
+    x = images()
+    no_positions = nn.Sequential(nn.Flatten(), nn.Linear(256, 3)).double()
+    cut = nn.Sequential(network(), Detached())
+    for net in (no_positions, cut):
+        with pytest.raises(ModelError, match="Take 12 passes or more"):
+            CausalEffect(net).attribute(x, passes=3)
+        CausalEffect(net).attribute(x, passes=12)  # what the hint says works
+    with pytest.raises(DesignError, match="one with trials"):
+        LayerCausalEffect(network(), "0", design=FirstOrder()).estimate(x)
+    with pytest.raises(DesignError, match="one with trials"):
+        CausalEffect(network(), Adversarial.fgsm(network(), eps=0.1), FirstOrder()).estimate(x)
+    with pytest.raises(DesignError, match="not a grid"):
+        CausalEffect(network(), design=FirstOrder()).attribute(x, feature_mask=torch.arange(256).reshape(1, 1, 16, 16))
+
+
+class Detached(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+
+def test_updates_show_the_map_converging() -> None:
+    net, x = network(), images()
+    explainer, told = CausalEffect(net), []
+    last = explainer.attribute(x, passes=100, on_update=lambda map_, passes: told.append((map_, passes)))
+    assert [passes for _, passes in told] == [18, 30, 54, 100]
+    assert torch.equal(told[-1][0], last)
+    assert torch.allclose(last, explainer.attribute(x, passes=100), atol=1e-9)
+    distances = [float((map_ - last).norm()) for map_, _ in told]
+    assert distances[0] > distances[2] > 0
+    # So many trials alone: a prefix of a design is a small design of the same kind.
+    first = CausalEffect(net, design=RandomRegions(n_trials=94)).estimate
+    estimates: list[Any] = []
+    first(x, target=0, on_update=lambda estimate, passes: estimates.append(estimate))
+    assert [one.settings["trials_per_example"] for one in estimates] == [[n, n] for n in (12, 24, 48, 94)]
+
+
+@pytest.mark.parametrize(
+    ("design", "trials"), [(RandomMask(0.5, 100), [24, 48, 96, 100]), (OneAtATime(), [196]), (LeaveOneIn(), [196])]
+)
+def test_updates_of_other_designs(design: Design, trials: list[int]) -> None:
+    seen: list[int] = []
+    explainer = CausalEffect(network(), PixelMask("zero"), design)
+    explainer.estimate(images(1), target=0, on_update=lambda found, passes: seen.append(found.n_trials))
+    assert seen == trials
+
+
+def test_updates_of_random_evidence_are_of_the_draws_so_far() -> None:
+    net, x, told = network(), images(1), []
+    given = Evidence(PixelMask("zero"), units=RandomMask(0.2, 2))
+    explainer = CausalEffect(net, design=RandomRegions(n_trials=24))
+    found = explainer.estimate(x, target=0, given=given, on_update=lambda one, passes: told.append(one.effect))
+    assert len(told) == 3  # of each draw at 12 trials, and of all trials
+    assert torch.equal(told[-1], found.effect)
+    assert not torch.allclose(told[0], told[1])
+    with pytest.raises(ArgumentError, match="`on_update` to be None or a function"):
+        explainer.attribute(x, on_update=3)  # type: ignore[arg-type]
