@@ -281,8 +281,8 @@ def test_errors() -> None:
             RandomRegions(0.5, n, independent=share)
     assert int(of(RandomRegions(0.5, 5, independent=0.4), 5).sum()) == 2
     assert RandomRegions(0.5, 29).independent(29) is None
-    for trials, alone in ((30, 6), (299, 59), (300, 120), (399, 159)):
-        assert int(of(RandomRegions(0.5, trials), trials).sum()) == alone
+    for n, count in ((30, 6), (299, 59), (300, 120), (399, 159)):
+        assert int(of(RandomRegions(0.5, n), n).sum()) == count
     for alone in (torch.zeros(len(a), dtype=torch.bool), torch.arange(len(a)) == 1):
         with pytest.raises(DesignError, match="two independent trials or more"):
             smooth(a, y, GRID, independent=alone)
