@@ -395,20 +395,20 @@ def _with_identity(scene: Scene) -> Iterator[nn.Module]:
 
 
 def _occlusion(scene: Scene, passes: int, window: float = 64 / 224, baseline: str = "zero") -> Tensor:
-    """Windows of this part of a side, as close to each other as the passes allow."""
+    """Windows of this part of a side, larger where few passes must cover the image, as close as the passes allow."""
     if passes < 2:
         raise ArgumentError(expected("passes", "2 or more", passes))
-    along = math.isqrt(passes - 1)
-    windows = [max(1, round(window * side)) for side in scene.size]
+    rows = math.isqrt(passes - 1)
+    numbers = rows, (passes - 1) // rows
+    sides = [max(round(window * side), math.ceil(side / n)) for side, n in zip(scene.size, numbers, strict=True)]
     strides = [
-        max(1, math.ceil((side - w) / (along - 1))) if along > 1 else side - w
-        for side, w in zip(scene.size, windows, strict=True)
+        max(1, math.ceil((side - own) / max(1, n - 1))) for side, own, n in zip(scene.size, sides, numbers, strict=True)
     ]
     channels = scene.x.shape[1]
     found: Tensor = Occlusion(scene.scores).attribute(
         scene.x,
-        (channels, *windows),
-        strides=(channels, *(min(pair) for pair in zip(strides, windows, strict=True))),
+        (channels, *sides),
+        strides=(channels, *strides),
         baselines=scene.filled(baseline),
         perturbations_per_eval=_ROWS,
     )
