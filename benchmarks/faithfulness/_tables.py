@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.intervals import bounds, interval, ratio_interval
+from benchmarks.faithfulness._methods import OURS
 
 REFERENCES = ("blur", "mean", "zero")
-OURS = "CausalEffect (default)"
 
 
-def report_data(plan: list[tuple[str, dict[str, Any]]], scores: dict[str, Any]) -> dict[str, Any]:
+def report_data(plan: list[tuple[str, dict[str, Any], int]], scores: dict[str, Any]) -> dict[str, Any]:
     """Means, intervals and paired differences; every score by method and file (order: blur, mean, zero)."""
     files, table = list(scores), np.stack(list(scores.values())).astype(np.float64)
     mean = table.mean(2)
@@ -23,9 +23,9 @@ def report_data(plan: list[tuple[str, dict[str, Any]]], scores: dict[str, Any]) 
             "mean": float(mean[:, i].mean()),
             "interval": interval(mean[:, i]),
         }
-        for i, (name, settings) in enumerate(plan)
+        for i, (name, settings, _) in enumerate(plan)
     }
-    place = {name: i for i, (name, _) in enumerate(plan)}
+    place = {name: i for i, (name, _, _) in enumerate(plan)}
     ours = mean[:, place[OURS]]
     paired: dict[str, dict[str, Any]] = {}
     for name, i in place.items():
@@ -63,16 +63,17 @@ def chosen_text(tried: list[dict[str, Any]], chosen: dict[str, Any]) -> str:
         "### Settings of the peers",
         "",
         "Insertion minus deletion, mean over the three references, 14 steps, on choosing images (class index not a",
-        "multiple of ten). Occlusion's windows and fills were compared at twice the finest stride first; the best four",
-        "then ran at the finest stride that 400 passes allow, on more images.",
+        "multiple of ten). Occlusion's windows and fills were compared at a quarter of the passes first; the best four",
+        "then ran with all of them, on more images.",
         "",
-        "| method | settings | images | score | |",
-        "|---|---|---|---|---|",
+        "| method | settings | passes | images | score | |",
+        "|---|---|---|---|---|---|",
     ]
     for one in tried:
         mark = "chosen" if chosen[one["method"]] == one["settings"] else ""
         lines.append(
-            f"| {one['method']} | {written(one['settings'])} | {one['images']} | {one['score']:.3f} | {mark} |"
+            f"| {one['method']} | {written(one['settings'])} | {one['passes']} | {one['images']} "
+            f"| {one['score']:.3f} | {mark} |"
         )
     return "\n".join(lines)
 
@@ -86,7 +87,7 @@ def report_text(data: dict[str, Any]) -> str:
         "",
         f"EfficientNet-lite0, {_count(data)} ImageNet photographs whose class index is a multiple of ten,",
         f"the predicted class, {data['steps']} steps. References: blurred (sigma 10 pixels), channel mean, black.",
-        "Larger is better. At most 400 forward passes per map, a backward pass counting two. Defaults of CausalEffect",
+        "Larger is better. Passes are counted as they are made, a backward pass as two. Defaults of CausalEffect",
         "and settings of the peers were chosen on other images (index not a multiple of ten; see",
         "faithfulness_choosing.md). Intervals: 95 % percentile bootstrap over images.",
         "",
@@ -97,7 +98,7 @@ def report_text(data: dict[str, Any]) -> str:
         row = summary[name]
         three = " | ".join(f"{row['by_reference'][reference]:.3f}" for reference in REFERENCES)
         lines.append(
-            f"| {name} | {three} | **{row['mean']:.3f}** | {bounds(row['interval'])} | {data['passes'][name]} "
+            f"| {name} | {three} | **{row['mean']:.3f}** | {bounds(row['interval'])} | {data['passes'][name]:.4g} "
             f"| {written(row['settings'])} |"
         )
     lines += ["", f"**{OURS} against the runner-up, {best}**: paired difference {gap['difference']:+.3f}"]
@@ -158,8 +159,6 @@ def _remarks() -> list[str]:
         "rewards maps that are smooth, since scattered pixels destroy little of a picture (see how the centre does); a",
         "fill that a method shares with a reference helps it there, which is why there are three. It ranks orders of",
         "pixels and says nothing about the size of an effect, or about the coverage of its interval.",
-        "Occlusion ran through Captum; our CausalEffect with OneAtATime and the same windows gives the same numbers.",
-        "AblationCAM and ScoreCAM use the 320 channels of the last block, which are not behind a ReLU, since the 1,280",
-        "of the last convolution would take more than 400 passes; AblationCAM's passes are counted in full although",
-        "the part of the network before the channels was run once.",
+        "Peers are those of Captum and pytorch-grad-cam; AblationCAM and ScoreCAM take a pass for each of the 1,280",
+        "channels at the last value with positions.",
     ]

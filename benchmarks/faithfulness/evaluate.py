@@ -1,4 +1,4 @@
-"""Insertion minus deletion on ImageNet photographs: the default CausalEffect against eleven other maps.
+"""Insertion minus deletion on ImageNet photographs: the default CausalEffect against the other maps of the registry.
 
 Three commands, each of which can be interrupted and resumed:
 
@@ -24,22 +24,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from benchmarks.common.results import RESULTS, write
 from benchmarks.faithfulness._forward import ENGINES, Engine
-from benchmarks.faithfulness._methods import METHODS, NORMALIZATION, Scene, finest_stride, passes_of
+from benchmarks.faithfulness._methods import PASSES, tried
 from benchmarks.faithfulness._references import images, index_of
 from benchmarks.faithfulness._tables import chosen_text, report_data, report_text
 from ce_plugin.datasets import read_image
-from ce_plugin.evaluation import insertion_deletion, reference_images
+from ce_plugin.evaluation import METHODS, Scene, explain, insertion_deletion, reference_images
 from ce_plugin.files import written_whole
-from ce_plugin.interventions import Normalization
 from ce_plugin.models import as_batch, efficientnet_lite0
+from ce_plugin.models.vision import VisionModel
 
-# What is run on an image: (method, settings).
-Plan = list[tuple[str, dict[str, Any]]]
+# What is run on an image: (method, settings, passes).
+Plan = list[tuple[str, dict[str, Any], int]]
 CHOSEN = "faithfulness_choosing"
 CHOOSE_STEPS, REPORT_STEPS = 14, 28
 
@@ -51,39 +50,35 @@ def study(file: Path, plan: Plan, engine_name: str, steps: int, folder: Path, un
         return True
     if time.time() > until:
         return False
-    network, engine = machinery(engine_name)
-    x = Normalization(*NORMALIZATION).to_model(as_batch([read_image(file)], value_range=(0, 255)))
+    model, engine = machinery(engine_name)
+    x = model.normalization.to_model(as_batch([read_image(file)], value_range=(0, 255)))
     target = int(engine.logits(x).argmax())
-    scene = Scene(x, index_of(file), target, engine, network)
-    seconds, rows, maps = [], [], []
-    for name, settings in plan:
-        start, before = time.perf_counter(), engine.rows
-        maps.append(METHODS[name][0](scene, **settings).detach().float())
-        seconds.append(time.perf_counter() - start)
-        rows.append(engine.rows - before)
+    scene = Scene(x, target, model.model, model.normalization, index_of(file), forward=engine.logits)
+    found = [explain(METHODS[name], scene, passes, **settings) for name, settings, passes in plan]
+    maps = torch.stack([one.map for one in found])
     several = x.expand(len(plan), -1, -1, -1)
-    references = {k: v.expand_as(several) for k, v in reference_images(x, normalization=NORMALIZATION).items()}
-    curves = insertion_deletion(engine.probabilities, several, torch.stack(maps), target, references, steps)
-    found = {
+    references = {k: v.expand_as(several) for k, v in reference_images(x, normalization=model.normalization).items()}
+    curves = insertion_deletion(engine.probabilities, several, maps, target, references, steps)
+    record = {
         "scores": curves.score,
         "insertion": curves.insertion,
         "deletion": curves.deletion,
-        "maps": torch.stack(maps),
+        "maps": maps,
         "target": torch.tensor(target),
-        "seconds": torch.tensor(seconds),
-        "rows": torch.tensor(rows),
+        "seconds": torch.tensor([one.seconds for one in found]),
+        "passes": torch.tensor([one.passes for one in found]),
     }
     place.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(place) as stream:
-        np.savez(stream, allow_pickle=False, **{key: value.numpy() for key, value in found.items()})
+        np.savez(stream, allow_pickle=False, **{key: value.numpy() for key, value in record.items()})
     return True
 
 
 @cache
-def machinery(engine_name: str) -> tuple[nn.Module, Engine]:
+def machinery(engine_name: str) -> tuple[VisionModel, Engine]:
     """The network and its engine, once in each process."""
-    network = efficientnet_lite0().model
-    return network, Engine(network, engine_name)
+    model = efficientnet_lite0()
+    return model, Engine(model.model, engine_name)
 
 
 def stored(file: Path, plan: Plan, engine_name: str, steps: int, folder: Path) -> Path:
@@ -114,32 +109,24 @@ def study_all(
 
 
 def choose(options: argparse.Namespace) -> None:
-    """Occlusion's windows and fills first at twice the stride, the best four then at the finest; the other peers."""
+    """Occlusion's windows and fills first with a quarter of the passes, the best four then with all; the others."""
     files = images(multiple_of_ten=False)
-    coarse: Plan = [("Occlusion", {**s, "stride": 2 * finest_stride(s["window"])}) for s in METHODS["Occlusion"][2]]
+    coarse: Plan = [(name, settings, PASSES // 4) for name, settings in tried() if name == "occlusion"]
     first = means(study_all(files[: options.first], coarse, CHOOSE_STEPS, options))
-    fine: Plan = [
-        ("Occlusion", {**coarse[i][1], "stride": finest_stride(coarse[i][1]["window"])}) for i in np.argsort(-first)[:4]
-    ]
-    others: Plan = [
-        (name, settings)
-        for name, (_, _, tried) in METHODS.items()
-        if len(tried) > 1 and name != "Occlusion"
-        for settings in tried
-    ]
-    plan = fine + others
+    fine: Plan = [("occlusion", coarse[i][1], PASSES) for i in np.argsort(-first)[:4]]
+    plan = fine + [(name, settings, PASSES) for name, settings in tried() if name != "occlusion"]
     scores = means(study_all(files[: options.images], plan, CHOOSE_STEPS, options))
     best: dict[str, tuple[float, dict[str, Any]]] = {}
-    for (name, settings), score in zip(plan, scores, strict=True):
+    for (name, settings, _), score in zip(plan, scores, strict=True):
         if name not in best or score > best[name][0]:
             best[name] = (float(score), settings)
-    tried = [
-        {"method": name, "settings": settings, "score": round(float(score), 4), "images": n}
+    every = [
+        {"method": name, "settings": settings, "passes": passes, "score": round(float(score), 4), "images": n}
         for n, some, found in ((options.first, coarse, first), (options.images, plan, scores))
-        for (name, settings), score in zip(some, found, strict=True)
+        for (name, settings, passes), score in zip(some, found, strict=True)
     ]
     data = {"engine": options.engine, "steps": CHOOSE_STEPS, "chosen": {k: s for k, (_, s) in best.items()}}
-    write(CHOSEN, chosen_text(tried, data["chosen"]), {**data, "tried": tried}, "openvino")
+    write(CHOSEN, chosen_text(every, data["chosen"]), {**data, "tried": every}, "openvino")
 
 
 def means(scores: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
@@ -154,7 +141,7 @@ def chosen_plan() -> tuple[Plan, dict[str, Any]]:
     if not file.exists():
         raise SystemExit("Run `choose` first.")
     record = json.loads(file.read_text())
-    return [(name, record["chosen"].get(name, {})) for name in METHODS], record
+    return [(name, record["chosen"].get(name, {}), PASSES) for name in METHODS], record
 
 
 def check(options: argparse.Namespace) -> None:
@@ -170,7 +157,8 @@ def report(options: argparse.Namespace) -> None:
     files = images(multiple_of_ten=True)
     scores = study_all(files, plan, REPORT_STEPS, options)
     data = report_data(plan, scores)
-    data["passes"] = {name: passes_of(name, settings) for name, settings in plan}
+    kept = [np.load(stored(Path(name), plan, options.engine, REPORT_STEPS, options.cache))["passes"] for name in scores]
+    data["passes"] = {name: float(np.median(kept, 0)[i]) for i, (name, _, _) in enumerate(plan)}
     if options.engine != "torch":
         data["agreement"] = agreement(list(scores), plan, options)
     data |= {"engine": options.engine, "steps": REPORT_STEPS, "of": len(files), "tried": record["tried"]}
@@ -195,8 +183,8 @@ def agreement(names: list[str], plan: Plan, options: argparse.Namespace) -> dict
         "other_class": other_class,
         "largest": float(np.abs(gap).max()),
         "mean_absolute": float(np.abs(gap).mean()),
-        "by_method": {name: [float(mean[i]), float(gap[:, i].mean())] for i, (name, _) in enumerate(plan)},
-        "float32_scores": {name: [float(one[i]) for one in slow] for i, (name, _) in enumerate(plan)},
+        "by_method": {name: [float(mean[i]), float(gap[:, i].mean())] for i, (name, _, _) in enumerate(plan)},
+        "float32_scores": {name: [float(one[i]) for one in slow] for i, (name, _, _) in enumerate(plan)},
     }
 
 

@@ -18,6 +18,15 @@ from ce_plugin.evaluation.faithfulness import (
     pixel_order,
     reference_images,
 )
+from ce_plugin.evaluation.methods import (
+    METHODS,
+    Explanation,
+    Method,
+    Scene,
+    attribution_method,
+    explain,
+    resolve_method,
+)
 from ce_plugin.evaluation.planted import (
     PlantedInteraction,
     PlantedMediation,
@@ -29,20 +38,26 @@ from ce_plugin.evaluation.pointing import Mosaics, confidently_classified, grid_
 from ce_plugin.evaluation.stability import map_stability, rank_correlation
 
 __all__ = [
+    "METHODS",
     "Alarms",
+    "Explanation",
     "FaithfulnessCurves",
     "Figures",
     "Interval",
+    "Method",
     "Mosaics",
     "PlantedInteraction",
     "PlantedMediation",
     "PlantedNetwork",
     "Resampled",
+    "Scene",
     "area_under_curve",
+    "attribution_method",
     "auroc",
     "bootstrapped",
     "confidently_classified",
     "expected_effects",
+    "explain",
     "false_alarms",
     "figures",
     "grid_pointing_game",
@@ -54,5 +69,6 @@ __all__ = [
     "pointing_share",
     "rank_correlation",
     "reference_images",
+    "resolve_method",
     "tpr_at_fpr",
 ]
