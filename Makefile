@@ -52,7 +52,7 @@ test-slow: $(VENV)/.installed-demo $(VENV)/.installed-test  ## the tests that ta
 define on_other_versions
 	@echo "This installs PyTorch into $(1), which may take several GB."
 	$(2) -m venv --clear $(1)
-	$(1)/bin/python -m pip --disable-pip-version-check install --quiet $(3) --editable '.[demo,networks]' pytest hypothesis import-linter
+	$(1)/bin/python -m pip --disable-pip-version-check install --quiet $(3) --editable '.[demo,networks,data]' pytest hypothesis import-linter
 	-$(1)/bin/python -m pytest --junitxml=$(1)/tests.xml $(QUICK) $(ARGS)
 	$(1)/bin/python -m benchmarks.works_with.versions $(4) $(1)/tests.xml
 endef

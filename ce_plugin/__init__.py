@@ -18,6 +18,7 @@ __all__ = [
     "ConceptSite",
     "Estimate",
     "Evidence",
+    "ExpectedCausalEffect",
     "InputSite",
     "LayerCausalEffect",
     "LayerSite",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         LayerCausalEffect,
     )
     from ce_plugin.effects import Estimate
+    from ce_plugin.expected import ExpectedCausalEffect
     from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite
 else:
     # Imported on first use, so that the help of the command line need not wait for torch.
@@ -46,9 +48,20 @@ else:
             "ConceptSite": "ce_plugin.sites",
             "Estimate": "ce_plugin.effects",
             "Evidence": "ce_plugin.sites",
+            "ExpectedCausalEffect": "ce_plugin.expected",
             "InputSite": "ce_plugin.sites",
             "LayerCausalEffect": "ce_plugin.attribution",
             "LayerSite": "ce_plugin.sites",
         },
-        submodules=("attribution", "concepts", "designs", "effects", "errors", "interventions", "sites", "trials"),
+        submodules=(
+            "attribution",
+            "concepts",
+            "designs",
+            "effects",
+            "errors",
+            "expected",
+            "interventions",
+            "sites",
+            "trials",
+        ),
     )

@@ -341,7 +341,7 @@ class Estimate:
         Raises:
             FileError: where the file exists and ``force`` is not set.
         """
-        return save(path, "Estimate", 1, vars(self), force=force)
+        return save(path, type(self).__name__, 1, vars(self), force=force)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Estimate:
@@ -350,7 +350,7 @@ class Estimate:
         Raises:
             FileError: where the file is missing or damaged, or holds something else.
         """
-        content = load(path, "Estimate", 1)
+        content = load(path, cls.__name__, 1)
         values = {f.name: content[f.name] for f in fields(cls) if f.name != "smoothed"}
         values["smoothed"] = content.get("smoothed")  # files of 0.3 have none
         try:
