@@ -1,11 +1,13 @@
 """Maps of both networks, paired on the same photographs, with references that methods fill with and others.
 
-    python -m benchmarks.faithfulness.paired choosing    photographs for choosing (index not a multiple of ten)
-    python -m benchmarks.faithfulness.paired reported    the others
+    python -m benchmarks.faithfulness.paired choosing default    the default beside that of version 0.3 and Grad-CAM
+    python -m benchmarks.faithfulness.paired choosing budgets    ours and peers at the same number of passes
+    python -m benchmarks.faithfulness.paired reported default    on photographs by which nothing was chosen
 
-Every photograph's maps, trials and scores are kept in --cache, so that a run can be interrupted and resumed; a table is
-written of what is there. Passes count the clean row, a backward pass as two. Photographs are under the folder that the
-environment variable CE_PLUGIN_DATA names.
+Photographs for choosing are those whose index is not a multiple of ten, after those from which the prior was learnt;
+the others are reported. Every photograph's maps and scores are kept in --cache, so that a run can be interrupted and
+resumed; a table is written of what is there. Passes are counted as they are made, a backward pass as two. Photographs
+are under the folder that the environment variable CE_PLUGIN_DATA names.
 """
 
 from __future__ import annotations
@@ -15,21 +17,21 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from captum.attr import LayerGradCam
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from benchmarks.common.intervals import bounds, interval, ratio_interval
 from benchmarks.common.results import write
 from benchmarks.faithfulness._forward import ENGINES, Engine
 from benchmarks.faithfulness._references import (
+    LEARNING,
     NETWORKS,
     SHARED,
     STEPS,
@@ -42,38 +44,48 @@ from benchmarks.faithfulness._references import (
 )
 from ce_plugin import CausalEffect
 from ce_plugin.designs import RandomRegions
+from ce_plugin.evaluation.methods import METHODS, Method, Scene, explain
 from ce_plugin.files import written_whole
 from ce_plugin.models.vision import VisionModel
 
 ROWS, CELLS = 64, 14
-BUDGETS = (12, 25, 50, 100, 200)
-LAST = {"EfficientNet-lite0": "_conv_head", "MobileNet v2": "head"}
+DEFAULT = 405
+BUDGETS = (3, 12, 25, 50, 100, 200)
+PEER_BUDGETS = (25, 100, 400)
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
+class Accelerated(nn.Module):
+    """A network in its engine's arithmetic where no gradient is taken."""
+
+    def __init__(self, network: nn.Module, logits: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network, self._logits = network, logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.network(x) if torch.is_grad_enabled() else self._logits(x)
+        return found
+
+
 @dataclass(frozen=True)
-class Scene:
-    """One photograph: (1, 3, 224, 224) in model units, its class index in the data set, the explained class."""
+class Entry:
+    """A row of the table: a method with the passes that it is given."""
 
-    x: Tensor
-    ident: int
-    target: int
-    name: str
-    model: VisionModel
-    engine: Engine
+    method: Method
+    passes: int = 400
 
 
-def causal_effect(scene: Scene, passes: int | None = None) -> Tensor:
-    """CausalEffect as a user calls it."""
-    explainer = CausalEffect(scene.model.model, normalization=scene.model.normalization)
+def without_gradient(scene: Scene, passes: int) -> Tensor:
+    """CausalEffect of a function in which no module, and no gradient, is found."""
+    explainer = CausalEffect(scene.logits, normalization=scene.normalization)
     found: Tensor = explainer.attribute(scene.x, target=scene.target, ids=[scene.ident], passes=passes)
     return found[0, 0]
 
 
-def before(scene: Scene) -> Tensor:
+def before(scene: Scene, passes: int) -> Tensor:
     """The default of version 0.3: 399 coherent trials; length scale and noise by this photograph's likelihood alone."""
     design = RandomRegions(independent=0)
-    explainer = CausalEffect(scene.engine.logits, design=design, normalization=scene.model.normalization)
+    explainer = CausalEffect(scene.logits, design=design, normalization=scene.normalization)
     found = explainer.estimate(
         scene.x, target=scene.target, ids=[scene.ident], keep_trials=True, perturbations_per_eval=ROWS
     )
@@ -104,81 +116,110 @@ def most_likely_fit(a: Tensor, y: Tensor) -> Tensor:
     return fit
 
 
-def grad_cam(scene: Scene) -> Tensor:
-    """Captum's LayerGradCam of the logit at the last layer with positions, with ReLU, enlarged bilinearly."""
-    layer = scene.model.model.get_submodule(LAST[scene.name])
-    small: Tensor = LayerGradCam(scene.model.model, layer).attribute(scene.x, scene.target, relu_attributions=True)
-    return _enlarged(small.detach()[0, 0], "bilinear")
-
-
 def _enlarged(small: Tensor, mode: str) -> Tensor:
     options = {} if mode == "nearest" else {"align_corners": False}
     large: Tensor = interpolate(small.float()[None, None], (224, 224), mode=mode, **options)
     return large[0, 0]
 
 
-# Each method with its passes.
-METHODS: dict[str, tuple[Callable[[Scene], Tensor], int]] = {
-    "before": (before, 400),
-    "CausalEffect (default)": (causal_effect, 405),
-    "Grad-CAM": (grad_cam, 3),
-    **{f"CausalEffect, {n} passes": (partial(causal_effect, passes=n), n) for n in BUDGETS},
+BASE, PEER = "before", "Grad-CAM"
+OURS = METHODS["causal-effect"]
+ENTRIES: dict[str, dict[str, Entry]] = {
+    "default": {
+        BASE: Entry(Method("before", before)),
+        "CausalEffect (default)": Entry(OURS, DEFAULT),
+        PEER: Entry(METHODS["grad-cam"]),
+    },
+    "budgets": {
+        **{f"CausalEffect, {n} passes": Entry(OURS, n) for n in BUDGETS},
+        "CausalEffect (default)": Entry(OURS, DEFAULT),
+        PEER: Entry(METHODS["grad-cam"]),
+        **{
+            f"{METHODS[name].name}, {n} passes": Entry(METHODS[name], n)
+            for n in PEER_BUDGETS
+            for name in ("occlusion", "rise", "kernel-shap", "lime")
+        },
+        **{
+            f"CausalEffect without gradient, {n} passes": Entry(Method("without", without_gradient), n)
+            for n in PEER_BUDGETS
+        },
+    },
 }
-BASE = "before"
 
 
 @cache
-def machinery(name: str, engine: str) -> tuple[VisionModel, Engine]:
-    """A network and its engine."""
+def machinery(name: str, engine: str) -> tuple[VisionModel, Engine, Accelerated]:
+    """A network, its engine, and both in one."""
     model = vision_model(name)
-    return model, Engine(model.model, engine)
+    built = Engine(model.model, engine)
+    return model, built, Accelerated(model.model, built.logits).eval()
 
 
 def study(files: list[Path], k: int, name: str, options: argparse.Namespace) -> None:
     """Maps and scores of one photograph, each kept in a file once it is made."""
-    missing = [method for method in METHODS if not stored(files[k], name, method, options).exists()]
+    entries = ENTRIES[options.study]
+    missing = [label for label in entries if not stored(files[k], name, label, options).exists()]
     if not missing:
         return
-    model, engine = machinery(name, options.engine)
+    model, engine, accelerated = machinery(name, options.engine)
     x = prepared(files[k], model)
-    scene = Scene(x, index_of(files[k]), int(engine.logits(x).argmax()), name, model, engine)
-    maps, seconds = [], []
-    for method in missing:
-        start = time.perf_counter()
-        maps.append(METHODS[method][0](scene))
-        seconds.append(time.perf_counter() - start)
-    by = references(files, k, model)
-    scores = insertion_minus_deletion(engine.probabilities, x, torch.stack(maps), scene.target, by)
-    for method, map_, score, taken in zip(missing, maps, scores, seconds, strict=True):
-        place = stored(files[k], name, method, options)
+    target = int(engine.logits(x).argmax())
+    scene = Scene(x, target, model.model, model.normalization, index_of(files[k]), forward=engine.logits)
+    made = []
+    for label in missing:
+        entry = entries[label]
+        own = replace(scene, network=accelerated, forward=None) if entry.method is OURS else scene
+        made.append(explain(entry.method, own, entry.passes))
+    by, maps = references(files, k, model), torch.stack([one.map for one in made])
+    scores = insertion_minus_deletion(engine.probabilities, x, maps, target, by)
+    for label, one, score in zip(missing, made, scores, strict=True):
+        place = stored(files[k], name, label, options)
         place.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(place) as stream:
-            np.savez(stream, allow_pickle=False, scores=score.numpy(), map=map_.numpy(), seconds=np.array(taken))
+            np.savez(
+                stream, allow_pickle=False, scores=score.numpy(), map=one.map.numpy().astype(np.float16),
+                passes=np.array(one.passes), seconds=np.array(one.seconds),
+            )  # fmt: skip
 
 
-def stored(file: Path, name: str, method: str, options: argparse.Namespace) -> Path:
+def stored(file: Path, name: str, label: str, options: argparse.Namespace) -> Path:
     """File with the results of a method on a photograph."""
     cache: Path = options.cache
-    folder: Path = cache / name.replace(" ", "-") / options.engine / "".join(filter(str.isalnum, method))
+    folder: Path = cache / name.replace(" ", "-") / options.engine / "".join(filter(str.isalnum, label))
     return folder / f"{file.stem}.npz"
+
+
+def scored(files: list[Path], name: str, options: argparse.Namespace) -> tuple[Array, Array, Array]:
+    """Of the photographs for which all is there: scores (N, M, R), passes and seconds (N, M)."""
+    labels = list(ENTRIES[options.study])
+    there = [file for file in files if all(stored(file, name, label, options).exists() for label in labels)]
+    kept = [[np.load(stored(file, name, label, options)) for label in labels] for file in there]
+    scores, passes, seconds = (
+        np.array([[one[key] for one in every] for every in kept], dtype=float)
+        for key in ("scores", "passes", "seconds")
+    )
+    return scores, passes, seconds
+
+
+def kinds_of(scores: Array) -> dict[str, Array]:
+    """Means (N, M) over the references that methods fill with, the others, and all."""
+    shared = scores[..., : len(SHARED)].mean(2)
+    return {"shared": shared, "unshared": scores[..., len(SHARED) :].mean(2), "all": scores.mean(2)}
 
 
 def table(files: list[Path], options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """What stands in the cache, as text and data."""
+    labels = list(ENTRIES[options.study])
+    other = "CausalEffect (default)" if options.study == "budgets" else BASE
     rows, data = [], {"steps": STEPS, "engine": options.engine, "of": len(files)}
-    for name in NETWORKS:
-        there = [file for file in files if all(stored(file, name, method, options).exists() for method in METHODS)]
-        if len(there) < 2:
+    for name in options.networks:
+        scores, passes, seconds = scored(files, name, options)
+        if len(scores) < 2:
             continue
-        kept = [[np.load(stored(file, name, method, options)) for method in METHODS] for file in there]
-        # (images, methods, references)
-        scores: Array = np.stack([[one["scores"] for one in every] for every in kept]).astype(float)
-        kinds = {"shared": scores[:, :, : len(SHARED)].mean(2), "unshared": scores[:, :, len(SHARED) :].mean(2)}
-        kinds["all"] = scores.mean(2)
-        base, peer = list(METHODS).index(BASE), list(METHODS).index("Grad-CAM")
-        for m, (method, (_, passes)) in enumerate(METHODS.items()):
-            figures: dict[str, Any] = {"images": len(there), "passes": passes}
-            figures["seconds"] = float(np.median([every[m]["seconds"] for every in kept]))
+        kinds, base, peer = kinds_of(scores), labels.index(other), labels.index(PEER)
+        for m, label in enumerate(labels):
+            figures: dict[str, Any] = {"images": len(scores), "passes": float(np.median(passes[:, m]))}
+            figures["seconds"] = float(np.median(seconds[:, m]))
             cells = []
             for kind, values in kinds.items():
                 gap = values[:, m] - values[:, peer]
@@ -191,23 +232,56 @@ def table(files: list[Path], options: argparse.Namespace) -> tuple[str, dict[str
                 }
                 low, high = figures[kind]["ratio_interval"]
                 cells.append(f"{values[:, m].mean():.3f} | {figures[kind]['ratio']:.2f} ({low:.2f} to {high:.2f})")
-            data[f"{name}: {method}"] = figures
+            data[f"{name}: {label}"] = figures
             rows.append(
-                f"| {name} | {len(there)} | {method} | {passes} | {figures['seconds']:.1f} | {' | '.join(cells)} "
-                f"| {bounds(figures['shared']['minus_grad_cam_interval'])} "
+                f"| {name} | {len(scores)} | {label} | {figures['passes']:g} | {figures['seconds']:.1f} "
+                f"| {' | '.join(cells)} | {bounds(figures['shared']['minus_grad_cam_interval'])} "
                 f"| {bounds(figures['unshared']['minus_grad_cam_interval'])} |"
             )
+        if options.study == "budgets":
+            data[f"{name}: best peers"] = best_peers(labels, kinds)
     head = [
         f"Insertion minus deletion, {STEPS} steps, of the predicted class's probability. Shared: blur, mean,",
-        "black; unshared: next photograph, noise. Ratios to the default of version 0.3 (before), on the same",
-        "photographs, with 95 % bootstrap intervals over photographs; last, intervals of the difference to Grad-CAM.",
-        "Seconds: median, one thread, on a machine that did other work as well.",
+        f"black; unshared: next photograph, noise. Ratios to {other}, on the same photographs,",
+        "with 95 % bootstrap intervals over photographs; last, intervals of the difference to Grad-CAM.",
+        "Passes and seconds: medians; one thread, on a machine that did other work as well.",
         "",
         "| network | photographs | map | passes | s | shared | ratio | unshared | ratio | all | ratio "
         "| minus Grad-CAM, shared | unshared |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    return "\n".join([*head, *rows]), data
+    return "\n".join([*head, *rows, *best_rows(data)]), data
+
+
+def best_peers(labels: list[str], kinds: dict[str, Array]) -> dict[str, Any]:
+    """Ours minus the best peer with as many passes, or fewer, at each budget."""
+    found: dict[str, Any] = {}
+    for passes in (*BUDGETS, DEFAULT):
+        ours = labels.index("CausalEffect (default)" if passes == DEFAULT else f"CausalEffect, {passes} passes")
+        affordable = [PEER, *(label for label in labels if _is_peer(label) and _budget(label) <= passes)]
+        at = [labels.index(label) for label in affordable]
+        for kind, values in kinds.items():
+            best = at[int(values[:, at].mean(0).argmax())]
+            gap = values[:, ours] - values[:, best]
+            found[f"{passes}, {kind}"] = {"best": labels[best], "gap": float(gap.mean()), "interval": interval(gap)}
+    return found
+
+
+def _is_peer(label: str) -> bool:
+    return "passes" in label and not label.startswith("CausalEffect")
+
+
+def _budget(label: str) -> int:
+    return int(label.split(", ")[1].split()[0])
+
+
+def best_rows(data: dict[str, Any]) -> list[str]:
+    """The differences to the best peers, as lines of a table."""
+    lines = ["", "| network | passes, references | best peer of as many passes | ours minus it |", "|---|---|---|---|"]
+    for name in NETWORKS:
+        for key, one in data.get(f"{name}: best peers", {}).items():
+            lines.append(f"| {name} | {key} | {one['best']} | {one['gap']:+.3f} ({bounds(one['interval'])}) |")
+    return lines if len(lines) > 3 else []
 
 
 def main() -> None:
@@ -215,6 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ce-plugin" / "faithfulness-paired"
     parser.add_argument("photographs", choices=("choosing", "reported"))
+    parser.add_argument("study", choices=ENTRIES)
     parser.add_argument("--images", type=int, default=100, help="how many (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no photograph after this time")
     parser.add_argument("--cache", type=Path, default=home, help="folder of results by photograph")
@@ -223,6 +298,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     files = images(multiple_of_ten=options.photographs == "reported")
+    files = files[LEARNING:] if options.photographs == "choosing" else files
     until = time.time() + 60 * options.minutes
     for k in range(min(options.images, len(files))):
         for name in options.networks:
@@ -230,7 +306,7 @@ def main() -> None:
                 study(files, k, name, options)
     text, data = table(files[: options.images], options)
     print(text)
-    write(f"faithfulness_paired_{options.photographs}", text, data, "openvino")
+    write(f"faithfulness_{options.study}_{options.photographs}", text, data, "openvino")
 
 
 if __name__ == "__main__":
