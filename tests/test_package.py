@@ -229,6 +229,7 @@ def test_quick_start_runs_as_written(tmp_path: Path) -> None:
     ("name", "printed"),
     [
         ("nodes", "channels that support 'daisy' most"),
+        ("expected_effects", "channels matter"),
         pytest.param("attack_mediation", "50% of the total effect", marks=pytest.mark.slow),
         pytest.param("under_attack", "before: palace", marks=pytest.mark.slow),
     ],

@@ -270,8 +270,7 @@ class _Worker:
         torch.set_num_threads(threads)
         self.job: _Job = importlib.import_module("ray").get(job)
         if on_gpu:
-            for network in self.job.maker.explainer.forward.modules:
-                network.cuda()
+            self.job.maker.to("cuda")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         plan = [[int(i) for i in ids] for ids in batch["ids"]]

@@ -252,6 +252,16 @@ class RowMaker:
                 "insertion": estimate.insertion_effect is not None,
             }
 
+    def to(self, device: str) -> None:
+        """Move the networks of explainer and evidence."""
+        for thing in (self.explainer.forward.forward_func, self._autoencoder, *self.evidences.values()):
+            for network in modules_of(thing):
+                network.to(device)
+
+    @property
+    def _autoencoder(self) -> object:
+        return getattr(self.explainer, "autoencoder", None)
+
     def configuration(self, data: str) -> dict[str, Any]:
         """What rows depend on, JSON-able; rows were made before.
 
@@ -270,9 +280,7 @@ class RowMaker:
             "classes": self.classes if isinstance(self.classes, str) else list(self.classes),
             "keep_images": self.keep_images,
             "seed": self.explainer.seed,
-            "network": _fingerprint(
-                [self.explainer.forward.forward_func, getattr(self.explainer, "autoencoder", None)]
-            ),
+            "network": _fingerprint([self.explainer.forward.forward_func, self._autoencoder]),
             "values": _fingerprint([self.explainer.intervention, *self.evidences.values()]),
             "data": data,
         }
