@@ -22,6 +22,18 @@ def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 2))
 
+class Own(nn.Module):
+    # A class that no other process can import.
+    def __init__(self):
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, x):
+        return self.inner(x)
+
+def own():
+    return Own()
+
 def one():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 1))
@@ -136,3 +148,13 @@ def test_what_is_wrong_is_said(place: Path, capsys: pytest.CaptureFixture[str]) 
     assert call("show", "nowhere", "--out", "y") == 1
     assert "the folder of a run" in capsys.readouterr().err
     torch.manual_seed(0)
+
+
+@pytest.mark.slow
+def test_workers_of_ray_have_a_network_of_a_file(place: Path) -> None:
+    pytest.importorskip("ray", reason="needs the extra [cluster]")
+    words = ("pets", "--model", "nets.py:own", "--size", "16", "--layer", "inner.1", "--quiet")
+    assert call(*words, "--out", "here") == 0
+    assert call(*words, "--out", "there", "--engine", "ray", "--workers", "2", "--shard-size", "4") == 0
+    one, two = EffectTable("here").expected(), EffectTable("there").expected()
+    assert torch.allclose(one.effect, two.effect, rtol=0, atol=1e-6 * float(one.effect.abs().max()))

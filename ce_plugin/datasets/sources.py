@@ -82,7 +82,7 @@ class FolderImages(ImageSource):
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, classes: bool | None = None) -> None:
-        self.folder = path_of(folder, "data")
+        self.folder = Path(os.path.abspath(path_of(folder, "data")))
         if not os.path.isdir(self.folder):
             raise FileError(expected("data", "an existing folder of pictures", repr(str(self.folder))))
         files = sorted(one for one in self.folder.rglob("*") if one.suffix.lower() in PICTURES and one.is_file())
@@ -132,7 +132,7 @@ class ParquetImages(ImageSource):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        place = path_of(path, "data")
+        place = Path(os.path.abspath(path_of(path, "data")))
         self.files = sorted(place.glob("*.parquet")) if place.is_dir() else [place]
         # Where each row group begins: file, group, first row.
         self.groups: list[tuple[int, int, int]] = []

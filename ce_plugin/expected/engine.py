@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -161,7 +163,7 @@ def run(
     maker = RowMaker(explainer=explainer, given=given, outcomes=outcomes, classes=classes, keep_images=keep_images)
     wanted = _checked_ids(ids, data)
     reader = _Reader(data, strict)
-    folder = path_of(out, "out")
+    folder = Path(os.path.abspath(path_of(out, "out")))  # workers may be elsewhere
     with ExitStack() as stack:
         # Of two runs on one folder the second is refused.
         stack.enter_context(reserved(check_out(folder, force=resume) / "rows", force=resume))
@@ -221,6 +223,8 @@ class _Job:
     def on_cluster(self, plan: list[list[int]], cluster: RayCluster) -> Iterator[tuple[int, list[Unreadable]]]:
         """Have workers of Ray write the shards, each one in one piece."""
         ray, started = _ray(cluster)
+        for module in self._unimportable():
+            ray.cloudpickle.register_pickle_by_value(module)
         try:
             shards = ray.data.from_items([{"ids": ids} for ids in plan], override_num_blocks=max(1, len(plan)))
             # One shard is one task: where a worker dies, Ray gives its shard to another.
@@ -241,6 +245,14 @@ class _Job:
         finally:
             if started:
                 ray.shutdown()
+
+    def _unimportable(self) -> set[ModuleType]:
+        """Modules of the networks' classes that another process would not find, such as one read from a file."""
+        found = {type(part).__module__ for network in self.maker.networks() for part in network.modules()}
+        found.add(type(self.reader.data).__module__)
+        tops = {name: name.partition(".")[0] for name in found}
+        strange = [name for name, top in tops.items() if top != "__main__" and PathFinder.find_spec(top) is None]
+        return {sys.modules[name] for name in strange if name in sys.modules}
 
     def _batches(self, shard: list[int]) -> list[list[int]]:
         return [shard[first : first + self.batch_size] for first in range(0, len(shard), self.batch_size)]

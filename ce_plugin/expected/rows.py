@@ -252,11 +252,15 @@ class RowMaker:
                 "insertion": estimate.insertion_effect is not None,
             }
 
+    def networks(self) -> list[nn.Module]:
+        """The networks of explainer and evidence."""
+        things = (self.explainer.forward.forward_func, self._autoencoder, *self.evidences.values())
+        return [network for thing in things for network in modules_of(thing)]
+
     def to(self, device: str) -> None:
         """Move the networks of explainer and evidence."""
-        for thing in (self.explainer.forward.forward_func, self._autoencoder, *self.evidences.values()):
-            for network in modules_of(thing):
-                network.to(device)
+        for network in self.networks():
+            network.to(device)
 
     @property
     def _autoencoder(self) -> object:
