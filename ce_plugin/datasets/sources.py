@@ -89,7 +89,8 @@ class FolderImages(ImageSource):
         if not files:
             hint = f"Known are {', '.join(sorted(PICTURES))}."
             raise FileError(expected("data", "a folder with pictures", f"{str(self.folder)!r}, without any", hint))
-        self.files = files
+        # As text: a data set of millions goes to every worker.
+        self.files = list(map(str, files))
         inside = [one.relative_to(self.folder) for one in files]
         self.paths = [printable(one.as_posix()) for one in inside]
         deep = [len(one.parts) > 1 for one in inside]
