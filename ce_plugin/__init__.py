@@ -18,7 +18,6 @@ __all__ = [
     "ConceptSite",
     "Estimate",
     "Evidence",
-    "ExpectedCausalEffect",
     "InputSite",
     "LayerCausalEffect",
     "LayerSite",
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
         LayerCausalEffect,
     )
     from ce_plugin.effects import Estimate
-    from ce_plugin.expected import ExpectedCausalEffect
+    from ce_plugin.expected import ExpectedCausalEffect as ExpectedCausalEffect
     from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite
 else:
     # Imported on first use, so that the help of the command line need not wait for torch.
@@ -48,6 +47,7 @@ else:
             "ConceptSite": "ce_plugin.sites",
             "Estimate": "ce_plugin.effects",
             "Evidence": "ce_plugin.sites",
+            # Not in __all__: it needs the extra `data`.
             "ExpectedCausalEffect": "ce_plugin.expected",
             "InputSite": "ce_plugin.sites",
             "LayerCausalEffect": "ce_plugin.attribution",

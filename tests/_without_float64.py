@@ -123,7 +123,7 @@ class Net(nn.Module):
 
 def calls() -> dict[str, Callable[[Any], Any]]:
     """Name of a call -> the call, which is given a function that moves networks and tensors to the device."""
-    from ce_plugin import CausalEffect, CausalEffectMap, CausalMediation, LayerCausalEffect
+    from ce_plugin import CausalEffect, CausalEffectMap, CausalMediation, ExpectedCausalEffect, LayerCausalEffect
     from ce_plugin.concepts import train_autoencoder
     from ce_plugin.designs import Joint, OneAtATime, RandomMask, RandomRegions
     from ce_plugin.detection import CausalEffectDetector, CounterAttack, Signature, Smoothing
@@ -171,6 +171,14 @@ def calls() -> dict[str, Callable[[Any], Any]]:
         (gradient,) = torch.autograd.grad(scores.sum(), leaf)
         return [torch.as_tensor(found.score(to(x))), scores, gradient]
 
+    def over_images(to: Any) -> Any:
+        network = net(to)
+        metric = ExpectedCausalEffect(LayerCausalEffect(network, "second", outcome="log_odds"))
+        metric.to(next(network.parameters()).device)
+        metric.update(to(many), ids=range(90))
+        answer = metric.compute()
+        return [answer.effect, answer.std_error, *answer.confidence_interval()]
+
     outcome = {"outcome": "log_odds"}
     return {
         "the default": lambda to: inferred(CausalEffect(net(to)).estimate(to(x))),
@@ -207,6 +215,7 @@ def calls() -> dict[str, Callable[[Any], Any]]:
             net(to), to(x), to(x), [0, 1], {"zero": to(torch.zeros_like(x))}
         ).score,
         "detector": detector,
+        "over images": over_images,
     }  # fmt: skip
 
 

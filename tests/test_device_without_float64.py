@@ -22,6 +22,7 @@ _CALLS = [
     "the default", "attribute", "significant only", "difference in means", "adjusted", "located", "nodes",
     "nodes at random", "windows", "mean of a reference", "resampling", "effect map", "effect map by activation",
     "pairs", "interactions", "screened pairs", "mediation", "attack", "concepts", "insertion and deletion", "detector",
+    "over images",
 ]  # fmt: skip
 
 

@@ -229,6 +229,7 @@ def test_quick_start_runs_as_written(tmp_path: Path) -> None:
     ("name", "printed"),
     [
         ("nodes", "channels that support 'daisy' most"),
+        ("expected_effects", "channels matter"),
         pytest.param("attack_mediation", "50% of the total effect", marks=pytest.mark.slow),
         pytest.param("under_attack", "before: palace", marks=pytest.mark.slow),
     ],
@@ -263,7 +264,7 @@ def test_command_line_page_knows_every_option() -> None:
 
     root = typer.main.get_command(app)
     shown = [option for command in below(root) for option in command.params if not getattr(option, "hidden", False)]
-    options = {name for option in shown for name in option.opts if name.startswith("--")}
+    options = {name for option in shown for name in (*option.opts, *option.secondary_opts) if name.startswith("--")}
     page = (ROOT / "docs" / "command-line.md").read_text()
     assert {"--out", "--force"} <= options
     assert {option for option in options if f"`{option}" not in page and f" {option}`" not in page} == set()

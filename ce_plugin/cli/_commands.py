@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from ce_plugin._version import __version__
 from ce_plugin.errors import CEPluginError
@@ -120,6 +120,14 @@ def low_and_high(text: str) -> ValueRange:
     if len(values) != 2 or not values[0] < values[1]:
         raise typer.BadParameter(f"{text} is not LOW,HIGH: write 0,255, for example")
     return ValueRange(*values)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Words separated by commas, each once."""
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not found or len(set(found)) < len(found):
+        raise typer.BadParameter(f"{text!r} is not a list of different words with commas between them")
+    return found
 
 
 def one_of(*names: str) -> dict[str, Any]:
@@ -630,7 +638,139 @@ class EvaluateOptions(NetworkOptions):
         self.attacks = self.attacks or list(ATTACKS)
 
 
+@dataclass(kw_only=True)
+class ExpectedOptions(NetworkOptions):
+    r"""Effects of every image of a data set: a table that answers questions without the network.
+
+    DATA is a folder of pictures (subfolders are classes), a Parquet file or a folder of them, torchvision:NAME:SPLIT
+    (torchvision:CIFAR10:test), or MODULE:FUNCTION that returns a data set.
+
+    examples:
+      ce-plugin expected photos --layer features.28 --model torchvision:vgg16 \
+          --given clean,pwm,fgsm --out vgg
+      ce-plugin expected torchvision:FashionMNIST:test --root data \
+          --model my_networks:fashion --size 28 --layer conv2 --classes all
+      ce-plugin expected val.parquet --out run --engine ray --workers 4
+      ce-plugin expected val.parquet --out run --resume
+      ce-plugin expected show vgg --correct
+
+    In the folder: manifest.json and rows/, Parquet files with one row an image and
+    evidence, which pandas.read_parquet reads too. A run that was interrupted, or killed,
+    goes on with the same options and --resume. Pictures that cannot be read are left
+    out, and listed in skipped.csv.
+    """
+
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Folder, Parquet, torchvision:NAME or MODULE:FUNCTION.")]
+    root: Annotated[Path, _experiment("DIR", "Where torchvision keeps its data sets.")] = Path("data")
+    labels: Annotated[
+        bool, _experiment("", "Subfolders are classes.", "--labels/--no-labels", shown="where all pictures lie in one")
+    ] = True
+    layer: Layer = None
+    input: Annotated[bool, _experiment("", "Patches of the input instead of channels of a layer.", "--input")] = False
+    given: Annotated[
+        Any,
+        _experiment(
+            "EVIDENCE,...",
+            "Under each of: clean; pwm (random patches set to black); fgsm, bim, pgd, jsma.",
+            parser=names,
+            shown="clean",
+        ),
+    ] = None
+    eps: Eps = 8 / 255
+    mask_share: Annotated[float, _experiment("P", "Share of patches that pwm masks.", parser=open_share)] = 0.1
+    outcome: Annotated[
+        Any,
+        _experiment(
+            "OUTCOME,...",
+            "What is measured, all in one run: log_odds, probability, logit, margin, sigmoid, prediction_weighted.",
+            parser=names,
+            shown="log_odds,probability,prediction_weighted; sigmoid,logit for one output",
+        ),
+    ] = None
+    classes: Annotated[
+        Any,
+        _experiment(
+            "CLASSES",
+            "Whose effects are stored: explained (each picture's own answer), all, or names or indices with commas.",
+            parser=names,
+            shown="explained",
+        ),
+    ] = None
+    limit: Limit = None
+    batch_size: Annotated[int, _run("N", "Pictures that are estimated together.", parser=count)] = 32
+    shard_size: Annotated[int, _run("N", "Pictures of a file.", parser=count)] = 512
+    loaders: Annotated[int, _run("N", "Processes that read pictures ahead.")] = 0
+    engine: Annotated[Literal["local", "ray"], _run("ENGINE", "local: this process; ray: workers of Ray Data.")] = (
+        "local"
+    )
+    workers: Annotated[int, _run("N", "Workers of Ray.", parser=count)] = 2
+    address: Annotated[
+        str | None, _run("ADDRESS", "Of a running Ray cluster, or auto.", shown="one on this machine")
+    ] = None
+    images: Annotated[
+        bool, _run("", "Keep the attacked pictures with their rows.", "--images/--no-images", shown="images")
+    ] = True
+    strict: Annotated[bool, _run("", "Stop at the first picture that cannot be read.", "--strict")] = False
+    resume: Annotated[bool, _run("", "Go on with a run of the same options.", "--resume")] = False
+    trials: Annotated[int, _run("N", "Trials per picture, with --input.", parser=count)] = 400
+    seed: Seed = 0
+    out: Out = Path("ce-plugin-expected")
+    force: Force = False
+    quiet: Quiet = False
+
+    def __post_init__(self) -> None:
+        if self.input and self.layer is not None:
+            raise typer.BadParameter("--layer is not allowed with --input")
+
+
+@dataclass(kw_only=True)
+class ExpectedShowOptions:
+    r"""Answer from the table of a run: expected effects with intervals, on the terminal and on a page.
+
+    examples:
+      ce-plugin expected show vgg
+      ce-plugin expected show vgg --outcome probability --correct --top 40
+      ce-plugin expected show fashion --target 3 --label 3 --reading B
+
+    In the folder: expected.html (a page), expected.csv (a row for each evidence,
+    unit, class and outcome), manifest.json. The pictures are the sample: intervals are for
+    more pictures of their kind. Units that differ from zero are told at a false
+    discovery rate over all units.
+    """
+
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of ce-plugin expected.")]
+    outcome: Annotated[str | None, _experiment("OUTCOME", "Which outcome.", shown="all")] = None
+    target: Annotated[
+        str, _experiment("CLASS", "explained (each picture's own answer), all, or the index of a class.")
+    ] = "explained"
+    correct: Annotated[bool, _experiment("", "Only pictures that are answered correctly.", "--correct")] = False
+    label: Annotated[int | None, _experiment("CLASS", "Only pictures of this class (index).")] = None
+    answer: Annotated[int | None, _experiment("CLASS", "Only pictures that are answered so (index).")] = None
+    reading: Annotated[
+        Literal["A", "B"],
+        _experiment(
+            "READING",
+            "A: effect of a unit given the evidence. B: effect of the evidence given that the unit is set.",
+        ),
+    ] = "A"
+    level: Annotated[float, _experiment("SHARE", "Of the intervals.", parser=open_share)] = 0.95
+    fdr: Annotated[float, _experiment("RATE", "False discovery rate over the units.", parser=open_share)] = 0.05
+    top: Annotated[int, _experiment("N", "Units in the tables and plots.", parser=count)] = 20
+    out: Annotated[Path, _run("DIR", "Folder of the page.")] = Path("ce-plugin-expected-report")
+    force: Force = False
+    quiet: Quiet = False
+
+
 # --- the commands
+
+
+class _RunUnlessNamed(TyperGroup):
+    """``expected DATA`` is ``expected run DATA``, where DATA is no command of the group."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help", "-h"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
 
 
 class _SeveralValues(TyperCommand):
@@ -672,7 +812,8 @@ def _command(group: typer.Typer, name: str, options: type[Any], runner: str) -> 
                 warnings.showwarning = _show_warning
                 run = getattr(importlib.import_module(f"ce_plugin.cli.{module}"), function)
                 reserved = importlib.import_module("ce_plugin.files").reserved
-                with reserved(given.out, folder=hints["out"] is Out, force=given.force):
+                replaced = given.force or (options is ExpectedOptions and given.resume)
+                with reserved(given.out, folder=hints["out"] is not OutFile, force=replaced):
                     unreadable = run(given, context.obj)
         except CEPluginError as error:
             sys.stderr.write(f"ce-plugin: error: {error}\n")
@@ -729,6 +870,8 @@ def _root(
       ce-plugin concepts show concepts.pt --images photographs
       ce-plugin detect fit photographs --out detector.ce
       ce-plugin detect score inbox --detector detector.ce
+      ce-plugin expected photographs --layer _bn1 --given clean,fgsm
+      ce-plugin expected show ce-plugin-expected
       ce-plugin explain --help      all options of a command
 
     exit codes:
@@ -744,6 +887,7 @@ app = typer.Typer(
     callback=_root, help=_text, epilog=_epilog, context_settings=_settings, pretty_exceptions_enable=False
 )
 _concepts = typer.Typer(help="A few concepts in place of a layer's many channels: train them, and look at them.")
+_expected = typer.Typer(cls=_RunUnlessNamed, help="Effects over a data set: a table of all images, and its answers.")
 _detect = typer.Typer(help="Tell attacked pictures from clean ones, and say why.")
 
 _command(app, "demo", DemoOptions, "_explain:demo")
@@ -755,6 +899,9 @@ _command(_concepts, "show", ShowOptions, "_concepts:show")
 _command(_detect, "fit", FitOptions, "_detect:fit")
 _command(_detect, "score", ScoreOptions, "_detect:score")
 _command(_detect, "evaluate", EvaluateOptions, "_detect:evaluate")
+_command(_expected, "run", ExpectedOptions, "_expected:run")
+_command(_expected, "show", ExpectedShowOptions, "_expected:show")
+app.add_typer(_expected, name="expected")
 app.add_typer(_concepts, name="concepts")
 app.add_typer(_detect, name="detect")
 

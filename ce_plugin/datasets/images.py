@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import warnings
@@ -62,15 +63,36 @@ def read_image(path: FilePath) -> Tensor:
         raise FileError(
             expected("image", "a picture file", f"the folder {str(file)!r}", f"Name its files: {file / '*.jpg'}")
         )
-    pixels: Tensor = transform.pil_to_tensor(_decode(existing_file(file, "image")))
+    found = existing_file(file, "image")
+    pixels: Tensor = transform.pil_to_tensor(_decode(found, found))
     return pixels
 
 
-def _decode(file: Path) -> Image:
+def decode_image(content: bytes, name: str) -> Tensor:
+    """One image from the bytes of its file; as :func:`read_image`.
+
+    Args:
+        content: of the file.
+        name: for messages.
+    """
+    from torchvision.transforms.v2 import functional as transform
+
+    pixels: Tensor = transform.pil_to_tensor(_decode(io.BytesIO(content), Path(name)))
+    return pixels
+
+
+def to_eight_bits(picture: Image, name: str) -> Image:
+    """One of Pillow's images as 8-bit RGB; as :func:`read_image`."""
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        return _to_eight_bits(picture, Path(name), sixteen=picture.mode.startswith("I;16"))
+    return _to_rgb(picture, Path(name))
+
+
+def _decode(source: Path | io.BytesIO, file: Path) -> Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(file) as opened:
+        with Image.open(source) as opened:
             # Above the limit for which Pillow warns, it is an error here. The warning stays, because filters
             # of warnings are those of all threads; where they make it an exception, that is the same error.
             limit = Image.MAX_IMAGE_PIXELS

@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-from ce_plugin.errors import expected
+from typing import TYPE_CHECKING
 
-try:
-    import pyarrow  # noqa: F401
-    import torchmetrics  # noqa: F401
-except ImportError as error:
-    hint = "Install them: pip install 'ce-plugin[data]'"
-    raise ModuleNotFoundError(
-        expected("ce_plugin.expected", "imported with pyarrow and torchmetrics", error, hint)
-    ) from error
-
-from ce_plugin.expected.answer import ExpectedEstimate
-from ce_plugin.expected.engine import RayCluster, run
-from ce_plugin.expected.metric import ExpectedCausalEffect
-from ce_plugin.expected.rows import RowMaker, Sample
-from ce_plugin.expected.table import EffectTable, Subset
+from ce_plugin._lazy import lazy_names
 
 __all__ = [
     "EffectTable",
@@ -29,3 +16,25 @@ __all__ = [
     "Subset",
     "run",
 ]
+
+if TYPE_CHECKING:
+    from ce_plugin.expected.answer import ExpectedEstimate
+    from ce_plugin.expected.engine import RayCluster, run
+    from ce_plugin.expected.metric import ExpectedCausalEffect
+    from ce_plugin.expected.rows import RowMaker, Sample
+    from ce_plugin.expected.table import EffectTable, Subset
+else:
+    # Imported on first use: torchmetrics, which takes seconds, is needed by one of them.
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "EffectTable": "ce_plugin.expected.table",
+            "ExpectedCausalEffect": "ce_plugin.expected.metric",
+            "ExpectedEstimate": "ce_plugin.expected.answer",
+            "RayCluster": "ce_plugin.expected.engine",
+            "RowMaker": "ce_plugin.expected.rows",
+            "Sample": "ce_plugin.expected.rows",
+            "Subset": "ce_plugin.expected.table",
+            "run": "ce_plugin.expected.engine",
+        },
+    )

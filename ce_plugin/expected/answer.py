@@ -70,10 +70,18 @@ class ExpectedEstimate(Estimate):
     @property
     def reference_error(self) -> Tensor | None:
         """Standard error of :attr:`reference` over the images, (E, C); None for a single image."""
-        if self.covariance is None or self.n_images < 2:
+        return self._error_of(self.effect.shape[1])
+
+    @property
+    def insertion_error(self) -> Tensor | None:
+        """Standard error of the insertion effect over the images, (E, C); None where there is none."""
+        return None if self.insertion_effect is None else self._error_of(self.effect.shape[1] + 1)
+
+    def _error_of(self, series: int) -> Tensor | None:
+        if self.covariance is None or self.n_images < 2 or series >= self.covariance.shape[2]:
             return None
         diagonal = self.covariance.diagonal(dim1=0, dim2=1)  # (S, C, E)
-        return diagonal[self.effect.shape[1]].T.sqrt()
+        return diagonal[series].T.clamp(min=0).sqrt()
 
     def difference(self, a: str, b: str) -> ExpectedEstimate:
         """Effect under one evidence minus that under another, paired on the same images.

@@ -8,10 +8,13 @@ import itertools
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -20,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ce_plugin import errors
 from ce_plugin.attribution._explainer import Explainer
 from ce_plugin.errors import (
     ArgumentError,
@@ -29,10 +33,9 @@ from ce_plugin.errors import (
     check_integer,
     expected,
 )
-from ce_plugin.expected.metric import Evidences
-from ce_plugin.expected.rows import Classes, Named, RowMaker, Sample
-from ce_plugin.expected.table import EffectTable, write_shard
-from ce_plugin.files import path_of, printable, reserved
+from ce_plugin.expected.rows import Classes, Evidences, Named, RowMaker, Sample
+from ce_plugin.expected.table import EffectTable, check_pyarrow, write_shard
+from ce_plugin.files import check_out, path_of, printable, reserved
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -156,13 +159,14 @@ def run(
     """
     for name, value, least in (("batch_size", batch_size, 1), ("shard_size", shard_size, 1), ("loaders", loaders, 0)):
         check_integer(name, value, least=least)
+    check_pyarrow()
     maker = RowMaker(explainer=explainer, given=given, outcomes=outcomes, classes=classes, keep_images=keep_images)
     wanted = _checked_ids(ids, data)
     reader = _Reader(data, strict)
-    folder = path_of(out, "out")
+    folder = Path(os.path.abspath(path_of(out, "out")))  # workers may be elsewhere
     with ExitStack() as stack:
         # Of two runs on one folder the second is refused.
-        stack.enter_context(reserved(folder, force=True) if resume else reserved(folder))
+        stack.enter_context(reserved(check_out(folder, force=resume) / "rows", force=resume))
         # One image says what the table holds; before any other is read.
         maker.rows([_first(reader, wanted)], wanted[:1])
         table = EffectTable.created(folder, maker.configuration(_fingerprint(data)), maker.about)
@@ -219,6 +223,8 @@ class _Job:
     def on_cluster(self, plan: list[list[int]], cluster: RayCluster) -> Iterator[tuple[int, list[Unreadable]]]:
         """Have workers of Ray write the shards, each one in one piece."""
         ray, started = _ray(cluster)
+        for module in self._unimportable():
+            ray.cloudpickle.register_pickle_by_value(module)
         try:
             shards = ray.data.from_items([{"ids": ids} for ids in plan], override_num_blocks=max(1, len(plan)))
             # One shard is one task: where a worker dies, Ray gives its shard to another.
@@ -232,19 +238,21 @@ class _Job:
                 num_gpus=cluster.num_gpus,
             )
             for row in written.iter_rows():
-                ids, reasons = json.loads(row["lost"])
-                yield int(row["done"]), [Unreadable(*pair) for pair in zip(ids, reasons, strict=True)]
-        except ray.exceptions.RayError as error:
-            # An error of ours comes wrapped in one of Ray's.
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, CEPluginError):
-                cause = cause.cause if isinstance(cause, ray.exceptions.RayTaskError) else cause.__cause__
-            if cause is None:
-                raise
-            raise cause from error
+                said = json.loads(row["said"])
+                if "error" in said:
+                    raise getattr(errors, said["error"])(said["message"])
+                yield said["done"], [Unreadable(*one) for one in said["unreadable"]]
         finally:
             if started:
                 ray.shutdown()
+
+    def _unimportable(self) -> set[ModuleType]:
+        """Modules of the networks' classes that another process would not find, such as one read from a file."""
+        found = {type(part).__module__ for network in self.maker.networks() for part in network.modules()}
+        found.add(type(self.reader.data).__module__)
+        tops = {name: name.partition(".")[0] for name in found}
+        strange = [name for name, top in tops.items() if top != "__main__" and PathFinder.find_spec(top) is None]
+        return {sys.modules[name] for name in strange if name in sys.modules}
 
     def _batches(self, shard: list[int]) -> list[list[int]]:
         return [shard[first : first + self.batch_size] for first in range(0, len(shard), self.batch_size)]
@@ -274,15 +282,24 @@ class _Worker:
         torch.set_num_threads(threads)
         self.job: _Job = importlib.import_module("ray").get(job)
         if on_gpu:
-            for network in self.job.maker.explainer.forward.modules:
-                network.cuda()
+            self.job.maker.to("cuda")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         plan = [[int(i) for i in ids] for ids in batch["ids"]]
-        found = list(self.job.local(plan))
-        lost = [one for _, unreadable in found for one in unreadable]
-        said = json.dumps([[one.id for one in lost], [one.reason for one in lost]])
-        return {"done": np.array([sum(done for done, _ in found)]), "lost": np.array([said])}
+        said: dict[str, Any]
+        try:
+            found = list(self.job.local(plan))
+            unreadable = [one for _, several in found for one in several]
+            said = {"done": sum(done for done, _ in found), "unreadable": unreadable}
+        except CEPluginError as error:
+            # Said, not raised: Ray would wrap it, and only its text would arrive.
+            said = {"error": _public(error), "message": str(error)}
+        return {"said": np.array([json.dumps(said)])}
+
+
+def _public(error: CEPluginError) -> str:
+    """The name of the public class of an error."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in errors.__all__)
 
 
 def _ray(cluster: RayCluster) -> tuple[Any, bool]:
@@ -302,7 +319,12 @@ def _ray(cluster: RayCluster) -> tuple[Any, bool]:
         # Beside the workers' own, a CPU each for the driver's reading tasks: otherwise they would wait for ever.
         needed = cluster.workers * cluster.num_cpus + 2
         cpus = max(needed, os.cpu_count() or 1)
-        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        # What this process can import, the data set's module for one, the workers can.
+        environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}}
+        ray.init(
+            num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+            runtime_env=environment,
+        )  # fmt: skip
     elif started:
         ray.init(address=cluster.address)
     context = ray.data.DataContext.get_current()

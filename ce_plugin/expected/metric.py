@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torchmetrics import Metric
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from ce_plugin.attribution._estimation import Target
-from ce_plugin.attribution._experiment import Given, Ids
-from ce_plugin.attribution._explainer import Explainer, as_ids
+from ce_plugin.attribution._experiment import Ids
+from ce_plugin.attribution._explainer import Explainer
 from ce_plugin.effects import Estimate
-from ce_plugin.errors import ArgumentError, InputError, ModelError, NoChangeWarning, expected
+from ce_plugin.errors import InputError, expected
 from ce_plugin.expected.answer import ExpectedEstimate, answered
 from ce_plugin.expected.moments import Moments, merged, moments_of, packed, unpacked
+from ce_plugin.expected.rows import Evidences, checked_ids, estimated, named_evidences, series_extras, series_of
 from ce_plugin.networks.forward import widest
 
-Evidences: TypeAlias = "Given | Mapping[str, Given]"
+try:
+    from torchmetrics import Metric
+    from torchmetrics.utilities.distributed import gather_all_tensors
+except ImportError as missing:
+    hint = "Install it: pip install 'ce-plugin[data]'"
+    wanted = expected("ExpectedCausalEffect", "imported with torchmetrics installed", missing, hint)
+    raise ModuleNotFoundError(wanted) from missing
 
 
 class ExpectedCausalEffect(Metric):
@@ -177,76 +181,6 @@ class _Box:
 
     def __init__(self, value: Any) -> None:
         self.value = value
-
-
-def named_evidences(explainer: object, given: Evidences) -> dict[str, Given]:
-    """Evidence by name; a single one is called "clean" where it is None, else "given".
-
-    Raises:
-        ArgumentError: no explainer, or no evidence.
-    """
-    if not isinstance(explainer, Explainer):
-        wanted, hint = "an explainer such as LayerCausalEffect(model, layer)", "Pass the explainer, not the network."
-        raise ArgumentError(expected("explainer", wanted, type(explainer).__name__, hint))
-    if not isinstance(given, Mapping):
-        return {"clean" if given is None else "given": given}
-    if not given or not all(isinstance(name, str) and name for name in given):
-        hint = 'Write {"clean": None, "FGSM": Adversarial.fgsm(model)}.'
-        raise ArgumentError(expected("given", "evidence by name, one or more", repr(given), hint))
-    return dict(given)
-
-
-def checked_ids(ids: Ids, n: int) -> tuple[int, ...]:
-    """One id for each image, each once.
-
-    Raises:
-        InputError: there are none, too few or too many, or one comes twice.
-    """
-    if ids is None:
-        hint = "Pass the images' indices in the data set: what is random is drawn from them."
-        raise InputError(expected("ids", "one integer per image", None, hint))
-    names = as_ids(ids, n)
-    if len(set(names)) < n:
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(expected("ids", "each image once", f"{twice} several times"))
-    return names
-
-
-def estimated(explainer: Explainer, x: Any, **options: Any) -> Estimate:
-    """The estimate of a model with one head.
-
-    That nothing changes in some images is no reason for a warning; :func:`answered` warns where it is so in all.
-
-    Raises:
-        ModelError: there are several heads.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NoChangeWarning)
-        estimate = explainer.estimate(x, **options)
-    if isinstance(estimate, dict):
-        hint = "Name one with `output=` in the explainer."
-        raise ModelError(expected("explainer", "one of a model with one output head", sorted(estimate), hint))
-    found: Estimate = estimate
-    return found
-
-
-def series_extras(estimate: Estimate) -> int:
-    """How many series beside the units an estimate has."""
-    return 1 if estimate.insertion_effect is None else 2
-
-
-def series_of(estimate: Estimate) -> Tensor:
-    """Effects, then the outcome of the reference, then the insertion effect where there is one: (N, S, C).
-
-    Raises:
-        InputError: images with other units than the first.
-    """
-    labels = estimate.unit_labels
-    if bool((estimate.n_units != estimate.effect.shape[1]).any()) or (labels and isinstance(labels[0], list)):
-        hint = "Without `feature_mask` all images have the same grid."
-        raise InputError(expected("x", "images with the same units", "units that differ", hint))
-    extras = [estimate.reference] + ([] if estimate.insertion_effect is None else [estimate.insertion_effect])
-    return torch.cat([estimate.effect, torch.stack(extras, 1)], 1)
 
 
 def about(estimate: Estimate, target: Target = None) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -12,13 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ce_plugin.attribution._experiment import Given
-from ce_plugin.attribution._explainer import Explainer, as_evidences
+from ce_plugin.attribution._experiment import Given, Ids
+from ce_plugin.attribution._explainer import Explainer, as_evidences, as_ids
 from ce_plugin.effects import Estimate, Outcome, resolve_outcome
 from ce_plugin.effects.outcomes import OutcomeFunction, check_outcome
-from ce_plugin.errors import ArgumentError, InputError, OutcomeError, TargetError, check_integer, expected
+from ce_plugin.errors import (
+    ArgumentError,
+    InputError,
+    ModelError,
+    NoChangeWarning,
+    OutcomeError,
+    TargetError,
+    check_integer,
+    expected,
+)
 from ce_plugin.expected.answer import EXPLAINED
-from ce_plugin.expected.metric import Evidences, checked_ids, estimated, named_evidences, series_of
 from ce_plugin.interventions import Adversarial
 from ce_plugin.networks.forward import is_art_classifier
 from ce_plugin.networks.guard import modules_of, state_guard
@@ -27,6 +36,7 @@ from ce_plugin.networks.layers import fingerprint
 if TYPE_CHECKING:
     import pyarrow as pa
 
+Evidences: TypeAlias = "Given | Mapping[str, Given]"
 Classes: TypeAlias = "Literal['explained', 'all'] | Sequence[int]"
 Named: TypeAlias = "str | Outcome | OutcomeFunction | None"
 
@@ -242,6 +252,20 @@ class RowMaker:
                 "insertion": estimate.insertion_effect is not None,
             }
 
+    def networks(self) -> list[nn.Module]:
+        """The networks of explainer and evidence."""
+        things = (self.explainer.forward.forward_func, self._autoencoder, *self.evidences.values())
+        return [network for thing in things for network in modules_of(thing)]
+
+    def to(self, device: str) -> None:
+        """Move the networks of explainer and evidence."""
+        for network in self.networks():
+            network.to(device)
+
+    @property
+    def _autoencoder(self) -> object:
+        return getattr(self.explainer, "autoencoder", None)
+
     def configuration(self, data: str) -> dict[str, Any]:
         """What rows depend on, JSON-able; rows were made before.
 
@@ -260,12 +284,80 @@ class RowMaker:
             "classes": self.classes if isinstance(self.classes, str) else list(self.classes),
             "keep_images": self.keep_images,
             "seed": self.explainer.seed,
-            "network": _fingerprint(
-                [self.explainer.forward.forward_func, getattr(self.explainer, "autoencoder", None)]
-            ),
+            "network": _fingerprint([self.explainer.forward.forward_func, self._autoencoder]),
             "values": _fingerprint([self.explainer.intervention, *self.evidences.values()]),
             "data": data,
         }
+
+
+def named_evidences(explainer: object, given: Evidences) -> dict[str, Given]:
+    """Evidence by name; a single one is called "clean" where it is None, else "given".
+
+    Raises:
+        ArgumentError: no explainer, or no evidence.
+    """
+    if not isinstance(explainer, Explainer):
+        wanted, hint = "an explainer such as LayerCausalEffect(model, layer)", "Pass the explainer, not the network."
+        raise ArgumentError(expected("explainer", wanted, type(explainer).__name__, hint))
+    if not isinstance(given, Mapping):
+        return {"clean" if given is None else "given": given}
+    if not given or not all(isinstance(name, str) and name for name in given):
+        hint = 'Write {"clean": None, "FGSM": Adversarial.fgsm(model)}.'
+        raise ArgumentError(expected("given", "evidence by name, one or more", repr(given), hint))
+    return dict(given)
+
+
+def checked_ids(ids: Ids, n: int) -> tuple[int, ...]:
+    """One id for each image, each once.
+
+    Raises:
+        InputError: there are none, too few or too many, or one comes twice.
+    """
+    if ids is None:
+        hint = "Pass the images' indices in the data set: what is random is drawn from them."
+        raise InputError(expected("ids", "one integer per image", None, hint))
+    names = as_ids(ids, n)
+    if len(set(names)) < n:
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(expected("ids", "each image once", f"{twice} several times"))
+    return names
+
+
+def estimated(explainer: Explainer, x: Any, **options: Any) -> Estimate:
+    """The estimate of a model with one head.
+
+    That nothing changes in some images is no reason for a warning; :func:`answered` warns where it is so in all.
+
+    Raises:
+        ModelError: there are several heads.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoChangeWarning)
+        estimate = explainer.estimate(x, **options)
+    if isinstance(estimate, dict):
+        hint = "Name one with `output=` in the explainer."
+        raise ModelError(expected("explainer", "one of a model with one output head", sorted(estimate), hint))
+    found: Estimate = estimate
+    return found
+
+
+def series_extras(estimate: Estimate) -> int:
+    """How many series beside the units an estimate has."""
+    return 1 if estimate.insertion_effect is None else 2
+
+
+def series_of(estimate: Estimate) -> Tensor:
+    """Effects, then the outcome of the reference, then the insertion effect where there is one: (N, S, C).
+
+    Raises:
+        InputError: images with other units than the first.
+    """
+    labels = estimate.unit_labels
+    if bool((estimate.n_units != estimate.effect.shape[1]).any()) or (labels and isinstance(labels[0], list)):
+        hint = "Without `feature_mask` all images have the same grid."
+        raise InputError(expected("x", "images with the same units", "units that differ", hint))
+    extras = [estimate.reference] + ([] if estimate.insertion_effect is None else [estimate.insertion_effect])
+    return torch.cat([estimate.effect, torch.stack(extras, 1)], 1)
 
 
 def resolved_outcomes(own: Outcome, outcomes: Sequence[Named] | None) -> list[Outcome]:

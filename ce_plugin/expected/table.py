@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -121,6 +122,7 @@ class EffectTable:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
+        check_pyarrow()
         self.folder = path_of(folder, "folder")
         content = _manifest(self.folder)
         self.configuration: dict[str, Any] = content["configuration"]
@@ -418,6 +420,17 @@ class _Asked:
     labels: list[int | str]
     extras: int
     explained: np.ndarray[Any, Any]
+
+
+def check_pyarrow() -> None:
+    """That pyarrow is installed.
+
+    Raises:
+        ArgumentError: it is not.
+    """
+    if importlib.util.find_spec("pyarrow") is None:
+        hint = "Install it: pip install 'ce-plugin[data]'"
+        raise ArgumentError(expected("ce_plugin.expected", "used with pyarrow installed", "none", hint))
 
 
 def write_shard(folder: Path, configuration: dict[str, Any], table: pa.Table, ids: Sequence[int]) -> Path:

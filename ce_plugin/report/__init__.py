@@ -18,6 +18,7 @@ from ce_plugin.report.evaluation import (
     save_evaluation,
     try_detector,
 )
+from ce_plugin.report.expected import ExpectedStudy, save_expected
 from ce_plugin.report.layer import carried_by, carried_record
 from ce_plugin.report.page import render, save_report, study
 from ce_plugin.report.photograph import (
@@ -58,6 +59,7 @@ __all__ = [
     "DetectorAttack",
     "DetectorTrial",
     "Example",
+    "ExpectedStudy",
     "LayerCase",
     "LayerStudy",
     "Plan",
@@ -81,6 +83,7 @@ __all__ = [
     "saliency",
     "save_concepts",
     "save_evaluation",
+    "save_expected",
     "save_report",
     "save_screening",
     "screen",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,6 +134,30 @@ def test_processes_are_synchronised_also_idle_ones() -> None:
         assert torch.equal(metric.moments, local)  # its own again afterwards
 
 
+def of_one_process(rank: int, folder: str) -> None:
+    """One of three processes: the first sees no image."""
+    torch.set_num_threads(1)
+    file = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=file, rank=rank, world_size=3)
+    metric = ExpectedCausalEffect(explainer(), given=HALF)
+    own = list(range(60))[rank::3]
+    own = [i for i in own if i < 20] if rank else []
+    if own:
+        metric.update(inputs(60)[own], ids=own)
+    torch.save(metric.compute().effect, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_real_processes_are_synchronised(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(of_one_process, (str(tmp_path),), nprocs=3)
+    ids = [i for i in range(20) if i % 3]
+    metric = ExpectedCausalEffect(explainer(), given=HALF)
+    metric.update(inputs(60)[ids], ids=ids)
+    for rank in range(3):
+        assert torch.allclose(torch.load(tmp_path / f"{rank}.pt"), metric.compute().effect, atol=1e-7)
+
+
 def test_a_device_without_float64_leaves_the_state_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     metric = seen(4)
     monkeypatch.setattr(module, "widest", lambda device: torch.float32)
@@ -180,7 +205,7 @@ def test_a_target_gives_one_class() -> None:
     assert torch.allclose(answer.effect[0, :, 0], logit_effects(network(), inputs(9)).mean(0)[:, 2], atol=1e-6)
 
 
-def test_the_answer_is_saved_shown_and_picked(tmp_path: object) -> None:
+def test_the_answer_is_saved_shown_and_picked(tmp_path: Path) -> None:
     answer = seen(10, given=HALF).compute()
     file = answer.save(f"{tmp_path}/answer")
     assert ExpectedEstimate.load(file).equals(answer)

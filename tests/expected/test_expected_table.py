@@ -185,6 +185,8 @@ def test_the_autoencoder_s_insertion_is_split_off(tmp_path: Path) -> None:
     answer = run(made, data, tmp_path / "run").expected("log_odds")
     x = torch.stack([one.image for one in data])
     single = made.estimate(x, target=net(x).argmax(1))
+    assert answer.insertion_error is not None
+    assert torch.allclose(answer.insertion_error[0, 0], single.insertion_effect.double().std() / 5**0.5, atol=1e-5)
     assert answer.effect.shape == (1, 2, 1)
     assert torch.allclose(answer.insertion_effect[0, 0], single.insertion_effect.mean().double(), atol=1e-5)  # type: ignore[index]
 
