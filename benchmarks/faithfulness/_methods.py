@@ -48,9 +48,9 @@ TRIED: dict[str, list[dict[str, Any]]] = {
         for side in (32, 48, 64, 72, 88, 104)
         for fill in ("zero", "mean", "blur")
     ],
-    "rise": [{"cells": cells, "baseline": fill} for cells in (5, 7, 10) for fill in ("zero", "mean")],
-    "kernel-shap": [{"cells": cells, "baseline": fill} for cells in (5, 7, 10) for fill in ("zero", "mean")],
-    "lime": [{"cells": cells, "alpha": alpha} for cells in (5, 7, 10) for alpha in (0.1, 1.0)],
+    "rise": [{"cells": cells, "baseline": fill} for cells in (4, 5, 7, 10) for fill in ("zero", "mean")],
+    "kernel-shap": [{"cells": cells, "baseline": fill} for cells in (4, 5, 7, 10) for fill in ("zero", "mean")],
+    "lime": [{"cells": cells, "alpha": alpha} for cells in (4, 5, 7, 10) for alpha in (0.1, 1.0)],
     "grad-cam": [{"output": output} for output in ("logit", "probability")],
     "integrated-gradients": [{"baseline": fill} for fill in ("zero", "mean")],
     "smoothgrad": [{"sigma": sigma} for sigma in (0.1, 0.3, 0.6)],

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from os import PathLike
-from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from ce_plugin.errors import FileError, expected, unknown_name
+from ce_plugin.datasets.mnist import read_idx
 
 FASHION_CLASSES = (
     "T-shirt/top",
@@ -25,7 +20,6 @@ FASHION_CLASSES = (
     "Bag",
     "Ankle boot",
 )
-_SPLITS = {"train": "train", "test": "t10k"}
 
 
 def fashion_mnist(folder: str | PathLike[str], split: str = "train") -> tuple[Tensor, Tensor]:
@@ -55,27 +49,4 @@ def fashion_mnist(folder: str | PathLike[str], split: str = "train") -> tuple[Te
 
     Source: arXiv 1708.07747; the format is that of LeCun's MNIST.
     """
-    if split not in _SPLITS:
-        raise unknown_name("split", split, _SPLITS)
-    stem = _SPLITS[split]
-    images = _idx(Path(folder), f"{stem}-images-idx3-ubyte", 3)
-    labels = _idx(Path(folder), f"{stem}-labels-idx1-ubyte", 1)
-    if len(images) != len(labels):
-        raise FileError(expected("folder", f"one with a label for each of {len(images)} pictures", f"{len(labels)}"))
-    return images[:, None].float() / 255.0, labels.long()
-
-
-def _idx(folder: Path, name: str, dimensions: int) -> Tensor:
-    """The bytes of one file in IDX format: two zeros, type 8, the number of dimensions, their sizes, the values."""
-    packed, plain = folder / f"{name}.gz", folder / name
-    try:
-        content = gzip.decompress(packed.read_bytes()) if packed.is_file() else plain.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        hint = "Fetch it from the data set's own page."
-        raise FileError(expected("folder", f"one with {name}.gz", f"{str(folder)!r} ({error})", hint)) from error
-    header = 4 + 4 * dimensions
-    sizes = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != header + int(np.prod(sizes)):
-        came = f"{len(content)} bytes that begin with {content[:4].hex()}"
-        raise FileError(expected("folder", f"one where {name} is a complete file in IDX format", came))
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(sizes).copy())
+    return read_idx(folder, split)

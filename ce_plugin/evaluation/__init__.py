@@ -1,5 +1,6 @@
 """How good is an explanation (known effects, faithfulness, pointing, stability) or a detector (AUROC, false alarms)?"""
 
+from ce_plugin.evaluation.comparison import MEASURES, Case, Comparison, Measure, box_share, compare
 from ce_plugin.evaluation.detectors import (
     Alarms,
     Figures,
@@ -35,26 +36,35 @@ from ce_plugin.evaluation.planted import (
     mediation_truth,
 )
 from ce_plugin.evaluation.pointing import Mosaics, confidently_classified, grid_pointing_game, mosaics, pointing_share
+from ce_plugin.evaluation.scenes import PlantedCase, PlantedScene, planted_scenes
 from ce_plugin.evaluation.stability import map_stability, rank_correlation
 
 __all__ = [
+    "MEASURES",
     "METHODS",
     "Alarms",
+    "Case",
+    "Comparison",
     "Explanation",
     "FaithfulnessCurves",
     "Figures",
     "Interval",
+    "Measure",
     "Method",
     "Mosaics",
+    "PlantedCase",
     "PlantedInteraction",
     "PlantedMediation",
     "PlantedNetwork",
+    "PlantedScene",
     "Resampled",
     "Scene",
     "area_under_curve",
     "attribution_method",
     "auroc",
     "bootstrapped",
+    "box_share",
+    "compare",
     "confidently_classified",
     "expected_effects",
     "explain",
@@ -66,6 +76,7 @@ __all__ = [
     "mediation_truth",
     "mosaics",
     "pixel_order",
+    "planted_scenes",
     "pointing_share",
     "rank_correlation",
     "reference_images",

@@ -117,6 +117,7 @@ class Method:
         run: from a scene, passes and the method's own settings to a map (H, W), or (1, C, h, w), of which channels are
             added and that is enlarged.
         budget: whether it does as many passes as it is told; the others know how many they need.
+        fixed: whether it explains one network, whichever the scene's is.
 
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).eval()
@@ -127,6 +128,7 @@ class Method:
     name: str
     run: Callable[..., Tensor]
     budget: bool = False
+    fixed: bool = False
 
     def __call__(self, scene: Scene, passes: int = PASSES, **settings: Any) -> Tensor:
         """The map (H, W) of the scene, float32, on the CPU."""
@@ -170,8 +172,9 @@ def resolve_method(method: object, name: str = "") -> Method:
     """A method by its name in :data:`METHODS`, or one made of a Captum attribution or a callable.
 
     Args:
-        method: a name; a :class:`Method`; an object with Captum's ``attribute(inputs, target=...)``; or a callable
-            ``explain(x, target)`` that returns a map (H, W) or (1, C, h, w).
+        method: a name; a :class:`Method`; a class of Captum's that is made of a network alone, or an object with
+            Captum's ``attribute(inputs, target=...)``; or a callable ``explain(x, target)`` that returns a map (H, W)
+            or (1, C, h, w). Objects and callables explain their own network only.
         name: in tables; None takes the class's or function's own.
 
     Raises:
@@ -195,11 +198,12 @@ def resolve_method(method: object, name: str = "") -> Method:
         wanted = "a name, a Captum attribution or a callable"
         raise ArgumentError(expected("method", wanted, repr(method)))
     called: Callable[[Tensor, int], Tensor] = method
-    return Method(name or getattr(called, "__name__", "callable"), lambda scene, passes: called(scene.x, scene.target))
+    own = name or getattr(called, "__name__", "callable")
+    return Method(own, lambda scene, passes: called(scene.x, scene.target), fixed=True)
 
 
 def attribution_method(explainer: Any, name: str = "", **options: Any) -> Method:
-    """A method of a Captum attribution, with the options of its ``attribute``.
+    """A method of a Captum attribution, a class or an object, with the options of its ``attribute``.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
@@ -210,10 +214,12 @@ def attribution_method(explainer: Any, name: str = "", **options: Any) -> Method
 
     def run(scene: Scene, passes: int) -> Tensor:
         with state_guard(scene.network, seed=derived_seed(0, scene.ident, "attribution")):
-            found: Tensor = explainer.attribute(scene.x.clone().requires_grad_(), target=scene.target, **options)
+            asked = explainer(scene.network) if made else explainer
+            found: Tensor = asked.attribute(scene.x.clone().requires_grad_(), target=scene.target, **options)
         return found
 
-    return Method(name or type(explainer).__name__, run)
+    made = isinstance(explainer, type)
+    return Method(name or (explainer if made else type(explainer)).__name__, run, fixed=not made)
 
 
 def _as_map(found: Tensor, size: tuple[int, int], name: str) -> Tensor:

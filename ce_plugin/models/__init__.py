@@ -1,21 +1,42 @@
 """Networks to explain, each with its input size, normalisation and class names."""
 
+from ce_plugin.models.cifar import CifarResNet, PlainResNet, cifar_resnet, load_robust, small_cnn
 from ce_plugin.models.digits import DigitsCNN
 from ce_plugin.models.fashion import FashionCNN
 from ce_plugin.models.imagenet import efficientnet_lite0, imagenet_classes
-from ce_plugin.models.mobilenet import MobileNet, load_mobilenet
-from ce_plugin.models.vision import Framing, VisionModel, as_batch, load_model, load_weights
+from ce_plugin.models.mobilenet import MobileNet, load_bird_mobilenet, load_mobilenet
+from ce_plugin.models.vision import (
+    Framing,
+    VisionModel,
+    as_batch,
+    load_model,
+    load_state,
+    load_weights,
+    read_weights,
+)
+from ce_plugin.models.xrays import PneumoniaCNN, chexnet, pneumonia_cnn
 
 __all__ = [
+    "CifarResNet",
     "DigitsCNN",
     "FashionCNN",
     "Framing",
     "MobileNet",
+    "PlainResNet",
+    "PneumoniaCNN",
     "VisionModel",
     "as_batch",
+    "chexnet",
+    "cifar_resnet",
     "efficientnet_lite0",
     "imagenet_classes",
+    "load_bird_mobilenet",
     "load_mobilenet",
     "load_model",
+    "load_robust",
+    "load_state",
     "load_weights",
+    "pneumonia_cnn",
+    "read_weights",
+    "small_cnn",
 ]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ce_plugin.errors import ArgumentError, FileError, expected
+from ce_plugin.files import existing_file
 from ce_plugin.interventions.base import Normalization
 from ce_plugin.models.imagenet import imagenet_classes
 from ce_plugin.models.vision import Framing, VisionModel
@@ -169,6 +170,23 @@ def load_mobilenet(
         value_range=(0.0, 255.0),
         class_names=None if class_names is None else tuple(class_names),
     )
+
+
+def load_bird_mobilenet(folder: str | PathLike[str]) -> VisionModel:
+    """The MobileNet v2 for 964 species of birds, with their names: ``Haemorhous cassinii (Cassin's Finch)`` ...
+
+    Args:
+        folder: holds ``mobilenet_v2_1.0_224_inat_bird_quant.npz`` and ``inat_bird_labels.txt``, whose last line is
+            the background.
+
+    Raises:
+        FileError: a file is missing or damaged.
+        ArgumentError: a number of names that is not the number of outputs.
+    """
+    names = existing_file(Path(folder) / "inat_bird_labels.txt", "folder", "one with inat_bird_labels.txt")
+    lines = names.read_text(encoding="utf-8", errors="replace").splitlines()
+    file = Path(folder) / "mobilenet_v2_1.0_224_inat_bird_quant.npz"
+    return load_mobilenet(file, background=-1, class_names=lines[:-1])
 
 
 # Kind ("conv", "dw", "add" or "gap"), weight, bias, stride, and whether ReLU6 follows.

@@ -13,6 +13,8 @@ import pickle
 import struct
 import sys
 import traceback
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Union
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -418,11 +421,11 @@ def load_weights(model: nn.Module, file: str | PathLike[str]) -> None:
     """Load a state dictionary into a network without running code from the file.
 
     Accepts a plain state dictionary, or one under the key ``"state_dict"`` or ``"model"``, also with the prefix
-    ``"module."`` that DataParallel adds to each name.
+    ``"module."`` that DataParallel adds to each name; or an archive of numpy with one array for each name (``.npz``).
 
     Args:
         model: changed in place.
-        file: written by ``torch.save(model.state_dict(), file)``.
+        file: written by ``torch.save(model.state_dict(), file)`` or ``numpy.savez``.
 
     Raises:
         FileError: the file is missing, no regular file or damaged, or holds anything but tensors.
@@ -435,10 +438,43 @@ def load_weights(model: nn.Module, file: str | PathLike[str]) -> None:
         ...     torch.save(nn.Linear(2, 3).state_dict(), file)
         ...     load_weights(nn.Linear(2, 3), file)
     """
-    file = existing_file(file, "weights")
+    load_state(model, read_weights(file))
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load tensors by name into a network.
+
+    Raises:
+        ModelError: names or shapes do not fit the network.
+    """
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, struct.error, pickle.UnpicklingError) as error:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
+        raise ModelError(expected("weights", f"those of this {type(model).__name__}", reason)) from error
+
+
+_UNREADABLE = (
+    *(OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError),
+    *(struct.error, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
+)
+
+
+def read_weights(file: str | PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a file of weights by name, without running code from it; see :func:`load_weights`.
+
+    Raises:
+        FileError: the file is missing, no regular file or damaged, or holds anything but tensors.
+    """
+    file = existing_file(file, "weights")
+    state: Any
+    try:
+        if file.suffix == ".npz":
+            with np.load(file, allow_pickle=False) as archive:
+                state = {name: torch.from_numpy(archive[name]) for name in archive.files}
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
         hint = "Write it with torch.save(model.state_dict(), FILE)."
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileError(expected("weights", "a file of tensors", f"{str(file)!r} ({reason})", hint)) from error
@@ -449,8 +485,5 @@ def load_weights(model: nn.Module, file: str | PathLike[str]) -> None:
         raise FileError(expected("weights", "a state dictionary of tensors", f"{str(file)!r}, {type(state).__name__}"))
     if state and all(str(key).startswith("module.") for key in state):
         state = {str(key)[len("module.") :]: value for key, value in state.items()}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
-        raise ModelError(expected("weights", f"those of this {type(model).__name__}", reason)) from error
+    found: dict[str, Tensor] = state
+    return found
