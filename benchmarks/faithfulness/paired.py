@@ -52,6 +52,8 @@ ROWS, CELLS = 64, 14
 DEFAULT = 405
 BUDGETS = (3, 12, 25, 50, 100, 200)
 PEER_BUDGETS = (25, 100, 400)
+# Of the peers that take a number of passes these led on the photographs by which settings were chosen.
+PEERS = ("occlusion", "lime")
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -137,7 +139,7 @@ ENTRIES: dict[str, dict[str, Entry]] = {
         **{
             f"{METHODS[name].name}, {n} passes": Entry(METHODS[name], n)
             for n in PEER_BUDGETS
-            for name in ("occlusion", "rise", "kernel-shap", "lime")
+            for name in PEERS
         },
         **{
             f"CausalEffect without gradient, {n} passes": Entry(Method("without", without_gradient), n)
