@@ -684,7 +684,7 @@ class ExpectedOptions(NetworkOptions):
             "OUTCOME,...",
             "What is measured, all in one run: log_odds, probability, logit, margin, sigmoid, prediction_weighted.",
             parser=names,
-            shown="log_odds,probability,prediction_weighted; sigmoid,logit for one output",
+            shown="log_odds, probability, prediction_weighted; of one output sigmoid, logit",
         ),
     ] = None
     classes: Annotated[
