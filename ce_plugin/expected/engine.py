@@ -232,6 +232,8 @@ class _Job:
         ray, started = _ray(cluster)
         for module in self._unimportable():
             ray.cloudpickle.register_pickle_by_value(module)
+        # Held as long as workers may be started anew.
+        job = ray.put(self)
         try:
             shards = ray.data.from_items([{"ids": ids} for ids in plan], override_num_blocks=len(plan))
             # One shard is one task: where a worker dies, Ray gives its shard to another.
@@ -239,7 +241,7 @@ class _Job:
                 _Worker,
                 batch_size=1,
                 batch_format="numpy",
-                fn_constructor_args=(ray.put(self), cluster.num_cpus, bool(cluster.num_gpus)),
+                fn_constructor_args=(job, cluster.num_cpus, bool(cluster.num_gpus)),
                 compute=ray.data.ActorPoolStrategy(size=min(cluster.workers, len(plan))),
                 num_cpus=cluster.num_cpus,
                 num_gpus=cluster.num_gpus,
@@ -336,6 +338,7 @@ def _ray(cluster: RayCluster) -> tuple[Any, bool]:
         ray.init(address=cluster.address)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray, started
 
 
