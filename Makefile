@@ -11,7 +11,7 @@ ARGS :=
 METADATA := setup.cfg pyproject.toml
 # What is run on other interpreters and versions: all but detectors, the command line, reports and benchmarks, and
 # stored numbers, which are those of one set of versions.
-QUICK := $(addprefix tests/,attribution concepts effects interventions trials test_sites.py test_guard.py test_errors.py \
+QUICK := $(addprefix tests/,attribution concepts effects expected interventions trials test_sites.py test_guard.py test_errors.py \
   test_package.py test_compatibility.py)
 SCRIPTS = $(shell grep -l '^if __name__ == "__main__":' benchmarks/*.py benchmarks/*/*.py)
 

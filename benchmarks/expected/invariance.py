@@ -32,7 +32,10 @@ def largest(one: EffectTable, other: EffectTable, outcome: str, evidence: str) -
     name = {"outcome": outcome, "evidences": [evidence], "target": "all"}
     _, here = one.values(**name)  # type: ignore[arg-type]
     _, there = other.values(**name)  # type: ignore[arg-type]
-    hashes = [table.images().query("evidence == @evidence")["image_sha256"].tolist() for table in (one, other)]
+    hashes = []
+    for table in (one, other):
+        frame = table.images()
+        hashes.append(frame.loc[frame["evidence"] == evidence, "image_sha256"].fillna("none").tolist())
     same = torch.tensor([a == b for a, b in zip(*hashes, strict=True)])
     apart = (here - there).abs()[same]
     return float(apart.max() / here.abs().max()), int((~same).sum())

@@ -20,7 +20,7 @@ from benchmarks.common.results import write
 from benchmarks.expected._fashion import HOW, TestSet, classifier, evidences, explainer
 from ce_plugin.expected import EffectTable, RayCluster, Sample, run
 
-SHARD = 64
+SHARD = 16
 
 
 class Noted(TestSet):
@@ -115,7 +115,7 @@ def main() -> None:
         start = time.time()
         whole = work(places[0] / "run", options.images, places[0] / "notes", 0)
         seconds = time.time() - start
-        table = killed(places[1], options.images, options.kills, seconds / options.kills * 1.5)
+        table = killed(places[1], options.images, options.kills, seconds / 3)
         extra = read(places[1] / "notes") - read(places[0] / "notes")
         data: dict[str, Any] = {
             "kills": options.kills, "same": same(whole, table), "apart": apart(whole, table), "read_again": extra,

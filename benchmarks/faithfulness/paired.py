@@ -136,11 +136,7 @@ ENTRIES: dict[str, dict[str, Entry]] = {
         **{f"CausalEffect, {n} passes": Entry(OURS, n) for n in BUDGETS},
         "CausalEffect (default)": Entry(OURS, DEFAULT),
         PEER: Entry(METHODS["grad-cam"]),
-        **{
-            f"{METHODS[name].name}, {n} passes": Entry(METHODS[name], n)
-            for n in PEER_BUDGETS
-            for name in PEERS
-        },
+        **{f"{METHODS[name].name}, {n} passes": Entry(METHODS[name], n) for n in PEER_BUDGETS for name in PEERS},
         **{
             f"CausalEffect without gradient, {n} passes": Entry(Method("without", without_gradient), n)
             for n in PEER_BUDGETS

@@ -684,7 +684,7 @@ class ExpectedOptions(NetworkOptions):
             "OUTCOME,...",
             "What is measured, all in one run: log_odds, probability, logit, margin, sigmoid, prediction_weighted.",
             parser=names,
-            shown="log_odds,probability,prediction_weighted; sigmoid,logit for one output",
+            shown="log_odds, probability, prediction_weighted; of one output sigmoid, logit",
         ),
     ] = None
     classes: Annotated[
@@ -698,7 +698,9 @@ class ExpectedOptions(NetworkOptions):
     ] = None
     limit: Limit = None
     batch_size: Annotated[int, _run("N", "Pictures that are estimated together.", parser=count)] = 32
-    shard_size: Annotated[int, _run("N", "Pictures of a file.", parser=count)] = 512
+    shard_size: Annotated[
+        int | None, _run("N", "Pictures of a file.", parser=count, shown="512, or as many as take 256 MB")
+    ] = None
     loaders: Annotated[int, _run("N", "Processes that read pictures ahead.")] = 0
     engine: Annotated[Literal["local", "ray"], _run("ENGINE", "local: this process; ray: workers of Ray Data.")] = (
         "local"

@@ -44,6 +44,8 @@ logger = logging.getLogger("ce_plugin")
 
 # What reading a broken file raises: of the system, of Pillow (PNG: SyntaxError), and of our own readers.
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError)
+# Images of a file, and the most that their rows take, as they are held until it is written.
+_SHARD, _SHARD_BYTES = 512, 1 << 28
 # Of unreadable images, so many are logged.
 _NAMED = 10
 
@@ -100,7 +102,7 @@ def run(
     classes: Classes = "explained",
     ids: Sequence[int] | None = None,
     batch_size: int = 32,
-    shard_size: int = 512,
+    shard_size: int | None = None,
     loaders: int = 0,
     keep_images: bool = True,
     resume: bool = False,
@@ -127,7 +129,7 @@ def run(
             evidence), "all", or a list of indices.
         ids: which images; None means all.
         batch_size: images that are estimated together.
-        shard_size: images of a file.
+        shard_size: images of a file; None means 512, or fewer where their rows would take more than 256 MB.
         loaders: processes that read images ahead; 0 reads them in between.
         keep_images: store the attacked images with their rows; their hashes are stored in any case.
         resume: the folder may hold a run of the same configuration, to which what is missing is added.
@@ -157,8 +159,10 @@ def run(
         >>> table
         EffectTable(40 images x clean; 4 units; log_odds, prediction_weighted)
     """
-    for name, value, least in (("batch_size", batch_size, 1), ("shard_size", shard_size, 1), ("loaders", loaders, 0)):
-        check_integer(name, value, least=least)
+    check_integer("batch_size", batch_size, least=1)
+    check_integer("loaders", loaders, least=0)
+    if shard_size is not None:
+        check_integer("shard_size", shard_size, least=1)
     check_pyarrow()
     maker = RowMaker(explainer=explainer, given=given, outcomes=outcomes, classes=classes, keep_images=keep_images)
     wanted = _checked_ids(ids, data)
@@ -168,18 +172,19 @@ def run(
         # Of two runs on one folder the second is refused.
         stack.enter_context(reserved(check_out(folder, force=resume) / "rows", force=resume))
         # One image says what the table holds; before any other is read.
-        maker.rows([_first(reader, wanted)], wanted[:1])
+        one = maker.rows([_first(reader, wanted)], wanted[:1])
+        size = min(_SHARD, max(1, _SHARD_BYTES // one.nbytes)) if shard_size is None else shard_size
         table = EffectTable.created(folder, maker.configuration(_fingerprint(data)), maker.about)
-        plan = _shards(table.missing(wanted), shard_size)
+        plan = _shards(table.missing(wanted), size)
         job = _Job(maker, reader, folder, table.configuration, batch_size)
         skipped: dict[int, str] = {}
         with tqdm(total=len(wanted), initial=len(wanted) - sum(map(len, plan)), disable=not show_progress) as bar:
             for done, unreadable in job.local(plan, loaders) if cluster is None else job.on_cluster(plan, cluster):
                 bar.update(done + len(unreadable))
-                for one in unreadable:
-                    skipped[one.id] = one.reason
+                for lost in unreadable:
+                    skipped[lost.id] = lost.reason
                     if len(skipped) <= _NAMED:
-                        logger.warning("image %d was left out: %s", one.id, one.reason)
+                        logger.warning("image %d was left out: %s", lost.id, lost.reason)
     table = EffectTable(folder)
     table.skipped = skipped
     if len(skipped) > _NAMED:
@@ -222,18 +227,22 @@ class _Job:
 
     def on_cluster(self, plan: list[list[int]], cluster: RayCluster) -> Iterator[tuple[int, list[Unreadable]]]:
         """Have workers of Ray write the shards, each one in one piece."""
+        if not plan:
+            return
         ray, started = _ray(cluster)
         for module in self._unimportable():
             ray.cloudpickle.register_pickle_by_value(module)
+        # Held as long as workers may be started anew.
+        job = ray.put(self)
         try:
-            shards = ray.data.from_items([{"ids": ids} for ids in plan], override_num_blocks=max(1, len(plan)))
+            shards = ray.data.from_items([{"ids": ids} for ids in plan], override_num_blocks=len(plan))
             # One shard is one task: where a worker dies, Ray gives its shard to another.
             written = shards.map_batches(
                 _Worker,
                 batch_size=1,
                 batch_format="numpy",
-                fn_constructor_args=(ray.put(self), cluster.num_cpus, bool(cluster.num_gpus)),
-                compute=ray.data.ActorPoolStrategy(size=min(cluster.workers, max(1, len(plan)))),
+                fn_constructor_args=(job, cluster.num_cpus, bool(cluster.num_gpus)),
+                compute=ray.data.ActorPoolStrategy(size=min(cluster.workers, len(plan))),
                 num_cpus=cluster.num_cpus,
                 num_gpus=cluster.num_gpus,
             )
@@ -329,6 +338,7 @@ def _ray(cluster: RayCluster) -> tuple[Any, bool]:
         ray.init(address=cluster.address)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray, started
 
 

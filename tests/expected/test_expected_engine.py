@@ -93,6 +93,8 @@ def test_bad_options_are_said(tmp_path: Path) -> None:
         run(explainer(), x, tmp_path / "a", classes=[3])
     with pytest.raises(CEPluginError, match="batch_size"):
         run(explainer(), x, tmp_path / "a", batch_size=0)
+    with pytest.raises(CEPluginError, match="shard_size"):
+        run(explainer(), x, tmp_path / "a", shard_size=0)
     with pytest.raises(CEPluginError, match="workers"):
         RayCluster(workers=0)
 
@@ -138,6 +140,15 @@ def test_a_full_disk_leaves_whole_shards(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.undo()
     assert len(EffectTable(tmp_path / "run")) in (10, 20)
     assert len(run(explainer(), inputs(40), tmp_path / "run", shard_size=10, resume=True)) == 40
+
+
+def test_files_hold_fewer_images_where_rows_are_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ce_plugin.expected import engine
+
+    monkeypatch.setattr(engine, "_SHARD_BYTES", 1000)
+    found = run(explainer(), inputs(20), tmp_path / "run", classes="all")
+    assert len(list((found.folder / "rows").glob("*.parquet"))) > 3
+    assert len(found) == 20
 
 
 def test_random_state_and_mode_are_left_alone(tmp_path: Path) -> None:
