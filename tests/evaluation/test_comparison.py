@@ -156,7 +156,7 @@ def test_randomisation_sees_whether_a_map_depends_on_weights_and_class() -> None
     before = {name: value.clone() for name, value in planted.network.state_dict().items()}
     found = judged("randomisation", "integrated-gradients", one)
     assert found["|rank correlation|, shuffled weights"] < 0.9
-    assert found["|rank correlation|, random class"] < 0.99
+    assert found["|rank correlation|, random class"] < 0.999
     assert all(torch.equal(value, before[name]) for name, value in planted.network.state_dict().items())
     # What explains one network only cannot be asked about another.
     bound = judged("randomisation", Saliency(one.scene.network), one)
