@@ -783,19 +783,20 @@ class CompareOptions(NetworkOptions):
       ce-plugin compare xrays --model nets.py:chest --outcome sigmoid \
           --measures boxes --boxes boxes.csv
 
-    methods: causal-effect, random-mask, causal-effect-map, saliency, smoothgrad,
-      input-x-gradient, integrated-gradients, grad-cam, occlusion, rise, kernel-shap,
-      lime; of pytorch-grad-cam (pip install "ce-plugin[compare]") ablation-cam,
-      score-cam; the baselines random and centre are always there.
-    measures: faithfulness (insertion and deletion), pointing (mosaics of four),
-      boxes, infidelity, sensitivity, randomisation, stability (under FGSM).
+    methods: causal-effect, random-mask, causal-effect-map, saliency,
+      smoothgrad, input-x-gradient, integrated-gradients, grad-cam, occlusion,
+      rise, kernel-shap, lime; of pytorch-grad-cam, which
+      pip install "ce-plugin[compare]" gets, ablation-cam and score-cam; the
+      baselines random and centre are always there.
+    measures: faithfulness (insertion and deletion), pointing (mosaics of
+      four), boxes, infidelity, sensitivity, randomisation, stability (FGSM).
 
     The methods are compared with the first one, paired on the same pictures.
     In the folder: compare.html (a page), compare.csv (a row for each measure and
     method), images.csv (a row for each picture and method), compare.json,
-    records.jsonl (what --resume goes on from; a run may also be given more pictures or
-    methods), manifest.json. What the measures say, and do not: docs, "Comparing
-    methods".
+    records.jsonl (what --resume goes on from; a run may also be given more
+    pictures or methods), manifest.json. What the measures say, and do not: docs,
+    "Comparing methods".
     """
 
     data: Annotated[str, typer.Argument(metavar="DATA", help="Folder, Parquet, torchvision:NAME or MODULE:FUNCTION.")]
