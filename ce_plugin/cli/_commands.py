@@ -691,7 +691,7 @@ class ExpectedOptions(NetworkOptions):
             "OUTCOME,...",
             "What is measured, all in one run: log_odds, probability, logit, margin, sigmoid, prediction_weighted.",
             parser=names,
-            shown="log_odds,probability,prediction_weighted; sigmoid,logit for one output",
+            shown="log_odds, probability, prediction_weighted; sigmoid, logit for one output",
         ),
     ] = None
     classes: Annotated[
@@ -785,9 +785,10 @@ class CompareOptions(NetworkOptions):
 
     methods: causal-effect, random-mask, causal-effect-map, saliency,
       smoothgrad, input-x-gradient, integrated-gradients, grad-cam, occlusion,
-      rise, kernel-shap, lime; of pytorch-grad-cam, which
-      pip install "ce-plugin[compare]" gets, ablation-cam and score-cam; the
-      baselines random and centre are always there.
+      rise, kernel-shap, lime; with pytorch-grad-cam installed also
+      ablation-cam and score-cam; the baselines random and centre are always
+      there.
+
     measures: faithfulness (insertion and deletion), pointing (mosaics of
       four), boxes, infidelity, sensitivity, randomisation, stability (FGSM).
 
