@@ -32,7 +32,7 @@ from ce_plugin.files import written_whole
 GRID, TRIALS, FILLS, ROWS = (14, 14), 399, 3, 64
 LENGTHS = (0.015, 0.03, 0.045, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5)
 NOISES = torch.linspace(-2, 3, 51, dtype=torch.float64)
-NARROWEST, CLOSE = 0.25, 0.1
+NARROWEST = 0.25
 WEIGHTS = tuple((mean, deviation) for mean in (0.5, 0.75, 1.0, 1.25, 1.5) for deviation in (0.25, 0.5, 0.75, 1.0))
 
 
@@ -122,8 +122,7 @@ def main() -> None:
         print(rows[-1], flush=True)
     guided = {weight: choice for weight, choice in choices.items() if weight is not None}
     best = max(guided, key=lambda weight: guided[weight][0])
-    close = [weight for weight in guided if guided[weight][0] > guided[best][0] - CLOSE]
-    taken = max(close, key=lambda weight: (weight[1], guided[weight][0]))
+    taken = smoothing._WEIGHT
     text = [
         "### What the default expects before its trials",
         "",
@@ -135,8 +134,9 @@ def main() -> None:
         "|---|---|---|---|---|---|",
         *rows,
         "",
-        f"Most probable: {best[0]:g}, {best[1]:g}. Taken, rounded: the widest of those within {CLOSE:g} of it,",
-        f"{taken[0]:g}, {taken[1]:g}. No length scale's or noise's deviation below {NARROWEST:g} was allowed.",
+        f"Most probable: {best[0]:g}, {best[1]:g}. The package takes {taken[0]:g}, {taken[1]:g}, which is",
+        f"{guided[best][0] - guided[taken][0]:.2f} below it and wider, with {smoothing._LENGTH} for the length scale and",
+        f"{smoothing._NOISE} for the noise, rounded. No deviation below {NARROWEST:g} was allowed for these.",
     ]
     write("faithfulness_prior", "\n".join(text), data, "openvino")
 

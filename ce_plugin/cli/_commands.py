@@ -37,6 +37,13 @@ def count(text: object) -> int:
     return value
 
 
+def natural(text: object) -> int:
+    """A whole number that is zero or more."""
+    if not str(text).isdecimal():
+        raise typer.BadParameter(f"{text} is not a whole number")
+    return int(str(text))
+
+
 def class_count(text: str) -> int:
     """How many classes: a positive whole number, or 0 for ``all``."""
     return 0 if text == "all" else count(text)
@@ -763,6 +770,70 @@ class ExpectedShowOptions:
     quiet: Quiet = False
 
 
+@dataclass(kw_only=True)
+class CompareOptions(NetworkOptions):
+    r"""Compare attribution methods on pictures of a data set: a table with intervals, passes and seconds.
+
+    DATA is a folder of pictures, a Parquet file or a folder of them, torchvision:NAME:SPLIT, or MODULE:FUNCTION that
+    returns a data set. The class that is explained is each picture's own answer.
+
+    examples:
+      ce-plugin compare photos --images 20
+      ce-plugin compare photos --methods causal-effect,grad-cam,occlusion \
+          --measures faithfulness,pointing,stability --passes 100
+      ce-plugin compare photos --methods all --images 100 --out table --resume
+      ce-plugin compare xrays --model nets.py:chest --outcome sigmoid \
+          --measures boxes --boxes boxes.csv
+
+    methods: causal-effect, random-mask, causal-effect-map, saliency,
+      smoothgrad, input-x-gradient, integrated-gradients, grad-cam, occlusion,
+      rise, kernel-shap, lime; with pytorch-grad-cam installed also
+      ablation-cam and score-cam; the baselines random and centre are always
+      there.
+
+    measures: faithfulness (insertion and deletion), pointing (mosaics of
+      four), boxes, infidelity, sensitivity, randomisation, stability (FGSM).
+
+    The methods are compared with the first one, paired on the same pictures.
+    In the folder: compare.html (a page), compare.csv (a row for each measure and
+    method), images.csv (a row for each picture and method), compare.json,
+    records.jsonl (what --resume goes on from; a run may also be given more
+    pictures or methods), manifest.json. What the measures say, and do not: docs,
+    "Comparing methods".
+    """
+
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Folder, Parquet, torchvision:NAME or MODULE:FUNCTION.")]
+    root: Annotated[Path, _experiment("DIR", "Where torchvision keeps its data sets.")] = Path("data")
+    methods: Annotated[
+        Any,
+        _experiment("METHOD,...", "Which methods; or all.", parser=names, shown="all that need no other package"),
+    ] = None
+    measures: Annotated[
+        Any, _experiment("MEASURE,...", "How they are judged; or all.", parser=names, shown="faithfulness,pointing")
+    ] = None
+    images: Annotated[int, _experiment("N", "How many pictures, in a random order.", parser=count)] = 100
+    passes: Annotated[
+        int, _experiment("N", "Forward passes of a map, for methods that do as many as they are told.", parser=count)
+    ] = 400
+    planted: Annotated[int, _experiment("N", "Planted scenes, whose truth is known; 0 for none.", parser=natural)] = 20
+    outcome: Annotated[
+        Literal["probability", "sigmoid"],
+        _experiment("OUTCOME", "What turns logits into scores: probability (softmax), or sigmoid."),
+    ] = "probability"
+    boxes: Annotated[
+        Path | None,
+        _experiment(
+            "CSV", "Table with the columns file, x, y, width and height, in pixels of the file, of what is explained."
+        ),
+    ] = None
+    strict: Annotated[bool, _run("", "Stop at the first picture that cannot be read.", "--strict")] = False
+    resume: Annotated[bool, _run("", "Go on with a run of the same options.", "--resume")] = False
+    seed: Seed = 0
+    out: Out = Path("ce-plugin-compare")
+    force: Force = False
+    quiet: Quiet = False
+
+
 # --- the commands
 
 
@@ -814,7 +885,7 @@ def _command(group: typer.Typer, name: str, options: type[Any], runner: str) -> 
                 warnings.showwarning = _show_warning
                 run = getattr(importlib.import_module(f"ce_plugin.cli.{module}"), function)
                 reserved = importlib.import_module("ce_plugin.files").reserved
-                replaced = given.force or (options is ExpectedOptions and given.resume)
+                replaced = given.force or (options in (ExpectedOptions, CompareOptions) and given.resume)
                 with reserved(given.out, folder=hints["out"] is not OutFile, force=replaced):
                     unreadable = run(given, context.obj)
         except CEPluginError as error:
@@ -896,6 +967,7 @@ _command(app, "demo", DemoOptions, "_explain:demo")
 _command(app, "explain", ExplainOptions, "_explain:explain")
 _command(app, "nodes", NodesOptions, "_nodes:nodes")
 _command(app, "map", MapOptions, "_nodes:draw_map")
+_command(app, "compare", CompareOptions, "_compare:run")
 _command(_concepts, "train", TrainOptions, "_concepts:train")
 _command(_concepts, "show", ShowOptions, "_concepts:show")
 _command(_detect, "fit", FitOptions, "_detect:fit")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ce_plugin.datasets.images import read_image
+from ce_plugin.datasets.sources import PICTURES
 from ce_plugin.errors import ArgumentError, FileError, expected, unknown_name
 from ce_plugin.files import existing_file, path_of, printable
 from ce_plugin.randomness import generator
@@ -23,8 +24,6 @@ logger = logging.getLogger("ce_plugin")
 _IMAGENET = 1000
 
 Folder = str | PathLike[str]
-PICTURES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-"""Endings of the names of pictures."""
 
 
 @dataclass(frozen=True, repr=False)

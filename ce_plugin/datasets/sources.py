@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -241,7 +242,8 @@ class DatasetImages(ImageSource):
         elif image.dtype == torch.uint8:
             image = image if image.dim() == 3 else image[None]
             image = image.expand(3, *image.shape[1:])
-        return image, None if label is None else int(label)
+        # Several findings of one picture are no class.
+        return image, None if label is None or np.ndim(label) else int(label)
 
 
 class _Numbered(Sequence[str]):

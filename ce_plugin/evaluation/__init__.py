@@ -36,6 +36,7 @@ from ce_plugin.evaluation.planted import (
     mediation_truth,
 )
 from ce_plugin.evaluation.pointing import Mosaics, confidently_classified, grid_pointing_game, mosaics, pointing_share
+from ce_plugin.evaluation.quantus import quantus_explain_func, quantus_measure
 from ce_plugin.evaluation.scenes import PlantedCase, PlantedScene, planted_scenes
 from ce_plugin.evaluation.stability import map_stability, rank_correlation
 
@@ -78,6 +79,8 @@ __all__ = [
     "pixel_order",
     "planted_scenes",
     "pointing_share",
+    "quantus_explain_func",
+    "quantus_measure",
     "rank_correlation",
     "reference_images",
     "resolve_method",

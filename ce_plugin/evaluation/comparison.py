@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import warnings
@@ -407,6 +406,7 @@ def compare(
     *,
     passes: int = PASSES,
     kept: str | PathLike[str] | None = None,
+    made_with: Mapping[str, Any] | None = None,
     planted: int = 0,
     step: Callable[[str], None] = lambda name: None,
 ) -> Comparison:
@@ -419,7 +419,8 @@ def compare(
         measures: names of :data:`MEASURES`.
         passes: that a map may take, for methods that do as many as they are told.
         kept: a file to which each image's and method's record is added as soon as it is there. What is in it already
-            is not done again, if it was made with the same passes and measures.
+            is not done again, if it was made with the same passes, measures and ``made_with``.
+        made_with: what else the records depend on, such as the network's fingerprint.
         planted: number of planted scenes (:func:`~ce_plugin.evaluation.planted_scenes`) on which maps are compared with
             the truth, beside the images.
         step: called before each image and method with a few words.
@@ -430,7 +431,7 @@ def compare(
     Raises:
         UnknownNameError: an unknown method or measure.
         ArgumentError: no method, or two of one name.
-        FileError: the file was made with other passes, measures or networks, or is something else.
+        FileError: the file was made with something else, or is no such file.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
@@ -446,7 +447,7 @@ def compare(
         if name not in MEASURES:
             raise unknown_name("measures", name, MEASURES)
     run = [MEASURES[name] for name in dict.fromkeys(measures)]
-    settings = {"passes": passes, "measures": sorted(set(measures))}
+    settings = {**(made_with or {}), "passes": passes, "measures": sorted(set(measures))}
     done = _Kept(Path(kept), settings) if kept is not None else None
     records: list[dict[str, Any]] = []
     for number, case in enumerate(cases):
@@ -512,13 +513,11 @@ class _Kept:
 
     def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
         self.file, self.records = file, dict[tuple[str, str], dict[str, Any]]()
-        text = json.dumps(settings, sort_keys=True)
-        head = json.dumps({"settings": settings, "sha256": hashlib.sha256(text.encode()).hexdigest()}, sort_keys=True)
+        head = json.dumps({"settings": settings}, sort_keys=True)
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
         whole = [line for line in lines if line.endswith("\n")]
         if whole and whole[0] != head + "\n":
-            hint = "Take the options that it was made with, or another file."
-            raise FileError(expected("kept", f"a file of records made with {text}", whole[0][:300].strip(), hint))
+            raise _other(file, whole[0], settings)
         try:
             for line in whole[1:]:
                 record = json.loads(line)
@@ -535,3 +534,20 @@ class _Kept:
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
         self.records[record["image"], record["method"]] = record
+
+
+def _other(file: Path, head: str, settings: Mapping[str, Any]) -> FileError:
+    """The error that says in what the records of a file differ."""
+    hint = "Take the options that they were made with, or another file."
+    try:
+        before = json.loads(head)["settings"]
+        apart = [
+            f"{k} {before.get(k)!r}, not {settings.get(k)!r}"
+            for k in {**before, **settings}
+            if before.get(k) != settings.get(k)
+        ]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        return FileError(expected("kept", "a file of records", repr(str(file)), "Name another file."))
+    return FileError(
+        expected("kept", "records made with the same settings", f"{'; '.join(apart)} ({str(file)!r})", hint)
+    )

@@ -7,6 +7,7 @@ joins them; see "Write your own".
 from ce_plugin._lazy import deprecated_names
 from ce_plugin.files import check_out
 from ce_plugin.report.alarms import AlarmShown, Screened, Screening, save_screening, screen
+from ce_plugin.report.comparison import ComparisonStudy, save_comparison
 from ce_plugin.report.concepts import Concept, ConceptStudy, Example, concept_study, save_concepts
 from ce_plugin.report.evaluation import (
     AttackResult,
@@ -54,6 +55,7 @@ __all__ = [
     "Carried",
     "Case",
     "ClassMaps",
+    "ComparisonStudy",
     "Concept",
     "ConceptStudy",
     "DetectorAttack",
@@ -81,6 +83,7 @@ __all__ = [
     "planned_attack",
     "render",
     "saliency",
+    "save_comparison",
     "save_concepts",
     "save_evaluation",
     "save_expected",
