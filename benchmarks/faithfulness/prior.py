@@ -135,8 +135,8 @@ def main() -> None:
         *rows,
         "",
         f"Most probable: {best[0]:g}, {best[1]:g}. The package takes {taken[0]:g}, {taken[1]:g}, which is",
-        f"{guided[best][0] - guided[taken][0]:.2f} below it and wider, with {smoothing._LENGTH} for the length scale and",
-        f"{smoothing._NOISE} for the noise, rounded. No deviation below {NARROWEST:g} was allowed for these.",
+        f"{guided[best][0] - guided[taken][0]:.2f} below it and wider, with {smoothing._LENGTH} for the length scale",
+        f"and {smoothing._NOISE} for the noise, rounded. No deviation below {NARROWEST:g} was allowed for these.",
     ]
     write("faithfulness_prior", "\n".join(text), data, "openvino")
 
