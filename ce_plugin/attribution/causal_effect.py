@@ -63,7 +63,7 @@ class CausalEffect(Explainer):
     of each patch over what else is set, without bias, with intervals that hold for every patch
     (``benchmarks/results/coverage_regions.md``), and beside it, as ``Estimate.smoothed``, the smooth map that
     ``attribute`` returns. How well that map predicts what the network depends on, beside Grad-CAM and others, stands in
-    ``benchmarks/results/faithfulness_paired_choosing.md``.
+    ``benchmarks/results/faithfulness_default_choosing.md``.
 
     **Volumes** (N, C, D, H, W) have the same defaults on a grid of 8 x 8 x 8, **signals** (N, C, L) and **sequences**
     (N, L, C) on one of 64 pieces, where the network's first module shows which of the two they are.
