@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.common.results import write
-from benchmarks.faithfulness._forward import ENGINES, Engine
+from benchmarks.faithfulness._forward import ENGINES, Accelerated, Engine
 from benchmarks.faithfulness._references import NETWORKS, images, prepared, vision_model
 from ce_plugin import CausalEffect
 from ce_plugin.designs import RandomRegions
@@ -30,6 +30,7 @@ def study(name: str, k: int, folder: Path, engine_name: str, until: float) -> No
     """Effects and half-widths of the runs, and the parts of the truth: each estimate is kept once it is made."""
     model = vision_model(name)
     engine = Engine(model.model, engine_name)
+    network = Accelerated(model.model, engine.logits).eval()
     x = prepared(images(multiple_of_ten=False)[k], model)
     target = int(engine.logits(x).argmax())
     # Other seeds for the truth: its trials are not those of any run.
@@ -40,7 +41,7 @@ def study(name: str, k: int, folder: Path, engine_name: str, until: float) -> No
         place = stored(folder, name, k, kind, number)
         if place.exists() or time.time() > until:
             continue
-        explainer = CausalEffect(engine.logits, design=design, normalization=model.normalization)
+        explainer = CausalEffect(network, design=design, normalization=model.normalization)
         found = explainer.estimate(x, target=target, ids=[number], perturbations_per_eval=ROWS)
         place.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(place) as stream:
@@ -81,12 +82,13 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=home, help="folder of finished estimates")
     parser.add_argument("--engine", choices=ENGINES, default="torch", help="arithmetic of the passes")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no estimate after this time")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS[::-1])
     options = parser.parse_args()
     torch.set_num_threads(1)
     until = time.time() + 60 * options.minutes
     rows, data = [], {"runs": RUNS, "truth_trials": CHUNK * CHUNKS, "design": repr(RandomRegions())}
     for k in range(IMAGES):
-        for name in NETWORKS[::-1]:
+        for name in options.networks:
             study(name, k, options.cache, options.engine, until)
     for name in NETWORKS:
         found = [row(options.cache, name, k) for k in range(IMAGES)]

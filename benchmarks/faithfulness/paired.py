@@ -24,12 +24,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from benchmarks.common.intervals import bounds, interval, ratio_interval
 from benchmarks.common.results import write
-from benchmarks.faithfulness._forward import ENGINES, Engine
+from benchmarks.faithfulness._forward import ENGINES, Accelerated, Engine
 from benchmarks.faithfulness._references import (
     LEARNING,
     NETWORKS,
@@ -55,18 +55,6 @@ PEER_BUDGETS = (25, 100, 400)
 # RISE and KernelSHAP were left out for time: in a trial of three photographs, not kept, they scored less.
 PEERS = ("occlusion", "lime")
 Array = np.ndarray[Any, np.dtype[np.float64]]
-
-
-class Accelerated(nn.Module):
-    """A network in its engine's arithmetic where no gradient is taken."""
-
-    def __init__(self, network: nn.Module, logits: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.network, self._logits = network, logits
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.network(x) if torch.is_grad_enabled() else self._logits(x)
-        return found
 
 
 @dataclass(frozen=True)
