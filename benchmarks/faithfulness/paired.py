@@ -16,7 +16,6 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
