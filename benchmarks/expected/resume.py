@@ -71,7 +71,7 @@ def killed(place: Path, images: int, kills: int, seconds: float) -> EffectTable:
     for _ in range(kills):
         child = subprocess.Popen([*command])
         start = time.time()
-        while not list((place / "notes").iterdir()) and time.time() - start < 60:
+        while not (place / "notes" / str(child.pid)).exists() and time.time() - start < 120:
             time.sleep(0.1)
         time.sleep(moments.uniform(0, seconds))
         child.send_signal(signal.SIGKILL)

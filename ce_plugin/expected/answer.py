@@ -37,6 +37,8 @@ class ExpectedEstimate(Estimate):
         evidences: their names.
         classes: what the columns are: class indices, or "explained" where each image has its own.
         n_images: number of images, or the sum of their weights.
+        acting: (E, U, C), share of the images on which the effect is not zero, of tables; None of metrics. Below one
+            in a hundred, a few images carry all of the mean, and intervals promise more than they keep.
         covariance: (E, E, S, C), of the means of evidences; series are the units, the reference's outcome and, where
             there is one, the insertion effect.
 
@@ -57,6 +59,7 @@ class ExpectedEstimate(Estimate):
     classes: tuple[int | str, ...] = ()
     n_images: float = 0.0
     covariance: Tensor | None = None
+    acting: Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,13 +117,17 @@ class ExpectedEstimate(Estimate):
             evidences=(name,),
             evidence=name,
             covariance=spread[None, None],
+            acting=None if self.acting is None else self.acting[[i, j]].amax(0, keepdim=True),
         )
 
     def to_dataframe(self, level: float = 0.95, fdr: float = 0.05) -> pd.DataFrame:
-        """A tidy frame with one row per evidence, unit and class; columns as those of an Estimate, and n_images."""
+        """A tidy frame with one row per evidence, unit and class; columns as those of an Estimate, acting, n_images."""
         frame = super().to_dataframe(level, fdr)
         names = [self.evidences[i] for i in frame.pop("example")]
         frame.insert(0, "evidence", names)
+        if self.acting is not None:
+            there = torch.arange(self.effect.shape[1])[None, :, None] < self.n_units.cpu()[:, None, None]
+            frame["acting"] = self.acting.cpu()[there.expand(self.acting.shape)].numpy()
         frame["n_images"] = self.n_images
         return frame
 
@@ -142,6 +149,7 @@ class ExpectedEstimate(Estimate):
             dof=None if self.dof is None else self.dof[[row], :, part],
             reference=self.reference[[row], part],
             classes=self.classes[part],
+            acting=None,
         )
         over = f"{self.n_images:,.0f} image{'s' * (self.n_images != 1)}"
         kwargs.setdefault("title", f"{self.outcome}, {_class_text(self.classes[column])}: mean of {over}")
@@ -153,7 +161,9 @@ class ExpectedEstimate(Estimate):
         names = torch.arange(len(self.evidences))[chosen].reshape(-1).tolist()
         covariance = None if self.covariance is None else self.covariance[names][:, names]
         some = cast(ExpectedEstimate, super().__getitem__(chosen))
-        return replace(some, evidences=tuple(self.evidences[i] for i in names), covariance=covariance)
+        acting = None if self.acting is None else self.acting[names]
+        own = tuple(self.evidences[i] for i in names)
+        return replace(some, evidences=own, covariance=covariance, acting=acting)
 
     def __repr__(self) -> str:
         """What was averaged, and the largest mean effect under each evidence."""

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
@@ -213,10 +213,13 @@ class EffectTable:
         own = None if weights is None else torch.as_tensor(np.asarray(weights)).double()
         if own is not None and own.shape != (len(self),):
             raise ArgumentError(expected("weights", f"one for each of {len(self)} images", tuple(own.shape)))
-        parts = []
+        parts, acting = [], torch.zeros(())
         for rows, values in self._blocks(asked):
-            parts.append(moments_of(values, asked.extras, None if own is None else own[rows]))
-        return self._answer(asked, merged(parts))
+            weight = torch.ones(len(rows), dtype=torch.float64) if own is None else own[rows]
+            parts.append(moments_of(values, asked.extras, weight))
+            acting = acting + torch.einsum("n,neuc->euc", weight, (values[:, :, : -asked.extras] != 0).double())
+        answer = self._answer(asked, merged(parts))
+        return replace(answer, acting=acting / answer.n_images)
 
     def bootstrap_t(
         self, level: float = 0.95, *, n_resamples: int = 1999, seed: int = 0, **question: Unpack[Question]

@@ -123,6 +123,19 @@ def test_a_subset_is_the_mean_of_its_images(tmp_path: Path, subset: Subset) -> N
     assert torch.allclose(answer["clean"].effect[0], logit_effects(network(), x)[keep].mean(0), atol=1e-6)
 
 
+def test_the_share_of_images_on_which_a_unit_acts(tmp_path: Path) -> None:
+    found = table(tmp_path, shard_size=7)
+    answer = found.expected("logit", target="all")
+    truth = (network()[:2](inputs(24)) != 0).double().mean(0)
+    assert 0 < float(truth.min()) < 1
+    assert answer.acting is not None
+    assert torch.allclose(answer.acting[0], truth[:, None].expand(5, 3))
+    frame = answer.to_dataframe()
+    assert np.allclose(frame[frame["evidence"] == "clean"]["acting"], truth.repeat_interleave(3))
+    assert answer.difference("dark", "clean").acting is not None
+    assert answer["dark"].equals(answer[1])
+
+
 def test_each_image_s_own_class_and_classes_by_name(tmp_path: Path) -> None:
     truth, answers = logit_effects(network(), inputs(24)), network()(inputs(24)).argmax(1)
     own = truth[torch.arange(24), :, answers]
