@@ -14,7 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ce_plugin.datasets import DatasetImages, FolderImages, labels_for, open_source, read_image
+from ce_plugin.datasets import (
+    DatasetImages,
+    FolderImages,
+    ImageFiles,
+    class_folders,
+    labels_for,
+    open_source,
+    read_image,
+)
 from ce_plugin.errors import ArgumentError, CEPluginError, FileError, UnknownNameError
 
 
@@ -147,3 +155,16 @@ def test_labels_become_the_network_s(tmp_path: Path) -> None:
     numbers = FolderImages(folder(tmp_path / "b", "7/1.png", "12/2.png"))
     assert labels_for(numbers, None, 20) == [12, 7]
     assert labels_for(FolderImages(folder(tmp_path / "c", "1.png")), None, 3) is None
+
+
+def test_pictures_of_a_data_set_are_called_by_their_files(tmp_path: Path) -> None:
+    for name in ("a/1.png", "b/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    data = class_folders(tmp_path)
+    assert list(DatasetImages(data, "own").paths) == ["a/1.png", "b/1.png"]
+    assert DatasetImages(data, "own").item(1)[1] == 1
+    assert list(DatasetImages(data.subset([1]), "own").paths) == ["1.png"]
+    assert list(DatasetImages([data[0], data[1]], "own").paths) == ["own:0", "own:1"]
+    findings = ImageFiles(data.files, torch.tensor([[True, False], [True, True]]), ("x", "y"))
+    assert DatasetImages(findings, "own").item(0)[1] is None  # several findings are no class

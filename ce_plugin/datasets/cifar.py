@@ -34,6 +34,15 @@ def cifar10_sheets(folder: str | PathLike[str], split: str = "test") -> tuple[Te
         UnknownNameError: an unknown split.
         FileError: a file is missing, damaged, or of another form.
 
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (3200, 64)).save(Path(folder, "test_first8000.png"))
+        ...     np.save(Path(folder, "test_first8000_labels.npy"), np.zeros(200, np.uint8))
+        ...     cifar10_sheets(folder)[0].shape
+        torch.Size([200, 3, 32, 32])
+
     Source: Krizhevsky, 2009: Learning multiple layers of features from tiny images.
     """
     if split not in _SPLITS:

@@ -151,6 +151,15 @@ def imagenet_samples(folder: Folder) -> ImageFiles:
 
     Raises:
         FileError: no such folder, or pictures without an index from 0 to 999.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (4, 4)).save(Path(folder, "0985_n11939491_daisy.jpg"))
+        ...     found = imagenet_samples(folder)
+        >>> found.classes[985], found.labels
+        ('daisy', tensor([985]))
     """
     files = pictures_in(folder)
     heads = [file.stem.split("_", 2) for file in files]
@@ -178,6 +187,17 @@ def class_folders(folder: Folder, split: str = "", classes: Sequence[str] | None
 
     Raises:
         FileError: no such folder, pictures beside the class folders, or class folders that are missing or unknown.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("test/forest", "test/street"):
+        ...         Path(folder, name).mkdir(parents=True)
+        ...         Image.new("RGB", (4, 4)).save(Path(folder, name, "1.png"))
+        ...     found = class_folders(folder, "test")
+        >>> found.classes, found.labels
+        (('forest', 'street'), tensor([0, 1]))
     """
     place = path_of(folder, "folder") / split
     files = pictures_in(place, deep=True)
@@ -209,6 +229,11 @@ def cub200(folder: Folder, split: str = "") -> ImageFiles:
     Raises:
         UnknownNameError: an unknown split.
         FileError: a table is missing, has other columns, or names files that are not there.
+
+    Example:
+        >>> cub200("no/such/folder")
+        Traceback (most recent call last):
+        ce_plugin.errors.FileError: Expected argument `folder` to be one with classes.txt, but got ...
 
     Source: Wah, Branson, Welinder, Perona, Belongie, 2011 (Caltech, CNS-TR-2011-001).
     """
@@ -244,6 +269,15 @@ def birds(folder: Folder) -> ImageFiles:
 
     Raises:
         FileError: the table is missing, has other columns, or names files that are not there.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "index.csv").write_text("file,class\\nx.jpg,Least Auklet\\n")
+        ...     Image.new("RGB", (4, 4)).save(Path(folder, "x.jpg"))
+        ...     birds(folder).classes
+        ('Least Auklet',)
     """
     place = path_of(folder, "folder")
     rows = table(place / "index.csv", ("file", "class"))

@@ -52,6 +52,13 @@ def usps(folder: str | PathLike[str]) -> tuple[Tensor, Tensor]:
     Raises:
         FileError: the file is missing, damaged or holds something else.
 
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(Path(folder, "usps.npz"), images=np.zeros((2, 16, 16), np.uint8), labels=np.zeros(2, np.uint8))
+        ...     usps(folder)[0].shape
+        torch.Size([2, 1, 16, 16])
+
     Source: Hull, 1994: A database for handwritten text recognition research.
     """
     file = existing_file(Path(folder) / "usps.npz", "folder", "one with usps.npz")

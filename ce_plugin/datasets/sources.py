@@ -206,7 +206,8 @@ class DatasetImages(ImageSource):
 
     Args:
         data: a data set of torchvision, or your own; a picture is one of PIL's, a tensor of bytes, or of a
-            floating-point type, which is then what the network takes.
+            floating-point type, which is then what the network takes. Its attribute ``files``, if there is one, names
+            the pictures.
         name: what it is called.
 
     Raises:
@@ -221,7 +222,7 @@ class DatasetImages(ImageSource):
         if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
             raise ArgumentError(expected("data", "a data set with a length and items", type(data).__name__))
         self.data, self.name = data, name
-        self.paths = _Numbered(name, len(data))
+        self.paths = _names(getattr(data, "files", None), len(data)) or _Numbered(name, len(data))
         found = getattr(data, "classes", None)
         if isinstance(found, (list, tuple)) and all(isinstance(one, str) for one in found):
             self.class_names = tuple(found)
@@ -244,6 +245,16 @@ class DatasetImages(ImageSource):
             image = image.expand(3, *image.shape[1:])
         # Several findings of one picture are no class.
         return image, None if label is None or np.ndim(label) else int(label)
+
+
+def _names(files: object, n: int) -> list[str]:
+    """Different names of as many files, below the folder that they share; none, where these are none."""
+    if not isinstance(files, (list, tuple)) or not all(isinstance(one, (str, Path)) for one in files):
+        return []
+    if len(files) != n or len({*map(str, files)}) < n or not n:
+        return []
+    shared = os.path.commonpath([os.path.dirname(one) for one in files])
+    return [printable(Path(os.path.relpath(one, shared or os.curdir)).as_posix()) for one in files]
 
 
 class _Numbered(Sequence[str]):

@@ -104,6 +104,17 @@ def chest_xray14(folder: Folder, split: str = "", images: str = "") -> XRays:
         FileError: the table is missing, has other columns, rows or findings; no picture is there, one is there twice
             or is not in the table; a list is missing.
 
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     text = "Image Index,Finding Labels,Patient ID\\na.png,Mass|Effusion,7\\nb.png,No Finding,8\\n"
+        ...     _ = Path(folder, "Data_Entry_2017.csv").write_text(text)
+        ...     Image.new("L", (4, 4)).save(Path(folder, "a.png"))
+        ...     found = chest_xray14(folder)
+        >>> found, [FINDINGS[k] for k in found.labels[0].nonzero().flatten()], found.groups
+        (XRays(1 pictures, 14 classes, left out: 1 without a picture), ['Effusion', 'Mass'], ('7',))
+
     Source: Wang et al., CVPR 2017 (arXiv 1705.02315); NIH Clinical Center,
         https://nihcc.app.box.com/v/ChestXray-NIHCC.
     """
@@ -144,6 +155,17 @@ def pneumonia_xrays(folder: Folder, split: str = "train") -> ImageFiles:
         UnknownNameError: an unknown split.
         FileError: no such folders, or pictures beside the class folders.
 
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("NORMAL/IM-0115-0001.jpg", "PNEUMONIA/person1_virus_6.jpg"):
+        ...         Path(folder, "train", name).parent.mkdir(parents=True)
+        ...         Image.new("L", (4, 4)).save(Path(folder, "train", name))
+        ...     found = pneumonia_xrays(folder)
+        >>> found.labels, found.groups
+        (tensor([0, 1]), ('IM-0115', 'person1'))
+
     Source: Kermany et al., Cell 2018.
     """
     if split not in ("train", "test"):
@@ -159,6 +181,12 @@ def box_mask(data: XRays, index: int, finding: int, height: int, width: int) -> 
 
     Raises:
         ArgumentError: it has no box of this finding.
+
+    Example:
+        >>> boxes = {"a.png": (Box(1, 0.5, 0.0, 0.5, 0.5),)}
+        >>> data = XRays((Path("a.png"),), torch.zeros(1, 14).bool(), FINDINGS, boxes=boxes)
+        >>> box_mask(data, 0, 1, 2, 2).tolist()
+        [[False, True], [False, False]]
     """
     own = [box for box in data.boxes_of(index) if box.finding == finding]
     if not own:

@@ -223,6 +223,15 @@ def load_robust(file: str | PathLike[str]) -> VisionModel:
         UnknownNameError: a name that begins otherwise.
         FileError, ModelError: as :func:`~ce_plugin.models.load_weights`.
 
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "mnist_cnn_a_adv.npz")
+        ...     np.savez(file, **{name: value.numpy() for name, value in small_cnn().state_dict().items()})
+        ...     load_robust(file).grayscale
+        True
+
     Source: Wong and Kolter 2018 (arXiv 1711.00851); alpha-beta-CROWN (Wang et al. 2021, arXiv 2103.06624).
     """
     path = Path(file)

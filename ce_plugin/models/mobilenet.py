@@ -182,6 +182,11 @@ def load_bird_mobilenet(folder: str | PathLike[str]) -> VisionModel:
     Raises:
         FileError: a file is missing or damaged.
         ArgumentError: a number of names that is not the number of outputs.
+
+    Example:
+        >>> load_bird_mobilenet("no/such/folder")
+        Traceback (most recent call last):
+        ce_plugin.errors.FileError: Expected argument `folder` to be one with inat_bird_labels.txt, but got ...
     """
     names = existing_file(Path(folder) / "inat_bird_labels.txt", "folder", "one with inat_bird_labels.txt")
     lines = names.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -446,6 +446,12 @@ def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
     Raises:
         ModelError: names or shapes do not fit the network.
+
+    Example:
+        >>> network = nn.Linear(1, 1)
+        >>> load_state(network, {"weight": torch.ones(1, 1), "bias": torch.zeros(1)})
+        >>> network(torch.tensor([2.0])).item()
+        2.0
     """
     try:
         model.load_state_dict(state)
@@ -465,6 +471,13 @@ def read_weights(file: str | PathLike[str]) -> dict[str, Tensor]:
 
     Raises:
         FileError: the file is missing, no regular file or damaged, or holds anything but tensors.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(Path(folder, "weights.npz"), bias=np.zeros(3, np.float32))
+        ...     read_weights(Path(folder, "weights.npz"))["bias"]
+        tensor([0., 0., 0.])
     """
     file = existing_file(file, "weights")
     state: Any
