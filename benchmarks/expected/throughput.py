@@ -69,7 +69,7 @@ def local(made: LayerCausalEffect, data: Any, n: int, batch: int) -> float:
     """Rows per second of a whole run in this process, from opening the folder to the table."""
     with TemporaryDirectory() as place:
         start = time.process_time()
-        run(made, data, f"{place}/run", ids=range(n), batch_size=batch)
+        run(made, data, f"{place}/run", ids=range(n), batch_size=batch, outcomes=[made.outcome])
         return n / (time.process_time() - start)
 
 
@@ -78,7 +78,7 @@ def by_ray(made: LayerCausalEffect, data: Any, n: int, batch: int, workers: int)
     shard = batch
     with TemporaryDirectory() as place:
         start = time.time()
-        options: dict[str, Any] = {"batch_size": batch, "shard_size": shard}
+        options: dict[str, Any] = {"batch_size": batch, "shard_size": shard, "outcomes": [made.outcome]}
         run(made, data, f"{place}/run", ids=range(n), cluster=RayCluster(workers), **options)
         written = sorted(file.stat().st_mtime for file in Path(place, "run", "rows").glob("*.parquet"))
     began = written[workers - 1]

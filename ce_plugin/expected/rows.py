@@ -29,7 +29,7 @@ from ce_plugin.errors import (
 )
 from ce_plugin.expected.answer import EXPLAINED
 from ce_plugin.interventions import Adversarial
-from ce_plugin.networks.forward import is_art_classifier, widest
+from ce_plugin.networks.forward import is_art_classifier
 from ce_plugin.networks.guard import modules_of, state_guard
 from ce_plugin.networks.layers import fingerprint
 
@@ -82,10 +82,7 @@ class SeveralOutcomes:
         if not self.widths:
             for one in self.outcomes:
                 check_outcome(one, output, warn=False)
-        # In float64: where an answer is nearly certain, float32 would leave rounding alone of the paper's reduction.
-        wide, narrow = widest(output.device), torch.promote_types(output.dtype, torch.float32)
-        given, reference = output.to(wide), reference_output.to(wide)
-        parts = [one(given, reference).reshape(len(output), -1).to(narrow) for one in self.outcomes]
+        parts = [one(output, reference_output).reshape(len(output), -1) for one in self.outcomes]
         self.widths = [part.shape[1] for part in parts]
         return torch.cat(parts, 1)
 
