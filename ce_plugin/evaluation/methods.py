@@ -575,8 +575,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _before(self, module: nn.Module, args: Sequence[Any]) -> None:
         if module is self.network:
+            if not self.depth:  # another form of the network may call it
+                self.rows += len(args[0]) if args and isinstance(args[0], Tensor) else 1
             self.depth += 1
-            self.rows += len(args[0]) if args and isinstance(args[0], Tensor) else 1
 
     def _after(self, module: nn.Module, args: object, output: object) -> None:
         if module is not self.network:

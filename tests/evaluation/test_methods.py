@@ -133,6 +133,8 @@ def test_passes_through_other_arithmetic_count_too() -> None:
         return one.network.forward(images)
 
     assert explain(METHODS["rise"], replace(one, forward=fast), 30).passes == 30 == sum(rows)
+    # One that calls the network itself is not counted twice.
+    assert explain(METHODS["rise"], replace(one, forward=lambda images: one.network(images)), 30).passes == 30
 
 
 def test_a_captum_attribution_and_a_callable_are_methods() -> None:
