@@ -799,7 +799,7 @@ class ExperimentOptions:
         "data"
     )
     images: Annotated[
-        int | None, _experiment("N", "Take the first N images only.", parser=count, shown="as the recipe says")
+        int | None, _experiment("N", "Take N images only, drawn at random.", parser=count, shown="as the recipe says")
     ] = None
     list: Annotated[bool, _run("", "List the recipes.", "--list")] = False
     print: Annotated[bool, _run("", "Print the recipe.", "--print")] = False

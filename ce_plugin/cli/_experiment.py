@@ -93,11 +93,11 @@ class Experiment:
         taught = None if training is None else source_of(training.source, self.options.data)
         coder = recipe.autoencoder.source
         shown = taught if not coder else source_of(coder, self.options.data)
-        net = _network(recipe)
+        net = _network(recipe, self.options.data)
         self._check_sites(net)
         self._claim()
         data = self._prepared(net, source)
-        facts = {"Images": f"{len(self._ids(data)):,} of {source.fingerprint}"}
+        facts: dict[str, str] = {}
         if training is not None and taught is not None:
             self._train(net, taught, training)
         facts["Network"] = f"{recipe.network.model}{self._accuracy(net, data)}"
@@ -110,6 +110,10 @@ class Experiment:
                 facts[f"Autoencoder of {site.name}"] = str(autoencoder.fidelity)
             tables[site.name] = self._table(net, data, site, autoencoder)
             skipped |= {source.paths[i]: why for i, why in tables[site.name].skipped.items()}
+        # An earlier call may have had more of them.
+        fewest, most = min(map(len, tables.values())), max(map(len, tables.values()))
+        seen = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+        facts = {"Images": f"{seen} of {source.fingerprint}", **facts}
         page = self._save(net, source, tables, facts, skipped)
         say((out / "experiment.md").read_text(encoding="utf-8"), quiet=self.options.quiet)
         say(f"Page: {page.absolute()}")
@@ -161,8 +165,10 @@ class Experiment:
             n_classes = net.model(black)[0].numel()
         return Prepared(source, replace(net, model=nn.Identity()), labels_for(source, net.class_names, n_classes))
 
-    def _ids(self, data: Prepared) -> range:
-        return range(min(self.recipe.data.images or len(data), len(data)))
+    def _ids(self, data: Prepared) -> list[int]:
+        """Which images: all, or the first of a random order, so that a few are of all classes."""
+        order = torch.randperm(len(data), generator=generator(self.recipe.seed, "experiment images"))
+        return sorted(order[: self.recipe.data.images or None].tolist())
 
     def _train(self, net: VisionModel, source: ImageSource, training: Training) -> None:
         """Train the network, or read it where that was done."""
@@ -178,7 +184,7 @@ class Experiment:
     def _accuracy(self, net: VisionModel, data: Prepared) -> str:
         """Accuracy on the experiment's images, in words; refused where the recipe asks for more."""
         right = n = 0
-        ids = list(self._ids(data))
+        ids = self._ids(data)
         for first in range(0, len(ids), 256):
             # As the run has it: what cannot be read is left out, and said there.
             samples = [sample for i in ids[first : first + 256] if (sample := _readable(data, i)) is not None]
@@ -209,6 +215,8 @@ class Experiment:
         if file.exists():
             return ConceptAutoencoder.load(file)
         images, _ = _stacked(data, spec.images)
+        with torch.no_grad(), state_guard(net.model):
+            of_one = net.model(images[:1].to(net.device))[0].numel() == 1
         made = train_autoencoder(
             net.model,
             site.layer,
@@ -218,6 +226,7 @@ class Experiment:
             epochs=spec.epochs,
             checkpoint=out / f"{file.name}.checkpoint",
             seed=self.recipe.seed,
+            outcome="sigmoid" if of_one else "probability",
             show_progress=not self.options.quiet,
         )
         made.save(file)
@@ -346,12 +355,15 @@ def _remembered(recipe: Recipe) -> dict[str, Any]:
     return content
 
 
-def _network(recipe: Recipe) -> VisionModel:
+def _network(recipe: Recipe, root: Path) -> VisionModel:
     """The network, before it is trained; its first weights depend on the seed alone."""
     spec = recipe.network
+    weights: str | Path = spec.weights
+    if weights != "DEFAULT" and not Path(weights).exists() and (root / weights).exists():
+        weights = root / weights
     with torch.random.fork_rng():
         torch.manual_seed(derived_seed(recipe.seed, "experiment network"))
-        net = load_model(spec.model, spec.weights)
+        net = load_model(spec.model, weights)
     if spec.size:
         net = replace(net, framing=Framing(spec.size))
     net = replace(net, grayscale=spec.grayscale or net.grayscale)

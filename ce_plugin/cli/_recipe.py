@@ -29,7 +29,7 @@ class Data:
     Args:
         source: ``fashion-mnist:test``, ``imagenet-samples``, ``pneumonia-xrays:test``, or what ``ce-plugin expected``
             takes: a folder, Parquet, ``torchvision:NAME:SPLIT``, ``MODULE:FUNCTION``.
-        images: at most so many; 0 means all.
+        images: so many, the first of a random order; 0 means all.
     """
 
     source: str
@@ -73,7 +73,7 @@ class Network:
 
     Args:
         model: ``torchvision:NAME``, ``MODULE:FACTORY`` or ``FILE.py:FACTORY``.
-        weights: ``DEFAULT``, or a file of weights.
+        weights: ``DEFAULT``, or a file of weights, here or in the folder of data sets.
         size: side of the square that it sees; 0 leaves what the factory says.
         grayscale: it takes one channel.
         training: None means that it is taken as it is.
