@@ -114,6 +114,15 @@ def test_from_a_recipe_to_the_page(place: Path) -> None:
     detector = pd.read_csv("run/detector.csv")
     assert set(detector["attack"]) == {"FGSM"}
     assert {"1 - max softmax", "- |p|²", "index, 1, node 2", "index, 1, code of 3, node 1"} <= set(detector["score"])
+    frame = table.images().pivot(index="id", columns="evidence", values="predicted")
+    labels = table.images().groupby("id")["label"].first()
+    fooled = np.array((frame["clean"] == labels) & (frame["FGSM"] != labels))
+    (index,) = detector[detector["score"] == "index, 1, node 2"].to_dict("records")
+    assert index["pairs"] == fooled.sum() > 2
+    size = -table.values(outcome="prediction_weighted")[1][fooled][:, :, 2, 0].abs().double().numpy()
+    pairs = [float(a > c) + 0.5 * float(a == c) for a in size[:, 2] for c in size[:, 0]]
+    assert index["auroc"] == pytest.approx(np.mean(pairs), abs=1e-9)
+    assert index["low"] <= index["auroc"] <= index["high"]
     record = json.loads(Path("run/experiment.json").read_text())
     assert "95 % interval" in record["facts"]["Network"].replace("95% ", "95 % ")
     page = Path("run/experiment.html").read_text()
