@@ -14,6 +14,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from inspect import Parameter, Signature, getdoc
@@ -771,6 +772,44 @@ class ExpectedShowOptions:
 
 
 @dataclass(kw_only=True)
+class ExperimentOptions:
+    r"""Run an experiment of the paper, or one of your own, from its data to a table and a page.
+
+    A recipe is a TOML file: data, network (trained where it says so), sites, evidence and questions. Every number has
+    an interval.
+
+    examples:
+      ce-plugin experiment --list
+      ce-plugin experiment table3 --data data --out table3
+      ce-plugin experiment table3 --data data --images 500 --out try
+      ce-plugin experiment table3 --print > mine.toml
+      ce-plugin experiment ./mine.toml --data data --out mine --resume
+
+    In the folder: experiment.html (a page), experiment.md, .csv and .json (the
+    numbers), nodes.csv (every node), the trained network and autoencoders,
+    tables/ (the effects of every image; see ce-plugin expected show),
+    manifest.json. An experiment that was interrupted, or killed, goes on with
+    --resume, also with more --images.
+    """
+
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="Name of a recipe, or a .toml file.", show_default=False)
+    ] = None
+    data: Annotated[Path, _experiment("DIR", "Folder of data sets.", envvar="CE_PLUGIN_DATA", shown="data")] = Path(
+        "data"
+    )
+    images: Annotated[
+        int | None, _experiment("N", "Take N images only, drawn at random.", parser=count, shown="as the recipe says")
+    ] = None
+    list: Annotated[bool, _run("", "List the recipes.", "--list")] = False
+    print: Annotated[bool, _run("", "Print the recipe.", "--print")] = False
+    resume: Annotated[bool, _run("", "Go on with a run of the same recipe.", "--resume")] = False
+    out: Out = Path("ce-plugin-experiment")
+    force: Force = False
+    quiet: Quiet = False
+
+
+@dataclass(kw_only=True)
 class CompareOptions(NetworkOptions):
     r"""Compare attribution methods on pictures of a data set: a table with intervals, passes and seconds.
 
@@ -834,6 +873,10 @@ class CompareOptions(NetworkOptions):
     quiet: Quiet = False
 
 
+_GO_ON = (ExpectedOptions, ExperimentOptions, CompareOptions)
+"""Whose folders may hold a run that is gone on with."""
+
+
 # --- the commands
 
 
@@ -885,8 +928,14 @@ def _command(group: typer.Typer, name: str, options: type[Any], runner: str) -> 
                 warnings.showwarning = _show_warning
                 run = getattr(importlib.import_module(f"ce_plugin.cli.{module}"), function)
                 reserved = importlib.import_module("ce_plugin.files").reserved
-                replaced = given.force or (options in (ExpectedOptions, CompareOptions) and given.resume)
-                with reserved(given.out, folder=hints["out"] is not OutFile, force=replaced):
+                replaced = given.force or (getattr(given, "resume", False) is True and options in _GO_ON)
+                only_shows = options is ExperimentOptions and (given.list or given.print or given.recipe is None)
+                place = (
+                    nullcontext()
+                    if only_shows
+                    else reserved(given.out, folder=hints["out"] is not OutFile, force=replaced)
+                )
+                with place:
                     unreadable = run(given, context.obj)
         except CEPluginError as error:
             sys.stderr.write(f"ce-plugin: error: {error}\n")
@@ -945,6 +994,7 @@ def _root(
       ce-plugin detect score inbox --detector detector.ce
       ce-plugin expected photographs --layer _bn1 --given clean,fgsm
       ce-plugin expected show ce-plugin-expected
+      ce-plugin experiment table3 --data data
       ce-plugin explain --help      all options of a command
 
     exit codes:
@@ -967,6 +1017,7 @@ _command(app, "demo", DemoOptions, "_explain:demo")
 _command(app, "explain", ExplainOptions, "_explain:explain")
 _command(app, "nodes", NodesOptions, "_nodes:nodes")
 _command(app, "map", MapOptions, "_nodes:draw_map")
+_command(app, "experiment", ExperimentOptions, "_experiment:run")
 _command(app, "compare", CompareOptions, "_compare:run")
 _command(_concepts, "train", TrainOptions, "_concepts:train")
 _command(_concepts, "show", ShowOptions, "_concepts:show")

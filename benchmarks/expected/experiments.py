@@ -1,0 +1,41 @@
+"""The paper's experiments by `ce-plugin experiment`: run, or gone on with in the cache, and written to the results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+from benchmarks.common.results import write
+from ce_plugin.cli import main as ce_plugin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--images", type=int)
+    options = parser.parse_args()
+    out = (
+        Path(os.environ.get("CE_PLUGIN_CACHE") or Path.home() / ".cache" / "ce-plugin") / "experiments" / options.recipe
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.environ.get("CE_PLUGIN_DATA"):
+        raise SystemExit("Set CE_PLUGIN_DATA to the folder of the data sets.")
+    start, cpu = time.time(), time.process_time()
+    words = ["experiment", options.recipe, "--out", str(out), "--resume"]
+    code = ce_plugin([*words, *([] if options.images is None else ["--images", str(options.images)])])
+    if code:
+        raise SystemExit(code)
+    took = {"seconds": round(time.time() - start), "cpu_seconds": round(time.process_time() - cpu)}
+    record = json.loads((out / "experiment.json").read_text())
+    del record["configurations"]
+    text = (out / "experiment.md").read_text()
+    said = f"This call took {took['seconds']:,} s, {took['cpu_seconds']:,} s of one processor"
+    said += " (other work ran beside it); what an earlier call had left in its folder was not done again."
+    write(f"experiment_{options.recipe}", f"{text}\n{said}\n", {**took, **record}, "pyarrow")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The command ``experiment``: a recipe from start to page, resumed, and what is refused before any work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from ce_plugin.cli import main
+from ce_plugin.cli._recipe import packaged, read_recipe
+from ce_plugin.expected import EffectTable
+
+_NETWORK = """
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 2))
+"""
+
+_RECIPE = """
+title = "Dark and bright"
+batch_size = 7
+
+[data]
+source = "pets"
+
+[network]
+model = "nets.py:net"
+size = 12
+
+[network.training]
+source = "pets"
+epochs = 40
+rate = 0.02
+batch_size = 8
+least_accuracy = 0.6
+
+[evidences]
+clean = {}
+PWM = { mask = 0.2 }
+FGSM = { attack = "fgsm", eps = 0.2 }
+
+[[sites]]
+layer = "1"
+nodes = [2, 4]
+
+[[sites]]
+layer = "1"
+nodes = [1]
+concepts = 3
+
+[autoencoder]
+images = 20
+epochs = 3
+least_fidelity = 0.0
+
+[questions]
+detector = true
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "nets.py").write_text(_NETWORK)
+    (tmp_path / "mine.toml").write_text(_RECIPE)
+    random = np.random.default_rng(0)
+    for name, top in (("dark", 170), ("light", 256)):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = random.integers(top - 170, top, (12, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pets" / name / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CE_PLUGIN_DATA", raising=False)
+    return tmp_path
+
+
+def call(*words: str) -> int:
+    return main(["experiment", *words, "--quiet"])
+
+
+def test_from_a_recipe_to_the_page(place: Path) -> None:
+    before = torch.get_rng_state()
+    assert call("./mine.toml", "--data", ".", "--out", "run") == 0
+    assert torch.equal(torch.get_rng_state(), before)
+    rows = pd.read_csv("run/experiment.csv")
+    assert set(rows["site"]) == {"1", "1, code of 3"}
+    assert {"node 2", "node 4", "node 1", "mean of all nodes", "inserting the autoencoder"} <= set(rows["what"])
+    assert {"clean", "PWM", "FGSM", "PWM - clean", "FGSM - clean", "FGSM / clean"} <= set(rows["evidence"])
+    assert (rows["low"] <= rows["effect"]).all()
+    assert (rows["effect"] <= rows["high"]).all()
+
+    # The numbers are the table's.
+    table = EffectTable("run/tables/1")
+    for outcome, reading in (("log_odds", "A"), ("log_odds", "B"), ("prediction_weighted", "A")):
+        answer = table.expected(outcome, reading=reading)  # type: ignore[arg-type]
+        low, high = answer.confidence_interval(0.95)
+        for e, evidence in enumerate(answer.evidences):
+            one = rows[(rows["site"] == "1") & (rows["reading"] == reading) & (rows["outcome"] == outcome)]
+            (one,) = one[(one["what"] == "node 4") & (one["evidence"] == evidence)].to_dict("records")
+            wanted = [float(x[e, 4, 0]) for x in (answer.effect, low, high)]
+            assert [one["effect"], one["low"], one["high"]] == pytest.approx(wanted, abs=1e-9)
+
+    # The mean over nodes, by hand.
+    _, values = table.values(outcome="log_odds")
+    mine = rows[(rows["site"] == "1") & (rows["outcome"] == "log_odds") & (rows["what"] == "mean of all nodes")]
+    (got,) = mine[(mine["reading"] == "A") & (mine["evidence"] == "FGSM - clean")]["effect"]
+    assert got == pytest.approx(float((values[:, 2] - values[:, 0]).double().mean()), abs=1e-7)
+
+    detector = pd.read_csv("run/detector.csv")
+    assert set(detector["attack"]) == {"FGSM"}
+    assert {"1 - max softmax", "- |p|²", "index, 1, node 2", "index, 1, code of 3, node 1"} <= set(detector["score"])
+    frame = table.images().pivot(index="id", columns="evidence", values="predicted")
+    labels = table.images().groupby("id")["label"].first()
+    fooled = np.array((frame["clean"] == labels) & (frame["FGSM"] != labels))
+    (index,) = detector[detector["score"] == "index, 1, node 2"].to_dict("records")
+    assert index["pairs"] == fooled.sum() > 2
+    size = -table.values(outcome="prediction_weighted")[1][fooled][:, :, 2, 0].abs().double().numpy()
+    pairs = [float(a > c) + 0.5 * float(a == c) for a in size[:, 2] for c in size[:, 0]]
+    assert index["auroc"] == pytest.approx(np.mean(pairs), abs=1e-9)
+    assert index["low"] <= index["auroc"] <= index["high"]
+    record = json.loads(Path("run/experiment.json").read_text())
+    assert "95 % interval" in record["facts"]["Network"].replace("95% ", "95 % ")
+    page = Path("run/experiment.html").read_text()
+    assert "Dark and bright" in page
+    assert "inserting the autoencoder" in page
+
+
+def test_goes_on_where_it_was(place: Path) -> None:
+    assert call("./mine.toml", "--data", ".", "--out", "whole") == 0
+    assert call("./mine.toml", "--data", ".", "--out", "parts", "--images", "10") == 0
+    made = {file.name: file.stat().st_mtime_ns for file in Path("parts").glob("*.pt")}
+    assert len(made) == 2
+    assert call("./mine.toml", "--data", ".", "--out", "parts", "--resume") == 0
+    assert {file.name: file.stat().st_mtime_ns for file in Path("parts").glob("*.pt")} == made
+    whole, parts = (pd.read_csv(f"{folder}/experiment.csv") for folder in ("whole", "parts"))
+    np.testing.assert_allclose(whole["effect"], parts["effect"], rtol=1e-4, atol=1e-6)
+
+    # Questions may change; what made the numbers may not.
+    Path("mine.toml").write_text(_RECIPE + "level = 0.9\n")
+    assert call("./mine.toml", "--data", ".", "--out", "parts", "--resume") == 0
+    narrower = pd.read_csv("parts/experiment.csv")
+    first = narrower["what"] == "node 2"
+    assert (narrower["high"] - narrower["low"])[first].sum() < (parts["high"] - parts["low"])[first].sum()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("mask = 0.2", "masks = 0.2", "Did you mean 'mask'"),
+        ("epochs = 40", 'epochs = "40"', "a whole number"),
+        ('title = "Dark and bright"', "", "`title` to be in the recipe"),
+        ('attack = "fgsm"', 'attack = "fgms"', "Did you mean 'fgsm'"),
+        ('layer = "1"\nnodes = [2, 4]', 'layer = "1"\nnodes = [2, 6]', "nodes below 6"),
+        ('layer = "1"\nnodes = [2, 4]', 'layer = "conv"\nnodes = [2, 4]', "layer"),
+        ("concepts = 3", "concepts = 6", "codes below the layer's channels"),
+        ('[data]\nsource = "pets"', '[data]\nsource = "pats"', "does not exist"),
+        ("clean = {}\n", "", "clean"),
+        ("[data]", "[data", "a TOML file"),
+    ],
+)
+def test_refused_before_any_work(
+    place: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, said: str
+) -> None:
+    assert _RECIPE.count(old) >= 1
+    Path("mine.toml").write_text(_RECIPE.replace(old, new))
+    assert call("./mine.toml", "--data", ".", "--out", "run") == 1
+    assert said in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
+def test_another_recipe_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("./mine.toml", "--data", ".", "--out", "run", "--images", "4") == 0
+    Path("mine.toml").write_text(_RECIPE.replace("eps = 0.2", "eps = 0.1"))
+    assert call("./mine.toml", "--data", ".", "--out", "run", "--resume") == 1
+    assert "evidences.FGSM.eps is 0.2 there and 0.1 here" in capsys.readouterr().err
+    assert call("./mine.toml", "--data", ".", "--out", "run", "--images", "4", "--force") == 0
+
+
+def test_a_network_that_is_too_bad(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    swapped = Path("swapped")
+    Path("pets").rename(swapped)
+    for old, new in (("dark", "light"), ("light", "dark")):
+        (Path("pets") / new).mkdir(parents=True)
+        for file in (swapped / old).iterdir():
+            (Path("pets") / new / file.name).write_bytes(file.read_bytes())
+    Path("mine.toml").write_text(_RECIPE.replace('[data]\nsource = "pets"', '[data]\nsource = "swapped"'))
+    assert call("./mine.toml", "--data", ".", "--out", "run") == 1
+    assert "at least 60.0% right" in capsys.readouterr().err
+
+
+def test_the_recipes_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["experiment", "--list"]) == 0
+    listed = capsys.readouterr().out
+    for name, file in packaged().items():
+        assert f"{name}: {read_recipe(file).title}" in listed
+        assert main(["experiment", name, "--print"]) == 0
+        assert capsys.readouterr().out.strip() == file.read_text(encoding="utf-8").strip()
+    assert main(["experiment", "tabel3", "--quiet"]) == 1
+    assert "Did you mean 'table3'" in capsys.readouterr().err
+    assert main(["experiment", "--quiet"]) == 1
+
+
+def test_missing_data_says_what_to_put_where(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("table3", "--data", "nowhere") == 1
+    assert "fashion-mnist" in capsys.readouterr().err
