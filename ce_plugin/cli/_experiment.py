@@ -90,23 +90,23 @@ class Experiment:
         recipe, out = self.recipe, self.options.out
         source = source_of(recipe.data.source, self.options.data)
         training = recipe.network.training
-        taught = None if training is None else source_of(training.source, self.options.data)
-        coder = recipe.autoencoder.source
-        shown = taught if not coder else source_of(coder, self.options.data)
+        train_source = None if training is None else source_of(training.source, self.options.data)
+        named = recipe.autoencoder.source
+        code_source = source_of(named, self.options.data) if named else train_source
         net = _network(recipe, self.options.data)
         self._check_sites(net)
         self._claim()
         data = self._prepared(net, source)
         facts: dict[str, str] = {}
-        if training is not None and taught is not None:
-            self._train(net, taught, training)
+        if training is not None and train_source is not None:
+            self._train(net, train_source, training)
         facts["Network"] = f"{recipe.network.model}{self._accuracy(net, data)}"
         tables: dict[str, EffectTable] = {}
         skipped: dict[str, str] = {}
         for site in recipe.sites:
             autoencoder = None
-            if site.concepts and shown is not None:
-                autoencoder = self._autoencoder(net, site, self._prepared(net, shown))
+            if site.concepts and code_source is not None:
+                autoencoder = self._autoencoder(net, site, self._prepared(net, code_source))
                 facts[f"Autoencoder of {site.name}"] = str(autoencoder.fidelity)
             tables[site.name] = self._table(net, data, site, autoencoder)
             skipped |= {source.paths[i]: why for i, why in tables[site.name].skipped.items()}

@@ -249,11 +249,11 @@ class ExperimentSection(Section[ExperimentStudy]):
                 & (self.counts["reading"] == reading)
                 & (self.counts["outcome"] == outcome)
             ].set_index("evidence")
-            told = [
+            found_in = [
                 f"{counts.loc[name, 'significant']} of {counts.loc[name, 'nodes']}" if name in counts.index else ""
                 for name in evidences
             ]
-            lines.append([f"nodes that differ from 0 (FDR {found.fdr:g})", *told])
+            lines.append([f"nodes that differ from 0 (FDR {found.fdr:g})", *found_in])
             parts.append({"title": f"{site}: {outcome}, reading {reading}", "head": ["", *evidences], "rows": lines})
         if self.detector is not None:
             lines = [
