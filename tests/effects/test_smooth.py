@@ -69,7 +69,7 @@ def test_is_the_posterior_mean_of_the_most_probable_hyperparameters(guided: bool
                 return 0.5 * (2 * (n - 1) * log_tau + float((off.T @ inverse @ off).squeeze()) + logdet)
 
             tau = minimize_scalar(loss, bounds=(-6, 6), method="bounded", options={"xatol": 1e-10})
-            probability = -tau.fun - 0.5 * ((noise + 0.2) / 0.4) ** 2 - 0.5 * ((math.log10(length) + 0.9) / 0.25) ** 2
+            probability = -tau.fun - 0.5 * ((noise + 0.2) / 0.33) ** 2 - 0.5 * ((math.log10(length) + 1.1) / 0.25) ** 2
             if probability > best:
                 best, scale = probability, math.exp(tau.x)
                 found = scale * known + k @ ac.T @ basis @ inverse @ (z - scale * m)
