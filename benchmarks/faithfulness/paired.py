@@ -202,6 +202,7 @@ def table(files: list[Path], options: argparse.Namespace) -> tuple[str, dict[str
         if len(scores) < 2:
             continue
         kinds, base, peer = kinds_of(scores), labels.index(other), labels.index(PEER)
+        data[f"{name}: scores"] = {label: scores[:, m].round(4).tolist() for m, label in enumerate(labels)}
         for m, label in enumerate(labels):
             figures: dict[str, Any] = {"images": len(scores), "passes": float(np.median(passes[:, m]))}
             figures["seconds"] = float(np.median(seconds[:, m]))
