@@ -32,7 +32,10 @@ def main() -> None:
     if code:
         raise SystemExit(code)
     calls = out.with_name(f"{options.recipe}-calls.json")
-    took = [*(json.loads(calls.read_text()) if calls.exists() else []), [time.time() - start, time.process_time() - cpu]]
+    took = [
+        *(json.loads(calls.read_text()) if calls.exists() else []),
+        [time.time() - start, time.process_time() - cpu],
+    ]
     calls.write_text(json.dumps(took))
     seconds, cpu_seconds = (round(sum(column)) for column in zip(*took, strict=True))
     record = json.loads((out / "experiment.json").read_text())
