@@ -142,12 +142,12 @@ def plot_ranked(
     places, size = np.arange(len(labels)), 5.0 if named else 2.0
     for axis, (name, parts) in zip(axes, read.items(), strict=True):
         effect, low, high, found = (one[order] for one in parts)
-        axis.vlines(places, low, high, color=_LIGHT_GRAY, linewidth=1.4 if named else 0.6)
+        axis.vlines(places, low, high, color=_LIGHT_GRAY, alpha=1 if named else 0.4, linewidth=1.4 if named else 0.6)
         colors = np.where(effect <= 0, POSITIVE, NEGATIVE)  # a negative effect supports the class
         for filled in (True, False):
             own = (found > 0) == filled
             face = colors[own] if filled else "white"
-            axis.scatter(places[own], effect[own], s=size**2, facecolors=face, edgecolors=colors[own], linewidths=0.9)
+            axis.scatter(places[own], effect[own], size**2, facecolors=face, edgecolors=colors[own], lw=0.9, zorder=3)
         axis.axhline(0, color=_GRAY, linewidth=0.8)
         axis.set_title(f"{name}: {int((found > 0).sum())} of {len(labels)} differ from 0", fontsize=9, loc="left")
         _open(axis)
