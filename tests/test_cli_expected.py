@@ -120,6 +120,9 @@ def test_one_output_and_patches_of_the_input(place: Path) -> None:
     gray = ("pets", "--model", "nets.py:one", "--size", "16", "--quiet", "--limit", "3")
     assert call(*gray, "--layer", "1", "--out", "one") == 0
     assert EffectTable("one").outcomes == ("sigmoid", "logit")
+    several = (*OPTIONS[:5], "--layer", "1", "--given", "clean,fgsm", "--outcome", "sigmoid", "--quiet", "--limit", "3")
+    assert call(*several, "--out", "labels") == 0
+    assert "multi_label=True" in EffectTable("labels").configuration["given"]["fgsm"]
     words = (*OPTIONS[:5], "--input", "--trials", "60", "--limit", "2", "--quiet", "--classes", "all", "--out", "input")
     assert call(*words) == 0
     table = EffectTable("input")

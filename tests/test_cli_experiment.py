@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -61,7 +62,15 @@ least_fidelity = 0.0
 
 [questions]
 detector = true
+largest = true
 """
+
+# Of one site, clean and masked, one outcome: what a run takes is mostly its plots.
+_SMALL = (
+    _RECIPE.replace('FGSM = { attack = "fgsm", eps = 0.2 }\n', "")
+    .replace('[[sites]]\nlayer = "1"\nnodes = [2, 4]\n', "")
+    .replace("detector = true\nlargest = true", 'outcomes = ["log_odds"]\nreadings = ["A"]')
+)
 
 
 @pytest.fixture
@@ -123,14 +132,42 @@ def test_from_a_recipe_to_the_page(place: Path) -> None:
     pairs = [float(a > c) + 0.5 * float(a == c) for a in size[:, 2] for c in size[:, 0]]
     assert index["auroc"] == pytest.approx(np.mean(pairs), abs=1e-9)
     assert index["low"] <= index["auroc"] <= index["high"]
+    _check_largest(table)
     record = json.loads(Path("run/experiment.json").read_text())
     assert "95 % interval" in record["facts"]["Network"].replace("95% ", "95 % ")
     page = Path("run/experiment.html").read_text()
     assert "Dark and bright" in page
     assert "inserting the autoencoder" in page
+    plots = {file.name for file in Path("run/plots").iterdir()}
+    assert {"named.png", "shares.png", "nodes-1-log_odds-A.png", "nodes-1-code-of-3-log_odds-B.png"} <= plots
+    assert page.count("data:image/png;base64,") == len(plots)
+    text = Path("run/experiment.md").read_text()
+    assert all(f"](plots/{name})" in text for name in plots)
+
+
+def _check_largest(table: EffectTable) -> None:
+    """The node is the largest of one half of the images, by hand, and its value is that of the other half."""
+    rows = pd.read_csv("run/largest.csv")
+    rows = rows[rows["outcome"] == "log_odds"]
+    ids, values = table.values(outcome="log_odds")
+    effects = values[torch.from_numpy(ids.argsort())][:, 0, :, 0].double()
+    own = rows[(rows["site"] == "1") & (rows["evidence"] == "clean")].set_index("images")
+    assert own["n_images"].tolist() == [12, 12]
+    node = int(own["node"].iloc[0])
+    # Both halves together are all images, and no node is larger on the half that chose.
+    both = float(own["effect"].mean())
+    assert both == pytest.approx(float(effects[:, node].mean()), abs=1e-6)
+    others = 2 * effects.mean(0) - float(own.loc["other", "effect"])
+    assert abs(float(others[node])) == pytest.approx(abs(own.loc["chosen", "effect"]), abs=1e-6)
+    # The largest of all sites is the larger of the two.
+    first = rows[rows["first"]]
+    chosen = rows[(rows["images"] == "chosen") & (rows["evidence"] == "clean")].set_index("site")["effect"].abs()
+    assert set(first["site"]) == {chosen.idxmax()}
+    assert set(rows["evidence"]) == {"clean", "PWM", "FGSM"}
 
 
 def test_goes_on_where_it_was(place: Path) -> None:
+    Path("mine.toml").write_text(_SMALL)
     assert call("./mine.toml", "--data", ".", "--out", "whole") == 0
     assert call("./mine.toml", "--data", ".", "--out", "parts", "--images", "10") == 0
     made = {file.name: file.stat().st_mtime_ns for file in Path("parts").glob("*.pt")}
@@ -141,10 +178,10 @@ def test_goes_on_where_it_was(place: Path) -> None:
     np.testing.assert_allclose(whole["effect"], parts["effect"], rtol=1e-4, atol=1e-6)
 
     # Questions may change; what made the numbers may not.
-    Path("mine.toml").write_text(_RECIPE + "level = 0.9\n")
+    Path("mine.toml").write_text(_SMALL + "level = 0.9\n")
     assert call("./mine.toml", "--data", ".", "--out", "parts", "--resume") == 0
     narrower = pd.read_csv("parts/experiment.csv")
-    first = narrower["what"] == "node 2"
+    first = narrower["what"] == "node 1"
     assert (narrower["high"] - narrower["low"])[first].sum() < (parts["high"] - parts["low"])[first].sum()
 
 
@@ -174,10 +211,11 @@ def test_refused_before_any_work(
 
 
 def test_another_recipe_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.toml").write_text(_SMALL)
     assert call("./mine.toml", "--data", ".", "--out", "run", "--images", "4") == 0
-    Path("mine.toml").write_text(_RECIPE.replace("eps = 0.2", "eps = 0.1"))
+    Path("mine.toml").write_text(_SMALL.replace("mask = 0.2", "mask = 0.1"))
     assert call("./mine.toml", "--data", ".", "--out", "run", "--resume") == 1
-    assert "evidences.FGSM.eps is 0.2 there and 0.1 here" in capsys.readouterr().err
+    assert "evidences.PWM.mask is 0.2 there and 0.1 here" in capsys.readouterr().err
     assert call("./mine.toml", "--data", ".", "--out", "run", "--images", "4", "--force") == 0
 
 
@@ -208,3 +246,60 @@ def test_the_recipes_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
 def test_missing_data_says_what_to_put_where(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("table3", "--data", "nowhere") == 1
     assert "fashion-mnist" in capsys.readouterr().err
+
+
+def test_classes_by_name_and_weights_by_hand(place: Path) -> None:
+    """Species that the network does not know are left out, and counted; --weights takes the recipe's place."""
+    Path("nets.py").write_text(
+        _NETWORK
+        + """
+def named(weights):
+    import torch
+    from ce_plugin.models import Framing, VisionModel
+    made = net()
+    made.load_state_dict(torch.load(weights, weights_only=True))
+    return VisionModel(made, framing=Framing(12), class_names=("Avis lucida (Light)", "nothing"))
+"""
+    )
+    nets: dict[str, Any] = {}
+    exec(_NETWORK, nets)
+    torch.manual_seed(0)
+    torch.save(nets["net"]().state_dict(), "weights.pt")
+    recipe = """
+title = "Birds"
+[data]
+source = "pets"
+matched = true
+[network]
+model = "nets.py:named"
+weights = "missing.pt"
+[evidences]
+clean = {}
+[[sites]]
+layer = "1"
+[questions]
+readings = ["A"]
+outcomes = ["log_odds"]
+"""
+    Path("mine.toml").write_text(recipe)
+    assert call("./mine.toml", "--data", ".", "--out", "run") == 1
+    assert call("./mine.toml", "--data", ".", "--out", "run", "--weights", "weights.pt") == 0
+    frame = EffectTable("run/tables/1").images()
+    assert set(frame["label"]) == {0}
+    assert all(path.startswith("light/") for path in frame["path"])
+    facts = json.loads(Path("run/experiment.json").read_text())["facts"]
+    assert facts["Images"].startswith("12 of ")
+    assert "1 of 2 classes are the network's, and 12 images of the others are left out" in facts["Images"]
+
+
+def test_an_attack_on_a_network_with_several_labels(place: Path) -> None:
+    """Whoever asks several outputs for a sigmoid says that each is a label: all of them are attacked."""
+    recipe = _SMALL.replace("PWM = { mask = 0.2 }", 'FGSM = { attack = "fgsm", eps = 0.2 }')
+    recipe = recipe.replace("nodes = [1]\nconcepts = 3\n", "").replace("log_odds", "sigmoid")
+    Path("mine.toml").write_text(recipe)
+    assert call("./mine.toml", "--data", ".", "--out", "run", "--images", "6") == 0
+    given = EffectTable("run/tables/1").configuration["given"]
+    assert "multi_label=True" in given["FGSM"]
+    Path("mine.toml").write_text(recipe.replace("sigmoid", "log_odds"))
+    assert call("./mine.toml", "--data", ".", "--out", "classes", "--images", "6") == 0
+    assert "multi_label" not in EffectTable("classes/tables/1").configuration["given"]["FGSM"]

@@ -272,3 +272,38 @@ def test_weights_that_hold_code_are_not_run(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(FileError, match=r"a file of tensors"):
         load_weights(_tiny(), tmp_path / "evil.pt")
     assert "code of the file" not in capsys.readouterr().out
+
+
+def test_a_factory_with_one_argument_is_given_the_weights(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(own.parent)
+    Path("given.py").write_text(
+        "from torch import nn\nfrom ce_plugin.errors import FileError\n"
+        "def read(place):\n    if 'bad' in str(place): raise FileError('no such network')\n"
+        "    net = nn.Linear(1, 1)\n    net.place = str(place)\n    return net\n"
+    )
+    Path("good.bin").write_text("anything")
+    Path("bad.bin").write_text("anything")
+    assert load_model("given:read", "good.bin").model.place == "good.bin"
+    assert load_model("given:read", own.parent).model.place == str(own.parent)  # a folder, too
+    with pytest.raises(FileError, match="no such network"):
+        load_model("given:read", "bad.bin")
+    with pytest.raises(ModelError, match=r"needs place\. .* If place is a file of weights, name it with `weights`"):
+        load_model("given:read")
+    with pytest.raises(FileError, match="existing file"):
+        load_model("given:read", "missing.bin")
+
+
+def test_torchvision_s_networks_with_other_classes(tmp_path: Path) -> None:
+    from torchvision.models import squeezenet1_1
+
+    torch.manual_seed(0)
+    tuned = squeezenet1_1(num_classes=7).eval()
+    torch.save(tuned.state_dict(), tmp_path / "birds.pt")
+    found = load_model("torchvision:squeezenet1_1", tmp_path / "birds.pt")
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.equal(found.model(x), tuned(x))
+    assert found.class_names is None
+    torch.save(squeezenet1_1().state_dict(), tmp_path / "imagenet.pt")
+    named = load_model("torchvision:squeezenet1_1", tmp_path / "imagenet.pt").class_names
+    assert named is not None
+    assert len(named) == 1000

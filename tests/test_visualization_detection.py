@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import auc, roc_auc_score
 
 from ce_plugin.errors import ArgumentError, InputError
-from ce_plugin.visualization import plot_roc, plot_scores
+from ce_plugin.visualization import plot_intervals, plot_ranked, plot_roc, plot_scores
 
 
 def test_the_area_under_the_curve_is_the_auroc() -> None:
@@ -60,3 +60,43 @@ def test_what_cannot_be_drawn_is_told() -> None:
         plot_roc([], {}, fpr=0.05)
     with pytest.raises(ArgumentError, match=r"a rate in \(0, 1\)"):
         plot_roc([0.1], {}, fpr=1.0)
+
+
+def test_ranked_nodes_stand_in_the_order_of_the_first_panel() -> None:
+    effect, half = np.array([0.2, -0.4, 0.1]), np.array([0.1, 0.2, 0.3])
+    found = np.array([True, True, False])
+    panels = {name: (by * effect, by * effect - half, by * effect + half, found) for name, by in (("a", 1), ("b", -2))}
+    figure = plot_ranked(["x", "y", "z"], panels)
+    first, second = figure.axes
+    assert [label.get_text() for label in second.get_xticklabels()] == ["y", "z", "x"]
+    assert first.get_title(loc="left") == "a: 2 of 3 differ from 0"
+    bars, filled, hollow = second.collections[:3]
+    ends = [line[:, 1] for line in bars.get_segments()]
+    np.testing.assert_allclose(ends, [(0.6, 1.0), (-0.5, 0.1), (-0.5, -0.3)])
+    np.testing.assert_allclose(filled.get_offsets(), [[0, 0.8], [2, -0.4]])
+    np.testing.assert_allclose(hollow.get_offsets(), [[1, -0.2]])
+
+
+def test_intervals_of_all_conditions_are_drawn() -> None:
+    panels = {
+        "odds": {"node 1": {"clean": (1.0, 0.5, 1.5), "FGSM": (2.0, 1.0, 4.0)}, "node 2": {"FGSM": (0.0, -1.0, 1.0)}},
+        "p": {"node 2": {"clean": (0.1, 0.0, 0.2)}},
+    }
+    figure = plot_intervals(panels, at=1.0)
+    left, right = figure.axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["node 1", "node 2"]
+    (clean, fgsm), (own, _) = left.containers, right.containers
+    assert clean.lines[0].get_xdata().tolist() == [1.0]
+    assert fgsm.lines[0].get_xdata().tolist() == [2.0, 0.0]
+    assert [tuple(line[:, 0]) for line in fgsm.lines[2][0].get_segments()] == [(1.0, 4.0), (-1.0, 1.0)]
+    assert round(float(own.lines[0].get_ydata()[0])) == 1  # the second row
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["clean", "FGSM"]
+
+
+def test_nothing_to_rank_or_compare_is_told() -> None:
+    with pytest.raises(ArgumentError, match="`panels`"):
+        plot_ranked([], {})
+    with pytest.raises(ArgumentError, match="with 2 numbers each"):
+        plot_ranked(["a", "b"], {"clean": ([1], [1], [1], [True])})
+    with pytest.raises(ArgumentError, match="`panels`"):
+        plot_intervals({})

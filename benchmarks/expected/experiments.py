@@ -1,10 +1,14 @@
-"""The paper's experiments by `ce-plugin experiment`: run, or gone on with in the cache, and written to the results."""
+"""The paper's experiments by `ce-plugin experiment`: run, or gone on with in the cache, and written to the results.
+
+What every call took is kept beside the run's folder, so that the results say what all of them took together.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -28,13 +32,21 @@ def main() -> None:
     code = ce_plugin([*words, *([] if options.images is None else ["--images", str(options.images)])])
     if code:
         raise SystemExit(code)
-    took = {"seconds": round(time.time() - start), "cpu_seconds": round(time.process_time() - cpu)}
+    calls = out.with_name(f"{options.recipe}-calls.json")
+    took = [
+        *(json.loads(calls.read_text()) if calls.exists() else []),
+        [time.time() - start, time.process_time() - cpu],
+    ]
+    calls.write_text(json.dumps(took))
+    seconds, cpu_seconds = (round(sum(column)) for column in zip(*took, strict=True))
     record = json.loads((out / "experiment.json").read_text())
     del record["configurations"]
-    text = (out / "experiment.md").read_text()
-    said = f"This call took {took['seconds']:,} s, {took['cpu_seconds']:,} s of one processor"
-    said += " (other work ran beside it); what an earlier call had left in its folder was not done again."
-    write(f"experiment_{options.recipe}", f"{text}\n{said}\n", {**took, **record}, "pyarrow")
+    # The plots stay with the page, in the cache.
+    text = re.sub(r"(!\[.*\n)+\n?", "", (out / "experiment.md").read_text())
+    said = f"From the empty folder to the page {seconds:,} s, {cpu_seconds:,} s of one processor"
+    said += f" (other work ran beside it), in {len(took)} call{'s' if len(took) > 1 else ''}."
+    took_all = {"seconds": seconds, "cpu_seconds": cpu_seconds, "calls": took}
+    write(f"experiment_{options.recipe}", f"{text}\n{said}\n", {**took_all, **record}, "pyarrow")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Killed at random moments, does a run go on to the same numbers, and how much is done again?"""
+"""Killed while it writes files, does a run go on to the same numbers, and how much is done again?"""
 
 from __future__ import annotations
 
@@ -64,20 +64,36 @@ def apart(one: EffectTable, other: EffectTable) -> float:
     return found
 
 
-def killed(place: Path, images: int, kills: int, seconds: float) -> EffectTable:
-    """A run that is killed so many times, each time at a random moment, and then left to finish."""
-    moments = random.Random(0)
+def killed(place: Path, images: int, kills: int, seconds: float) -> tuple[EffectTable, int]:
+    """A run that is killed so many times while it writes files, and then left to finish; and how many halves of files
+    that left.
+
+    Each process first writes a file of its own. Then it is killed, in turn, when half a file is seen, and at a random
+    moment of the next ``seconds``.
+    """
+    moments, rows = random.Random(0), place / "run" / "rows"
     command = [sys.executable, "-m", "benchmarks.expected.resume", "--child", str(place), "--images", str(images)]
-    for _ in range(kills):
+    for number in range(kills):
+        whole, halves = files(rows, "[0-9]*.parquet"), files(rows, ".*.part")
         child = subprocess.Popen([*command])
-        start = time.time()
-        while not (place / "notes" / str(child.pid)).exists() and time.time() - start < 120:
-            time.sleep(0.1)
-        time.sleep(moments.uniform(0, seconds))
+        while files(rows, "[0-9]*.parquet") == whole and child.poll() is None:
+            time.sleep(0.01)
+        if number % 2:
+            time.sleep(moments.uniform(0, seconds))
+        else:
+            while files(rows, ".*.part") == halves and child.poll() is None:
+                time.sleep(0.0005)
+        if child.poll() is not None:
+            raise SystemExit("The run ended before it was killed: take more --images.")
         child.send_signal(signal.SIGKILL)
         child.wait()
-        print("killed with", len(list((place / "run" / "rows").glob("[0-9]*.parquet"))), "files written", flush=True)
-    return work(place / "run", images, place / "notes", 0)
+        print("killed with", len(files(rows, "[0-9]*.parquet")), "files written", flush=True)
+    return work(place / "run", images, place / "notes", 0), len(files(rows, ".*.part"))
+
+
+def files(folder: Path, pattern: str) -> set[str]:
+    """Names of files."""
+    return {file.name for file in folder.glob(pattern)}
 
 
 def workers_killed(place: Path, images: int, kills: int) -> tuple[EffectTable, int]:
@@ -115,10 +131,12 @@ def main() -> None:
         start = time.time()
         whole = work(places[0] / "run", options.images, places[0] / "notes", 0)
         seconds = time.time() - start
-        table = killed(places[1], options.images, options.kills, seconds / 3)
+        # A random moment is one of the next two files.
+        table, halves = killed(places[1], options.images, options.kills, 2 * seconds * SHARD / options.images)
         extra = read(places[1] / "notes") - read(places[0] / "notes")
         data: dict[str, Any] = {
             "kills": options.kills, "same": same(whole, table), "apart": apart(whole, table), "read_again": extra,
+            "halves": halves,
         }  # fmt: skip
         rows = [f"| the process | {options.kills} | {data['apart']:.1e} | {extra} |"]
         if options.worker_kills:
@@ -130,9 +148,11 @@ def main() -> None:
         "### Killed and resumed",
         "",
         f"{HOW} {options.images} images, clean, PWM, FGSM and PGD, all classes, files of {SHARD} images. `kill -9`",
-        "at random moments; the process is started again with `resume=True`, workers are replaced by Ray. Largest",
-        "difference of an expected effect from the run that was left alone, as a share of the largest; and how",
-        "many images were read again (one image more for each start, which is looked at before the run).",
+        "once the process has written a file: in turn when half of the next one is seen on the disk, and at a random",
+        f"moment of the next two ({data['halves']} of the kills left half a file); workers of Ray at random moments.",
+        "The process is started again with `resume=True`, workers are replaced by Ray. Largest difference of an",
+        "expected effect from the run that was left alone, as a share of the largest; and how many images were read",
+        "again (one image more for each start, which is looked at before the run).",
         "",
         "| killed | times | difference | images read again |",
         "|---|---|---|---|",

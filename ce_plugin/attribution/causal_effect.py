@@ -162,7 +162,9 @@ class CausalEffect(Explainer):
             passes: forward passes of each example, all counted (the clean one, two that show whether the network is
                 deterministic, three of the guide), which say how many trials a random design has; None leaves that
                 to the design. The default takes 3 passes or more: below 12 they are a gradient
-                (:class:`~ce_plugin.designs.FirstOrder`), below 36 the map has no errors.
+                (:class:`~ce_plugin.designs.FirstOrder`), below 36 the map has no errors. On a CPU a network's first run
+                of 32 trials or more takes two more, to find the memory layout that it likes, so that the number of
+                trials does not depend on which run is the first.
             on_update: called with the map so far and the passes taken by each example: of a random design at 12 trials
                 (24 where it has no smooth map), then each time there are twice as many, and at the end.
 

@@ -784,9 +784,10 @@ class ExperimentOptions:
       ce-plugin experiment table3 --data data --images 500 --out try
       ce-plugin experiment table3 --print > mine.toml
       ce-plugin experiment ./mine.toml --data data --out mine --resume
+      ce-plugin experiment table4-vgg16 --data data --weights vgg16.pth
 
     In the folder: experiment.html (a page), experiment.md, .csv and .json (the
-    numbers), nodes.csv (every node), the trained network and autoencoders,
+    numbers), nodes.csv (every node), plots/, the trained network and autoencoders,
     tables/ (the effects of every image; see ce-plugin expected show),
     manifest.json. An experiment that was interrupted, or killed, goes on with
     --resume, also with more --images.
@@ -801,6 +802,7 @@ class ExperimentOptions:
     images: Annotated[
         int | None, _experiment("N", "Take N images only, drawn at random.", parser=count, shown="as the recipe says")
     ] = None
+    weights: Annotated[str | None, _experiment("FILE", "Weights of the network.", shown="as the recipe says")] = None
     list: Annotated[bool, _run("", "List the recipes.", "--list")] = False
     print: Annotated[bool, _run("", "Print the recipe.", "--print")] = False
     resume: Annotated[bool, _run("", "Go on with a run of the same recipe.", "--resume")] = False

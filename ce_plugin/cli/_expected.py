@@ -45,7 +45,7 @@ class Prepared:
 
     source: ImageSource
     net: VisionModel
-    labels: list[int] | None = None
+    labels: Sequence[int | None] | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -88,7 +88,9 @@ def run(options: ExpectedOptions, argv: Sequence[str]) -> dict[str, str]:
     else:
         layer = layer_name(net, black, options.layer)
         explainer = LayerCausalEffect(net.model, layer, outcome=outcomes[0], seed=options.seed)
-    given = {name: _evidence(name, net, options) for name in options.given or ("clean",)}
+    # Whoever asks several outputs for a sigmoid says that each is a label of its own.
+    labels = n_classes > 1 and "sigmoid" in outcomes
+    given = {name: _evidence(name, net, options, labels) for name in options.given or ("clean",)}
     ids = range(len(data) if options.limit is None else min(options.limit, len(data)))
     cost = explainer.estimate_cost(black)
     say(f"{len(ids):,} pictures, each under {', '.join(given)}; of one: {cost}", quiet=options.quiet)
@@ -124,7 +126,7 @@ def _remove(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _evidence(name: str, net: VisionModel, options: ExpectedOptions) -> Any:
+def _evidence(name: str, net: VisionModel, options: ExpectedOptions, multi_label: bool) -> Any:
     """The evidence with this name."""
     if name == "clean":
         return None
@@ -133,7 +135,7 @@ def _evidence(name: str, net: VisionModel, options: ExpectedOptions) -> Any:
         return Evidence(mask, units=RandomMask(options.mask_share, n_trials=_DRAWS, seed=options.seed))
     if name not in ATTACKS:
         raise unknown_name("given", name, ("clean", "pwm", *ATTACKS))
-    return planned_attack(net, name, Plan(attacks=(name,), eps=options.eps))[0]
+    return planned_attack(net, name, Plan(attacks=(name,), eps=options.eps), multi_label=multi_label)[0]
 
 
 def _classes(named: tuple[str, ...] | None, net: VisionModel) -> Any:

@@ -26,9 +26,11 @@ from ce_plugin.datasets import (
     FASHION_CLASSES,
     DatasetImages,
     ImageSource,
+    cub200,
     fashion_mnist,
     imagenet_samples,
     labels_for,
+    matched_classes,
     open_source,
     pneumonia_xrays,
 )
@@ -68,6 +70,8 @@ def run(options: ExperimentOptions, argv: Sequence[str]) -> dict[str, str]:
     recipe = read_recipe(file)
     if options.images is not None:
         recipe = replace(recipe, data=replace(recipe.data, images=options.images))
+    if options.weights is not None:
+        recipe = replace(recipe, network=replace(recipe.network, weights=options.weights))
     return Experiment(recipe, options, argv).run()
 
 
@@ -96,7 +100,7 @@ class Experiment:
         net = _network(recipe, self.options.data)
         self._check_sites(net)
         self._claim()
-        data = self._prepared(net, source)
+        data = self._prepared(net, source, matched=recipe.data.matched)
         facts: dict[str, str] = {}
         if training is not None and train_source is not None:
             self._train(net, train_source, training)
@@ -113,7 +117,7 @@ class Experiment:
         # An earlier call may have had more of them.
         fewest, most = min(map(len, tables.values())), max(map(len, tables.values()))
         seen = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
-        facts = {"Images": f"{seen} of {source.fingerprint}", **facts}
+        facts = {"Images": f"{seen} of {source.fingerprint}{self._unknown(data)}", **facts}
         page = self._save(net, source, tables, facts, skipped)
         say((out / "experiment.md").read_text(encoding="utf-8"), quiet=self.options.quiet)
         say(f"Page: {page.absolute()}")
@@ -158,17 +162,36 @@ class Experiment:
                 got = f"{wrong or site.concepts} at {site.layer}, which has {channels} channels"
                 raise ArgumentError(expected("sites", f"nodes below {units}, codes below the layer's channels", got))
 
-    def _prepared(self, net: VisionModel, source: ImageSource) -> Prepared:
-        """Images as the network takes them, with labels as its classes."""
-        black = net.inputs([torch.zeros(3, net.framing.size, net.framing.size, dtype=torch.uint8)])
-        with torch.no_grad(), state_guard(net.model):
-            n_classes = net.model(black)[0].numel()
-        return Prepared(source, replace(net, model=nn.Identity()), labels_for(source, net.class_names, n_classes))
+    def _prepared(self, net: VisionModel, source: ImageSource, matched: bool = False) -> Prepared:
+        """Images as the network takes them, with labels as its classes; of classes that it does not know, with none."""
+        labels: Sequence[int | None] | None
+        if matched:
+            if source.labels is None or source.class_names is None:
+                raise ArgumentError(expected("data.matched", "false for images without classes", "true"))
+            known = matched_classes(source.class_names, net.class_names or ())
+            labels = [known.get(label) for label in source.labels]
+        else:
+            labels = labels_for(source, net.class_names, _n_outputs(net))
+        return Prepared(source, replace(net, model=nn.Identity()), labels)
 
     def _ids(self, data: Prepared) -> list[int]:
         """Which images: all, or the first of a random order, so that a few are of all classes."""
-        order = torch.randperm(len(data), generator=generator(self.recipe.seed, "experiment images"))
-        return sorted(order[: self.recipe.data.images or None].tolist())
+        order = torch.randperm(len(data), generator=generator(self.recipe.seed, "experiment images")).tolist()
+        if self.recipe.data.matched and data.labels is not None:
+            order = [i for i in order if data.labels[i] is not None]
+        return sorted(order[: self.recipe.data.images or None])
+
+    def _unknown(self, data: Prepared) -> str:
+        """How many images were left out for their class, in words."""
+        if not self.recipe.data.matched or data.labels is None or data.source.labels is None:
+            return ""
+        pairs = list(zip(data.labels, data.source.labels, strict=True))
+        known, unknown = ({own for label, own in pairs if (label is None) is out} for out in (False, True))
+        images = sum(label is None for label, _ in pairs)
+        return (
+            f"; {len(known)} of {len(known) + len(unknown)} classes are the network's, and {images:,} images of the "
+            "others are left out"
+        )
 
     def _train(self, net: VisionModel, source: ImageSource, training: Training) -> None:
         """Train the network, or read it where that was done."""
@@ -215,8 +238,6 @@ class Experiment:
         if file.exists():
             return ConceptAutoencoder.load(file)
         images, _ = _stacked(data, spec.images)
-        with torch.no_grad(), state_guard(net.model):
-            of_one = net.model(images[:1].to(net.device))[0].numel() == 1
         made = train_autoencoder(
             net.model,
             site.layer,
@@ -226,7 +247,7 @@ class Experiment:
             epochs=spec.epochs,
             checkpoint=out / f"{file.name}.checkpoint",
             seed=self.recipe.seed,
-            outcome="sigmoid" if of_one else "probability",
+            outcome="sigmoid" if _n_outputs(net) == 1 else "probability",
             show_progress=not self.options.quiet,
         )
         made.save(file)
@@ -253,7 +274,7 @@ class Experiment:
             explainer,
             data,
             self.options.out / "tables" / site.name.replace(", ", "-").replace(" ", "-"),
-            given={name: _evidence(one, net, recipe.seed) for name, one in recipe.evidences.items()},
+            given={name: _evidence(one, net, recipe) for name, one in recipe.evidences.items()},
             outcomes=outcomes,
             classes="all" if asked.detector else "explained",
             ids=self._ids(data),
@@ -287,6 +308,7 @@ class Experiment:
             plain,
             [name for name, one in recipe.evidences.items() if one.attack],
             recipe.seed,
+            asked.largest,
         )
         manifest = build_manifest(
             arguments={"recipe": asdict(recipe)},
@@ -337,7 +359,15 @@ def _pneumonia(root: Path, split: str) -> ImageSource:
     return DatasetImages(files, f"pneumonia-xrays:{split or 'test'}")
 
 
+def _cub(root: Path, split: str) -> ImageSource:
+    files = cub200(root / "cub200", split)
+    found = DatasetImages(files, f"cub200{split and ':'}{split}")
+    found.labels = files.labels.tolist()
+    return found
+
+
 _OWN: dict[str, Callable[[Path, str], ImageSource]] = {
+    "cub200": _cub,
     "fashion-mnist": _fashion,
     "imagenet-samples": _samples,
     "pneumonia-xrays": _pneumonia,
@@ -350,7 +380,7 @@ def _remembered(recipe: Recipe) -> dict[str, Any]:
     for name in ("title", "about"):
         del content[name]
     del content["data"]["images"]
-    for name in ("readings", "level", "fdr"):
+    for name in ("readings", "level", "fdr", "largest"):
         del content["questions"][name]
     return content
 
@@ -371,14 +401,22 @@ def _network(recipe: Recipe, root: Path) -> VisionModel:
     return net
 
 
-def _evidence(spec: EvidenceSpec, net: VisionModel, seed: int) -> Any:
+def _n_outputs(net: VisionModel) -> int:
+    """How many outputs the network has."""
+    black = net.inputs([torch.zeros(3, net.framing.size, net.framing.size, dtype=torch.uint8)])
+    with torch.no_grad(), state_guard(net.model):
+        return int(net.model(black)[0].numel())
+
+
+def _evidence(spec: EvidenceSpec, net: VisionModel, recipe: Recipe) -> Any:
     """What is passed as evidence."""
     if spec.attack:
-        return planned_attack(net, spec.attack, Plan(attacks=(spec.attack,), eps=spec.eps))[0]
+        # Whoever asks several outputs for a sigmoid says that each is a label of its own.
+        labels = "sigmoid" in recipe.questions.outcomes and _n_outputs(net) > 1
+        return planned_attack(net, spec.attack, Plan(attacks=(spec.attack,), eps=spec.eps), multi_label=labels)[0]
     if spec.mask:
-        return Evidence(
-            PixelMask("zero", normalization=net.normalization), units=RandomMask(spec.mask, n_trials=_MASKS, seed=seed)
-        )
+        units = RandomMask(spec.mask, n_trials=_MASKS, seed=recipe.seed)
+        return Evidence(PixelMask("zero", normalization=net.normalization), units=units)
     return None
 
 

@@ -27,13 +27,15 @@ class Data:
     """The images over which effects are averaged.
 
     Args:
-        source: ``fashion-mnist:test``, ``imagenet-samples``, ``pneumonia-xrays:test``, or what ``ce-plugin expected``
-            takes: a folder, Parquet, ``torchvision:NAME:SPLIT``, ``MODULE:FUNCTION``.
+        source: ``fashion-mnist:test``, ``imagenet-samples``, ``pneumonia-xrays:test``, ``cub200``, or what
+            ``ce-plugin expected`` takes: a folder, Parquet, ``torchvision:NAME:SPLIT``, ``MODULE:FUNCTION``.
         images: so many, the first of a random order; 0 means all.
+        matched: classes are found by name among the network's, and images of others are left out, and counted.
     """
 
     source: str
     images: int = 0
+    matched: bool = False
 
     def __post_init__(self) -> None:
         check_integer("data.images", self.images, least=0)
@@ -73,7 +75,7 @@ class Network:
 
     Args:
         model: ``torchvision:NAME``, ``MODULE:FACTORY`` or ``FILE.py:FACTORY``.
-        weights: ``DEFAULT``, or a file of weights, here or in the folder of data sets.
+        weights: ``DEFAULT``, or what :func:`~ce_plugin.models.load_model` takes, here or in the folder of data sets.
         size: side of the square that it sees; 0 leaves what the factory says.
         grayscale: it takes one channel.
         training: None means that it is taken as it is.
@@ -172,6 +174,8 @@ class Questions:
         level: of the intervals.
         fdr: false discovery rate over all nodes of a site.
         detector: whether the index is tested as a detector of attacked images.
+        largest: whether the node of the largest effect is found on one half of the images and measured on the other,
+            as it has to be: the largest of many measured values is too large.
     """
 
     outcomes: tuple[str, ...] = ("prediction_weighted", "log_odds")
@@ -179,6 +183,7 @@ class Questions:
     level: float = 0.95
     fdr: float = 0.05
     detector: bool = False
+    largest: bool = False
 
     def __post_init__(self) -> None:
         check_number("questions.level", self.level, "a share in (0, 1)", above=0, below=1)

@@ -12,6 +12,7 @@ from ce_plugin.datasets.sources import (
     ImageSource,
     ParquetImages,
     labels_for,
+    matched_classes,
     open_source,
 )
 from ce_plugin.datasets.xrays import FINDINGS, Box, XRays, box_mask, chest_xray14, pneumonia_xrays
@@ -37,6 +38,7 @@ __all__ = [
     "fashion_mnist",
     "imagenet_samples",
     "labels_for",
+    "matched_classes",
     "mnist",
     "mnist_5k",
     "open_source",

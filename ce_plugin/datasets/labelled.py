@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ce_plugin.datasets.images import read_image
-from ce_plugin.datasets.sources import PICTURES
+from ce_plugin.datasets.sources import PICTURES, matched_classes
 from ce_plugin.errors import ArgumentError, FileError, expected, unknown_name
 from ce_plugin.files import existing_file, path_of, printable
 from ce_plugin.randomness import generator
@@ -95,23 +95,13 @@ class ImageFiles:
     def matched(self, names: Sequence[str]) -> ImageFiles:
         """Labels as indices of a network's outputs, whose class names are given; pictures of other classes left out.
 
-        Names agree where their letters do, whatever their case, in "Cassin's Finch", "Cassin_Finch" and
-        "Haemorhous cassinii (Cassin's Finch)" alike.
-
         Raises:
-            ArgumentError: no class has a name that agrees, or several findings can be true at once.
+            ArgumentError: no class has a name that agrees (:func:`~ce_plugin.datasets.matched_classes`), or several
+                findings can be true at once.
         """
         if self.labels.dim() > 1:
             raise ArgumentError(expected("labels", "one class for each picture", f"{len(self.classes)} findings"))
-        known: dict[str, int] = {}
-        for index, name in enumerate(names):
-            known.setdefault(_letters(name), index)
-        found = {k: known[_letters(name)] for k, name in enumerate(self.classes) if _letters(name) in known}
-        if not found:
-            came = (
-                f"{', '.join(map(repr, self.classes[:3]))} ..., which are none of {', '.join(map(repr, names[:3]))} ..."
-            )
-            raise ArgumentError(expected("names", "classes of this data set", came))
+        found = matched_classes(self.classes, names)
         kept = [i for i, label in enumerate(self.labels.tolist()) if label in found]
         here = self.subset(kept, "of classes that the network does not know")
         return replace(here, labels=torch.tensor([found[k] for k in here.labels.tolist()]), classes=tuple(names))
@@ -360,10 +350,3 @@ def _unreadable(file: Path) -> FileError | None:
         logger.warning("left out: %s (%s)", printable(file.name), error)
         return error
     return None
-
-
-def _letters(name: str) -> str:
-    """The letters of a name by which it is recognised, without a possessive s: of the part in brackets, if there is."""
-    common = name.rpartition("(")[2].rpartition(")")[0] or name
-    words = common.replace("_", " ").replace("-", " ").replace("'s ", " ").replace("’s ", " ")
-    return "".join(sign for sign in words.casefold() if sign.isalnum())

@@ -345,6 +345,40 @@ def labels_for(source: ImageSource, class_names: Sequence[str] | None, n_classes
     return [index[label] for label in source.labels]
 
 
+def matched_classes(classes: Sequence[str], names: Sequence[str]) -> dict[int, int]:
+    """Which classes of a data set a network knows by name: index of the class -> index of the network's output.
+
+    Names agree where their letters do, whatever their case, in "Cassin's Finch", "Cassin_Finch" and
+    "Haemorhous cassinii (Cassin's Finch)" alike.
+
+    Args:
+        classes: of the data set.
+        names: of the network's outputs.
+
+    Raises:
+        ArgumentError: no class has a name that agrees.
+
+    Example:
+        >>> matched_classes(["Cassin Finch", "Dodo"], ["Anas acuta (Pintail)", "Haemorhous cassinii (Cassin's Finch)"])
+        {0: 1}
+    """
+    known: dict[str, int] = {}
+    for index, name in enumerate(names):
+        known.setdefault(_letters(name), index)
+    found = {k: known[_letters(name)] for k, name in enumerate(classes) if _letters(name) in known}
+    if not found:
+        came = f"{', '.join(map(repr, classes[:3]))} ..., which are none of {', '.join(map(repr, names[:3]))} ..."
+        raise ArgumentError(expected("names", "classes of this data set", came))
+    return found
+
+
+def _letters(name: str) -> str:
+    """The letters of a name by which it is recognised, without a possessive s: of the part in brackets, if there is."""
+    common = name.rpartition("(")[2].rpartition(")")[0] or name
+    words = common.replace("_", " ").replace("-", " ").replace("'s ", " ").replace("’s ", " ")
+    return "".join(sign for sign in words.casefold() if sign.isalnum())
+
+
 def _from_torchvision(name: str, root: Path) -> DatasetImages:
     import inspect
 

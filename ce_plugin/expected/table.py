@@ -255,7 +255,7 @@ class EffectTable:
     def values(self, **question: Unpack[Question]) -> tuple[np.ndarray[Any, Any], Tensor]:
         """Ids (n,) and effects (n, E, U, C) of single images, float32, for computations of one's own."""
         asked = self._asked(**question)
-        found = [(self.ids[rows], values[:, :, : -asked.extras]) for rows, values in self._blocks(asked)]
+        found = [(self.ids[rows.numpy()], values[:, :, : -asked.extras]) for rows, values in self._blocks(asked)]
         if not found:
             raise InputError(expected("subset", "one image or more", "none"))
         return np.concatenate([ids for ids, _ in found]), torch.cat([values for _, values in found])

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ce_plugin.errors import (
     ArgumentError,
+    CEPluginError,
     FileError,
     InputError,
     ModelError,
@@ -255,9 +256,11 @@ def load_model(name: str, weights: Weights = "DEFAULT") -> VisionModel:
     Args:
         name: ``torchvision:NAME``, any classifier of ``torchvision.models``; or ``MODULE:FACTORY``, a function
             without arguments that returns a :class:`VisionModel` or a ``torch.nn.Module``. Modules are also found
-            in the current folder; a path that ends in ``.py`` names a file.
+            in the current folder; a path that ends in ``.py`` names a file. A function with one argument is given
+            ``weights``, such as ``ce_plugin.models:load_mobilenet``.
         weights: ``"DEFAULT"``: torchvision's best weights (downloaded once), or the factory's own; a file written by
-            ``torch.save(model.state_dict(), FILE)``; None: torchvision's network, untrained.
+            ``torch.save(model.state_dict(), FILE)``, also of torchvision's network with another number of classes; what
+            a factory with one argument reads; None: torchvision's network, untrained.
 
     Returns:
         The network in eval mode, with torchvision's input size, normalisation and class names. A plain module
@@ -278,11 +281,15 @@ def load_model(name: str, weights: Weights = "DEFAULT") -> VisionModel:
     if not (prefix and colon and rest):
         hint = "For example: torchvision:resnet50, my_module:my_factory, or folder/my_file.py:my_factory."
         raise ArgumentError(expected("model", "torchvision:NAME or MODULE:FACTORY", repr(name), hint))
-    if weights is not None and str(weights) != "DEFAULT":
-        existing_file(weights, "weights", "DEFAULT or an existing file")
-    loaded = _from_torchvision(rest, weights) if prefix == "torchvision" else _from_factory(prefix, rest)
-    if weights is not None and str(weights) != "DEFAULT":
-        load_weights(loaded.model, weights)
+    given = None if str(weights) == "DEFAULT" else weights
+    if given is not None and not Path(given).is_dir():
+        existing_file(given, "weights", "DEFAULT or an existing file")
+    if prefix == "torchvision":
+        loaded, filled = _from_torchvision(rest, weights), False
+    else:
+        loaded, filled = _from_factory(prefix, rest, given)
+    if given is not None and not filled:
+        load_weights(loaded.model, given)
     loaded.model.eval()
     return loaded
 
@@ -294,8 +301,15 @@ def _from_torchvision(name: str, weights: Weights) -> VisionModel:
     if name not in known:
         raise unknown_name("model", name, known)
     preset = models.get_model_weights(name).DEFAULT
+    names: tuple[str, ...] | None = tuple(preset.meta["categories"])
+    options: dict[str, Any] = {"weights": preset if str(weights) == "DEFAULT" else None}
+    if weights is not None and str(weights) != "DEFAULT":
+        # The head comes last: a network that was trained on other classes says how many there are.
+        last = next(reversed(read_weights(weights).values()), torch.empty(()))
+        if last.dim() and len(last) != len(preset.meta["categories"]):
+            names, options["num_classes"] = None, len(last)
     try:
-        model = models.get_model(name, weights=preset if str(weights) == "DEFAULT" else None)
+        model = models.get_model(name, **options)
     except (OSError, RuntimeError) as error:
         hint = f"Download {preset.url} on a machine with internet access and pass the file as weights."
         raise FileError(expected("weights", "downloadable", f"the error {error}", hint)) from error
@@ -305,11 +319,12 @@ def _from_torchvision(name: str, weights: Weights) -> VisionModel:
         name=f"{name}" if weights is not None else f"{name} (untrained)",
         framing=Framing(transform.crop_size[0], transform.resize_size[0], transform.interpolation.value),
         normalization=Normalization(transform.mean, transform.std),
-        class_names=tuple(preset.meta["categories"]),
+        class_names=names,
     )
 
 
-def _from_factory(module_name: str, factory_name: str) -> VisionModel:
+def _from_factory(module_name: str, factory_name: str, weights: Weights) -> tuple[VisionModel, bool]:
+    """What a factory makes, and whether it was given the weights."""
     file = existing_file(module_name, "model", "an existing .py file") if module_name.endswith(".py") else None
     # A console script does not have the current folder on its path, but `python -m` does: make both find the same,
     # also when the factory imports more.
@@ -317,13 +332,13 @@ def _from_factory(module_name: str, factory_name: str) -> VisionModel:
         module = _module(module_name) if file is None else _module_of_file(file)
         if not hasattr(module, factory_name):
             raise _no_factory(module, module_name, factory_name)
-        made = _made(getattr(module, factory_name), f"{module_name}:{factory_name}")
+        made, filled = _made(getattr(module, factory_name), f"{module_name}:{factory_name}", weights)
     if isinstance(made, VisionModel):
-        return made
+        return made, filled
     if not isinstance(made, nn.Module):
         wanted = f"a factory whose result is a torch.nn.Module or a VisionModel ({module_name}:{factory_name})"
         raise ModelError(expected("model", wanted, type(made).__name__))
-    return VisionModel(made, name=factory_name)
+    return VisionModel(made, name=factory_name), filled
 
 
 @contextmanager
@@ -384,10 +399,10 @@ def _no_factory(module: Any, module_name: str, factory_name: str) -> UnknownName
     return UnknownNameError(expected("model", f"a factory in {module_name!r}", f"{factory_name!r}; it defines none"))
 
 
-def _made(factory: Any, name: str) -> Any:
-    """What a factory makes; a network is its own."""
+def _made(factory: Any, name: str, weights: Weights) -> tuple[Any, bool]:
+    """What a factory makes, and whether it was given the weights; a network is its own."""
     if not callable(factory) or isinstance(factory, nn.Module):
-        return factory
+        return factory, False
     wanted = "a factory without arguments that returns a network"
     try:
         signature = inspect.signature(factory)
@@ -398,12 +413,17 @@ def _made(factory: Any, name: str) -> Any:
         for one in signature.parameters.values()
         if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
     ]
-    if needed:
+    takes = [weights] if len(needed) == 1 and weights is not None else []
+    if len(needed) > len(takes):
         hint = "Write one without arguments that calls it."
+        if len(needed) == 1:
+            hint += f" If {needed[0]} is a file of weights, name it with `weights`."
         raise ModelError(expected("model", wanted, f"{name!r}, which needs {', '.join(needed)}", hint))
     try:
-        return factory()
+        return factory(*takes), bool(takes)
     except (Exception, SystemExit) as error:
+        if takes and isinstance(error, CEPluginError):
+            raise
         raise ModelError(expected("model", wanted, f"{name!r}, which raises {_told(error)}")) from error
 
 

@@ -1,8 +1,11 @@
-"""An experiment over data sets: from tables of effects to one table of numbers with intervals, and its page."""
+"""An experiment over data sets: from tables of effects to one table of numbers with intervals, plots, and its page."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +15,21 @@ import numpy as np
 import torch
 
 from ce_plugin.effects import t_interval
+from ce_plugin.errors import InputError, expected
 from ce_plugin.evaluation.detectors import auroc
-from ce_plugin.expected import EffectTable, ExpectedEstimate
+from ce_plugin.expected import EffectTable, ExpectedEstimate, Subset
 from ce_plugin.randomness import numpy_generator
 from ce_plugin.report.sections import Section, digits, save_page
+from ce_plugin.visualization import plot_intervals, plot_ranked
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 # Draws of a bootstrap over images.
 _DRAWS = 1000
+# Folder of the plots.
+_PLOTS = "plots"
 _COLUMNS = ("site", "reading", "outcome", "what", "evidence", "effect", "low", "high", "p_value", "significant")
 
 
@@ -40,7 +48,8 @@ class ExperimentStudy:
         fdr: false discovery rate over all nodes of a site.
         plain: of the detector: the site without autoencoder, from whose outputs its rivals are computed; "" for none.
         attacks: of the detector: names of evidences that are attacks.
-        seed: of the bootstrap.
+        seed: of the bootstrap, and of the halves of the images.
+        largest: whether the largest node is found on one half of the images and measured on the other.
     """
 
     title: str
@@ -55,6 +64,7 @@ class ExperimentStudy:
     plain: str = ""
     attacks: Sequence[str] = ()
     seed: int = 0
+    largest: bool = False
 
     def asked(self) -> Iterator[tuple[str, str, str, ExpectedEstimate]]:
         """Site, reading, outcome and answer of every question."""
@@ -154,6 +164,49 @@ def _shares(values: np.ndarray[Any, Any], names: Sequence[str], study: Experimen
     return rows
 
 
+def largest_rows(study: ExperimentStudy) -> pd.DataFrame:
+    """The node of the largest effect of each site, found on one half of the images and measured on the other.
+
+    The largest of many measured values is too large, most of all where the others are near. Its value on images by
+    which it was not chosen is not.
+
+    Returns:
+        Rows by outcome: of each site the node that is largest in size under the first evidence, with its effect on the
+        half that chose it and on the other, under every evidence; ``first`` marks the largest of all sites.
+    """
+    import pandas as pd
+
+    ids = np.unique(np.concatenate([table.ids for table in study.tables.values()]))
+    if len(ids) < 4:
+        raise InputError(expected("data", "four images or more, for two halves", f"{len(ids)}"))
+    halves = np.array_split(numpy_generator(study.seed, "experiment halves", 0).permutation(ids), 2)
+    rows: list[dict[str, Any]] = []
+    for outcome in study.outcomes:
+        found: dict[str, tuple[float, list[dict[str, Any]]]] = {}
+        for site, table in study.tables.items():
+            chosen, other = (table.expected(outcome, subset=Subset(ids=half.tolist())) for half in halves)
+            node = int(chosen.effect[0, :, 0].abs().argmax())
+            about = {"outcome": outcome, "site": site, "node": node}
+            own = [
+                {**about, "images": name, **row}
+                for name, answer in (("chosen", chosen), ("other", other))
+                for row in _of_node(answer, node, study.level)
+            ]
+            found[site] = abs(float(chosen.effect[0, node, 0])), own
+        largest = max(found, key=lambda site: found[site][0])
+        rows += [{**row, "first": site == largest} for site, (_, own) in found.items() for row in own]
+    return pd.DataFrame(rows)
+
+
+def _of_node(answer: ExpectedEstimate, node: int, level: float) -> Iterator[dict[str, Any]]:
+    """A node's effect under each evidence."""
+    low, high = answer.confidence_interval(level)
+    for e, evidence in enumerate(answer.evidences):
+        values = zip(("effect", "low", "high"), (answer.effect, low, high), strict=True)
+        numbers = {name: float(one[e, node, 0]) for name, one in values}
+        yield {"evidence": evidence, **numbers, "n_images": answer.n_images}
+
+
 def detector_rows(study: ExperimentStudy) -> pd.DataFrame:
     """The index as a detector of attacked images: AUROC of each node, beside max-softmax and the squared norm of p.
 
@@ -212,67 +265,187 @@ def _probabilities(table: EffectTable) -> dict[str, np.ndarray[Any, Any]]:
     return found
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A number of the page, its interval, and whether it differs from zero among all nodes."""
+
+    number: str
+    interval: str = ""
+    significant: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.number}{'*' * self.significant}{' ' * bool(self.interval)}{self.interval}"
+
+
 class ExperimentSection(Section[ExperimentStudy]):
-    """The numbers that were asked for, each with its interval."""
+    """The numbers that were asked for, each with its interval, and plots of them."""
 
     name, template = "experiment", "experiment.html.j2"
 
-    def __init__(self, shown: pd.DataFrame, counts: pd.DataFrame, detector: pd.DataFrame | None) -> None:
-        self.shown, self.counts, self.detector = shown, counts, detector
+    def __init__(self, found: ExperimentStudy) -> None:
+        self.shown, self.every, self.counts = experiment_rows(found)
+        self.detector = detector_rows(found) if found.plain else None
+        self.largest = largest_rows(found) if found.largest else None
+        self.plots = {name: _png(figure) for name, figure in self._figures(found).items()}
+
+    def tables(self) -> dict[str, str]:
+        """Name of a file -> CSV."""
+        frames = {
+            "experiment.csv": self.shown,
+            "nodes.csv": self.every,
+            "counts.csv": self.counts,
+            "detector.csv": self.detector,
+            "largest.csv": self.largest,
+        }
+        return {name: frame.to_csv(index=False) for name, frame in frames.items() if frame is not None}
 
     def record(self, found: ExperimentStudy) -> dict[str, Any]:
         """All that the page shows."""
+        frames = {
+            "rows": self.shown, "nodes_that_matter": self.counts, "detector": self.detector, "largest": self.largest,
+        }  # fmt: skip
         return {
             "title": found.title,
             "facts": dict(found.facts),
-            "rows": json.loads(self.shown.to_json(orient="records")),
-            "nodes_that_matter": json.loads(self.counts.to_json(orient="records")),
-            "detector": None if self.detector is None else json.loads(self.detector.to_json(orient="records")),
+            **{
+                name: None if frame is None else json.loads(frame.to_json(orient="records"))
+                for name, frame in frames.items()
+            },
             "configurations": {site: dict(table.configuration) for site, table in found.tables.items()},
         }
 
     def render(self, found: ExperimentStudy) -> dict[str, Any]:
-        """Tables of text."""
-        return {"study": found, "parts": self.parts(found)}
+        """Tables of text, and plots as data URIs."""
+        uris = {name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in self.plots.items()}
+        parts = self.parts(found)
+        return {
+            "study": found,
+            "parts": [{**part, "plots": [(name, uris[name]) for name in part["plots"]]} for part in parts],
+            "about": [" ".join(some.split()) for some in found.about.strip().split("\n\n")],
+        }
 
     def parts(self, found: ExperimentStudy) -> list[dict[str, Any]]:
-        """Tables of text: title, head, rows."""
+        """Tables of text: title, a word on it, names of plots, head, rows."""
         parts = []
+        overview = [name for name in ("named.png", "shares.png") if name in self.plots]
+        if overview:
+            note = "The nodes that the recipe names, and the mean over all nodes as a share of that under the first "
+            note += "evidence. What crosses the line shows no effect, or no change."
+            parts.append(_part("At a glance", note, plots=overview))
+        if self.largest is not None:
+            parts.append(self._largest(self.largest))
+        if self.detector is not None:
+            lines = [
+                [str(row.attack), str(row.score), _detected(row), f"{row.pairs:,}"]
+                for row in self.detector.itertuples()
+            ]
+            head = ["attack", "score", "AUROC", "images, clean and attacked"]
+            parts.append(_part("The index as a detector of attacked images", "", head, lines))
         for (site, reading, outcome), rows in self.shown.groupby(["site", "reading", "outcome"], sort=False):
             evidences = list(dict.fromkeys(rows["evidence"]))
             lines = []
             for what, some in rows.groupby("what", sort=False):
                 cells = {row.evidence: _cell(row) for row in some.itertuples()}
                 lines.append([str(what), *(cells.get(name, "") for name in evidences)])
-            counts = self.counts[
-                (self.counts["site"] == site)
-                & (self.counts["reading"] == reading)
-                & (self.counts["outcome"] == outcome)
-            ].set_index("evidence")
-            found_in = [
-                f"{counts.loc[name, 'significant']} of {counts.loc[name, 'nodes']}" if name in counts.index else ""
-                for name in evidences
-            ]
-            lines.append([f"nodes that differ from 0 (FDR {found.fdr:g})", *found_in])
-            parts.append({"title": f"{site}: {outcome}, reading {reading}", "head": ["", *evidences], "rows": lines})
-        if self.detector is not None:
-            lines = [
-                [str(row.attack), str(row.score), f"{row.auroc:.3f} [{row.low:.3f}, {row.high:.3f}]", f"{row.pairs:,}"]
-                for row in self.detector.itertuples()
-            ]
-            head = ["attack", "score", "AUROC", "images, clean and attacked"]
-            parts.append({"title": "The index as a detector of attacked images", "head": head, "rows": lines})
+            lines.append(
+                [f"nodes that differ from 0 (FDR {found.fdr:g})", *self._counted(site, reading, outcome, evidences)]
+            )
+            plots = [name for name in [_plot_name(site, reading, outcome)] if name in self.plots]
+            parts.append(_part(f"{site}: {outcome}, reading {reading}", "", ["", *evidences], lines, plots))
         return parts
 
+    def _counted(self, site: str, reading: str, outcome: str, evidences: Sequence[str]) -> list[str]:
+        """How many nodes differ from zero under each evidence, in words."""
+        counts = self.counts[
+            (self.counts["site"] == site) & (self.counts["reading"] == reading) & (self.counts["outcome"] == outcome)
+        ].set_index("evidence")
+        return [
+            f"{counts.loc[name, 'significant']} of {counts.loc[name, 'nodes']}" if name in counts.index else ""
+            for name in evidences
+        ]
 
-def _cell(row: Any) -> str:
-    """A number with its interval; a star where it differs from zero among all nodes."""
-    star = "*" if row.significant is True else ""
-    return f"{digits(row.effect)}{star} [{digits(row.low)}, {digits(row.high)}]"
+    @staticmethod
+    def _largest(frame: pd.DataFrame) -> dict[str, Any]:
+        """The table of the largest nodes."""
+        evidences = list(dict.fromkeys(frame["evidence"]))
+        lines = []
+        for (outcome, site, node), rows in frame.groupby(["outcome", "site", "node"], sort=False):
+            cells = {(row.images, row.evidence): _cell(row) for row in rows.itertuples()}
+            name = f"{site}, node {node}" + " (largest of all)" * bool(rows["first"].iloc[0])
+            chosen = cells["chosen", evidences[0]]
+            lines.append([str(outcome), name, chosen, *(cells["other", evidence] for evidence in evidences)])
+        n = frame.groupby("images")["n_images"].max()
+        head = ["outcome", "node", f"{evidences[0]}, images that chose it ({n['chosen']:,.0f})"]
+        head += [f"{evidence}, other images ({n['other']:,.0f})" for evidence in evidences]
+        note = "The largest of many measured values is too large; on images by which it was not chosen it is not."
+        return _part("The largest node of each site, chosen on one half of the images", note, head, lines)
+
+    def _figures(self, found: ExperimentStudy) -> dict[str, Figure]:
+        """Name of a file -> figure."""
+        figures = {}
+        only = self.every[
+            self.every["evidence"].isin([name for one in found.tables.values() for name in one.evidences])
+        ]
+        for (site, reading, outcome), rows in only.groupby(["site", "reading", "outcome"], sort=False):
+            panels = {
+                str(name): (own["effect"], own["low"], own["high"], own["significant"])
+                for name, own in rows.groupby("evidence", sort=False)
+            }
+            labels = [str(unit) for unit in found.tables[site].unit_labels]
+            figures[_plot_name(site, reading, outcome)] = plot_ranked(labels, panels, ylabel=f"effect on {outcome}")
+        shown = self.shown[self.shown["reading"] == "A"]
+        named = shown[shown["what"].str.startswith("node ") & shown["evidence"].isin(only["evidence"])]
+        if len(named):
+            panels = _panels(named, named["site"] + ", " + named["what"])
+            figures["named.png"] = plot_intervals(panels, xlabel="effect", title="Effects of the named nodes")
+        shares = shown[shown["what"] == "mean of all nodes, as a share"]
+        if len(shares):
+            title = "Mean effect of all nodes, as a share"
+            figures["shares.png"] = plot_intervals(_panels(shares, shares["site"]), at=1, xlabel="share", title=title)
+        return figures
+
+
+def _panels(frame: pd.DataFrame, rows: pd.Series[str]) -> dict[str, dict[str, dict[str, tuple[float, float, float]]]]:
+    """Outcome -> row -> evidence -> number and interval."""
+    panels: dict[str, dict[str, dict[str, tuple[float, float, float]]]] = {}
+    for row, name in zip(frame.itertuples(), rows, strict=True):
+        panels.setdefault(row.outcome, {}).setdefault(name, {})[row.evidence] = (row.effect, row.low, row.high)
+    return panels
+
+
+def _part(
+    title: str, note: str, head: Sequence[str] = (), rows: Sequence[Sequence[Any]] = (), plots: Sequence[str] = ()
+) -> dict[str, Any]:
+    return {"title": title, "note": note, "head": list(head), "rows": list(rows), "plots": list(plots)}
+
+
+def _plot_name(site: str, reading: str, outcome: str) -> str:
+    plain = re.sub(r"[^\w.]+", "-", site)
+    return f"nodes-{plain}-{outcome}-{reading}.png"
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _cell(row: Any) -> Cell:
+    """A number with its interval."""
+    significant = getattr(row, "significant", False) is True
+    return Cell(digits(row.effect), f"[{digits(row.low)}, {digits(row.high)}]", significant)
+
+
+def _detected(row: Any) -> Cell:
+    return Cell(f"{row.auroc:.3f}", f"[{row.low:.3f}, {row.high:.3f}]")
 
 
 def save_experiment(study: ExperimentStudy, out: str | Path, *, manifest: Mapping[str, Any]) -> Path:
-    """Write ``experiment.html``, ``.md``, ``.csv`` and ``.json``, ``nodes.csv`` (every node) and ``manifest.json``.
+    """Write the page ``experiment.html``, its tables and plots, and ``manifest.json``.
+
+    ``experiment.md``, ``.csv`` and ``.json`` hold the numbers that were asked for, ``nodes.csv`` every node,
+    ``counts.csv`` how many nodes differ from zero, ``largest.csv`` and ``detector.csv`` what their questions ask, and
+    ``plots/`` the page's plots as PNG.
 
     Args:
         study: what was run.
@@ -282,29 +455,33 @@ def save_experiment(study: ExperimentStudy, out: str | Path, *, manifest: Mappin
     Returns:
         Path of the page.
     """
-    shown, every, counts = experiment_rows(study)
-    detector = detector_rows(study) if study.plain else None
-    section = ExperimentSection(shown, counts, detector)
-    tables = {
+    section = ExperimentSection(study)
+    files: dict[str, str | bytes] = {
         "experiment.md": markdown(study, section),
-        "experiment.csv": shown.to_csv(index=False),
         "experiment.json": json.dumps(section.record(study), indent=1),
-        "nodes.csv": every.to_csv(index=False),
-        "counts.csv": counts.to_csv(index=False),
+        **section.tables(),
     }
-    if detector is not None:
-        tables["detector.csv"] = detector.to_csv(index=False)
-    return save_page(section, study, out, manifest, tables)
+    (Path(out) / _PLOTS).mkdir(parents=True, exist_ok=True)
+    files |= {f"{_PLOTS}/{name}": png for name, png in section.plots.items()}
+    return save_page(section, study, out, manifest, files)
 
 
 def markdown(study: ExperimentStudy, section: ExperimentSection) -> str:
-    """The page's tables as Markdown."""
+    """The page's tables as Markdown, with links to its plots."""
     lines = [f"### {study.title}", "", *study.about.strip().splitlines(), ""]
     lines += [f"* {name}: {text}" for name, text in study.facts.items()]
     lines += ["", f"In brackets {study.level:.0%} intervals over images, each number by itself; * differs from 0 at a "
               f"false discovery rate of {study.fdr:g} over all nodes of the site."]  # fmt: skip
     for part in section.parts(study):
-        head = [str(cell).replace("|", "\\|") for cell in part["head"]]
-        lines += ["", f"#### {part['title']}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        lines += [f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in part["rows"]]
+        lines += ["", f"#### {part['title']}", ""]
+        lines += [part["note"], ""] if part["note"] else []
+        lines += [f"![{name}]({_PLOTS}/{name})" for name in part["plots"]]
+        if part["head"]:
+            lines += [""] * bool(part["plots"])
+            lines += [_line(part["head"]), "|---" * len(part["head"]) + "|", *map(_line, part["rows"])]
     return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[Any]) -> str:
+    """A row of a table in Markdown."""
+    return f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"

@@ -431,13 +431,16 @@ def check_class(output: object, target: int | None) -> int:
     return int(output[0].argmax()) if target is None else target
 
 
-def planned_attack(net: VisionModel, name: str, plan: Plan) -> tuple[Adversarial, dict[str, Any]]:
+def planned_attack(
+    net: VisionModel, name: str, plan: Plan, *, multi_label: bool = False
+) -> tuple[Adversarial, dict[str, Any]]:
     """An attack of a plan on a network.
 
     Args:
         net: the network; its ``value_range`` and normalization say what the attack may do.
         name: out of :data:`ATTACKS`.
         plan: its sizes.
+        multi_label: each output is a label of its own.
 
     Returns:
         The attack, and its settings for the reader.
@@ -459,10 +462,8 @@ def planned_attack(net: VisionModel, name: str, plan: Plan) -> tuple[Adversarial
         if name != "fgsm":
             settings["max_iter"] = plan.max_iter
             shown["steps"] = plan.max_iter
-    attack = Adversarial.preset(
-        name, net.model, clip_values=net.value_range, normalization=net.normalization, **settings
-    )
-    return attack, shown
+    settings |= {"clip_values": net.value_range, "normalization": net.normalization, "multi_label": multi_label}
+    return Adversarial.preset(name, net.model, **settings), shown
 
 
 def share(value: float) -> str:

@@ -169,7 +169,7 @@ def save_page(
     found: Found,
     out: str | Path,
     manifest: Mapping[str, Any],
-    tables: Mapping[str, str],
+    tables: Mapping[str, str | bytes],
     **names: Any,
 ) -> Path:
     """Write a section that is a whole page, its tables and the manifest; each file appears only when it is complete.
@@ -179,7 +179,7 @@ def save_page(
         found: what it found; its record is added to the manifest.
         out: the folder, which :func:`check_out` has allowed.
         manifest: see :func:`~ce_plugin.report.build_manifest`.
-        tables: name -> text of other files.
+        tables: name -> content of other files.
         names: that the template uses as well.
 
     Returns:

@@ -5,7 +5,7 @@ backend, so they work on a server, in a notebook and in a thread.
 """
 
 from ce_plugin._lazy import deprecated_names
-from ce_plugin.visualization.charts import plot_nodes, plot_roc, plot_scores
+from ce_plugin.visualization.charts import plot_intervals, plot_nodes, plot_ranked, plot_roc, plot_scores
 from ce_plugin.visualization.pictures import (
     NEGATIVE,
     POSITIVE,
@@ -27,7 +27,9 @@ __all__ = [
     "magnify",
     "outlines",
     "overlay",
+    "plot_intervals",
     "plot_nodes",
+    "plot_ranked",
     "plot_roc",
     "plot_scores",
     "sheet",

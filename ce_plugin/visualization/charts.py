@@ -1,4 +1,4 @@
-"""Charts: bars of ranked nodes, histograms of a detector's scores, and its ROC curves."""
+"""Charts: ranked nodes, numbers with their intervals, histograms of a detector's scores, and its ROC curves."""
 
 from __future__ import annotations
 
@@ -98,11 +98,130 @@ def _finish(axes: Any, labels: Sequence[str], title: str) -> None:
     axes.set_title(title, fontsize=9)
 
 
+Interval = tuple[float, float, float]
+"""A number, and the ends of its interval."""
+
+
+def plot_ranked(
+    labels: Sequence[str],
+    panels: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike, npt.ArrayLike]],
+    *,
+    ylabel: str = "effect",
+    title: str = "",
+) -> Figure:
+    """All nodes of a layer with their intervals, in the order of the first panel; one panel below the other.
+
+    Args:
+        labels: names of the U nodes.
+        panels: name -> effects, the ends of their intervals, and whether they are significant, (U,) each. What is
+            significant is filled.
+        ylabel: label of the effects' axis.
+        title: title of the figure.
+
+    Returns:
+        A figure. Up to 48 nodes have their names on the axis.
+
+    Raises:
+        ArgumentError: no nodes, no panels, or lists of different lengths.
+
+    Example:
+        >>> figure = plot_ranked(["a", "b"], {"clean": ([1, -2], [0, -3], [2, -1], [False, True])})
+        >>> [label.get_text() for label in figure.axes[-1].get_xticklabels()]
+        ['b', 'a']
+    """
+    from matplotlib.figure import Figure
+
+    read = {name: [np.asarray(one, dtype=np.float64) for one in parts] for name, parts in panels.items()}
+    lengths = {len(one) for parts in read.values() for one in parts}
+    if not labels or lengths != {len(labels)}:
+        raise ArgumentError(expected("panels", f"one or more, with {len(labels)} numbers each", sorted(lengths)))
+    named = len(labels) <= _NAMED
+    figure = Figure(figsize=(9.0, 0.9 + 1.5 * len(read)), dpi=100, layout="constrained")
+    axes = figure.subplots(len(read), 1, sharex=True, squeeze=False)[:, 0]
+    order = np.argsort(next(iter(read.values()))[0], kind="stable")
+    places, size = np.arange(len(labels)), 5.0 if named else 2.0
+    for axis, (name, parts) in zip(axes, read.items(), strict=True):
+        effect, low, high, found = (one[order] for one in parts)
+        axis.vlines(places, low, high, color=_LIGHT_GRAY, alpha=1 if named else 0.4, linewidth=1.4 if named else 0.6)
+        colors = np.where(effect <= 0, POSITIVE, NEGATIVE)  # a negative effect supports the class
+        for filled in (True, False):
+            own = (found > 0) == filled
+            face = colors[own] if filled else "white"
+            axis.scatter(places[own], effect[own], size**2, facecolors=face, edgecolors=colors[own], lw=0.9, zorder=3)
+        axis.axhline(0, color=_GRAY, linewidth=0.8)
+        axis.set_title(f"{name}: {int((found > 0).sum())} of {len(labels)} differ from 0", fontsize=9, loc="left")
+        _open(axis)
+    if named:
+        axes[-1].set_xticks(places, [labels[k] for k in order], fontsize=8, rotation=0 if len(labels) <= 32 else 90)
+    axes[-1].set_xlabel(f"nodes, in the order of {next(iter(read))}", fontsize=9)
+    axes[len(axes) // 2].set_ylabel(ylabel, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def plot_intervals(
+    panels: Mapping[str, Mapping[str, Mapping[str, Interval]]],
+    *,
+    at: float = 0.0,
+    xlabel: str = "effect",
+    title: str = "",
+) -> Figure:
+    """Numbers with their intervals: panels side by side, a row for each thing, a colour for each condition.
+
+    Args:
+        panels: name of the panel -> name of the row -> name of the condition -> the number and its interval.
+        at: where a line says "none".
+        xlabel: label of the numbers' axes.
+        title: title of the figure.
+
+    Returns:
+        A figure; each panel has its own scale.
+
+    Raises:
+        ArgumentError: nothing to draw.
+
+    Example:
+        >>> figure = plot_intervals({"log-odds": {"node 3": {"clean": (-1, -1.2, -0.8), "FGSM": (0.5, 0.4, 0.6)}}})
+        >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        ['node 3']
+    """
+    from matplotlib.figure import Figure
+
+    rows = list(dict.fromkeys(row for some in panels.values() for row in some))
+    every = dict.fromkeys(name for some in panels.values() for own in some.values() for name in own)
+    if not rows or not every:
+        raise ArgumentError(expected("panels", "numbers to draw", "none"))
+    deep = 0.22 * len(every) + 0.16  # of a row, in inches
+    figure = Figure(figsize=(9.0, 1.3 + deep * len(rows)), dpi=100, layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (name, some) in zip(axes, panels.items(), strict=True):
+        axis.axvline(at, color=_GRAY, linewidth=0.8)
+        for number, condition in enumerate(every):
+            # Conditions of one row lie close together, in their order.
+            shift = (number - (len(every) - 1) / 2) * 0.7 / len(every)
+            found = [(k + shift, *some[row][condition]) for k, row in enumerate(rows) if condition in some.get(row, {})]
+            place, value, low, high = np.array(found, dtype=np.float64).reshape(-1, 4).T
+            ends = np.stack([value - low, high - value])
+            axis.errorbar(value, place, xerr=ends, fmt="o", ms=4, lw=1.6, color=_COLORS[number % 6], label=condition)
+        axis.set_title(name, fontsize=9, loc="left")
+        axis.set_xlabel(xlabel, fontsize=9)
+        _open(axis)
+    axes[0].set_yticks(range(len(rows)), rows, fontsize=8)
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    if len(every) > 1:
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper right", ncols=len(names), fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return figure
+
+
 # Colours that colour-blind readers can tell apart, then the same with other dashes.
 _COLORS = ("#e8590c", "#1c6fd1", "#2b8a3e", "#9c36b5", "#b08900", "#0b7285")
 _DASHES = ("-", "--", ":", "-.")
 _LIGHT_GRAY = "#9aa1ab"
 _BINS = 40
+# So many nodes have room for their names.
+_NAMED = 48
 
 
 def plot_scores(
@@ -223,6 +342,10 @@ def _line(number: int) -> dict[str, Any]:
 def _finish_curves(axes: Any, title: str, legend: str) -> None:
     axes.set_title(title, fontsize=10)
     axes.legend(loc=legend, fontsize=8, frameon=False)
+    _open(axes)
+
+
+def _open(axes: Any) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 

@@ -133,6 +133,13 @@ def test_a_budget_of_passes_is_kept(passes: int) -> None:
     assert plain.design == repr(RandomMask(0.3, passes - 3, balanced=True, seed=4))
 
 
+def test_the_search_for_a_memory_layout_is_beside_the_budget() -> None:
+    net, x = network(), images(1)
+    found = [CausalEffect(net).estimate(x, passes=passes) for passes in (20, 60, 60)]
+    assert [one.cost for one in found] == [20, 62, 60]
+    assert torch.equal(found[1].effect, found[2].effect)
+
+
 def test_budgets_that_cannot_be_kept_are_refused() -> None:
     net, x = network(), images(1)
     for passes in (2, 0, -3, 2.5, "many", True):

@@ -163,6 +163,12 @@ def test_each_image_s_own_class_and_classes_by_name(tmp_path: Path) -> None:
         every.expected("prediction_weighted", target=1)
 
 
+def test_the_rows_of_files_with_one_image_each(tmp_path: Path) -> None:
+    ids, values = table(tmp_path, 3, shard_size=1).values()
+    assert ids.tolist() == [0, 1, 2]
+    assert torch.equal(values, table(tmp_path / "whole", 3, batch_size=1).values()[1])
+
+
 def test_weights_are_re_draws(tmp_path: Path) -> None:
     found, weights = table(tmp_path, shard_size=7), np.zeros(24)
     drawn = [0, 0, 3, 9, 9, 9, 23]
