@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.paper import conditions as paper
-from benchmarks.paper._xrays import Images, informative, nih_parts, pneumonia_parts, reading, without_groups
+from benchmarks.paper._xrays import (
+    Images,
+    informative,
+    mean_of,
+    nih_parts,
+    pneumonia_parts,
+    reading,
+    without_groups,
+)
 from ce_plugin.datasets import FINDINGS, Box, ImageFiles, XRays
 from ce_plugin.interventions import Normalization
 
@@ -117,12 +125,12 @@ def test_condition_two_finds_the_box_that_the_network_looks_at(corner: Tensor) -
 
 
 def test_how_many_images_settle_a_sign() -> None:
-    found = paper.mean_of(torch.tensor([-1.0, 1.0] * 50) + 0.28)
+    found = mean_of(torch.tensor([-1.0, 1.0] * 50) + 0.28)
     assert found.low < 0.28 < found.high
     sd = float(torch.tensor([-1.0, 1.0] * 50).std())
     assert found.needed == math.ceil(((1.959964 + 0.841621) * sd / 0.28) ** 2) == 102
-    assert paper.mean_of(torch.ones(1)).needed is None
-    assert paper.mean_of(torch.ones(5)).needed is None
+    assert mean_of(torch.ones(1)).needed is None
+    assert mean_of(torch.ones(5)).needed is None
 
 
 def test_a_common_cause_makes_two_outputs_go_together_until_it_is_set() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 from benchmarks.detection._classifiers import kept
@@ -135,8 +137,7 @@ def _weights(name: str) -> Path:
     train, _ = pneumonia_parts() if name == "one sigmoid" else nih_parts()
     said = repr((TRAINING[name], SIZE, [file.name for file in train.files]))
     digest = hashlib.blake2b(said.encode(), digest_size=6).hexdigest()
-    root = Path(os.environ.get("CE_PLUGIN_CACHE") or Path.home() / ".cache" / "ce-plugin")
-    return root / "paper" / f"{name.replace(' ', '-')}-{digest}.pt"
+    return cache_folder() / f"{name.replace(' ', '-')}-{digest}.pt"
 
 
 def _trained(net: VisionModel, name: str) -> nn.Module:
@@ -149,6 +150,34 @@ def _trained(net: VisionModel, name: str) -> nn.Module:
     )
     print(f"{name}: mean loss of each epoch {', '.join(f'{loss:.3f}' for loss in losses)}", flush=True)
     return fast.to(memory_format=torch.contiguous_format)
+
+
+class GrayTwoClasses(nn.Module):
+    """A network with one logit z as two classes, (-z/2, z/2), whose softmax is (1 - sigmoid(z), sigmoid(z)).
+
+    It takes gray images in [0, 1], so that attacks and interventions cannot colour them.
+
+    Args:
+        network: from images (N, 3, H, W) in [0, 1] to z, (N, 1).
+
+    Example:
+        >>> net = GrayTwoClasses(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1))).eval()
+        >>> net(torch.rand(2, 1, 4, 4)).sum(1).abs().max() < 1e-6
+        tensor(True)
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        z = self.network(images.expand(-1, 3, -1, -1))
+        return torch.cat([-z / 2, z / 2], 1)
+
+
+def cache_folder() -> Path:
+    """Where weights and attacked images are kept."""
+    return Path(os.environ.get("CE_PLUGIN_CACHE") or Path.home() / ".cache" / "ce-plugin") / "paper"
 
 
 def logits(model: nn.Module, x: Tensor) -> Tensor:
@@ -194,3 +223,52 @@ def save_csv(out: Path | None, name: str, rows: Sequence[Mapping[str, Any]]) -> 
         out.mkdir(parents=True, exist_ok=True)
         names = list(dict.fromkeys(key for row in rows for key in row))
         (out / f"{name}.csv").write_text(csv_text(names, [[row.get(key) for key in names] for row in rows]))
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over images with its interval, and how many images would settle its sign.
+
+    Args:
+        mean, low, high: t interval over images, or over patients' means.
+        n: images.
+        needed: images with which a two-sided t test at 5 % finds a mean and spread like these in four of five samples;
+            None where there are fewer than three images or no spread.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    needed: int | None
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+
+
+def mean_of(values: Tensor) -> Mean:
+    """The mean of one value for each image.
+
+    Example:
+        >>> mean_of(torch.tensor([1.0, 2.0, 3.0, 2.0])).needed
+        2
+    """
+    v = values.double().numpy()
+    n, mean = len(v), float(v.mean())
+    if n < 2:
+        return Mean(mean, math.nan, math.nan, n, None)
+    error = float(v.std(ddof=1)) / math.sqrt(n)
+    half = error * float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
+    needed = None
+    if n > 2 and error > 0 and mean != 0:
+        power = float(stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(0.8))
+        needed = max(2, math.ceil((power * error * math.sqrt(n) / mean) ** 2))
+    return Mean(mean, mean - half, mean + half, n, needed)
+
+
+def by_patient(values: Sequence[float], patients: Sequence[str]) -> Mean:
+    """The mean over patients of one value for each image: that of a patient is the mean of his images."""
+    own: dict[str, list[float]] = {}
+    for value, patient in zip(values, patients, strict=True):
+        own.setdefault(patient, []).append(value)
+    return mean_of(torch.tensor([float(np.mean(some)) for some in own.values()], dtype=torch.float64))

@@ -18,15 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from benchmarks.common.results import write
 from benchmarks.paper._xrays import (
     LEVEL,
     Images,
+    Mean,
+    by_patient,
     informative,
     logits,
+    mean_of,
     network,
     nih_parts,
     pneumonia_parts,
@@ -51,47 +53,6 @@ CONTROLS = 20
 """Random sets of as many other nodes."""
 _BATCH = 20
 _BOOTSTRAP = 2000
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over images with its interval, and how many images would settle its sign.
-
-    Args:
-        mean, low, high: t interval over images, or over patients' means.
-        n: images.
-        needed: images with which a two-sided t test at 5 % finds a mean and spread like these in four of five samples;
-            None where there are fewer than three images or no spread.
-    """
-
-    mean: float
-    low: float
-    high: float
-    n: int
-    needed: int | None
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
-
-
-def mean_of(values: Tensor) -> Mean:
-    """The mean of one value for each image.
-
-    Example:
-        >>> mean_of(torch.tensor([1.0, 2.0, 3.0, 2.0])).needed
-        2
-    """
-    v = values.double().numpy()
-    n, mean = len(v), float(v.mean())
-    if n < 2:
-        return Mean(mean, math.nan, math.nan, n, None)
-    error = float(v.std(ddof=1)) / math.sqrt(n)
-    half = error * float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
-    needed = None
-    if n > 2 and error > 0 and mean != 0:
-        power = float(stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(0.8))
-        needed = max(2, math.ceil((power * error * math.sqrt(n) / mean) ** 2))
-    return Mean(mean, mean - half, mean + half, n, needed)
 
 
 # Condition I: X -> Y
@@ -231,20 +192,15 @@ def box_rows(tests: Sequence[BoxTest], evaluated: Sequence[int]) -> list[dict[st
             rows.append({"finding": name, "boxes": 0})
             continue
         others = [[k for k in range(len(one.own)) if k != one.finding] for one in some]
+        patients = [one.patient for one in some]
         row: dict[str, Any] = {"finding": name, "boxes": len(some)}
-        row["masked"] = asdict(_by_patient(some, [float(one.own[one.finding]) for one in some]))
-        row["beyond"] = asdict(_by_patient(some, [float(one.beyond[one.finding]) for one in some]))
+        row["masked"] = asdict(by_patient([float(one.own[one.finding]) for one in some], patients))
+        row["beyond"] = asdict(by_patient([float(one.beyond[one.finding]) for one in some], patients))
         away = [float(one.beyond[rest].mean()) for one, rest in zip(some, others, strict=True)]
-        row["others"] = asdict(_by_patient(some, away))
+        row["others"] = asdict(by_patient(away, patients))
         row["p_values"] = [one.p_value for one in some]
         rows.append(row)
     return rows
-
-
-def _by_patient(tests: Sequence[BoxTest], values: Sequence[float]) -> Mean:
-    patients = sorted({one.patient for one in tests})
-    own = [[v for one, v in zip(tests, values, strict=True) if one.patient == p] for p in patients]
-    return mean_of(torch.tensor([float(np.mean(v)) for v in own]))
 
 
 # Condition III: Z <- X -> Y

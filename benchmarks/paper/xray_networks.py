@@ -62,8 +62,8 @@ def text(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         "",
         "Not for clinical use. The pneumonia CNN was trained by others on images of the same hospital; both"
         " DenseNet-121 were trained here from random weights, by Adam at 1e-3 (falling by a cosine), betas .9 and .999,"
-        f" binary cross-entropy, images of {SIZE} x {SIZE} pixels, mirrored at random. Settings were fixed beforehand; no test"
-        " image is of a patient of a training image (children's X-rays: by the number in the file name).",
+        f" binary cross-entropy, images of {SIZE} x {SIZE} pixels, mirrored at random. Settings were fixed beforehand;"
+        " no test image is of a patient of a training image (children's X-rays: by the number in the file name).",
         "",
         "| network | training images (patients) | epochs | test images (patients) | training took |",
         "|---|---|---|---|---|",
