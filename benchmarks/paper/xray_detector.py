@@ -1,10 +1,10 @@
-"""Detecting attacked chest X-rays: our detector, and the paper's index as one, beside two scores that need no effects.
+"""Detecting attacked chest X-rays: our detector and the paper's index as one, beside scores that need no effects.
 
-Not for clinical use. The network is the pneumonia CNN, whose logit z is attacked as the two classes (-z/2, z/2), on gray
-images. Our detector is fitted on clean training images only. The paper's index of an image is the prediction-weighted
-effect of Z0 (with an autoencoder, and without); its text says that effects fall under attack, so small in size means
-attacked. Pairs: a test image that is answered correctly, and the same image under an attack that changes the answer.
-Attacked images, autoencoder and the fit are cached (CE_PLUGIN_CACHE); an interrupted run goes on from there.
+Not for clinical use. The network is the pneumonia CNN, whose logit z is attacked as the two classes (-z/2, z/2), on
+gray images. Our detector is fitted on clean training images only. The paper's index of an image is the
+prediction-weighted effect of Z0 (with an autoencoder, and without); its text says that effects fall under attack, so
+small in size means attacked. Pairs: a test image that is answered correctly, and the same image under an attack that
+changes the answer. Attacked images, autoencoder and fit are cached (CE_PLUGIN_CACHE); an interrupted run goes on there.
 """
 
 from __future__ import annotations
@@ -180,9 +180,10 @@ def text(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         "Not for clinical use. Pneumonia CNN as two classes, gray images of 64 x 64."
         f" {about['answered_correctly']} of {about['test_images']} test images are answered correctly; pairs of such an"
         " image and its successful attack. AUROC, 95 % intervals of a bootstrap over images, both forms together. The"
-        " index is small in size for attacked images, as the paper's tables have it. With two classes the largest softmax"
-        f" and |p|² order images alike. Our detector was fitted on {about['fit_images']} clean training images, which the"
-        f" network was trained on, too. Autoencoder at `{LAYER}`: {about['autoencoder']}.",
+        " index is small in size for attacked images, as the paper's tables have it. With two classes the largest"
+        f" softmax and |p|² order images alike. Our detector was fitted on {about['fit_images']} clean training images,"
+        " on which the network was trained, too."
+        f" Autoencoder at `{LAYER}`: {about['autoencoder']}.",
         "",
         f"At the threshold for {FPR:.0%} it flags {alarms['clean']:.1%} of the clean test images that are answered"
         " correctly: test images of this data set differ from training images.",
@@ -195,8 +196,11 @@ def text(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         cells = [f"{one['auroc']:.3f} ({one['auroc_low']:.3f} to {one['auroc_high']:.3f})" for one in own.values()]
         pairs = next(iter(own.values()))["n_attacked"]
         lines.append(f"| {attack} | {pairs} | {' | '.join(cells)} | {alarms[attack]:.0%} |")
-    lines += ["", "Noise moves every pixel by the size of the attack, up or down at random, and is no attack: the images"
-              " that keep their answer. What scores high there detects noise as well."]  # fmt: skip
+    lines += [
+        "",
+        "Noise moves every pixel by the size of the attack, up or down at random, and is no attack: here are the images"
+        " that keep their answer. What scores high there detects noise as well.",
+    ]
     return "\n".join(lines)
 
 
