@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.paper import conditions as paper
+from benchmarks.paper import figure3, xray_detector
 from benchmarks.paper._xrays import (
+    GrayTwoClasses,
     Images,
     informative,
     mean_of,
@@ -22,6 +24,7 @@ from benchmarks.paper._xrays import (
 )
 from ce_plugin.datasets import FINDINGS, Box, ImageFiles, XRays
 from ce_plugin.interventions import Normalization
+from ce_plugin.models import VisionModel
 
 
 class Corner(nn.Module):
@@ -155,3 +158,65 @@ def test_condition_one_on_a_linear_network() -> None:
     torch.testing.assert_close(confirmed[0].float(), -2 * x[30:, 0, 0, 0])
     everything = paper.masked_at_random(TwoHeads(), x, Normalization(), share=1.0)
     torch.testing.assert_close(everything, -TwoHeads()(x))
+
+
+class Pooled(nn.Module):
+    """Convolution, ReLU, mean over positions, linear: where CAM is defined and the three maps are one but for scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.features = nn.ModuleDict({"norm5": nn.Conv2d(3, 6, 3)})
+            self.classifier = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features["norm5"](x).relu().mean((2, 3)))
+
+
+def test_behind_pooling_and_a_linear_head_the_maps_are_one() -> None:
+    net = VisionModel(Pooled().eval())
+    x = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([0, 1, 1])
+    maps = {kind: explain(x, target) for kind, explain in figure3.maps_of(net, "features.norm5").items()}
+    torch.testing.assert_close(maps["CEM"] * 36, maps["CAM"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        maps["CAM"].mean((1, 2, 3)), (net.model(x) - net.model.classifier.bias)[range(3), target]
+    )
+
+
+def test_rows_of_figure_three_compare_the_same_images() -> None:
+    net = VisionModel(Pooled().eval())
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    boxes = torch.zeros(4, 8, 8).bool()
+    boxes[:, :, :4] = True
+    pictures = figure3.Pictures(x, torch.zeros(4).long(), tuple("1123"), boxes)
+    left = torch.ones(4, 1, 2, 2)
+    left[:, :, :, 1] = -1
+    maps = {"CEM": lambda x, target: left + 0.01 * x[:, :1, :2, :2], "zero": lambda x, target: torch.zeros(4, 1, 2, 2)}
+    changed = {"flipped": x, "none": figure3.attacked(net, pictures, "FGSM .03")}
+    rows = figure3.compared(pictures, changed, maps, {})
+    own = {(row["attack"], row["map"]): row for row in rows}
+    assert own["flipped", "CEM"]["correlation"]["mean"] == 1
+    assert own["flipped", "CEM"]["correlation"]["n"] == 3  # patients
+    assert own["none", "zero"]["undefined"] == 4
+    assert own["none", "zero"]["correlation"] is None
+    assert own["clean", "CEM"]["share_in_box"]["mean"] == pytest.approx(1.0)
+    assert own["clean", "zero"]["share_in_box"]["mean"] == 0.0
+    assert own["clean", "CEM"]["area_of_box"]["mean"] == 0.5
+    assert float((changed["none"] - x).abs().max()) <= 0.03 + 1e-6
+
+
+def test_one_logit_as_two_classes() -> None:
+    inner = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1))
+    x = torch.rand(5, 1, 4, 4)
+    p = GrayTwoClasses(inner)(x).softmax(1)
+    torch.testing.assert_close(p[:, 1], inner(x.expand(-1, 3, -1, -1))[:, 0].sigmoid())
+
+
+def test_noise_is_as_large_as_the_attack_and_belongs_to_the_image() -> None:
+    x = torch.full((3, 1, 6, 6), 0.5)
+    noise = xray_detector.noisy(x, 0.03) - x
+    torch.testing.assert_close(noise.abs(), torch.full_like(noise, 0.03))
+    assert torch.equal(xray_detector.noisy(x[:2], 0.03) - x[:2], noise[:2])
+    assert not torch.equal(noise[0], noise[1])
