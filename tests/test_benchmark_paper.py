@@ -137,15 +137,15 @@ def test_how_many_images_settle_a_sign() -> None:
 
 
 def test_a_common_cause_makes_two_outputs_go_together_until_it_is_set() -> None:
-    x = torch.randn(800, 3, 1, 1, generator=torch.Generator().manual_seed(0)) + 1
-    found = paper.common_cause(TwoHeads(), "nodes", x, (0, 1), [str(i) for i in range(800)], share=1 / 3)
+    x = torch.randn(400, 3, 1, 1, generator=torch.Generator().manual_seed(0)) + 1
+    found = paper.common_cause(TwoHeads(), "nodes", x, (0, 1), [str(i) for i in range(400)], share=1 / 3)
     assert found.nodes == (0,)
-    assert abs(found.clean - 2 / math.sqrt(5 * 2)) < 0.06  # cov 2, variances 5 and 2
-    assert abs(found.shared) < 0.12
+    assert abs(found.clean - 2 / math.sqrt(5 * 2)) < 0.1  # cov 2, variances 5 and 2
+    assert abs(found.shared) < 0.15
     assert found.fall[1] > 0
     assert found.fall[1] < found.fall[0] < found.fall[2]
     # Without either of the other two: 2 / sqrt(4 * 2) and 2 / sqrt(5 * 1).
-    assert 2 / math.sqrt(8) - 0.05 < found.other < 2 / math.sqrt(5) + 0.05
+    assert 2 / math.sqrt(8) - 0.1 < found.other < 2 / math.sqrt(5) + 0.1
     torch.testing.assert_close(torch.tensor(found.effects), torch.tensor([-2.0, -1.0]), atol=0.25, rtol=0)
 
 

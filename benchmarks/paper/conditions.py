@@ -39,19 +39,20 @@ from benchmarks.paper._xrays import (
 from ce_plugin import CausalEffect, LayerCausalEffect
 from ce_plugin.datasets import FINDINGS, XRays
 from ce_plugin.designs import Joint
-from ce_plugin.expected import ExpectedCausalEffect
+from ce_plugin.expected.answer import answered
+from ce_plugin.expected.moments import moments_of
 from ce_plugin.interventions import Normalization, PixelMask
 from ce_plugin.randomness import generator, numpy_generator
 
 FILLS = ("zero", "mean", "blur")
 LAYERS = {"pneumonia CNN": "relu3", "one sigmoid": "features.norm5", "fourteen sigmoids": "features.norm5"}
-DRAWS = 200
+DRAWS = 100
 """Random boxes of an image."""
 SHARED = 0.1
 """Share of the nodes that count as shared by two findings."""
 CONTROLS = 20
 """Random sets of as many other nodes."""
-_BATCH = 20
+_BATCH = 50
 _BOOTSTRAP = 2000
 
 
@@ -72,15 +73,8 @@ def nodes_at_zero(model: nn.Module, layer: str, x: Tensor) -> tuple[Tensor, Tens
         and for each output the effects (N - N // 2,) on the second half of the images of the node whose expected effect
         is the largest on the first half, (K, N - N // 2).
     """
-    explainer = LayerCausalEffect(model, layer, outcome="logit")
-    metric = ExpectedCausalEffect(explainer)
-    parts = []
-    for start in range(0, len(x), _BATCH):
-        rows = x[start : start + _BATCH]
-        ids = list(range(start, start + len(rows)))
-        metric.update(rows, ids=ids)
-        parts.append(explainer.estimate(rows, ids=ids).effect)
-    answer, effects = metric.compute(), torch.cat(parts).double()
+    effects = _effects(LayerCausalEffect(model, layer, outcome="logit"), x)[0].double()
+    answer = answered(moments_of(effects[:, None], extras=0), ["clean"], range(effects.shape[2]))
     half = len(x) // 2
     chosen = effects[:half].mean(0).abs().argmax(0)  # (K,)
     confirmed = torch.stack([effects[half:, u, k] for k, u in enumerate(chosen.tolist())])
