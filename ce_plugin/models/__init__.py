@@ -5,6 +5,7 @@ from ce_plugin.models.digits import DigitsCNN
 from ce_plugin.models.fashion import FashionCNN
 from ce_plugin.models.imagenet import efficientnet_lite0, imagenet_classes
 from ce_plugin.models.mobilenet import MobileNet, load_bird_mobilenet, load_mobilenet
+from ce_plugin.models.training import train_classifier
 from ce_plugin.models.vision import (
     Framing,
     VisionModel,
@@ -39,4 +40,5 @@ __all__ = [
     "pneumonia_cnn",
     "read_weights",
     "small_cnn",
+    "train_classifier",
 ]

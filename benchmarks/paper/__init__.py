@@ -1,0 +1,1 @@
+"""The paper's experiments that are no recipe: chest X-rays."""
