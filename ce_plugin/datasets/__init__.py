@@ -11,6 +11,7 @@ from ce_plugin.datasets.sources import (
     FolderImages,
     ImageSource,
     ParquetImages,
+    data_folder,
     labels_for,
     open_source,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "cifar10_sheets",
     "class_folders",
     "cub200",
+    "data_folder",
     "digits",
     "fashion_mnist",
     "imagenet_samples",
