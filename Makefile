@@ -79,6 +79,7 @@ docs: $(VENV)/.installed-docs  ## the documentation, in docs/_build/html; a warn
 	@echo "The documentation is $(abspath docs/_build/html)/index.html."
 
 gallery: export CE_PLUGIN_GALLERY = full
+gallery: export CE_PLUGIN_CACHE ?= $(CURDIR)/.gallery-cache
 gallery: $(VENV)/.installed-docs  ## the documentation with the gallery in full: minutes a page; needs CE_PLUGIN_DATA
 	@test -d "$$CE_PLUGIN_DATA" || { echo "Set CE_PLUGIN_DATA to the folder of the data sets (examples/gallery/README.rst)."; exit 1; }
 	$(BIN)/sphinx-build -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
@@ -94,7 +95,7 @@ else
 endif
 
 clean:  ## remove what was built (not .venv, not a report)
-	rm -rf build dist docs/_build docs/gallery docs/sg_execution_times.rst .gallery-cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist docs/_build docs/gallery docs/sg_execution_times.rst .gallery-cache examples/gallery/.gallery-cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find ce_plugin tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## remove .venv and its like too

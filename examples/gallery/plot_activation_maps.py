@@ -16,7 +16,6 @@ to zero.
 import os
 
 import matplotlib.pyplot as plt
-import torch
 from captum.attr import LayerActivation
 from scipy.stats import spearmanr
 
@@ -24,6 +23,7 @@ from ce_plugin import LayerCausalEffect
 from ce_plugin.datasets import data_folder, imagenet_samples
 from ce_plugin.interventions import MeanOut
 from ce_plugin.models import efficientnet_lite0
+from ce_plugin.visualization import sheet
 
 full = os.environ.get("CE_PLUGIN_GALLERY") == "full"
 network = efficientnet_lite0()
@@ -45,28 +45,14 @@ for name, layer in list(layers.items())[: 2 if full else 1]:
     maps[name] = LayerActivation(network.model, module).attribute(x, attribute_to_layer_input=True).detach()
     estimates[name] = LayerCausalEffect(network.model, layer).estimate(x, attribute_to_layer_input=True)
 
-every = torch.arange(len(x))
-answer = estimates["first convolution"].predicted
+answer, rows = estimates["first convolution"].predicted, []
 for name, estimate in estimates.items():
-    contribution = estimate.contribution[every, :, answer]
-    for i in every.tolist():
-        columns, rows = 8, maps[name].shape[1] // 8
-        figure, axes = plt.subplots(
-            rows, columns + 2, figsize=(11, 1.2 * rows), width_ratios=[1] * columns + [0.2, 2.5]
-        )
-        order = contribution[i].argsort(descending=True).reshape(rows, columns)
-        for row, column in [(r, c) for r in range(rows) for c in range(columns)]:
-            k = int(order[row, column])
-            axes[row, column].imshow(maps[name][i, k], cmap="gray")
-            axes[row, column].set_title(f"{k}: {-100 * contribution[i, k]:+.1f}", fontsize=7, pad=2)
-        axes[0, -1].imshow(network.pictures(x)[i].permute(1, 2, 0))
-        axes[0, -1].set_title(
-            f"{network.class_name(int(answer[i]))}, {estimate.reference[i, answer[i]]:.2f}", fontsize=8
-        )
-        for axis in axes.flat:
-            axis.set_axis_off()
-        figure.suptitle(f"{name}: effect of setting each channel to zero (points of probability)", fontsize=9)
-plt.show()
+    for i, picture in enumerate(network.pictures(x)):
+        effect = estimate.effect[i, :, answer[i]]
+        tiles = [(f"{k}: {100 * effect[k]:+.1f}", maps[name][i, k, None] / 6) for k in effect.argsort().tolist()]
+        tiles = [(f"{network.class_name(int(answer[i]))} {estimate.reference[i, answer[i]]:.2f}", picture), *tiles]
+        rows += [(tiles + [("", picture.new_ones(1, 1, 1))] * 11)[k : k + 11] for k in range(0, len(tiles), 11)]
+sheet(rows, width=110)
 
 # %%
 # Strong is not causal
@@ -74,10 +60,11 @@ plt.show()
 # How strongly a channel responds is its mean activation. Were that what matters, the order of the channels
 # by strength would be their order by the size of their effect: a rank correlation of 1. Points far to the
 # right and at the bottom are the strong maps that hardly anything depends on.
+every = range(len(x))
 figure, axes = plt.subplots(1, len(estimates), figsize=(5.5 * len(estimates), 4), squeeze=False)
 for axis, (name, estimate) in zip(axes[0], estimates.items(), strict=True):
     strength, size = maps[name].mean((2, 3)), estimate.effect[every, :, answer].abs()
-    for i in every.tolist():
+    for i in every:
         rho = spearmanr(strength[i], size[i]).statistic
         same = int(strength[i].argmax()) == int(size[i].argmax())
         label = f"{network.class_name(int(answer[i]))}: {rho:+.2f}"
@@ -95,7 +82,7 @@ plt.show()
 # the intervention, and so does the order: an effect always answers "compared to what?".
 layer = layers["first convolution"]
 mean = LayerCausalEffect(network.model, layer, MeanOut(x)).estimate(x, attribute_to_layer_input=True, target=answer)
-for i in every.tolist():
+for i in every:
     zero = estimates["first convolution"].effect[i, :, answer[i]]
     rho = spearmanr(zero.abs(), mean.effect[i, :, 0].abs()).statistic
     print(f"{network.class_name(int(answer[i]))}: order under zero against order under the mean: {rho:+.2f}")
@@ -109,7 +96,7 @@ for i in every.tolist():
 for name, estimate in estimates.items():
     # The answer under do(channel = 0), (images, channels).
     under = (estimate.reference[:, None] + estimate.effect).argmax(2)
-    for i in every.tolist():
+    for i in every:
         other = (under[i] != answer[i]).nonzero().flatten().tolist()
         told = ", ".join(f"{k} ({network.class_name(int(under[i, k]))})" for k in other) or "none"
         print(f"{name}, {network.class_name(int(answer[i]))}: the answer hangs on channel {told}")

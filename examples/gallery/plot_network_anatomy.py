@@ -12,6 +12,7 @@ A network's anatomy, and its answers to whimsical questions
 import copy
 import os
 from itertools import pairwise
+from itertools import product as product_of
 
 import matplotlib.pyplot as plt
 import torch
@@ -21,7 +22,9 @@ from torch import nn
 
 from ce_plugin import LayerCausalEffect
 from ce_plugin.datasets import data_folder, imagenet_samples, sample_photographs
+from ce_plugin.effects import resolve_outcome
 from ce_plugin.models import efficientnet_lite0, load_mobilenet, load_model
+from ce_plugin.visualization import sheet
 
 full = os.environ.get("CE_PLUGIN_GALLERY") == "full"
 network = efficientnet_lite0()
@@ -38,20 +41,16 @@ linear = [512 * 7 * 7, 4096, 4096, 1000]
 estimate = [9 * c * d + d for c, d in pairwise(channels)] + [c * d + d for c, d in pairwise(linear)]
 with torch.device("meta"):
     vgg16 = load_model("torchvision:vgg16", weights=None)
-counted = [
-    sum(p.numel() for p in module.parameters())
-    for module in vgg16.model.modules()
-    if isinstance(module, nn.Conv2d | nn.Linear)
-]
+layers = [module for module in vgg16.model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+counted = [sum(p.numel() for p in layer.parameters()) for layer in layers]
 print(f"VGG-16: {sum(counted):,} parameters; the estimate is {sum(estimate):,}; layer by layer: {counted == estimate}")
 print(f"in its three fully connected layers: {sum(counted[-3:]) / sum(counted):.0%}")
 
-figure, axes = plt.subplots(1, 3, figsize=(12, 2.8))
+figure, axes = plt.subplots(1, 3, figsize=(12, 2.8), layout="constrained")
 for axis, net in zip(axes, (vgg16, network, mobilenet), strict=True):
-    sizes = [sum(p.numel() for p in m.parameters(recurse=False)) for m in net.model.modules()]
-    axis.bar(range(1, sum(s > 0 for s in sizes) + 1), [s / 1e6 for s in sizes if s], color="#666666")
+    sizes = [size for m in net.model.modules() if (size := sum(p.numel() for p in m.parameters(recurse=False)))]
+    axis.bar(range(len(sizes)), [size / 1e6 for size in sizes], color="#666666")
     axis.set(title=f"{net.name[:24]}: {sum(sizes) / 1e6:.1f} million", xlabel="layer with parameters", ylabel="million")
-figure.tight_layout()
 plt.show()
 
 # %%
@@ -62,30 +61,19 @@ plt.show()
 if os.environ.get("CE_PLUGIN_VGG16"):
     network = load_model("torchvision:vgg16", weights=os.environ["CE_PLUGIN_VGG16"])
 daisy, palace = sample_photographs().values()
-tiles = palace[:, :420, :].reshape(3, 6, 70, 8, 80).permute(1, 3, 0, 2, 4).flatten(0, 1)
-order = torch.randperm(len(tiles), generator=torch.Generator().manual_seed(0))
-jigsaw = tiles[order].reshape(6, 8, 3, 70, 80).permute(2, 0, 3, 1, 4).reshape(3, 420, 640)
-noise = torch.randint(0, 256, (3, 256, 256), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-shown = {
-    "daisy": daisy,
-    "palace": palace,
-    "upside down": daisy.flip(1),
-    "negative": 255 - daisy,
-    "jigsaw": jigsaw,
-    "noise": noise,
-}
-x = network.inputs(list(shown.values()))
+mixed = torch.cat([palace[..., 320:], palace[..., :320]], 2)[:, torch.arange(427).roll(213)]
+noise = torch.randint(256, daisy.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+x = network.inputs([daisy, palace, daisy.flip(1), 255 - daisy, mixed, noise])
 with torch.no_grad():
     top = network.model(x).softmax(1).topk(5)
-figure, axes = plt.subplots(2, 3, figsize=(12, 7))
-for i, (axis, name) in enumerate(zip(axes.flat, shown, strict=True)):
-    axis.imshow(network.pictures(x)[i].permute(1, 2, 0))
-    lines = [f"{p:.2f} {network.class_name(int(c))}" for p, c in zip(top.values[i], top.indices[i], strict=True)]
-    axis.set_title(f"{name}: {lines[0]}", fontsize=9)
-    axis.text(1.03, 0.5, "\n".join(lines), transform=axis.transAxes, va="center", fontsize=8)
-    axis.set_axis_off()
-figure.tight_layout()
-plt.show()
+answers = [
+    [f"{100 * p:.0f} % {network.class_name(int(c))}" for p, c in zip(*one, strict=True)]
+    for one in zip(top.values, top.indices, strict=True)
+]
+for name, one in zip(("daisy", "palace", "upside down", "negative", "quarters swapped", "noise"), answers, strict=True):
+    print(f"{name:16}", "; ".join(one))
+pictures = [(one[0], picture) for one, picture in zip(answers, network.pictures(x), strict=True)]
+sheet([pictures[:3], pictures[3:]])
 
 # %%
 # The question
@@ -106,9 +94,9 @@ with torch.no_grad():
 
 def margin(images: torch.Tensor) -> torch.Tensor:
     """By how much the logit of the clean answer exceeds the next one, (N,)."""
-    logits = network.model(images)
-    rival = logits.scatter(1, answer[: len(images), None], -torch.inf).amax(1)
-    return logits.gather(1, answer[: len(images), None])[:, 0] - rival
+    return resolve_outcome("margin")(logits := network.model(images), logits).gather(1, answer[: len(images), None])[
+        :, 0
+    ]
 
 
 def answers_without(gone: torch.Tensor) -> torch.Tensor:
@@ -120,27 +108,23 @@ def answers_without(gone: torch.Tensor) -> torch.Tensor:
         return pruned(x[n:]).argmax(1)
 
 
-scores: dict[str, list[torch.Tensor]] = {"effect, to first order": [], "mean activation": []}
-for name in names:
-    explainer = LayerGradientXActivation(margin, network.model.get_submodule(name))
-    product = explainer.attribute(x[:n], attribute_to_layer_input=True).detach()
-    scores["effect, to first order"].append(product.sum((2, 3)).abs().mean(0))
-    activation = LayerActivation(network.model, network.model.get_submodule(name))
-    scores["mean activation"].append(activation.attribute(x[:n], attribute_to_layer_input=True).mean((0, 2, 3)))
+scores = {"effect, to first order": [], "mean activation": []}
+for layer in map(network.model.get_submodule, names):
+    product = LayerGradientXActivation(margin, layer).attribute(x[:n], attribute_to_layer_input=True)
+    activation = LayerActivation(network.model, layer).attribute(x[:n], attribute_to_layer_input=True)
+    scores["effect, to first order"].append(product.detach().sum((2, 3)).abs().mean(0))
+    scores["mean activation"].append(activation.mean((0, 2, 3)))
 widths = [len(one) for one in scores["mean activation"]]
 ranked = {name: torch.cat(parts) for name, parts in scores.items()}
-ranked["random"] = torch.rand(sum(widths), generator=torch.Generator().manual_seed(0))
+ranked["nothing (at random)"] = torch.rand(sum(widths), generator=torch.Generator().manual_seed(0))
 
-for share in (0.1, 0.2, 0.4):
-    for name, values in ranked.items():
-        gone = torch.zeros(sum(widths), dtype=torch.bool)
-        gone[values.argsort()[: round(share * sum(widths))]] = True
-        same = int((answers_without(gone) == answer[n:]).sum())
-        low, high = binomtest(same, len(x) - n).proportion_ci(method="wilson")
-        print(
-            f"{share:.0%} of {sum(widths)} channels zeroed, the smallest by {name}: "
-            f"{same} of {len(x) - n} answers unchanged (95 % interval {low:.2f} to {high:.2f})"
-        )
+print(f"answers of {len(x) - n} photographs left unchanged by zeroing channels out of {sum(widths)}, 95 % intervals")
+for share, (name, values) in product_of((0.1, 0.2, 0.4), ranked.items()):
+    gone = torch.zeros(sum(widths), dtype=torch.bool)
+    gone[values.argsort()[: round(share * sum(widths))]] = True
+    same = int((answers_without(gone) == answer[n:]).sum())
+    low, high = binomtest(same, len(x) - n).proportion_ci(method="wilson")
+    print(f"  {share:.0%} with the smallest {name}: {same / (len(x) - n):.0%} ({low:.0%} to {high:.0%})")
 
 # %%
 # A first-order effect is not an effect. How well it orders the channels of one layer is seen from the effects

@@ -15,16 +15,17 @@ or a region, *is set* to something else. For a linear model the two are one; net
 
 import os
 
-import matplotlib.pyplot as plt
 import torch
+from captum.attr import LayerActivation, LayerGradientXActivation
 from scipy.stats import spearmanr
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from ce_plugin import CausalEffect, LayerCausalEffect
 from ce_plugin.datasets import data_folder, imagenet_samples
 from ce_plugin.evaluation import METHODS, Scene
 from ce_plugin.interventions import PixelMask
 from ce_plugin.models import efficientnet_lite0, load_mobilenet
+from ce_plugin.visualization import overlay, sheet
 
 full = os.environ.get("CE_PLUGIN_GALLERY") == "full"
 passes, wanted, looked_at = (200, 3, 40) if full else (24, 1, 8)
@@ -54,15 +55,9 @@ for network in networks:
 # -----------------
 # CE sets regions to black, the mean colour and a blur in turn; CEM sets each channel of the last layer to zero.
 # The number in a title is the map's rank correlation with CE over the 14 x 14 patches: +1 is the same order.
-methods = {
-    "gradient": "saliency",
-    "SmoothGrad": "smoothgrad",
-    "Grad-CAM": "grad-cam",
-    "CEM": "causal-effect-map",
-    "CE": "causal-effect",
-}
-if not full:
-    del methods["SmoothGrad"]  # takes 150 passes a photograph
+methods = {"gradient": "saliency", "Grad-CAM": "grad-cam", "CEM": "causal-effect-map", "CE": "causal-effect"}
+if full:
+    methods = {"SmoothGrad": "smoothgrad", **methods}  # which takes 150 passes
 
 
 def patches(values: torch.Tensor) -> torch.Tensor:
@@ -77,19 +72,12 @@ for network, scene, label in scenes:
     results.append((agreement["gradient"], network, scene, label, maps, agreement))
 results.sort(key=lambda result: -result[0])
 
-figure, axes = plt.subplots(len(results), len(methods) + 1, figsize=(13, 2.4 * len(results)), squeeze=False)
-for row, (_, network, scene, label, maps, agreement) in zip(axes, results, strict=True):
-    answer = network.class_name(scene.target)
-    row[0].imshow(network.pictures(scene.x)[0].permute(1, 2, 0))
-    row[0].set_title(f"{network.name[:15]}\n{answer}" + ("" if answer == label else f" (is: {label})"), fontsize=7)
-    for axis, (name, values) in zip(row[1:], maps.items(), strict=True):
-        limit = float(values.abs().max())
-        axis.imshow(values, cmap="PuOr_r", vmin=-limit, vmax=limit)
-        axis.set_title(f"{name} ({agreement[name]:+.2f})", fontsize=8)
-for axis in axes.flat:
-    axis.set_axis_off()
-figure.tight_layout()
-plt.show()
+rows = []
+for _, network, scene, label, maps, agreement in results:
+    answer, picture = network.class_name(scene.target), network.pictures(scene.x)[0]
+    row = [(f"{name} ({agreement[name]:+.2f})", overlay(values, picture)) for name, values in maps.items()]
+    rows.append([(answer if answer == label else f"{answer}? {label}", picture), *row])
+sheet(rows, width=200)
 
 # %%
 # Rows are in the order of how well the gradient agrees with the effects: the consistent cases first, the
@@ -106,14 +94,12 @@ for name in methods:
 # changes nothing. Setting it to zero does. All units of the first layer that are above 6 are set at once here.
 network, scene = scenes[0][:2]
 layer = network.model.get_submodule("_bn0")
-seen = []
-hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
-score = network.model(scene.x).softmax(1)[0, scene.target]
-hook.remove()
-(gradient,) = torch.autograd.grad(score, seen[0])
-above = seen[0].detach() > 6
+value = LayerActivation(network.model, layer).attribute(scene.x)
+product = LayerGradientXActivation(scene.probability, layer).attribute(scene.x, scene.target)
+above = value > 6
 effect = LayerCausalEffect(network.model, layer).estimate(scene.x, target=scene.target, layer_mask=above.long())
-print(f"{int(above.sum())} of {above.numel()} units are above 6; largest gradient there: {gradient[above].abs().max()}")
+largest = (product / value)[above].abs().max()
+print(f"{int(above.sum())} of {above.numel()} units are above 6; the largest gradient there: {largest}")
 print(f"effect of setting them to zero: {effect.effect[0, 1, 0]:+.3f} on a probability of {effect.reference[0, 0]:.3f}")
 
 # %%
@@ -128,15 +114,12 @@ for _, network, scene, _, maps, _ in results:
     explainer = CausalEffect(network.model, PixelMask("blur", normalization=network.normalization))
     for name, values in {**maps, "random": METHODS["random"](scene)}.items():
         top = patches(values).argsort(descending=True)[:20]
-        region = (
-            torch.zeros(196).index_fill(0, top, 1).reshape(14, 14).repeat_interleave(16, 0).repeat_interleave(16, 1)
-        )
-        effect = explainer.estimate(scene.x, target=scene.target, feature_mask=region.long()[None, None]).effect
+        region = torch.zeros(196).index_fill(0, top, 1).reshape(1, 1, 14, 14)
+        mask = interpolate(region, scene.size).long()
+        effect = explainer.estimate(scene.x, target=scene.target, feature_mask=mask).effect
         lost[name].append(float(effect[0, 1, 0]))
 for name, values in lost.items():
-    print(
-        f"without what {name} calls important: {100 * sum(values) / len(values):+.0f} points of probability on average"
-    )
+    print(f"without what {name} calls important: {100 * sum(values) / len(values):+.0f} points on average")
 
 # %%
 # References
