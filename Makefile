@@ -17,11 +17,11 @@ SCRIPTS = $(shell grep -l '^if __name__ == "__main__":' benchmarks/*.py benchmar
 
 # glibc returns large blocks to the system after every operation, which slows convolutional networks down on a CPU
 # (docs/performance.md); other C libraries take no notice of these.
-demo test test-slow test-oldest test-python: export MALLOC_MMAP_MAX_ = 0
-demo test test-slow test-oldest test-python: export MALLOC_TRIM_THRESHOLD_ = 20000000000
+demo test test-slow test-oldest test-python docs gallery: export MALLOC_MMAP_MAX_ = 0
+demo test test-slow test-oldest test-python docs gallery: export MALLOC_TRIM_THRESHOLD_ = 20000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-oldest test-python check format docs benchmark clean distclean
+.PHONY: help demo test test-slow test-oldest test-python check format docs gallery benchmark clean distclean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -78,6 +78,13 @@ docs: $(VENV)/.installed-docs  ## the documentation, in docs/_build/html; a warn
 	$(BIN)/sphinx-build -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
 	@echo "The documentation is $(abspath docs/_build/html)/index.html."
 
+gallery: export CE_PLUGIN_GALLERY = full
+gallery: export CE_PLUGIN_CACHE ?= $(CURDIR)/.gallery-cache
+gallery: $(VENV)/.installed-docs  ## the documentation with the gallery in full: minutes a page; needs CE_PLUGIN_DATA
+	@test -d "$$CE_PLUGIN_DATA" || { echo "Set CE_PLUGIN_DATA to the folder of the data sets (examples/gallery/README.rst)."; exit 1; }
+	$(BIN)/sphinx-build -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
+	@echo "The gallery is $(abspath docs/_build/html)/gallery/index.html, its pictures $(abspath docs/gallery/images)."
+
 benchmark: $(VENV)/.installed-demo $(VENV)/.installed-benchmark  ## list the benchmarks; RUN=name runs one (ARGS="..." goes to it)
 ifdef RUN
 	$(BIN)/python -m benchmarks.$(subst /,.,$(RUN:.py=)) $(ARGS)
@@ -88,7 +95,7 @@ else
 endif
 
 clean:  ## remove what was built (not .venv, not a report)
-	rm -rf build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist docs/_build docs/gallery docs/sg_execution_times.rst .gallery-cache examples/gallery/.gallery-cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find ce_plugin tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## remove .venv and its like too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from ce_plugin._version import __version__  # noqa: E402
 
@@ -20,13 +21,33 @@ author = "The ce-plugin contributors"
 copyright = "2026, the ce-plugin contributors"
 version = release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_gallery.gen_gallery"]
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 # Each benchmark result is a page of its own; included in another page, its headings start one level too deep.
 # Two classes may have an attribute of the same name, so that a bare name in a signature is ambiguous.
 suppress_warnings = ["myst.header", "ref.python"]
 exclude_patterns = ["_build"]
+
+# The scripts are run where there are data sets for them; without, their pages show the code alone.
+FULL = os.environ.get("CE_PLUGIN_GALLERY") == "full"
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples/gallery",
+    "gallery_dirs": "gallery",
+    "filename_pattern": "/plot_",
+    "within_subsection_order": "FileNameSortKey",
+    "image_scrapers": ("matplotlib", "_figures.last_figure"),
+    "capture_repr": (),
+    "matplotlib_animations": (True, "html5"),
+    "plot_gallery": bool(os.environ.get("CE_PLUGIN_DATA")),
+    # A page that was rendered in the small mode is rendered again in the full one.
+    "run_stale_examples": FULL,
+    "abort_on_example_error": True,
+    "min_reported_time": 0,
+    "remove_config_comments": True,
+    "show_signature": False,
+    "download_all_examples": False,
+}
 
 html_theme = "furo"
 html_math_renderer = "mathml"

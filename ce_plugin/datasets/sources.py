@@ -32,6 +32,33 @@ _IMAGES, _LABELS = (
 )
 
 
+def data_folder(name: str = "") -> Path:
+    """The folder of a data set, inside the folder that the environment variable ``CE_PLUGIN_DATA`` names.
+
+    Args:
+        name: of the folder inside, such as ``"cifar10"``; "" for all of them.
+
+    Raises:
+        FileError: the variable is not set, or there is no such folder; the message says what to do.
+
+    Example:
+        >>> import tempfile
+        >>> from unittest.mock import patch
+        >>> with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, CE_PLUGIN_DATA=folder):
+        ...     Path(folder, "cifar10").mkdir()
+        ...     data_folder("cifar10").name
+        'cifar10'
+    """
+    root = os.environ.get("CE_PLUGIN_DATA", "")
+    place = path_of(root) / path_of(name, "name")
+    if not root or not place.is_dir():
+        wanted = f"the folder that holds {name or 'the data sets'}"
+        came = repr(root) if root else "not set"
+        hint = "Write export CE_PLUGIN_DATA=FOLDER; the page on the gallery says what is in it."
+        raise FileError(expected("CE_PLUGIN_DATA", wanted, came, hint))
+    return place
+
+
 class ImageSource(ABC):
     """Pictures that are read one by one, with their labels, where there are some.
 

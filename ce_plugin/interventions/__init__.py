@@ -6,10 +6,12 @@ from ce_plugin.interventions.crafting import AttackResult
 from ce_plugin.interventions.masking import PixelMask
 from ce_plugin.interventions.nodes import MeanOut, Patch, Resample, ZeroOut
 from ce_plugin.interventions.smoothing import Denoise, Smooth
+from ce_plugin.interventions.synthesis import ClassVisualization
 
 __all__ = [
     "Adversarial",
     "AttackResult",
+    "ClassVisualization",
     "Context",
     "Denoise",
     "Intervention",
