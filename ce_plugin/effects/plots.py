@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ce_plugin.effects.region import RegionTest
 from ce_plugin.errors import (
     ArgumentError,
     InputError,
@@ -26,11 +27,10 @@ from ce_plugin.sites import InputSite
 from ce_plugin.visualization.pictures import NEGATIVE, POSITIVE, as_picture, draw_map, overlay, sheet, signal
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
-
-    from ce_plugin.effects.estimate import Estimate
 
 Outline: TypeAlias = Literal["region", "significant", "none"]
 Classes: TypeAlias = "int | str | Sequence[int | str] | None"
@@ -44,8 +44,39 @@ _INTERVAL = "#555555"
 _BESIDE = "display:flex;flex-wrap:wrap;gap:1em;align-items:flex-start"
 
 
+class Drawn(Protocol):
+    """What is drawn of an :class:`~ce_plugin.effects.Estimate`; its docstring says what each part is."""
+
+    effect: Tensor
+    std_error: Tensor | None
+    n_units: Tensor
+    target: Tensor | None
+    predicted: Tensor | None
+    pictures: Tensor | None
+    answer: RegionTest | None
+    class_names: tuple[str, ...] | None
+    settings: dict[str, Any]
+    n_trials: int
+    site: str
+    outcome: str
+    design: str
+    intervention: str
+
+    @property
+    def contribution(self) -> Tensor: ...
+    @property
+    def smoothed_contribution(self) -> Tensor: ...
+    def __len__(self) -> int: ...
+    def significant(self, fdr: float = ...) -> Tensor: ...
+    def half_width(self, level: float = ...) -> Tensor: ...
+    def labels_of(self, example: int) -> list[str]: ...
+    def place_of(self, example: int, unit: int) -> str: ...
+    def summary(self, example: int | None = ...) -> str: ...
+    def strongest(self, example: int = ..., target: int | str | None = ..., top: int = ...) -> pd.DataFrame: ...
+
+
 def plot_estimate(
-    estimate: Estimate,
+    estimate: Drawn,
     image: Tensor | None = None,
     *,
     example: int = 0,
@@ -196,7 +227,7 @@ def _maps(
 
 
 def _planes(
-    estimate: Estimate, example: int, column: int, image: Tensor, site: InputSite, fdr: float, outline: Outline | None
+    estimate: Drawn, example: int, column: int, image: Tensor, site: InputSite, fdr: float, outline: Outline | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The picture with its channels first, the contributions at its pixels, and what is outlined there."""
     batch = image.detach().cpu()[None]
@@ -232,7 +263,7 @@ def _slices(plane: Tensor, volume: Tensor, region: Tensor | None, width: int, ti
 
 
 def column_of(
-    estimate: Estimate, example: int, target: int | str | None, names: Sequence[str] | None = None
+    estimate: Drawn, example: int, target: int | str | None, names: Sequence[str] | None = None
 ) -> tuple[int, str]:
     """Which column of the effects a class is, and what it is called.
 
@@ -275,7 +306,7 @@ def column_of(
 
 
 def _bars(
-    estimate: Estimate,
+    estimate: Drawn,
     example: int,
     columns: list[tuple[int, str]],
     titles: list[str],
@@ -308,7 +339,7 @@ def _bars(
     return figure
 
 
-def _bars_of(axes: Axes, estimate: Estimate, example: int, column: int, top: int, fdr: float, level: float) -> None:
+def _bars_of(axes: Axes, estimate: Drawn, example: int, column: int, top: int, fdr: float, level: float) -> None:
     """One example's largest contributions to one class."""
     own = slice(int(estimate.n_units[example]))
     values = estimate.contribution[example, own, column].detach().cpu()
@@ -332,15 +363,14 @@ def _bars_of(axes: Axes, estimate: Estimate, example: int, column: int, top: int
     axes.set_xlabel(f"contribution to the {_measured(estimate)} (positive supports the class){note}", fontsize=9)
 
 
-def estimate_html(estimate: Estimate) -> str:
+def estimate_html(estimate: Drawn) -> str:
     """What a notebook shows: of the first examples the sentence, the picture or bars, and the five strongest units."""
     parts = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SaturationWarning)  # it comes where a person asks for intervals
         for i in range(min(len(estimate), _EXAMPLES)):
             if estimate.predicted is None and estimate.target is None and estimate.effect.shape[2] > 1:
-                parts.append(f"<pre>{escape(repr(estimate[i]))}</pre>")
-                continue
+                return f"<pre>{escape(repr(estimate))}</pre>"  # no single class to speak of
             figure = plot_estimate(estimate, example=i, width=360, top=10)
             picture = figure._repr_html_()
             beside = f'<div style="{_BESIDE}">{picture}{_table(estimate, i)}</div>'
@@ -352,7 +382,7 @@ def estimate_html(estimate: Estimate) -> str:
     return f"<div>{''.join(parts)}<p><small>{escape(said)}</small></p></div>"
 
 
-def _table(estimate: Estimate, example: int) -> str:
+def _table(estimate: Drawn, example: int) -> str:
     """The strongest units of one example with their intervals, as HTML."""
     column, name = column_of(estimate, example, None)
     frame = estimate.strongest(example, column if estimate.target is None else None, top=_STRONGEST)
@@ -366,11 +396,11 @@ def _table(estimate: Estimate, example: int) -> str:
     return f"<table>{head}{''.join(rows)}</table>"
 
 
-def _measured(estimate: Estimate) -> str:
+def _measured(estimate: Drawn) -> str:
     return (estimate.outcome or "outcome").replace("_", "-")
 
 
-def _scale_label(estimate: Estimate) -> str:
+def _scale_label(estimate: Drawn) -> str:
     if estimate.outcome in ("probability", "sigmoid"):
         return "contribution, in per cent points"
     return f"contribution to the {_measured(estimate)}"
@@ -380,6 +410,6 @@ def _quoted(name: str) -> str:
     return name if name.startswith("class ") else f"“{name}”"
 
 
-def _channel_dim(estimate: Estimate) -> int | None:
+def _channel_dim(estimate: Drawn) -> int | None:
     dim: int | None = estimate.settings.get("channel_dim") if estimate.site.startswith("InputSite") else None
     return dim

@@ -116,8 +116,10 @@ def test_regions_of_layers_and_features_are_sets_of_units() -> None:
 
 
 def test_evidence_holds_where_the_region_is_covered() -> None:
-    net, x = network(), pictures(1)
-    given = Evidence(PixelMask("mean"))  # the whole picture is its mean already: covering changes nothing but the fill
+    given = Evidence(PixelMask("mean"))  # the whole picture is its mean already: to cover it changes nothing
+    explainer = CausalEffect(network(), PixelMask("mean"), RandomMask(0.3, n_trials=40))
+    with pytest.warns(NoChangeWarning):
+        answer = explainer.estimate(pictures(1), given=given, answer=True).answer
     assert answer is not None
     assert answer.covered.item() == pytest.approx(answer.clean.item(), abs=1e-9)
     assert not answer.is_shown(0)
