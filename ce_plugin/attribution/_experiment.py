@@ -28,7 +28,9 @@ from ce_plugin.attribution._estimation import (
 )
 from ce_plugin.attribution._guide import PASSES, first_order, gradient_guide, has_map, is_guided
 from ce_plugin.designs import Design, EveryUnit, FirstOrder, Joint
-from ce_plugin.effects import Estimate, Interactions, Outcome, half_width, pairwise
+from ce_plugin.effects import Estimate, Interactions, Outcome, RegionTest, half_width, pairwise
+from ce_plugin.effects.outcomes import OUTCOMES
+from ce_plugin.effects.region import PLACEMENTS, grown_region, placements
 from ce_plugin.effects.smooth import estimate_bytes
 from ce_plugin.errors import (
     ArgumentError,
@@ -42,12 +44,13 @@ from ce_plugin.errors import (
     check_number,
     expected,
 )
-from ce_plugin.interventions import Context, Intervention, PixelMask
+from ce_plugin.interventions import Context, Intervention, Normalization, PixelMask
 from ce_plugin.networks.forward import Forward, Shared
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.networks.layers import watched_maps
 from ce_plugin.networks.layout import misfit
 from ce_plugin.networks.tracing import Untraceable, traced
+from ce_plugin.randomness import generator
 from ce_plugin.sites import ConceptSite, Evidence, InputSite, LayerSite, Masks, MaskUnits, Strides, Windows
 from ce_plugin.trials._repeats import check_repeated, close
 from ce_plugin.trials._routing import (
@@ -61,7 +64,8 @@ from ce_plugin.trials._routing import (
     hook_of,
 )
 from ce_plugin.trials._runner import OUTCOME_COPIES, AggregateError, Runner, run_aggregated
-from ce_plugin.trials.batches import Cost, TrialSpec, alternatives, checked_values, free_memory, rows_of
+from ce_plugin.trials.batches import Cost, GivenTrials, TrialSpec, alternatives, checked_values, free_memory, rows_of
+from ce_plugin.visualization.pictures import as_bytes
 
 logger = logging.getLogger("ce_plugin")
 Baselines: TypeAlias = "Tensor | float | tuple[Tensor | float, ...] | None"
@@ -76,6 +80,11 @@ _SHOWN, _SHOWN_OTHERS = 12, 24
 _TOGETHER, _UNCLEAR = 256, 4
 # Donors that pass through the network together.
 _DONORS = 16
+# The most examples whose pictures an estimate keeps.
+_PICTURED = 16
+# Outcomes beside which the answer is told as a softmax probability.
+_TOLD_AS_PROBABILITY = ("probability", "log_odds", "margin", "prediction_weighted")
+_MOST_PROBABLE = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +102,7 @@ class Call:
         guided: a gradient may guide the map, where the design has one.
         passes: of each example, from which a random design's number of trials follows.
         on_update: is told what is known so far, and after how many passes of each example.
+        answer: also run one region and random places of its shape, see :class:`~ce_plugin.effects.RegionTest`.
         weighting: of a map: keep what it is made of, under each draw of the evidence and each alternative value that
             is run by itself. None: no map is made.
     """
@@ -115,6 +125,7 @@ class Call:
     guided: bool = False
     passes: int | None = None
     on_update: Callable[[Any, float], object] | None = None
+    answer: bool = False
     weighting: str | None = None
 
 
@@ -143,6 +154,8 @@ class Experiment:
         inputs, args, evidences, ids: what the call says of them, in one form.
         forward, router, outcome, seed, memory_budget: the explainer's.
         site, intervention, design: the explainer's, or the defaults for these inputs.
+        class_names: one for each class of the output, where they are known.
+        normalization: of images before the network; None: that of the intervention, where it has one.
     """
 
     call: Call
@@ -158,6 +171,8 @@ class Experiment:
     router: Router
     seed: int
     memory_budget: int | None
+    class_names: tuple[str, ...] | None = None
+    normalization: Normalization | None = None
 
     def __post_init__(self) -> None:
         until, per_eval = self.call.until, self.call.perturbations_per_eval
@@ -168,7 +183,7 @@ class Experiment:
                 raise ArgumentError(expected("until", wanted, f"{until} for {self.design!r}"))
         if per_eval is not None:
             check_integer("perturbations_per_eval", per_eval, "None or a positive integer", least=1)
-        for name in ("at_input", "show_progress", "keep_trials"):
+        for name in ("at_input", "show_progress", "keep_trials", "answer"):
             value: object = getattr(self.call, name)
             if not isinstance(value, bool):
                 named = "attribute_to_layer_input" if name == "at_input" else name
@@ -191,7 +206,11 @@ class Experiment:
             self.n_draws = max(self.n_draws, evidence.n_draws)
             self.evidence_forwards += evidence.intervention.forward_equivalents
             self.evidence_at_layers |= not isinstance(evidence.site, InputSite)
+        if self.call.answer and (self.n_draws > 1 or isinstance(self.design, Joint)):
+            got = "random evidence, drawn several times" if self.n_draws > 1 else repr(self.design)
+            raise ArgumentError(expected("answer", "False for evidence that is drawn and for joint designs", got))
         self._example: CapturedSite | None = None
+        self._ran: tuple[TrialSpec, CapturedSite]
         self.spec: TrialSpec
         if isinstance(self.site, InputSite):
             self._prepare(self.inputs)
@@ -218,8 +237,74 @@ class Experiment:
                     # One class for all draws: differences between classes are no effects.
                     self.target = next(iter(draws[0].values())).target
             estimates = self._estimated(draws)
+            if self.call.answer:
+                ((name, estimate),) = estimates.items()
+                answer = self._tested(estimate)
+                # What it took is in the cost.
+                estimates = {name: replace(self._estimated(draws)[name], answer=answer)}
             self._tell(estimates)
         return estimates
+
+    def _tested(self, estimate: Estimate) -> RegionTest:
+        """One region of each example, and as much elsewhere, in the network under the evidence of the trials."""
+        spec, captured_site = self._ran
+        rows = self._regions(estimate, spec)
+        try:
+            return self._covered(spec, captured_site, rows)
+        except Untraceable as failure:
+            return self._covered(spec, self.router.uncut(captured_site, failure), rows)
+
+    def _regions(self, estimate: Estimate, spec: TrialSpec) -> tuple[Tensor, ...]:
+        """For each example its region and then the random places, bool (1 + K, U)."""
+        found, contribution = [], estimate.smoothed_contribution
+        for i, own in enumerate(self.ids):
+            column = 0
+            if contribution.shape[2] > 1 and estimate.predicted is not None:
+                column = int(estimate.predicted[i])
+            region = grown_region(contribution[i, : int(spec.units.n_units[i]), column], spec.units.grid)
+            draws = generator(self.seed, own, "placements")
+            found.append(torch.cat([region[None], placements(region, spec.units.grid, PLACEMENTS, draws)]))
+        return tuple(found)
+
+    def _covered(self, spec: TrialSpec, captured_site: CapturedSite, rows: tuple[Tensor, ...]) -> RegionTest:
+        """The outcomes of each example's region and places.
+
+        Raises:
+            Untraceable: they were to be run through a part of the network, which fails.
+        """
+        given = GivenTrials(**{**vars(spec), "design": EveryUnit()}, given=rows)
+        trials = (1 + PLACEMENTS) * self.intervention.n_variants
+        captured_site, runner, heads = self.router.start(captured_site, self.runner, self.n * trials)
+        measure = self._told(heads, captured_site.outputs)
+        ((name, outcomes),) = runner.run(given, 0, 1 + PLACEMENTS, measure).items()
+        target, head = measure.targets[name], heads[name]
+        answers = answered = None
+        if measure.outcome is OUTCOMES["probability"]:
+            answered, answers = head.softmax(1).cpu().topk(min(_MOST_PROBABLE, head.shape[1]), dim=1)
+        outcomes = outcomes[..., 0].cpu()
+        return RegionTest(
+            region=torch.nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True),
+            target=torch.zeros(self.n, dtype=torch.long) if target is None else target.cpu(),
+            measured=measure.outcome.name,
+            clean=measure.reference[name][:, 0].cpu(),
+            covered=outcomes[:, 0],
+            placed=outcomes[:, 1:],
+            answers=answers,
+            answered=answered,
+            grid=spec.units.grid or (),
+            passes=trials,
+        )
+
+    def _told(self, heads: dict[str, Tensor], decided: dict[str, Tensor] | None = None) -> OutcomeMeasure:
+        """How the answer is measured: the probability of one class where the network returns classes.
+
+        Raises:
+            ModelError, TargetError: there is no single class to speak of.
+        """
+        classes = all(head.dim() == 2 and head.shape[1] > 1 for head in heads.values())
+        told = classes and self.outcome.name in _TOLD_AS_PROBABILITY
+        outcome = OUTCOMES["probability"] if told else self.outcome
+        return OutcomeMeasure(heads, outcome, self.target, True, decided, warn=False)
 
     def _estimated(self, draws: list[dict[str, Answer]]) -> dict[str, Estimate]:
         """What the draws so far give."""
@@ -396,17 +481,28 @@ class Experiment:
     def _measured(
         self, heads: dict[str, Tensor], decided: dict[str, Tensor] | None = None, warn: bool = True
     ) -> OutcomeMeasure:
-        return OutcomeMeasure(heads, self.outcome, self.target, self.call.predicted_only, decided, warn)
+        measure = OutcomeMeasure(heads, self.outcome, self.target, self.call.predicted_only, decided, warn)
+        if self.class_names is not None and len(heads) == 1:
+            (head,) = heads.values()
+            if head.dim() == 2 and head.shape[1] != len(self.class_names):
+                wanted = f"{head.shape[1]} names, one for each class of the output"
+                raise ArgumentError(expected("class_names", wanted, len(self.class_names)))
+        if self.call.answer:
+            self._told(heads, decided)  # what does not fit is said before the trials
+        return measure
 
     def _draw(self, draw: int, before: list[dict[str, Answer]]) -> dict[str, Answer]:
         """The effects under one draw of the random evidence, after others."""
         repeat = not before
         spec, captured_site = self._set(draw, repeat)
         if isinstance(self.design, FirstOrder):
+            self._ran = spec, captured_site
             return self._first_order(spec, captured_site)
         if self.call.weighting is None:
             self._before = before
-            return self._cut_or_whole(spec, captured_site, repeat)[0]
+            found, captured_site = self._cut_or_whole(spec, captured_site, repeat)
+            self._ran = spec, captured_site
+            return found
         parts: list[MapPart] = []
         for part in alternatives(spec):
             found, captured_site = self._cut_or_whole(part, captured_site, repeat and not parts)
@@ -561,8 +657,9 @@ class Experiment:
         Raises:
             ModelError: the examples do not share what they must share, or some outputs have one value per example.
         """
-        if self.call.until is not None or len(set(self.ids)) > 1 or not isinstance(spec.units.labels[0], str):
-            hint = "Leave out `until=`, `ids=` and masks that differ between examples."
+        single = isinstance(spec.units.labels[0], str)
+        if self.call.until is not None or self.call.answer or len(set(self.ids)) > 1 or not single:
+            hint = "Leave out `until=`, `answer=`, `ids=` and masks that differ between examples."
             wanted = "a model that returns one value per example for these options"
             raise ModelError(expected("forward_func", wanted, "one value per batch", hint))
         found = misfit(self.forward.modules, self.inputs)
@@ -611,11 +708,24 @@ class Experiment:
                 "cut": self.cut,
                 "guide": "gradient" if self.guided else None,
                 "units_of_site": units.width,
+                "grid": None if units.grid is None else list(units.grid),
                 "channel_dim": None if isinstance(self.site, ConceptSite) else self.site.channel_dim,
             },
             p=self.design.flip_probability(),
             blocks=None if answer.outcomes is None else self.design.blocks(answer.outcomes.shape[1]),
+            class_names=self.class_names,
+            pictures=self._pictures(),
         )
+
+    def _pictures(self) -> Tensor | None:
+        """What the network saw, uint8 (N, C, H, W): of few images that are cut into the default grid."""
+        if not isinstance(self.site, InputSite) or not self.site.is_grid(self.inputs) or self.n > _PICTURED:
+            return None
+        x = self._ran[0].inputs[0] if hasattr(self, "_ran") else self.inputs[0]
+        if x.dim() != 4 or x.shape[1] not in (1, 3) or self.site.channel_dim not in (None, 1):
+            return None
+        own = self.intervention.normalization if isinstance(self.intervention, PixelMask) else Normalization()
+        return as_bytes((self.normalization or own).to_image(x))
 
 
 def with_shared(runner: Runner, inputs: tuple[Tensor, ...], args: tuple[object, ...]) -> tuple[object, ...]:

@@ -6,12 +6,14 @@ import operator
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from html import escape
 from numbers import Real
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict, TypeVar, cast
 
 import numpy as np
 import torch
 from captum.attr import PerturbationAttribution
+from captum.log import log_usage
 from torch import Tensor, nn
 
 from ce_plugin.attribution._estimation import Target
@@ -37,6 +39,12 @@ from ce_plugin.trials._routing import Router
 Engine: TypeAlias = Literal["auto", "suffix", "full"]
 MapValues: TypeAlias = Literal["smoothed", "unbiased"]
 Site: TypeAlias = "InputSite | LayerSite | ConceptSite"
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def logged(method: Method) -> Method:
+    """Captum's ``log_usage``, which NoiseTunnel relies on (``attribute.__wrapped__``), without losing the types."""
+    return cast(Method, log_usage()(method))
 
 
 class Options(TypedDict, total=False):
@@ -46,6 +54,7 @@ class Options(TypedDict, total=False):
     seed: int
     memory_budget: int | None
     engine: Engine
+    class_names: Sequence[str] | None
 
 
 class Explainer(PerturbationAttribution):  # type: ignore[misc]
@@ -67,6 +76,7 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
         seed: int = 0,
         memory_budget: int | None = None,
         engine: Engine = "auto",
+        class_names: Sequence[str] | None = None,
     ) -> None:
         for name, value, kind in (("intervention", intervention, Intervention), ("design", design, Design)):
             if value is not None and not isinstance(value, kind):
@@ -85,7 +95,24 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
         self.seed = check_integer("seed", seed)
         self.memory_budget = memory_budget
         self.engine = engine
+        self.class_names = _checked_names(class_names)
         self._router = Router(self.forward, engine)
+
+    def _settings(self) -> dict[str, str]:
+        """What is done by this explainer, in words, with defaults left out that only the inputs decide."""
+        network = ", ".join(type(module).__name__ for module in self.forward.modules) or "a function"
+        found = {"network": network, "intervention": self.intervention, "design": self.design}
+        shown = {name: value if isinstance(value, str) else repr(value) for name, value in found.items() if value}
+        if self.class_names is not None:
+            shown["classes"] = f"{len(self.class_names)} with names"
+        return shown | {"outcome": self.outcome.name, "seed": str(self.seed)}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in self._settings().items())})"
+
+    def _repr_html_(self) -> str:
+        rows = (f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in self._settings().items())
+        return f"<table><caption>{type(self).__name__}</caption>{''.join(rows)}</table>"
 
     @property
     def multiplies_by_inputs(self) -> bool:
@@ -158,6 +185,8 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
             router=self._router,
             seed=self.seed,
             memory_budget=self.memory_budget,
+            class_names=self.class_names,
+            normalization=getattr(self, "normalization", None),
         )
 
     def _input_layout(self, inputs: tuple[Tensor, ...]) -> tuple[int, str] | None:
@@ -176,8 +205,8 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
             site = replace(site, channel_dim=found[0])
         return replace(evidence, site=site, intervention=with_channels(evidence.intervention, found))
 
-    def _estimates(self, call: Call) -> Any:
-        """The estimate, or a dict of them where the model has several heads."""
+    def _estimates(self, call: Call) -> Estimate:
+        """The estimate; a dict of them, which its type does not say, where the model has several heads."""
         return _unnamed(self._experiment(call).run(_unnamed))
 
     def _maps(
@@ -212,9 +241,20 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
         return maps(experiment.run(as_given))
 
 
-def _unnamed(estimates: dict[str, Estimate]) -> Any:
+def _unnamed(estimates: dict[str, Estimate]) -> Estimate:
     """The estimate, or a dict of them where the model has several heads."""
-    return estimates[""] if list(estimates) == [""] else estimates
+    return estimates[""] if list(estimates) == [""] else cast(Estimate, estimates)
+
+
+def _checked_names(names: object) -> tuple[str, ...] | None:
+    """One name for each class, or None; how many there must be the network's output will show."""
+    wanted = "None or a name for each class"
+    if names is None:
+        return None
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        hint = 'Write ["cat", "dog"], in the order of the outputs.'
+        raise ArgumentError(expected("class_names", wanted, repr(names)[:60], hint))
+    return tuple(names)
 
 
 def with_channels(intervention: Intervention, found: tuple[int, str] | None) -> Intervention:

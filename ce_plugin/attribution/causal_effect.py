@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from captum.log import log_usage
 from torch import Tensor, nn
 
 from ce_plugin.attribution._estimation import Target
 from ce_plugin.attribution._experiment import Baselines, Call, Given, Ids
-from ce_plugin.attribution._explainer import Engine, Explainer, MapValues, as_baseline, with_channels
+from ce_plugin.attribution._explainer import Engine, Explainer, MapValues, as_baseline, logged, with_channels
 from ce_plugin.attribution._guide import PASSES, is_guided
 from ce_plugin.designs import Design, FirstOrder, OneAtATime, RandomRegions
-from ce_plugin.effects import Outcome
+from ce_plugin.effects import Estimate, Outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
 from ce_plugin.errors import ArgumentError, NormalizationWarning, check_integer, expected, unknown_name
 from ce_plugin.interventions import Intervention, Normalization, PixelMask
@@ -56,6 +55,7 @@ class CausalEffect(Explainer):
             the last value with positions (as Grad-CAM), and trials correct it; this takes three passes an example.
             Effects and their errors are as valid with it as without. None: trials alone, as also for functions in
             which no module is found.
+        class_names: one for each class of the output; estimates, their frames, pictures and files carry them.
 
     **Defaults for images** (one tensor (N, C, H, W), no mask, no windows): the patches of a 14 x 14 grid are set, half
     of the image in each of 399 trials, to black, the image's mean and a blur in turn: coherent regions in six trials
@@ -102,12 +102,13 @@ class CausalEffect(Explainer):
         memory_budget: int | None = None,
         engine: Engine = "auto",
         guide: Guide = "gradient",
+        class_names: Sequence[str] | None = None,
     ) -> None:
         if guide is not None and guide != "gradient":
             raise unknown_name("guide", guide, ("gradient", "None"))
         super().__init__(
             forward_func, intervention, design, outcome=outcome, output=output, seed=seed,
-            memory_budget=memory_budget, engine=engine,
+            memory_budget=memory_budget, engine=engine, class_names=class_names,
         )  # fmt: skip
         self.guide = guide
         self.normalization = Normalization.of(normalization)
@@ -119,7 +120,7 @@ class CausalEffect(Explainer):
                 stacklevel=2,
             )
 
-    @log_usage()  # type: ignore[untyped-decorator]
+    @logged
     def attribute(
         self,
         inputs: Inputs,
@@ -211,7 +212,8 @@ class CausalEffect(Explainer):
         keep_trials: bool = False,
         passes: int | None = None,
         on_update: Callable[[Any, float], object] | None = None,
-    ) -> Any:
+        answer: bool = False,
+    ) -> Estimate:
         """Effects of all units on all classes, with standard errors where the design is random.
 
         Args:
@@ -223,10 +225,14 @@ class CausalEffect(Explainer):
             on_update: called with what is returned, so far, and the passes taken by each example, as in
                 :meth:`attribute`; with ``until`` whenever it looks at the intervals.
             keep_trials: keep assignments and outcomes, for :meth:`Estimate.pairs`.
+            answer: also cover one region, chosen from the trials, and as much at 24 random places, each under every
+                fill: ``Estimate.answer`` (:class:`~ce_plugin.effects.RegionTest`), which ``summary()`` reads. This
+                takes 25 passes for each fill (75 by default), which ``cost`` includes.
 
         Returns:
             An :class:`~ce_plugin.effects.Estimate`: effects (N, U, C) with the signs of Eq. 1 (removing a unit that
-            supports a class has a negative effect). A dict of them by name, where the model has several heads.
+            supports a class has a negative effect). Where the model has several heads, a dict of them by name, which
+            the annotation does not say: ``typing.cast(dict[str, Estimate], ...)`` tells a type checker.
 
         Raises:
             As :meth:`attribute`.
@@ -243,6 +249,7 @@ class CausalEffect(Explainer):
             mask=feature_mask, perturbations_per_eval=perturbations_per_eval, show_progress=show_progress,
             windows=sliding_window_shapes, strides=strides, given=given, ids=ids, until=until,
             keep_trials=keep_trials, guided=self.guide is not None, passes=passes, on_update=on_update,
+            answer=answer,
         )  # fmt: skip
         return self._estimates(call)
 

@@ -7,13 +7,12 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from captum.attr import LayerAttribution
-from captum.log import log_usage
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ce_plugin.attribution._estimation import Target, check_target, flat_target
 from ce_plugin.attribution._experiment import Call, Experiment, Given, Ids, MapPart
-from ce_plugin.attribution._explainer import Options, as_inputs, false_discovery_rate
+from ce_plugin.attribution._explainer import Options, as_inputs, false_discovery_rate, logged
 from ce_plugin.attribution.layer_effect import ConceptCausalEffect, LastLayerCausalEffect, LayerCausalEffect
 from ce_plugin.designs import Design, Joint
 from ce_plugin.effects import Estimate, Outcome
@@ -110,7 +109,7 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
             hint = "Take 'logit', 'log_odds' or 'probability'."
             raise OutcomeError(expected("outcome", "one with a value for each class", f"{outcome!r}", hint))
 
-    @log_usage()  # type: ignore[untyped-decorator]
+    @logged
     def attribute(
         self,
         inputs: Tensor | tuple[Tensor, ...],

@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 from captum.attr import LayerAttribution
-from captum.log import log_usage
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ce_plugin.attribution._estimation import Target
 from ce_plugin.attribution._experiment import Baselines, Call, Given, Ids
-from ce_plugin.attribution._explainer import Explainer, Options, as_args, as_baseline
+from ce_plugin.attribution._explainer import Explainer, Options, as_args, as_baseline, logged
 from ce_plugin.concepts import ConceptAutoencoder
 from ce_plugin.designs import Design, OneAtATime
-from ce_plugin.effects import Outcome
+from ce_plugin.effects import Estimate, Outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
 from ce_plugin.errors import ArgumentError, CEPluginError, InputError, ModelError, expected
 from ce_plugin.interventions import Intervention, ZeroOut
@@ -46,7 +45,7 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
         intervention: what a unit is set to; None means :class:`ZeroOut`, the paper's Z0.
         design: which units are set in each trial; None means each by itself, exactly (:class:`OneAtATime`).
         device_ids: as in captum, and not needed: the layer's value is found wherever the model runs.
-        outcome, output, seed, memory_budget: as in :class:`CausalEffect`.
+        outcome, output, seed, memory_budget, class_names: as in :class:`CausalEffect`.
         engine: "auto" runs the part of the network that depends on the layer where it can be cut out, and passes
             every trial through the whole network where it cannot (the reason is logged once); "suffix" insists on
             the former; "full" on the latter. The numbers are the same up to rounding.
@@ -82,7 +81,7 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
         self.layer: nn.Module | None = self.site.module(self.forward.modules)[1]
         self.device_ids = device_ids
 
-    @log_usage()  # type: ignore[untyped-decorator]
+    @logged
     def attribute(
         self,
         inputs: Tensor | tuple[Tensor, ...],
@@ -145,13 +144,14 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
         ids: Ids = None,
         until: float | None = None,
         keep_trials: bool = False,
-    ) -> Any:
+        answer: bool = False,
+    ) -> Estimate:
         """Effects of all units on all classes, (N, U, C), with standard errors where the design is random.
 
         Args: as in :meth:`attribute` and :meth:`CausalEffect.estimate`.
 
         Returns:
-            An :class:`~ce_plugin.effects.Estimate`, or a dict of them where the model has several heads.
+            An :class:`~ce_plugin.effects.Estimate`; a dict of them where the model has several heads.
 
         Example:
             >>> import torch
@@ -163,6 +163,7 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
             inputs=inputs, baselines=layer_baselines, target=target, additional_forward_args=additional_forward_args,
             mask=layer_mask, at_input=attribute_to_layer_input, perturbations_per_eval=perturbations_per_eval,
             show_progress=show_progress, given=given, ids=ids, until=until, keep_trials=keep_trials,
+            answer=answer,
         )  # fmt: skip
         return self._estimates(call)
 

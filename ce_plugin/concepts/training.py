@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ce_plugin.concepts.fidelity import compare_outputs
 from ce_plugin.concepts.images import Images, as_source

@@ -333,9 +333,9 @@ def plot_carriers(carriers: Carriers, *, width: int = 480, title: str | None = N
         >>> [text.get_text() for text in figure.axes[0].texts]
         ['50 %: 2 units', '90 %: 3 units']
     """
-    from matplotlib.figure import Figure
+    from ce_plugin.visualization.figure import NotebookFigure
 
-    figure = Figure(figsize=(width / 100, 0.65 * width / 100), dpi=100, layout="constrained")
+    figure = NotebookFigure(figsize=(width / 100, 0.65 * width / 100), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     low, high, share = (v.cpu().numpy() for v in (carriers.share_low, carriers.share_high, carriers.share))
     axes.fill_between(carriers.sizes, low, high, color=POSITIVE, alpha=0.25, linewidth=0)

@@ -12,39 +12,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ce_plugin.effects import inference
 from ce_plugin.effects.estimators import interactions, joint_interaction
+from ce_plugin.effects.plots import Outline, column_of, estimate_html, plot_estimate
+from ce_plugin.effects.region import RegionTest
 from ce_plugin.errors import (
     ArgumentError,
     DesignError,
     InferenceError,
-    InputError,
+    ModelError,
     SaturationWarning,
-    TargetError,
     UnitError,
     check_integer,
     check_number,
     expected,
 )
 from ce_plugin.files import damaged, load, save
-from ce_plugin.networks.forward import double
-from ce_plugin.sites import InputSite
-from ce_plugin.visualization.pictures import NEGATIVE, POSITIVE, as_picture, overlay, sheet, signal
 
 if TYPE_CHECKING:
     import pandas as pd
+    import xarray as xr
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 
-# Of a volume, in a plot.
-_SLICES = 6
 # One row per example; the rest belongs to all examples.
 _BY_EXAMPLE = (
     *("effect", "std_error", "dof", "reference"),
-    *("n_units", "target", "predicted", "assignments", "outcomes", "insertion_effect", "smoothed"),
+    *("n_units", "target", "predicted", "assignments", "outcomes", "insertion_effect", "smoothed", "pictures"),
 )
 
 
@@ -86,6 +86,9 @@ class Estimate:
         p: flip probability of a random design.
         groups: the groups of a :class:`~ce_plugin.designs.Joint` design; unit g of the effects is group g.
         assignments, outcomes, blocks: the trials themselves, (N, T, U), (N, T, C) and (T,), where they were kept.
+        class_names: one for each class, where they are known.
+        pictures: what the network saw, uint8 (N, C, H, W), of up to 16 images cut into the default grid; else None.
+        answer: one region covered, and as much covered elsewhere, where ``answer=True`` asked for it.
 
     Example:
         >>> import torch
@@ -129,6 +132,9 @@ class Estimate:
     blocks: Tensor | None = None
     insertion_effect: Tensor | None = None
     smoothed: Tensor | None = None
+    class_names: tuple[str, ...] | None = None
+    pictures: Tensor | None = None
+    answer: RegionTest | None = None
 
     def __post_init__(self) -> None:
         n, units, _ = self.effect.shape
@@ -235,7 +241,9 @@ class Estimate:
             blocks = None if self.blocks is None else self.blocks[:own]
             found.append(interactions(a[:own, : int(self.n_units[i])], y[:own], pairs, self.p, blocks))
         labels = [[f"{own[u]} x {own[v]}" for u, v in pairs] for own in map(self.labels_of, range(len(self)))]
-        dropped: dict[str, Any] = dict.fromkeys(("assignments", "outcomes", "blocks", "groups", "smoothed"))
+        dropped: dict[str, Any] = dict.fromkeys(
+            ("assignments", "outcomes", "blocks", "groups", "smoothed", "pictures", "answer")
+        )
         return replace(
             self,
             effect=torch.stack([f.effect for f in found]).to(self.effect),
@@ -249,9 +257,9 @@ class Estimate:
     def to_dataframe(self, level: float = 0.95, fdr: float = 0.05) -> pd.DataFrame:
         """A tidy frame with one row per example, unit and class.
 
-        Columns: example, unit, label, class, effect, std_error, ci_low, ci_high (at ``level``), p_value, significant
-        (at ``fdr``), smoothed (where there is such a map), reference. What exact designs do not have is missing there
-        (NaN, NA).
+        Columns: example, unit, label, class, class_name (where names are known), effect, std_error, ci_low, ci_high (at
+        ``level``), p_value, significant (at ``fdr``), smoothed (where there is such a map), reference. What exact
+        designs do not have is missing there (NaN, NA).
         """
         import pandas as pd
 
@@ -268,8 +276,10 @@ class Estimate:
             "unit": unit,
             "label": labels[example, unit],
             "class": names[example, column],
-            "effect": _flat(self.effect),
         }
+        if self.class_names is not None:
+            data["class_name"] = [self.class_name(one) for one in data["class"]]
+        data["effect"] = _flat(self.effect)
         if self.std_error is None:
             data |= dict.fromkeys(("std_error", "ci_low", "ci_high", "p_value"), np.nan)
             data["significant"] = pd.array([pd.NA] * len(example), dtype="boolean")
@@ -285,9 +295,202 @@ class Estimate:
         frame: pd.DataFrame = pd.DataFrame(data).loc[there].reset_index(drop=True).infer_objects()
         return frame
 
-    def plot(self, *args: Any, **kwargs: Any) -> Any:
-        """A picture; arguments and result are those of :func:`ce_plugin.visualization.plot_estimate`."""
-        return plot_estimate(self, *args, **kwargs)
+    def to_xarray(self) -> xr.Dataset:
+        """The same as labelled arrays: a dataset with the dimensions example, unit and class.
+
+        Variables: effect, std_error, dof and smoothed (where there are such), reference. Coordinates: class (index),
+        class_name (where names are known), label (where all examples have the same units).
+
+        Raises:
+            ModelError: xarray is not installed.
+
+        Example:
+            >>> import torch
+            >>> effect, reference = torch.tensor([[[-0.4], [0.1]]]), torch.ones(1, 1)
+            >>> estimate = Estimate(effect=effect, reference=reference, class_shape=(1,))
+            >>> estimate.to_xarray().effect.sel(unit=1).item()
+            0.1...
+        """
+        try:
+            import xarray as xr
+        except ImportError as error:
+            hint = "Install it: pip install xarray"
+            raise ModelError(expected("xarray", "installed, for `to_xarray`", "an error at import", hint)) from error
+        axes = ("example", "unit", "class")
+        values: dict[str, Any] = {"reference": (("example", "class"), self.reference.detach().cpu().numpy())}
+        for name in ("effect", "std_error", "dof", "smoothed"):
+            column = getattr(self, name)
+            if column is not None:
+                values[name] = (axes, column.detach().cpu().numpy())
+        n, units, classes = self.effect.shape
+        coords: dict[str, Any] = {"example": np.arange(n), "unit": np.arange(units)}
+        if self.target is None:
+            coords["class"] = self._class_names(0)
+            if self.class_names is not None and len(self.class_names) == classes:
+                coords["class_name"] = ("class", list(self.class_names))
+        elif self.target.dim() == 1:
+            coords["target"] = ("example", self.target.detach().cpu().numpy())
+        if not isinstance(self.unit_labels[0], list):
+            coords["label"] = ("unit", list(map(str, self.unit_labels)))
+        about = {name: getattr(self, name) for name in ("outcome", "design", "intervention", "site", "evidence")}
+        return xr.Dataset(values, coords, {**about, "n_trials": self.n_trials})
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        """The effects as numpy takes them, (N, U, C): ``np.asarray(estimate)``."""
+        effect = self.effect.detach().cpu().numpy()
+        return np.array(effect, dtype=dtype, copy=True if copy is None else copy)
+
+    def plot(
+        self,
+        image: Tensor | None = None,
+        *,
+        example: int = 0,
+        target: int | str | Sequence[int | str] | None = None,
+        ax: Axes | None = None,
+        class_names: Sequence[str] | None = None,
+        cmap: str | Colormap | None = None,
+        colorbar: bool = True,
+        outline: Outline | None = None,
+        **options: Any,
+    ) -> Figure:
+        """A picture of one example; all arguments are those of :func:`ce_plugin.effects.plot_estimate`.
+
+        Example:
+            >>> import torch
+            >>> estimate = Estimate(effect=-torch.eye(4)[None], reference=torch.ones(1, 4), class_shape=(4,))
+            >>> names = ["ant", "bee", "cat", "dog"]
+            >>> figure = estimate.plot(torch.rand(3, 2, 2), target=["ant", "bee"], class_names=names)
+            >>> [axes.get_title() for axes in figure.axes[:2]]
+            ['What supports “ant”', 'What supports “bee”']
+        """
+        return plot_estimate(
+            self, image, example=example, target=target, ax=ax, class_names=class_names, cmap=cmap, colorbar=colorbar,
+            outline=outline, **options,
+        )  # fmt: skip
+
+    def class_name(self, index: int | str) -> str:
+        """The name of a class, or ``"class 7"`` where names are not known."""
+        if isinstance(index, int) and self.class_names is not None and 0 <= index < len(self.class_names):
+            return self.class_names[index]
+        return f"class {index}"
+
+    def summary(self, example: int | None = None, fdr: float = 0.05) -> str:
+        """What was found, in a sentence for each example: it reads what was run, and runs nothing.
+
+        Args:
+            example: index of one example; None joins the sentences of all, line by line.
+            fdr: false discovery rate at which single units are called significant.
+
+        Example:
+            >>> import torch
+            >>> effect, reference = torch.tensor([[[-0.4], [0.1]]]), torch.ones(1, 1)
+            >>> estimate = Estimate(effect=effect, reference=reference, class_shape=(1,))
+            >>> estimate.summary()
+            'Of 2 units the one at “0” supports class 0 most: without it the outcome is lower by 0.4.'
+        """
+        if example is None:
+            return "\n".join(self.summary(i, fdr) for i in range(len(self)))
+        column, name = column_of(self, example, None)
+        if self.answer is None:
+            found = self._strongest_unit(example, column, name)
+        else:
+            verb = "Covering" if self.intervention.startswith(("PixelMask", "baselines")) else "Intervening on"
+            found = self.answer.sentence(example, self.class_name, verb)
+        return found + self._tested_alone(example, column, fdr)
+
+    def _strongest_unit(self, example: int, column: int, name: str) -> str:
+        """Which unit supports the class most."""
+        own = self.contribution[example, : int(self.n_units[example]), column]
+        if not len(own):
+            return "There is nothing that could be set."
+        unit = int(own.nan_to_num(-math.inf).argmax())
+        value, known = float(own[unit]), name.startswith("class ")
+        said = name if known else f"“{name}”"
+        if value <= 0:
+            return f"None of {len(own)} {self._units_word} supports {said}."
+        points = self.outcome in ("probability", "sigmoid")
+        size = f"{100 * value:.3g} per cent points" if points else f"{value:.3g}"
+        what = (self.outcome or "outcome").replace("_", "-")
+        which = f"Of {len(own)} {self._units_word} the one at {self.place_of(example, unit)}"
+        return f"{which} supports {said} most: without it the {what} is lower by {size}."
+
+    def _tested_alone(self, example: int, column: int, fdr: float) -> str:
+        """How many units are significant by themselves, and why a map may look strong where none is."""
+        if self.std_error is None:
+            return ""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SaturationWarning)
+            found = int(self.significant(fdr)[example, :, column].sum())
+        units, what = int(self.n_units[example]), self._units_word
+        if found:
+            return f" {found} of {units} {what} matter{'s' * (found == 1)} by themselves."
+        none = f" None of {units} {what} is significant by itself (false discovery rate {100 * fdr:.3g} %)"
+        if self.answer is not None and self.answer.is_shown(example):
+            return f"{none}: it takes several together."
+        error = float(self.std_error[example, :units, column].median())
+        return (
+            f"{none}: the trials vary so much that each effect is known to about ±{2 * error:.2g} only, and the "
+            f"largest of {units} such numbers look strong on a map."
+        )
+
+    @property
+    def _units_word(self) -> str:
+        """What units are called: patches of a picture, or units."""
+        grid = self.settings.get("grid")
+        return "patches" if grid is not None and len(grid) == 2 and self.site.startswith("InputSite") else "units"
+
+    def place_of(self, example: int, unit: int) -> str:
+        """Where a unit is, for a reader: row and column of a patch (from 1), or the unit's label.
+
+        Example:
+            >>> import torch
+            >>> estimate = Estimate(effect=torch.zeros(1, 4, 1), reference=torch.ones(1, 1), class_shape=(1,),
+            ...                     settings={"grid": [2, 2]})
+            >>> estimate.place_of(0, 1)
+            'row 1, column 2'
+        """
+        if self._units_word == "patches":
+            row, column = divmod(unit, int(self.settings["grid"][1]))
+            return f"row {row + 1}, column {column + 1}"
+        return f"“{self.labels_of(example)[unit]}”"
+
+    def strongest(self, example: int = 0, target: int | str | None = None, top: int = 5) -> pd.DataFrame:
+        """The units that support a class most, the strongest first.
+
+        Args:
+            example: index of the example.
+            target: class, its index or name; None means the target or the predicted class.
+            top: number of rows, at most.
+
+        Returns:
+            A frame with the columns unit, label, contribution and, of random designs, ci_low and ci_high (the 95 %
+            interval of the contribution).
+
+        Example:
+            >>> import torch
+            >>> effect, reference = torch.tensor([[[-0.4], [0.1]]]), torch.ones(1, 1)
+            >>> estimate = Estimate(effect=effect, reference=reference, class_shape=(1,))
+            >>> estimate.strongest(top=1)
+               unit label  contribution
+            0     0     0           0.4
+        """
+        import pandas as pd
+
+        check_integer("top", top, "at least 1", least=1)
+        column, _ = column_of(self, example, target)
+        own = self.contribution[example, : int(self.n_units[example]), column].detach().cpu()
+        order = own.argsort(descending=True, stable=True)[:top]
+        labels = self.labels_of(example)
+        data: dict[str, Any] = {"unit": order.tolist(), "label": [labels[u] for u in order.tolist()]}
+        data["contribution"] = own[order].numpy()
+        if self.std_error is not None:
+            half = self.half_width(0.95)[example, order.to(self.effect.device), column].cpu().numpy()
+            data |= {"ci_low": data["contribution"] - half, "ci_high": data["contribution"] + half}
+        frame: pd.DataFrame = pd.DataFrame(data)
+        return frame
+
+    def _repr_html_(self) -> str:
+        return estimate_html(self)
 
     def labels_of(self, example: int) -> list[str]:
         """The names of one example's units."""
@@ -308,6 +511,8 @@ class Estimate:
         some: dict[str, Any] = {k: v[chosen] for k, v in vars(self).items() if k in _BY_EXAMPLE and torch.is_tensor(v)}
         if isinstance(self.unit_labels[0], list):
             some["unit_labels"] = [self.unit_labels[i] for i in chosen]
+        if self.answer is not None:
+            some["answer"] = self.answer[chosen]
         return replace(self, **some)
 
     def __repr__(self) -> str:
@@ -341,7 +546,8 @@ class Estimate:
         Raises:
             FileError: where the file exists and ``force`` is not set.
         """
-        return save(path, type(self).__name__, 1, vars(self), force=force)
+        answer = None if self.answer is None else vars(self.answer)
+        return save(path, type(self).__name__, 1, {**vars(self), "answer": answer}, force=force)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Estimate:
@@ -351,9 +557,14 @@ class Estimate:
             FileError: where the file is missing or damaged, or holds something else.
         """
         content = load(path, cls.__name__, 1)
-        values = {f.name: content[f.name] for f in fields(cls) if f.name != "smoothed"}
-        values["smoothed"] = content.get("smoothed")  # files of 0.3 have none
+        values: dict[str, Any] = {
+            f.name: content.get(f.name) if f.name in _LATER else content[f.name] for f in fields(cls)
+        }
         try:
+            if values["class_names"] is not None:
+                values["class_names"] = tuple(map(str, values["class_names"]))
+            if values["answer"] is not None:
+                values["answer"] = RegionTest(**{**values["answer"], "grid": tuple(values["answer"]["grid"])})
             values["class_shape"] = tuple(values["class_shape"])
             if values["groups"] is not None:
                 values["groups"] = tuple(map(tuple, values["groups"]))
@@ -392,6 +603,8 @@ class Estimate:
         return self.std_error, self.dof
 
 
+# What files of 0.3 do not hold.
+_LATER = ("smoothed", "class_names", "pictures", "answer")
 # Shape and type of what a file holds; one letter is one size everywhere. "?" may be None.
 _TENSORS = {
     "effect": ("NUC", "float"),
@@ -405,14 +618,26 @@ _TENSORS = {
     "assignments": ("NTU", "bool?"),
     "outcomes": ("NTC", "float?"),
     "blocks": ("T", "int?"),
+    "pictures": ("NKHW", "int?"),
+}
+_TENSORS_OF_ANSWER = {
+    "region": ("NU", "bool"),
+    "target": ("N", "int"),
+    "clean": ("N", "float"),
+    "covered": ("N", "float"),
+    "placed": ("NP", "float"),
+    "answers": ("NA", "int?"),
+    "answered": ("NA", "float?"),
 }
 
 
 def _misfit(values: Mapping[str, Any]) -> str:
     """What does not fit together in the values of an estimate; nothing where all of it does."""
     sizes: dict[str, int] = {}
-    for name, (letters, kind) in _TENSORS.items():
-        value = values[name]
+    shapes = {name: (values[name], *wanted) for name, wanted in _TENSORS.items()}
+    if values["answer"] is not None:
+        shapes |= {k: (getattr(values["answer"], k), *wanted) for k, wanted in _TENSORS_OF_ANSWER.items()}
+    for name, (value, letters, kind) in shapes.items():
         if value is None and kind.endswith("?"):
             continue
         if not isinstance(value, Tensor) or value.dim() != len(letters):
@@ -440,6 +665,8 @@ def _misfit(values: Mapping[str, Any]) -> str:
 
 def _same(mine: Any, theirs: Any) -> bool:
     """Whether two values are the same, bit by bit, NaN equal to NaN."""
+    if isinstance(mine, RegionTest) and isinstance(theirs, RegionTest):
+        return all(_same(value, vars(theirs)[name]) for name, value in vars(mine).items())
     if not isinstance(mine, Tensor) or not isinstance(theirs, Tensor):
         return type(mine) is type(theirs) and bool(mine == theirs)
     same = mine.dtype == theirs.dtype and mine.shape == theirs.shape
@@ -488,152 +715,3 @@ def _flat(x: Tensor) -> np.ndarray[Any, Any]:
     """All numbers in the order of the rows of a frame."""
     values: np.ndarray[Any, Any] = x.detach().cpu().numpy().reshape(-1)
     return values
-
-
-def plot_estimate(
-    estimate: Estimate,
-    image: Tensor | None = None,
-    *,
-    example: int = 0,
-    target: int | None = None,
-    feature_mask: Tensor | None = None,
-    sliding_window_shapes: tuple[int, ...] | None = None,
-    strides: int | tuple[int, ...] | None = None,
-    fdr: float = 0.05,
-    level: float = 0.95,
-    top: int = 20,
-    width: int = 480,
-    title: str | None = None,
-) -> Figure:
-    """Draw the contributions of one example to one class.
-
-    Over an image colours are the smoothed contributions, where the design has them; outlined is what is significant by
-    the effects themselves. Bars show the effects and their intervals.
-
-    Args:
-        estimate: what ``estimate(...)`` returned.
-        image: the example, (C, H, W), values in [0, 1] or bytes (uint8): the contributions are laid over it,
-            significant units outlined. Of a volume (C, D, H, W) six slices are drawn; a signal, in the shape in which
-            the network took it, is drawn as lines. None draws bars.
-        example: index of the example.
-        target: class; None means the predicted class, where all classes were computed.
-        feature_mask: the units, where they are not the default grid: what ``estimate(...)`` was given.
-        sliding_window_shapes, strides: likewise.
-        fdr: false discovery rate of the outlines, or of the filled bars. Exact designs have neither.
-        level: of the bars' confidence intervals.
-        top: number of bars, the largest contributions first.
-        width: of the figure, in pixels.
-        title: written above; None writes outcome and class.
-
-    Returns:
-        A figure. In a notebook it shows itself; elsewhere ``figure.savefig("effects.png")``.
-
-    Raises:
-        ArgumentError: no such example, or ``top`` below 1.
-        TargetError: no such class.
-        UnitError: the units are not those of the image; say which with ``feature_mask`` or windows.
-
-    Example:
-        >>> effect, reference = torch.tensor([[[-0.4], [0.1]]]), torch.tensor([[0.9]])
-        >>> estimate = Estimate(effect=effect, reference=reference, class_shape=(1,), outcome="probability",
-        ...                     unit_labels=["left", "right"])
-        >>> [label.get_text() for label in plot_estimate(estimate).axes[0].get_yticklabels()]
-        ['left', 'right']
-    """
-    check_integer("example", example)
-    if not -len(estimate) <= example < len(estimate):
-        raise ArgumentError(expected("example", f"below {len(estimate)}, the number of examples", example))
-    check_integer("top", top, "at least 1", least=1)
-    check_integer("width", width, "a number of pixels, 1 or more", least=1)
-    if target is not None:
-        check_integer("target", target, "None or a class index", error=TargetError)
-    check_number("fdr", fdr, "in (0, 1)", above=0, below=1)
-    check_number("level", level, "in (0, 1)", above=0, below=1)
-    column, name = _column(estimate, example, target)
-    n_units = int(estimate.n_units[example])
-    values = estimate.contribution[example, :n_units, column].detach().cpu()
-    found = None
-    if estimate.std_error is not None:
-        found = estimate.significant(fdr)[example, :n_units, column].cpu()
-    heading = title if title is not None else f"{estimate.outcome or 'outcome'} of class {name}"
-    if image is None:
-        half = None if found is None else estimate.half_width(level)[example, :n_units, column].cpu()
-        labels = estimate.labels_of(example)
-        return _bars(values, half, found, labels, top=top, width=width, title=heading)
-    given: object = image
-    if not isinstance(given, Tensor) or image.dim() not in (2, 3, 4):
-        as_picture(image)  # says what is wrong with it
-    batch = image.detach().cpu()[None]
-    dim = estimate.settings.get("channel_dim") if estimate.site.startswith("InputSite") else None
-    units = InputSite(feature_mask, sliding_window_shapes, strides, channel_dim=dim).units_of((batch,))
-    if int(units.n_units[0]) != n_units:
-        hint = "Hand over the `feature_mask` or windows that the estimate was made with."
-        raise UnitError(expected("image", f"with the {n_units} units of the estimate", int(units.n_units[0]), hint))
-    channels = (1 if dim is None else dim) % batch.dim()
-    shown = batch.movedim(channels, 1)[0]
-    contribution = estimate.smoothed_contribution[example, :n_units, column].detach()
-    (plane,) = units.spread(double(contribution)[None])
-    plane, region = plane.movedim(channels, 1)[0], None
-    if found is not None:
-        (where,) = units.spread(double(found)[None])
-        region = where.movedim(channels, 1)[0].amax(0) > 0.5
-    if shown.dim() == 2:
-        return signal(plane.mean(0), shown, significant=region, width=width, title=heading)
-    if shown.dim() == 4:
-        return _slices(plane, shown, region, width, heading)
-    return overlay(plane, shown, significant=region, width=width, title=heading)
-
-
-def _slices(plane: Tensor, volume: Tensor, region: Tensor | None, width: int, title: str) -> Figure:
-    """Slices of a volume (C, D, H, W), evenly spaced, with one scale for all."""
-    depth, scale = volume.shape[1], float(plane.mean(0).abs().max()) or None
-    rows: list[list[tuple[str, Figure | Tensor]]] = [[]]
-    for k in torch.linspace(0, depth - 1, min(depth, _SLICES)).round().long().tolist():
-        outlined = None if region is None else region[k]
-        drawn = overlay(plane[:, k], volume[:, k], scale=scale, significant=outlined, width=width)
-        rows[0].append((f"slice {k} of {depth}", drawn))
-    return sheet(rows, note=title, width=max(width // len(rows[0]), 1))
-
-
-def _column(estimate: Estimate, example: int, target: int | None) -> tuple[int, str]:
-    """Which column of the effects a class is, and its name."""
-    classes = estimate.effect.shape[2]
-    if estimate.target is not None or classes == 1:
-        if target is not None and estimate.target is not None and int(estimate.target[example].flatten()[0]) != target:
-            hint = "The estimate holds this class only; leave `target` out of estimate() to get all."
-            raise TargetError(expected("target", f"{estimate.target[example].tolist()}", target, hint))
-        own = estimate.target[example].tolist() if estimate.target is not None else 0
-        return 0, str(own)
-    if target is None:
-        if estimate.predicted is None:
-            raise TargetError(expected("target", f"a class index below {classes}", None))
-        target = int(estimate.predicted[example])
-    if not 0 <= target < classes:
-        raise TargetError(expected("target", f"a class index below {classes}", target))
-    return target, str(target)
-
-
-def _bars(
-    values: Tensor, half: Tensor | None, found: Tensor | None, labels: list[str], *, top: int, width: int, title: str
-) -> Figure:
-    from matplotlib.figure import Figure
-
-    if not len(values):
-        raise InputError(expected("estimate", "with at least one unit", "none"))
-    order = values.abs().argsort(descending=True, stable=True)[:top].tolist()
-    figure = Figure(figsize=(width / 100, 0.9 + 0.24 * len(order)), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
-    for place, unit in enumerate(order):
-        value = float(values[unit])
-        sure = found is None or bool(found[unit])
-        color = POSITIVE if value >= 0 else NEGATIVE
-        axes.barh(place, value, color=color if sure else "none", edgecolor=color, height=0.72)
-        if half is not None:
-            axes.errorbar(value, place, xerr=float(half[unit]), color="#555555", capsize=2, linewidth=1)
-    axes.set_yticks(range(len(order)), [labels[unit] for unit in order])
-    axes.invert_yaxis()
-    axes.axvline(0, color="#555555", linewidth=0.8)
-    note = "" if found is None else "; filled: significant"
-    axes.set_xlabel(f"contribution (positive supports the class){note}")
-    axes.set_title(title, fontsize=10)
-    return figure

@@ -131,7 +131,9 @@ class ExpectedEstimate(Estimate):
         frame["n_images"] = self.n_images
         return frame
 
-    def plot(self, evidence: str | None = None, target: int | str | None = None, **kwargs: Any) -> Figure:
+    def plot(  # type: ignore[override]  # what an example is to an Estimate, an evidence is here
+        self, evidence: str | None = None, target: int | str | None = None, **kwargs: Any
+    ) -> Figure:
         """Bars of the largest contributions with their intervals.
 
         Args:

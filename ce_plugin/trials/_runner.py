@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ce_plugin.errors import CEPluginError, ModelError, expected
 from ce_plugin.networks.forward import Forward, is_opaque

@@ -276,6 +276,26 @@ class TrialSpec:
         return rows_of(self.args, self.n, examples)
 
 
+@dataclass(frozen=True)
+class GivenTrials(TrialSpec):
+    """Trials whose assignments are given, each run under every alternative value.
+
+    Args:
+        given: for each example its assignments, bool (T, U).
+    """
+
+    given: tuple[Tensor, ...] = ()
+
+    def n_trials(self, example: int) -> int:
+        """Trials of one example, repeats not counted."""
+        return len(self.given[example])
+
+    def assignments(self, example: int, start: int, stop: int) -> Tensor:
+        """Some trials of one example, bool (stop - start, U)."""
+        rows = self.given[example][start:stop]
+        return torch.nn.functional.pad(rows, (0, self.units.width - rows.shape[1]))
+
+
 class _Alternative(Intervention):
     """One of an intervention's alternative values.
 

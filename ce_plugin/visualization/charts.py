@@ -46,11 +46,11 @@ def plot_nodes(
         >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
         ['7', '3']
     """
-    from matplotlib.figure import Figure
+    from ce_plugin.visualization.figure import NotebookFigure
 
     _check(labels, series, shares)
     longest = max(len(labels), len(shares[0]) if shares else 0)
-    figure = Figure(figsize=(9.0 if shares else 5.0, 1.1 + 0.24 * longest), dpi=100, layout="constrained")
+    figure = NotebookFigure(figsize=(9.0 if shares else 5.0, 1.1 + 0.24 * longest), dpi=100, layout="constrained")
     axes = figure.subplots(1, 2 if shares else 1, squeeze=False)[0]
     _contributions(axes[0], labels, series)
     axes[0].set_xlabel(xlabel)
@@ -250,7 +250,7 @@ def plot_scores(
         >>> figure.axes[0].get_xlabel()
         'score: greater is more adversarial'
     """
-    from matplotlib.figure import Figure
+    from ce_plugin.visualization.figure import NotebookFigure
 
     clean = _finite("calibration", calibration)
     if not clean.size:
@@ -261,7 +261,7 @@ def plot_scores(
     ratio = everything.max() / max(float(np.median(clean)), 1e-300) if everything.min() > 0 else 0.0
     spaced = np.geomspace if ratio > 20 else np.linspace
     edges: list[float] = spaced(everything.min(), everything.max() + 1e-9, _BINS + 1).tolist()
-    figure = Figure(figsize=(5.6, 3.4), dpi=100, layout="constrained")
+    figure = NotebookFigure(figsize=(5.6, 3.4), dpi=100, layout="constrained")
     axes = figure.subplots()
     axes.hist(
         clean,
@@ -304,14 +304,14 @@ def plot_roc(clean: npt.ArrayLike, attacked: Mapping[str, npt.ArrayLike], *, fpr
         >>> figure.axes[0].get_lines()[0].get_ydata()[-1].item()
         1.0
     """
-    from matplotlib.figure import Figure
+    from ce_plugin.visualization.figure import NotebookFigure
 
     below = np.sort(np.asarray(clean, dtype=np.float64))
     if not below.size or np.isnan(below).any():
         raise InputError(expected("clean", "scores of at least one image", "none" if not below.size else "NaN"))
     if not 0 < fpr < 1:
         raise ArgumentError(expected("fpr", "a rate in (0, 1)", fpr))
-    figure = Figure(figsize=(5.6, 3.4), dpi=100, layout="constrained")
+    figure = NotebookFigure(figsize=(5.6, 3.4), dpi=100, layout="constrained")
     axes = figure.subplots()
     for number, (name, given) in enumerate(attacked.items()):
         scores = np.sort(np.asarray(given, dtype=np.float64))

@@ -13,9 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ce_plugin.errors import ArgumentError, InputError, check_integer, check_number, expected
+from ce_plugin.errors import ArgumentError, InputError, check_integer, check_number, expected, unknown_name
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
@@ -62,6 +63,7 @@ def overlay(
     sign: str = "all",
     width: int = 300,
     title: str | None = None,
+    cmap: str | Colormap | None = None,
 ) -> Figure:
     """An attribution drawn over the grayscale image, by Captum's ``visualize_image_attr``.
 
@@ -74,6 +76,7 @@ def overlay(
         sign: ``"all"`` (orange supports, blue opposes) or ``"positive"`` (orange only).
         width: width of the figure, in pixels.
         title: title above the image.
+        cmap: colour map of matplotlib, or its name; None means blue, transparent, orange.
 
     Returns:
         A figure without axes.
@@ -89,8 +92,6 @@ def overlay(
 
     Source: the blended heat map of ``captum.attr.visualization``.
     """
-    from captum.attr import visualization as captum_pictures
-
     values = _plane(attribution)
     shown = _channels_last(image)
     if values.shape != shown.shape[:2]:
@@ -103,6 +104,42 @@ def overlay(
     if sign == "positive":
         values = values.clip(min=0)
     figure, axes = _frame(values.shape, width, title)
+    draw_map(axes, values, shown, scale=scale, significant=significant, cmap=cmap)
+    return figure
+
+
+def draw_map(
+    axes: Axes,
+    values: Pixels,
+    shown: Pixels,
+    *,
+    scale: float | None = None,
+    significant: Tensor | None = None,
+    cmap: str | Colormap | None = None,
+) -> Colormap:
+    """Draw a map over a grayscale image into axes, by Captum's ``visualize_image_attr``.
+
+    Args:
+        axes: to draw into; their frame and ticks are removed.
+        values: of the map, (H, W).
+        shown: the image, (H, W, C), values in [0, 1].
+        scale, significant: as in :func:`overlay`.
+        cmap: from what opposes the class to what supports it; None means :func:`contribution_colors`.
+
+    Returns:
+        The colour map from minus to plus the scale.
+
+    Raises:
+        ArgumentError: a colour map of unknown name.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> draw_map(Figure().add_subplot(), np.eye(4), np.zeros((4, 4, 1))).name
+        'contribution'
+    """
+    from captum.attr import visualization as captum_pictures
+
+    whole = contribution_colors() if cmap is None else named_colors(cmap)
     # Brightened, so that the colours can be distinguished on dark parts too.
     gray = 0.3 + 0.65 * np.repeat(shown.mean(axis=2, keepdims=True), 3, axis=2)
     greatest = float(np.abs(values).max(initial=0.0))
@@ -114,22 +151,54 @@ def overlay(
         clipped = values.clip(-full, full)
         share = min(greatest / full, 1.0)
         # Captum scales each map to its own maximum; for a common scale the colour map is truncated instead.
-        colors = contribution_colors(share)
+        colors = contribution_colors(share) if cmap is None else _middle(whole, share)
         captum_pictures.visualize_image_attr(
             (clipped / np.abs(clipped).max())[:, :, None],
             gray * 255.0,
             method="blended_heat_map",
             sign="all",
-            plt_fig_axis=(figure, axes),
+            plt_fig_axis=(axes.get_figure(), axes),
             outlier_perc=1e-6,  # with 0, rounding can leave no value above Captum's threshold
             cmap=colors,
-            alpha_overlay=None,  # type: ignore[arg-type, unused-ignore] # the colours carry their own
+            # Ours carry their own alpha.
+            alpha_overlay=None if cmap is None else 0.6,  # type: ignore[arg-type, unused-ignore]
             use_pyplot=False,
         )
         axes.images[0].set_clim(0, 255)  # Captum stretches a dull photograph to full contrast
     _draw_outlines(axes, significant, values)
     axes.set_axis_off()
-    return figure
+    return whole
+
+
+def named_colors(cmap: str | Colormap) -> Colormap:
+    """A colour map of matplotlib by its name, or itself.
+
+    Raises:
+        UnknownNameError: none has this name.
+        ArgumentError: neither a name nor a colour map.
+
+    Example:
+        >>> named_colors("RdBu").name
+        'RdBu'
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import Colormap as Kind
+
+    if isinstance(cmap, Kind):
+        return cmap
+    given: object = cmap
+    if not isinstance(given, str):
+        raise ArgumentError(expected("cmap", "None, a colour map of matplotlib or its name", type(given).__name__))
+    if given not in colormaps:
+        raise unknown_name("cmap", given, list(colormaps))
+    return colormaps[given]
+
+
+def _middle(colors: Colormap, share: float) -> Colormap:
+    """The middle of a colour map, as wide as this share of it."""
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(colors(0.5 + 0.5 * np.linspace(-share, share, 257)), name=colors.name)
 
 
 def signal(
@@ -159,13 +228,13 @@ def signal(
         >>> len(signal(torch.linspace(-1, 1, 20), torch.rand(2, 20)).axes[0].lines)
         2
     """
-    from matplotlib.figure import Figure
+    from ce_plugin.visualization.figure import NotebookFigure
 
     if values.dim() != 2 or attribution.shape != values.shape[1:]:
         got = f"{tuple(attribution.shape)} for a signal {tuple(values.shape)}"
         raise InputError(expected("attribution", "of shape (L,) for a signal (C, L)", got))
     check_integer("width", width, "a number of pixels, 1 or more", least=1)
-    figure = Figure(figsize=(width / _DPI, 0.4 * width / _DPI), dpi=_DPI, layout="constrained")
+    figure = NotebookFigure(figsize=(width / _DPI, 0.4 * width / _DPI), dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
     lines = values.detach().double().cpu().numpy()
     low, high = float(lines.min()), float(lines.max())
@@ -234,6 +303,29 @@ def outlines(region: Tensor) -> npt.NDArray[np.float64]:
                     ends = ((along[0], across), (along[1], across))
                     segments.append(tuple((y, x) for x, y in ends) if swap else ends)  # type: ignore[arg-type]
     return np.array(segments, dtype=np.float64).reshape(-1, 2, 2)
+
+
+def as_bytes(images: Tensor) -> Tensor:
+    """Images of any range of values as bytes, for display.
+
+    Args:
+        images: (N, C, H, W): values in [0, 1] and in [0, 255] are taken as they are; any others (a network's normalised
+            input) are stretched, image by image, from their smallest to their largest.
+
+    Returns:
+        uint8 (N, C, H, W), on the CPU.
+
+    Example:
+        >>> as_bytes(torch.tensor([[[[0.0, 1.0]]], [[[-2.0, 2.0]]]])).flatten().tolist()
+        [0, 255, 0, 255]
+    """
+    values = images.detach().float().cpu()
+    low, high = values.amin((1, 2, 3), keepdim=True), values.amax((1, 2, 3), keepdim=True)
+    if bool((low < -_OVERSHOOT).any()) or bool((high > 255 * (1 + _OVERSHOOT)).any()):
+        values = (values - low) / (high - low).clamp(min=1e-12)
+    elif bool((high > 1 + _OVERSHOOT).any()):
+        values = values / 255
+    return (255 * values).round().clamp(0, 255).to(torch.uint8)
 
 
 def data_uri(shown: Figure | Tensor) -> str:
@@ -329,12 +421,12 @@ def _channels_last(image: Tensor) -> Pixels:
 
 
 def _frame(shape: tuple[int, ...], width: int, title: str | None) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
+    from ce_plugin.visualization.figure import NotebookFigure
 
     inches = width / _DPI
     height = inches * shape[0] / shape[1]
     head = 0.3 if title else 0.0
-    figure = Figure(figsize=(inches, height + head), dpi=_DPI)
+    figure = NotebookFigure(figsize=(inches, height + head), dpi=_DPI)
     axes = figure.add_axes((0.0, 0.0, 1.0, height / (height + head)))
     if title:
         figure.text(0.5, 1 - 0.5 * head / (height + head), title, ha="center", va="center", fontsize=9)
@@ -377,7 +469,7 @@ def sheet(rows: Sequence[Sequence[tuple[str, Figure | Tensor]]], *, note: str = 
         >>> sheet([[("left", torch.rand(3, 8, 8)), ("right", torch.rand(1, 8, 8))]]).get_size_inches().tolist()
         [6.0, 3.3]
     """
-    from matplotlib.figure import Figure
+    from ce_plugin.visualization.figure import NotebookFigure
 
     lengths = {len(row) for row in rows}
     if len(lengths) != 1 or lengths == {0}:
@@ -385,7 +477,7 @@ def sheet(rows: Sequence[Sequence[tuple[str, Figure | Tensor]]], *, note: str = 
     inches, head, foot = width / _DPI, 0.3, 0.3 if note else 0.0
     columns = lengths.pop()
     height = len(rows) * (inches + head) + foot
-    figure = Figure(figsize=(columns * inches, height), dpi=_DPI)
+    figure = NotebookFigure(figsize=(columns * inches, height), dpi=_DPI)
     for i, row in enumerate(rows):
         for j, (title, shown) in enumerate(row):
             bottom = height - (i + 1) * (inches + head)

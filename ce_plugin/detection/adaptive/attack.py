@@ -13,7 +13,7 @@ from art.attacks.attack import EvasionAttack
 from art.estimators.classification.classifier import ClassifierMixin
 from art.estimators.estimator import BaseEstimator, LossGradientsMixin
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ce_plugin.detection.adaptive.objective import LOSSES, Ball, TargetModel
 from ce_plugin.detection.adaptive.results import AdaptiveReport, Curves
