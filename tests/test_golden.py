@@ -9,8 +9,8 @@ from golden_calls import CALLS, CHAOTIC, Value, run, stored
 STORED = stored()
 # Of the largest magnitude in an array, and the least difference that counts at all.
 TOLERANCE, FLOOR = 1e-5, 1e-7
-# Of chaotic calls, on any processor: floats, and the share of truths and whole numbers that differ. Up to .26 and 1 in 48
-# were seen between processors, two with AVX-512 among them.
+# Of chaotic calls, on any processor: floats, and the share of truths and whole numbers that differ. Up to .26 and
+# 1 in 48 were seen between processors, two with AVX-512 among them.
 CHAOTIC_TOLERANCE, CHAOTIC_SHARE = 0.4, 0.1
 
 
