@@ -303,3 +303,13 @@ def test_an_attack_on_a_network_with_several_labels(place: Path) -> None:
     Path("mine.toml").write_text(recipe.replace("sigmoid", "log_odds"))
     assert call("./mine.toml", "--data", ".", "--out", "classes", "--images", "6") == 0
     assert "multi_label" not in EffectTable("classes/tables/1").configuration["given"]["FGSM"]
+
+
+@pytest.mark.slow
+def test_workers_of_ray_write_the_same_table(place: Path) -> None:
+    pytest.importorskip("ray", reason="needs the extra [cluster]")
+    Path("mine.toml").write_text(_SMALL)
+    assert call("./mine.toml", "--data", ".", "--out", "run") == 0
+    assert call("./mine.toml", "--data", ".", "--out", "ray", "--engine", "ray", "--workers", "2") == 0
+    one, other = (pd.read_csv(f"{folder}/nodes.csv") for folder in ("run", "ray"))
+    np.testing.assert_allclose(one["effect"], other["effect"], atol=1e-6)

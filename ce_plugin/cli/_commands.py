@@ -805,6 +805,10 @@ class ExperimentOptions:
     weights: Annotated[str | None, _experiment("FILE", "Weights of the network.", shown="as the recipe says")] = None
     list: Annotated[bool, _run("", "List the recipes.", "--list")] = False
     print: Annotated[bool, _run("", "Print the recipe.", "--print")] = False
+    engine: Annotated[Literal["local", "ray"], _run("ENGINE", "local: this process; ray: workers of Ray Data.")] = (
+        "local"
+    )
+    workers: Annotated[int, _run("N", "Workers of Ray.", parser=count)] = 2
     resume: Annotated[bool, _run("", "Go on with a run of the same recipe.", "--resume")] = False
     out: Out = Path("ce-plugin-experiment")
     force: Force = False

@@ -36,7 +36,7 @@ from ce_plugin.datasets import (
 )
 from ce_plugin.designs import RandomMask
 from ce_plugin.errors import ArgumentError, FileError, ModelError, expected
-from ce_plugin.expected import EffectTable
+from ce_plugin.expected import EffectTable, RayCluster
 from ce_plugin.expected import run as run_over
 from ce_plugin.expected.table import differences
 from ce_plugin.files import write_files, written_whole
@@ -282,6 +282,7 @@ class Experiment:
             keep_images=False,
             resume=True,
             show_progress=not self.options.quiet,
+            cluster=RayCluster(self.options.workers) if self.options.engine == "ray" else None,
         )
 
     def _save(

@@ -195,7 +195,8 @@ def largest_rows(study: ExperimentStudy) -> pd.DataFrame:
             found[site] = abs(float(chosen.effect[0, node, 0])), own
         largest = max(found, key=lambda site: found[site][0])
         rows += [{**row, "first": site == largest} for site, (_, own) in found.items() for row in own]
-    return pd.DataFrame(rows)
+    every: pd.DataFrame = pd.DataFrame(rows)
+    return every
 
 
 def _of_node(answer: ExpectedEstimate, node: int, level: float) -> Iterator[dict[str, Any]]:
@@ -341,7 +342,7 @@ class ExperimentSection(Section[ExperimentStudy]):
             ]
             head = ["attack", "score", "AUROC", "images, clean and attacked"]
             parts.append(_part("The index as a detector of attacked images", "", head, lines))
-        for (site, reading, outcome), rows in self.shown.groupby(["site", "reading", "outcome"], sort=False):
+        for (site, reading, outcome), rows in _by_question(self.shown):
             evidences = list(dict.fromkeys(rows["evidence"]))
             lines = []
             for what, some in rows.groupby("what", sort=False):
@@ -386,13 +387,13 @@ class ExperimentSection(Section[ExperimentStudy]):
         only = self.every[
             self.every["evidence"].isin([name for one in found.tables.values() for name in one.evidences])
         ]
-        for (site, reading, outcome), rows in only.groupby(["site", "reading", "outcome"], sort=False):
-            panels = {
+        for (site, reading, outcome), rows in _by_question(only):
+            ranked = {
                 str(name): (own["effect"], own["low"], own["high"], own["significant"])
                 for name, own in rows.groupby("evidence", sort=False)
             }
             labels = [str(unit) for unit in found.tables[site].unit_labels]
-            figures[_plot_name(site, reading, outcome)] = plot_ranked(labels, panels, ylabel=f"effect on {outcome}")
+            figures[_plot_name(site, reading, outcome)] = plot_ranked(labels, ranked, ylabel=f"effect on {outcome}")
         shown = self.shown[self.shown["reading"] == "A"]
         named = shown[shown["what"].str.startswith("node ") & shown["evidence"].isin(only["evidence"])]
         if len(named):
@@ -405,11 +406,19 @@ class ExperimentSection(Section[ExperimentStudy]):
         return figures
 
 
+def _by_question(frame: pd.DataFrame) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame]]:
+    """Site, reading and outcome, and the rows that answer."""
+    for (site, reading, outcome), rows in frame.groupby(["site", "reading", "outcome"], sort=False):
+        yield (str(site), str(reading), str(outcome)), rows
+
+
 def _panels(frame: pd.DataFrame, rows: pd.Series[str]) -> dict[str, dict[str, dict[str, tuple[float, float, float]]]]:
     """Outcome -> row -> evidence -> number and interval."""
     panels: dict[str, dict[str, dict[str, tuple[float, float, float]]]] = {}
-    for row, name in zip(frame.itertuples(), rows, strict=True):
-        panels.setdefault(row.outcome, {}).setdefault(name, {})[row.evidence] = (row.effect, row.low, row.high)
+    columns = (frame[name].tolist() for name in ("outcome", "evidence", "effect", "low", "high"))
+    for name, outcome, evidence, *numbers in zip(rows, *columns, strict=True):
+        effect, low, high = map(float, numbers)
+        panels.setdefault(outcome, {}).setdefault(name, {})[evidence] = (effect, low, high)
     return panels
 
 
