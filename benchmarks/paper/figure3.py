@@ -202,7 +202,7 @@ def draw(net: VisionModel, pictures: Pictures, changed: dict[str, Tensor], maps:
         for name, x in columns.items():
             found = maps[kind](x[row : row + 1], target)
             large = interpolate(found.float(), size, mode="bilinear", align_corners=False)[0, 0]
-            cells.append((f"{kind}, {name}", overlay(seen[name], large)))
+            cells.append((f"{kind}, {name}", overlay(large, seen[name])))
         lines.append(cells)
     return sheet(
         lines, note="Each map has its own scale: orange supports pneumonia, or the finding; blue speaks against it."
