@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from benchmarks.detection._classifiers import kept
 from ce_plugin.datasets import FINDINGS, ImageFiles, XRays, chest_xray14, pneumonia_xrays
 from ce_plugin.evaluation import Figures, figures
-from ce_plugin.files import csv_text
+from ce_plugin.files import csv_text, written_whole
+from ce_plugin.interventions import Adversarial
 from ce_plugin.models import Framing, VisionModel, chexnet, load_state, pneumonia_cnn, train_classifier
 
 SIZE = 64
@@ -178,6 +179,27 @@ class GrayTwoClasses(nn.Module):
 def cache_folder() -> Path:
     """Where weights and attacked images are kept."""
     return Path(os.environ.get("CE_PLUGIN_CACHE") or Path.home() / ".cache" / "ce-plugin") / "paper"
+
+
+def attacked(made: Adversarial, model: nn.Module, x: Tensor, target: Tensor | None = None) -> Tensor:
+    """The images under an attack, from the cache or made now; attack, network and images are the cache's key.
+
+    Args:
+        made: the attack.
+        model: its network.
+        x: images, (N, ...), in model units; their ids are 0 to N - 1.
+        target: the output to move away from, (N,), or None.
+    """
+    digest = hashlib.blake2b(repr(made).encode(), digest_size=8)
+    for part in (*model.state_dict().values(), x, *(() if target is None else (target,))):
+        digest.update(part.detach().contiguous().numpy().tobytes())
+    file = cache_folder() / "attacked" / f"{made.config.name}-{digest.hexdigest()}.npy"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        found = made.perturb(x, target=target, ids=range(len(x)))
+        with written_whole(file) as stream:
+            np.save(stream, torch.as_tensor(found).numpy())
+    return torch.from_numpy(np.load(file))
 
 
 def logits(model: nn.Module, x: Tensor) -> Tensor:

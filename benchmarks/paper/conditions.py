@@ -343,6 +343,7 @@ def first_condition(name: str, n: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=400, help="at most, of conditions I and III")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="random boxes for each box of condition II")
     parser.add_argument("--out", type=Path, help="a folder for condition1.csv, condition2.csv")
     options = parser.parse_args()
     first = list(itertools.chain.from_iterable(first_condition(name, options.images) for name in LAYERS))
@@ -350,7 +351,7 @@ def main() -> None:
     images = prepared(net, test)
     read = reading(logits(net.model, images.x), images, FINDINGS)
     known = informative(read)
-    tests = box_tests(net.model, images, net.normalization)
+    tests = box_tests(net.model, images, net.normalization, options.draws)
     second = box_rows(tests, known)
     third = None
     if len(known) > 1:
@@ -402,9 +403,9 @@ def text(
     lines += [
         "",
         "**II, X <- Y.** The box of a finding masked (mean over black, the image's mean, blur), beside"
-        f" {DRAWS} boxes of the same size at random places of the same image; for findings whose AUROC's interval lies"
-        f" above .5. Not evaluated, because the network does not read them: {', '.join(left) or 'none'}. Negative: the"
-        " box supports the finding. Needed: patients with whom a mean and spread like these would be told from zero in"
+        f" {len(tests[0].random) if tests else 0} boxes of the same size at random places of the same image; for findings"
+        f" whose AUROC's interval lies above .5. Not evaluated, because the network does not read them: {', '.join(left) or 'none'}. Negative:"
+        " the box supports the finding. Needed: patients with whom a mean and spread like these would be told from zero in"
         " four of five samples, at 5 %.",
         "",
         "| finding | boxes | box masked | beyond random boxes | needed | other outputs, likewise | p of each box |",

@@ -23,6 +23,7 @@ from torch.nn.functional import interpolate
 from benchmarks.common.results import write
 from benchmarks.paper._xrays import (
     Mean,
+    attacked,
     by_patient,
     logits,
     network,
@@ -134,15 +135,12 @@ def _boxed(net: VisionModel) -> Pictures:
     return Pictures(x, torch.tensor([k for _, k in pairs]), data.groups, torch.stack(masks))
 
 
-def attacked(net: VisionModel, pictures: Pictures, attack: str) -> Tensor:
-    """The images under an attack on their output."""
+def preset(net: VisionModel, attack: str) -> Adversarial:
+    """One of the attacks on the network."""
     options = dict(ATTACKS[attack])
     several = len(net.class_names or ()) > 1
-    made = Adversarial.preset(
-        options.pop("name"), net.model, normalization=net.normalization, multi_label=several, **options
-    )
-    found: Tensor = made.perturb(pictures.x, target=pictures.target, ids=range(len(pictures.x)))
-    return found
+    name = options.pop("name")
+    return Adversarial.preset(name, net.model, normalization=net.normalization, multi_label=several, **options)
 
 
 def compared(
@@ -219,7 +217,7 @@ def main() -> None:
     success: dict[str, dict[str, float]] = {}
     for name, layers in LAYERS.items():
         net, pictures = network(name), pictures_of(name, options.dense if name == "one sigmoid" else options.images)
-        changed = {attack: attacked(net, pictures, attack) for attack in ATTACKS}
+        changed = {attack: attacked(preset(net, attack), net.model, pictures.x, pictures.target) for attack in ATTACKS}
         success[name] = {attack: fooled(net, pictures, x) for attack, x in changed.items()}
         for layer in layers:
             maps = maps_of(net, layer)
