@@ -403,10 +403,10 @@ def text(
     lines += [
         "",
         "**II, X <- Y.** The box of a finding masked (mean over black, the image's mean, blur), beside"
-        f" {len(tests[0].random) if tests else 0} boxes of the same size at random places of the same image; for findings"
-        f" whose AUROC's interval lies above .5. Not evaluated, because the network does not read them: {', '.join(left) or 'none'}. Negative:"
-        " the box supports the finding. Needed: patients with whom a mean and spread like these would be told from zero in"
-        " four of five samples, at 5 %.",
+        f" {len(tests[0].random) if tests else 0} boxes of the same size at random places of the same image; for"
+        " findings whose AUROC's interval lies above .5. Not evaluated, because the network does not read them:"
+        f" {', '.join(left) or 'none'}. Negative: the box supports the finding. Needed: patients with whom a mean and"
+        " spread like these would be told from zero in four of five samples, at 5 %.",
         "",
         "| finding | boxes | box masked | beyond random boxes | needed | other outputs, likewise | p of each box |",
         "|---|---|---|---|---|---|---|",
