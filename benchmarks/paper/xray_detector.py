@@ -10,6 +10,7 @@ changes the answer. Attacked images, autoencoder and fit are cached (CE_PLUGIN_C
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,12 @@ ATTACKS: dict[str, dict[str, Any]] = {
 NOISE = {"noise of equal size, .3": 0.3, "noise of equal size, .03": 0.03}
 FPR = 0.05
 _BATCH = 50
-_OURS = "our detector"
 Scores = dict[str, "np.ndarray[Any, np.dtype[np.float64]]"]
 
 
 def preset(net: nn.Module, name: str) -> Adversarial:
     """One of the attacks on the network."""
-    return Adversarial.preset(ATTACKS[name]["name"], net, eps=ATTACKS[name]["eps"])
+    return Adversarial.preset(ATTACKS[name]["name"], net, eps=ATTACKS[name]["eps"], batch_size=_BATCH)
 
 
 def noisy(x: Tensor, size: float) -> Tensor:
@@ -73,10 +73,16 @@ def autoencoder(net: nn.Module, x: Tensor) -> ConceptAutoencoder:
     return ConceptAutoencoder.load(file)
 
 
-def signature(steps: int) -> Signature:
-    """The detector's default for small images, its denoiser trained for so many steps at least."""
+def signatures(steps: int) -> dict[str, Signature]:
+    """Name -> what a detector looks at: the package's two presets, that of small images with the denoiser's steps.
+
+    Args:
+        steps: the denoiser's training, at least; 0 leaves the denoiser out.
+    """
     rest = Signature.small_images().probes[1:]
-    return Signature([Denoising(least_steps=steps), *rest])
+    name = f"ours, small images{'' if steps else ' without denoiser'}"
+    small = Signature([Denoising(least_steps=steps), *rest] if steps else rest)
+    return {name: small, "ours, photographs": Signature.photographs()}
 
 
 class Indices:
@@ -110,11 +116,11 @@ class Indices:
         return found
 
 
-def scored(net: nn.Module, detector: CausalEffectDetector, indices: Indices, x: Tensor) -> Scores:
+def scored(net: nn.Module, detectors: Mapping[str, CausalEffectDetector], indices: Indices, x: Tensor) -> Scores:
     """All scores of images: larger means attacked."""
     p = logits(net, x).double().softmax(1)
     return {
-        _OURS: detector.score(x.numpy()),
+        **{name: detector.score(x.numpy()) for name, detector in detectors.items()},
         **indices(x),
         "1 - max softmax": -p.amax(1).numpy(),
         "- |p|²": -p.square().sum(1).numpy(),
@@ -125,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=400, help="test images at most")
     parser.add_argument("--fit", type=int, default=600, help="clean training images of the detector at most")
-    parser.add_argument("--steps", type=int, default=800, help="least training steps of the denoiser; 800 by default")
+    parser.add_argument("--steps", type=int, default=800, help="least training steps of the denoiser; 0: none")
     parser.add_argument("--out", type=Path, help="a folder for detector.csv")
     options = parser.parse_args()
     cnn = network("pneumonia CNN")
@@ -136,13 +142,16 @@ def main() -> None:
     x, y = images.x[:, :1].contiguous(), images.y[:, 0].long()
     right = logits(net, x).argmax(1) == y
     x, y = x[right], y[right]
-    detector = CausalEffectDetector(net, signature(options.steps), fpr=FPR, clip_values=(0.0, 1.0))
-    detector.fit(fit.numpy(), checkpoint=str(cache_folder() / "detector" / f"fit-{len(fit)}-{options.steps}"))
+    detectors = {}
+    for number, (name, signature) in enumerate(signatures(options.steps).items()):
+        detectors[name] = CausalEffectDetector(net, signature, fpr=FPR, clip_values=(0.0, 1.0))
+        folder = cache_folder() / "detector" / f"fit-{number}-{len(fit)}-{options.steps}"
+        detectors[name].fit(fit.numpy(), checkpoint=str(folder))
     coder = autoencoder(net, fit)
     indices = Indices(net, coder, fit[:200])
-    clean, ids = scored(net, detector, indices, x), np.arange(len(x))
+    clean, ids = scored(net, detectors, indices, x), np.arange(len(x))
     rows: list[dict[str, Any]] = []
-    alarms = {"clean": float((clean[_OURS] > detector.threshold).mean())}
+    alarms = {name: {"clean": float((clean[name] > one.threshold).mean())} for name, one in detectors.items()}
     sets = {name: attacked(preset(net, name), x) for name in ATTACKS} | {
         name: noisy(x, eps) for name, eps in NOISE.items()
     }
@@ -152,8 +161,9 @@ def main() -> None:
         print(name, int(kept.sum()), flush=True)
         if kept.sum() < 2:
             continue
-        under = scored(net, detector, indices, changed[torch.from_numpy(kept)])
-        alarms[name] = float((under[_OURS] > detector.threshold).mean())
+        under = scored(net, detectors, indices, changed[torch.from_numpy(kept)])
+        for own, one in detectors.items():
+            alarms[own][name] = float((under[own] > one.threshold).mean())
         for score, values in under.items():
             found = figures(
                 clean[score][kept], values, detector=score, attack=name, ids=(ids[kept], ids[kept]), level=LEVEL
@@ -174,7 +184,6 @@ def main() -> None:
 
 def text(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """The tables."""
-    alarms = about["alarms"]
     lines = [
         "### Detecting attacked chest X-rays",
         "",
@@ -182,26 +191,34 @@ def text(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         f" {about['answered_correctly']} of {about['test_images']} test images are answered correctly; pairs of such an"
         " image and its successful attack. AUROC, 95 % intervals of a bootstrap over images, both forms together. The"
         " index is small in size for attacked images, as the paper's tables have it. With two classes the largest"
-        f" softmax and |p|² order images alike. Our detector was fitted on {about['fit_images']} clean training images,"
-        f" on which the network was trained, too; its denoiser took {about['denoiser_steps']} steps or little more"
-        f" (800 by default). Autoencoder at `{LAYER}`: {about['autoencoder']}.",
-        "",
-        f"At the threshold for {FPR:.0%} it flags {alarms['clean']:.1%} of the clean test images that are answered"
-        " correctly: test images of this data set differ from training images.",
+        f" softmax and |p|² order images alike. Our detectors were fitted on {about['fit_images']} clean training"
+        f" images, on which the network was trained, too. Denoiser: {about['denoiser_steps'] or 'no'} steps (800 by default)."
+        f" Autoencoder at `{LAYER}`: {about['autoencoder']}.",
         "",
     ]
     names = list(dict.fromkeys(row["detector"] for row in rows))
-    lines += ["| attack | pairs | " + " | ".join(names) + " | flagged |", "|---|---|" + "---|" * (len(names) + 1)]
-    for attack in dict.fromkeys(row["attack"] for row in rows):
-        own = {row["detector"]: row for row in rows if row["attack"] == attack}
+    attacks = list(dict.fromkeys(row["attack"] for row in rows))
+    pairs = {row["attack"]: row["n_attacked"] for row in rows}
+    lines += [
+        f"| score | {' | '.join(f'{attack} ({pairs[attack]})' for attack in attacks)} |",
+        "|---|" + "---|" * len(attacks),
+    ]
+    for name in names:
+        own = {row["attack"]: row for row in rows if row["detector"] == name}
         cells = [f"{one['auroc']:.3f} ({one['auroc_low']:.3f} to {one['auroc_high']:.3f})" for one in own.values()]
-        pairs = next(iter(own.values()))["n_attacked"]
-        lines.append(f"| {attack} | {pairs} | {' | '.join(cells)} | {alarms[attack]:.0%} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Noise moves every pixel by the size of the attack, up or down at random, and is no attack: here are the images"
-        " that keep their answer. What scores high there detects noise as well.",
+        "In brackets behind an attack: pairs. Noise moves every pixel by the size of the attack, up or down at random,"
+        " and is no attack: here are the images that keep their answer. What scores high there detects noise as well.",
+        "",
+        f"Flagged at the threshold for {FPR:.0%} false alarms (test images here differ from training images):",
+        "",
+        f"| detector | clean | {' | '.join(attacks)} |",
+        "|---|---|" + "---|" * len(attacks),
     ]
+    for name, rates in about["alarms"].items():
+        lines.append(f"| {name} | {' | '.join(f'{rates[attack]:.0%}' for attack in ('clean', *attacks))} |")
     return "\n".join(lines)
 
 
