@@ -194,7 +194,7 @@ def test_rows_of_figure_three_compare_the_same_images() -> None:
     left = torch.ones(4, 1, 2, 2)
     left[:, :, :, 1] = -1
     maps = {"CEM": lambda x, target: left + 0.01 * x[:, :1, :2, :2], "zero": lambda x, target: torch.zeros(4, 1, 2, 2)}
-    changed = {"flipped": x, "none": figure3.attacked(net, pictures, "FGSM .03")}
+    changed = {"flipped": x, "none": figure3.preset(net, "FGSM .03").perturb(x, target=pictures.target)}
     rows = figure3.compared(pictures, changed, maps, {})
     own = {(row["attack"], row["map"]): row for row in rows}
     assert own["flipped", "CEM"]["correlation"]["mean"] == 1

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from benchmarks.detection._classifiers import kept
 from ce_plugin.datasets import FINDINGS, ImageFiles, XRays, chest_xray14, pneumonia_xrays
 from ce_plugin.evaluation import Figures, figures
-from ce_plugin.files import csv_text
+from ce_plugin.files import csv_text, written_whole
+from ce_plugin.interventions import Adversarial
 from ce_plugin.models import Framing, VisionModel, chexnet, load_state, pneumonia_cnn, train_classifier
 
 SIZE = 64
@@ -27,6 +28,8 @@ NEEDED = 20
 """Positive and negative test images below which no AUROC is given."""
 LEVEL = 0.95
 _BATCH = 50
+# Attacked images that are written together.
+_ATTACKED = 8
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,34 @@ class GrayTwoClasses(nn.Module):
 def cache_folder() -> Path:
     """Where weights and attacked images are kept."""
     return Path(os.environ.get("CE_PLUGIN_CACHE") or Path.home() / ".cache" / "ce-plugin") / "paper"
+
+
+def attacked(made: Adversarial, model: nn.Module, x: Tensor, target: Tensor | None = None) -> Tensor:
+    """The images under an attack, some at a time from the cache or made now; whatever they depend on is the key.
+
+    Args:
+        made: the attack.
+        model: its network.
+        x: images, (N, ...), in model units; their ids are 0 to N - 1.
+        target: the output to move away from, (N,), or None.
+    """
+    weights = hashlib.blake2b(repr(made).encode())
+    for value in model.state_dict().values():
+        weights.update(value.detach().contiguous().numpy().tobytes())
+    step, parts = max(_ATTACKED, made.batch_size), []
+    for start in range(0, len(x), step):
+        rows = slice(start, min(start + step, len(x)))
+        own, digest = None if target is None else target[rows], weights.copy()
+        digest.update(repr((rows, None if own is None else own.tolist())).encode())
+        digest.update(x[rows].contiguous().numpy().tobytes())
+        file = cache_folder() / "attacked" / f"{made.config.name}-{digest.hexdigest()[:24]}.npy"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            found = made.perturb(x[rows], target=own, ids=range(rows.start, rows.stop))
+            with written_whole(file) as stream:
+                np.save(stream, torch.as_tensor(found).numpy())
+        parts.append(torch.from_numpy(np.load(file)))
+    return torch.cat(parts)
 
 
 def logits(model: nn.Module, x: Tensor) -> Tensor:

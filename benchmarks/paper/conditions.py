@@ -160,13 +160,21 @@ class BoxTest:
         return float(1 + (self.random[:, k] <= self.own[k]).sum()) / (1 + len(self.random))
 
 
-def box_tests(model: nn.Module, images: Images, normalization: Normalization, draws: int = DRAWS) -> list[BoxTest]:
-    """The tests of all boxes of all images."""
+def box_tests(
+    model: nn.Module,
+    images: Images,
+    normalization: Normalization,
+    findings: Sequence[int] = range(len(FINDINGS)),
+    draws: int = DRAWS,
+) -> list[BoxTest]:
+    """The tests of the boxes of these findings in all images."""
     data, found = images.data, []
     if not isinstance(data, XRays):
         return []
     for i, file in enumerate(data.files):
         for number, box in enumerate(data.boxes_of(i)):
+            if box.finding not in findings:
+                continue
             own = box.mask(*images.x.shape[2:])
             masks = torch.cat([own[None], random_boxes(own, draws, ident=1000 * i + number)])
             effects = box_effects(model, images.x[i : i + 1], masks, normalization)
@@ -343,6 +351,7 @@ def first_condition(name: str, n: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=400, help="at most, of conditions I and III")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="random boxes for each box of condition II")
     parser.add_argument("--out", type=Path, help="a folder for condition1.csv, condition2.csv")
     options = parser.parse_args()
     first = list(itertools.chain.from_iterable(first_condition(name, options.images) for name in LAYERS))
@@ -350,7 +359,7 @@ def main() -> None:
     images = prepared(net, test)
     read = reading(logits(net.model, images.x), images, FINDINGS)
     known = informative(read)
-    tests = box_tests(net.model, images, net.normalization)
+    tests = box_tests(net.model, images, net.normalization, known, options.draws)
     second = box_rows(tests, known)
     third = None
     if len(known) > 1:
@@ -370,15 +379,17 @@ def main() -> None:
     ]  # fmt: skip
     save_csv(options.out, "condition2", boxes)
     record = {"first": first, "second": second, "third": third, "boxes": boxes, "auroc": [r.to_dict() for r in read]}
-    write("paper_conditions", text(first, second, third, tests, known), record)
+    boxed = {box.finding for i in range(len(test)) for box in test.boxes_of(i)}
+    left = [FINDINGS[k] for k in sorted(boxed - set(known))]
+    write("paper_conditions", text(first, second, third, options.draws, left), record)
 
 
 def text(
     first: Sequence[dict[str, Any]],
     second: Sequence[dict[str, Any]],
     third: dict[str, Any] | None,
-    tests: Sequence[BoxTest],
-    known: Sequence[int],
+    draws: int,
+    left: Sequence[str],
 ) -> str:
     """The tables."""
     lines = [
@@ -398,14 +409,13 @@ def text(
         f" {Mean(**row['masked'])} | {row['nodes_nonzero']} of {row['nodes']} | {Mean(**row['confirmed'])} |"
         for row in first
     ]
-    left = sorted({FINDINGS[one.finding] for one in tests if one.finding not in known})
     lines += [
         "",
         "**II, X <- Y.** The box of a finding masked (mean over black, the image's mean, blur), beside"
-        f" {DRAWS} boxes of the same size at random places of the same image; for findings whose AUROC's interval lies"
-        f" above .5. Not evaluated, because the network does not read them: {', '.join(left) or 'none'}. Negative: the"
-        " box supports the finding. Needed: patients with whom a mean and spread like these would be told from zero in"
-        " four of five samples, at 5 %.",
+        f" {draws} boxes of the same size at random places of the same image; for"
+        " findings whose AUROC's interval lies above .5. Not evaluated, because the network does not read them:"
+        f" {', '.join(left) or 'none'}. Negative: the box supports the finding. Needed: patients with whom a mean and"
+        " spread like these would be told from zero in four of five samples, at 5 %.",
         "",
         "| finding | boxes | box masked | beyond random boxes | needed | other outputs, likewise | p of each box |",
         "|---|---|---|---|---|---|---|",

@@ -23,12 +23,15 @@ from torch.nn.functional import interpolate
 from benchmarks.common.results import write
 from benchmarks.paper._xrays import (
     Mean,
+    attacked,
     by_patient,
+    informative,
     logits,
     network,
     nih_parts,
     pneumonia_parts,
     prepared,
+    reading,
     save_csv,
 )
 from ce_plugin import CausalEffectMap
@@ -110,7 +113,7 @@ class Pictures:
 
 
 def pictures_of(name: str, n: int) -> Pictures:
-    """X-rays with pneumonia that the network sees, n at most; of the fourteen findings all images with boxes."""
+    """X-rays with pneumonia that the network sees, n at most; or those with boxes of the findings that it reads."""
     net = network(name)
     if name == "fourteen sigmoids":
         return _boxed(net)
@@ -123,9 +126,11 @@ def pictures_of(name: str, n: int) -> Pictures:
 
 
 def _boxed(net: VisionModel) -> Pictures:
-    """One picture for each finding that has a box in it."""
+    """One picture for each finding that the network reads and that has a box in it."""
     _, test = nih_parts()
-    pairs = [(i, k) for i in range(len(test)) for k in sorted({box.finding for box in test.boxes_of(i)})]
+    images = prepared(net, test)
+    read = set(informative(reading(logits(net.model, images.x), images, FINDINGS)))
+    pairs = [(i, k) for i in range(len(test)) for k in sorted({box.finding for box in test.boxes_of(i)} & read)]
     data = test.subset(i for i, _ in pairs)
     x = prepared(net, data).x
     if not isinstance(data, XRays):
@@ -134,15 +139,12 @@ def _boxed(net: VisionModel) -> Pictures:
     return Pictures(x, torch.tensor([k for _, k in pairs]), data.groups, torch.stack(masks))
 
 
-def attacked(net: VisionModel, pictures: Pictures, attack: str) -> Tensor:
-    """The images under an attack on their output."""
+def preset(net: VisionModel, attack: str) -> Adversarial:
+    """One of the attacks on the network."""
     options = dict(ATTACKS[attack])
     several = len(net.class_names or ()) > 1
-    made = Adversarial.preset(
-        options.pop("name"), net.model, normalization=net.normalization, multi_label=several, **options
-    )
-    found: Tensor = made.perturb(pictures.x, target=pictures.target, ids=range(len(pictures.x)))
-    return found
+    name = options.pop("name")
+    return Adversarial.preset(name, net.model, normalization=net.normalization, multi_label=several, **options)
 
 
 def compared(
@@ -202,7 +204,7 @@ def draw(net: VisionModel, pictures: Pictures, changed: dict[str, Tensor], maps:
         for name, x in columns.items():
             found = maps[kind](x[row : row + 1], target)
             large = interpolate(found.float(), size, mode="bilinear", align_corners=False)[0, 0]
-            cells.append((f"{kind}, {name}", overlay(seen[name], large)))
+            cells.append((f"{kind}, {name}", overlay(large, seen[name])))
         lines.append(cells)
     return sheet(
         lines, note="Each map has its own scale: orange supports pneumonia, or the finding; blue speaks against it."
@@ -212,14 +214,14 @@ def draw(net: VisionModel, pictures: Pictures, changed: dict[str, Tensor], maps:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=100, help="of children's X-rays with pneumonia, at most")
-    parser.add_argument("--dense", type=int, default=25, help="the same for the DenseNet, whose attacks take longer")
+    parser.add_argument("--dense", type=int, default=20, help="the same for the DenseNet, whose attacks take longer")
     parser.add_argument("--out", type=Path, help="a folder for figure3.csv and the pictures")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     success: dict[str, dict[str, float]] = {}
     for name, layers in LAYERS.items():
         net, pictures = network(name), pictures_of(name, options.dense if name == "one sigmoid" else options.images)
-        changed = {attack: attacked(net, pictures, attack) for attack in ATTACKS}
+        changed = {attack: attacked(preset(net, attack), net.model, pictures.x, pictures.target) for attack in ATTACKS}
         success[name] = {attack: fooled(net, pictures, x) for attack, x in changed.items()}
         for layer in layers:
             maps = maps_of(net, layer)
@@ -244,9 +246,9 @@ def text(rows: list[dict[str, Any]], success: dict[str, dict[str, float]]) -> st
         "Not for clinical use. Spearman's correlation of the map with that of the clean image, on the layer's own"
         " grid, for the same output; mean over patients, 95 % t intervals. Grad-CAM is Captum's with its ReLU; a map"
         " without any positive value has no ranks, and is left out (undefined). Children's X-rays: those with pneumonia"
-        " that the network sees. Fourteen findings: the images with boxes, output and box of the finding. Last columns:"
-        " CEM minus this map, on the images where both are defined, and the share of the map's positive values in the"
-        " box.",
+        " that the network sees. Fourteen findings: images with boxes of the findings that are read, output and box of"
+        " the finding. Last columns: CEM minus this map, on the images where both are defined, and the share of the"
+        " map's positive values in the box.",
     ]
     for (name, layer), own in itertools.groupby(rows, lambda row: (row["network"], row["layer"])):
         some = list(own)
