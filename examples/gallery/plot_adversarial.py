@@ -71,9 +71,9 @@ def one_pixel(net: nn.Module, normalization: tuple[float, ...]) -> Adversarial:
 
 found = {}
 for net in (plain, robust):
-    x = net.normalization.to_model(pictures[: 40 if full else 16])
-    right = net.model(x).argmax(1) == labels[: len(x)]
-    x = x[right][: 10 if full else 4]
+    x = net.normalization.to_model(pictures[: 80 if full else 24])
+    found[net.name, "all"] = x = x[net.model(x).argmax(1) == labels[: len(x)]]
+    x = x[: 10 if full else 2]
     options = {"normalization": net.normalization, "clip_values": (0.0, 1.0)}
     attacks = {
         "FGSM": Adversarial.fgsm(net.model, eps=4 / 255, **options),
@@ -103,32 +103,35 @@ found[robust.name, "sheet"]
 # The question
 # ------------
 # PGD changes all 1024 pixels. *How many of them does the attack need?* Each pixel of the picture is set to
-# the attacked one by itself; its effect is that on the margin of the right answer. Then the pixels are set
-# together, in the order of their effects, the most harmful first, until the answer flips. The same in the
-# order of the size of a pixel's change, and at random. ``CausalMediation`` then asks inside: how many
-# channels of the last convolution carry half of the attack's effect?
+# the attacked one by itself; its effect is that on the logit of the right answer minus that of the answer under
+# attack. (The margin over the runner-up would not do: an attack need not end at the class that came second.)
+# Then the pixels are set together, some more each time, in the order of their effects, the most harmful first,
+# until the answer flips; and for comparison in the order of the size of a pixel's change, and at random.
+# ``CausalMediation`` then asks inside: how many channels of a layer carry half of the attack's effect on the margin?
 for net, layer in ((plain, "layer3"), (robust, "2")):
     x, result = found[net.name, "x"], found[net.name, "PGD"]
     needed = {"effect": [], "size of the change": [], "random": []}
     for k in result.success.nonzero().flatten().tolist():
         clean, attacked = x[k : k + 1], result.clipped[k : k + 1]
         mask = torch.arange(1024).reshape(1, 1, 32, 32)
-        explainer = CausalEffect(net.model, design=OneAtATime(), outcome="margin")
+        explainer = CausalEffect(net.model, design=OneAtATime(), outcome="logit")
+        effects = explainer.estimate(clean, baselines=attacked, feature_mask=mask).effect[0]
         answer = int(result.clean_prediction[k])
-        effect = explainer.estimate(clean, baselines=attacked, target=answer, feature_mask=mask).effect[0, :, 0]
+        effect = effects[:, answer] - effects[:, int(result.prediction[k])]
         size = (attacked - clean).abs().sum(1).flatten()
         orders = (effect, -size, torch.rand(1024, generator=torch.Generator().manual_seed(k)))
         for name, order in zip(needed, orders, strict=True):
             rank = order.argsort().argsort().reshape(1, 1, 32, 32)
-            counts = torch.arange(1, 1025, 1 if full else 16)[:, None, None, None]
+            counts = torch.arange(4, 1025, 4)[:, None, None, None]
             with torch.no_grad():
                 answers = net.model(torch.where(rank < counts, attacked, clean)).argmax(1)
             needed[name].append(int(counts.flatten()[answers != answer][0]))
     told = ", ".join(f"{sum(v) / len(v):.0f} by {name}" for name, v in needed.items() if v)
     print(f"{net.name}: of 1024 pixels the attack needs {told or 'none, as it never succeeds'}")
-    mediation = CausalMediation(net.model, layer, Adversarial.pgd(net.model, eps=4 / 255, **options))
-    half = max(1, len(x) // 2)
-    print(f"{net.name}, {layer}: {mediation.carriers(x[:half], x[half:])}")
+    attack = Adversarial.pgd(net.model, eps=4 / 255, normalization=net.normalization, clip_values=(0.0, 1.0))
+    mediation = CausalMediation(net.model, layer, attack, outcome="margin")
+    every = found[net.name, "all"]
+    print(f"{net.name}, {layer}: {mediation.carriers(every[::2], every[1::2])}")
 
 # %%
 # References
