@@ -42,7 +42,6 @@ sphinx_gallery_conf = {
     "plot_gallery": bool(os.environ.get("CE_PLUGIN_DATA")),
     # A page that was rendered in the small mode is rendered again in the full one.
     "run_stale_examples": FULL,
-    "abort_on_example_error": True,
     "min_reported_time": 0,
     "remove_config_comments": True,
     "show_signature": False,
