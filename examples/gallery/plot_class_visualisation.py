@@ -24,7 +24,7 @@ from ce_plugin.models import efficientnet_lite0, load_mobilenet
 from ce_plugin.visualization import overlay, sheet
 
 full = os.environ.get("CE_PLUGIN_GALLERY") == "full"
-steps = 120 if full else 12
+steps = 120 if full else 20
 networks = [efficientnet_lite0(), load_mobilenet(data_folder("mobilenet") / "mobilenet_v2_1.0_224_quant.npz")]
 photographs = imagenet_samples(data_folder("imagenet-samples"))
 rapeseed, flamingo = photographs.labels.tolist().index(984), 130
@@ -86,7 +86,7 @@ sheet([row], width=260)
 
 # %%
 # How it comes about, from noise:
-frames = make(0, "noise", **settings["all three"]).frames(noise, every=max(1, steps // 12))
+frames = make(0, "noise", **settings["all three"]).frames(noise, every=steps // 10)
 figure, axes = plt.subplots(figsize=(3, 3), layout="tight")
 axes.set_axis_off()
 artists = [[axes.imshow(networks[0].pictures(frame)[0].permute(1, 2, 0))] for frame in frames]
