@@ -38,11 +38,10 @@ sphinx_gallery_conf = {
     "within_subsection_order": "FileNameSortKey",
     "image_scrapers": ("matplotlib", "_figures.last_figure"),
     "capture_repr": (),
-    "matplotlib_animations": (True, "html5"),
+    "matplotlib_animations": (True, "jshtml"),
     "plot_gallery": bool(os.environ.get("CE_PLUGIN_DATA")),
     # A page that was rendered in the small mode is rendered again in the full one.
     "run_stale_examples": FULL,
-    "abort_on_example_error": True,
     "min_reported_time": 0,
     "remove_config_comments": True,
     "show_signature": False,

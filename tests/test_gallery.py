@@ -17,7 +17,7 @@ from ce_plugin.errors import ArgumentError, FileError
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "examples" / "gallery").glob("plot_*.py"))
-LONGEST = 90  # lines of code; the aim is 60
+LONGEST = 100  # lines of code; the aim is 60
 
 
 def lines_of_code(script: Path) -> int:

@@ -47,10 +47,11 @@ print(f"VGG-16: {sum(counted):,} parameters; the estimate is {sum(estimate):,}; 
 print(f"in its three fully connected layers: {sum(counted[-3:]) / sum(counted):.0%}")
 
 figure, axes = plt.subplots(1, 3, figsize=(12, 2.8), layout="constrained")
-for axis, net in zip(axes, (vgg16, network, mobilenet), strict=True):
+nets = {"VGG-16": vgg16, "EfficientNet-lite0": network, "MobileNet v2": mobilenet}
+for axis, (name, net) in zip(axes, nets.items(), strict=True):
     sizes = [size for m in net.model.modules() if (size := sum(p.numel() for p in m.parameters(recurse=False)))]
-    axis.bar(range(len(sizes)), [size / 1e6 for size in sizes], color="#666666")
-    axis.set(title=f"{net.name[:24]}: {sum(sizes) / 1e6:.1f} million", xlabel="layer with parameters", ylabel="million")
+    axis.bar(range(1, len(sizes) + 1), [size / 1e6 for size in sizes], color="#666666")
+    axis.set(title=f"{name}: {sum(sizes) / 1e6:.1f} million", xlabel="layer with parameters", ylabel="million")
 plt.show()
 
 # %%

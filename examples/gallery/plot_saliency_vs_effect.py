@@ -48,7 +48,7 @@ for network in networks:
     print(f"{network.name}: {int(right.sum())} of {len(samples)} photographs right")
     for k in [*right.nonzero().flatten()[:wanted].tolist(), *(~right).nonzero().flatten()[:wanted].tolist()]:
         scene = Scene(x[k : k + 1], int(answers[k]), network.model, network.normalization, ident=k)
-        scenes.append((network, scene, photographs.classes[samples.labels[k]]))
+        scenes.append((network, scene, int(samples.labels[k])))
 
 # %%
 # Five maps of each
@@ -74,9 +74,10 @@ results.sort(key=lambda result: -result[0])
 
 rows = []
 for _, network, scene, label, maps, agreement in results:
-    answer, picture = network.class_name(scene.target), network.pictures(scene.x)[0]
+    picture, answer = network.pictures(scene.x)[0], network.class_name(scene.target)
+    title = answer if scene.target == label else f"{answer}? no, {network.class_name(label)}"
     row = [(f"{name} ({agreement[name]:+.2f})", overlay(values, picture)) for name, values in maps.items()]
-    rows.append([(answer if answer == label else f"{answer}? {label}", picture), *row])
+    rows.append([(title, picture), *row])
 sheet(rows, width=200)
 
 # %%

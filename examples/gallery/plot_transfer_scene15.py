@@ -57,9 +57,8 @@ cuts = {"EfficientNet-lite0": [9, 14, 22], "MobileNet v2": [8, 14, 19]}
 grey = efficient.inputs([splits["test"][0][0]])
 with torch.no_grad():
     summed = nn.functional.conv2d(e._conv_stem.static_padding(grey[:, :1]), e._conv_stem.weight.sum(1, True), stride=2)
-    print(
-        f"sum of the first filters against three channels: differs by {(summed - e._conv_stem(grey)).abs().max():.1e}"
-    )
+    difference = (summed - e._conv_stem(grey)).abs().max()
+print(f"one channel and the sums of the first filters, or three channels: they differ by {difference:.1e}")
 
 
 @cache.cache
@@ -93,9 +92,8 @@ for name in trunks:
         for step, (pipeline, grid) in steps.items():
             search = GridSearchCV(pipeline, {"linearsvc__C": grid}, cv=5 if full else 3)
             searches[name, cut, step] = search.fit(z.numpy(), labels["train"])
-            print(
-                f"{name}, part {cut}, {step}: {search.best_score_:.3f} with C = {search.best_params_['linearsvc__C']}"
-            )
+            c = search.best_params_["linearsvc__C"]
+            print(f"{name}, part {cut}, {step}: {search.best_score_:.3f} with C = {c}")
 name, cut, step = max(searches, key=lambda key: searches[key].best_score_)
 best = searches[name, cut, step]
 print(f"chosen: {name}, part {cut}, {step}")
@@ -107,18 +105,16 @@ print(f"chosen: {name}, part {cut}, {step}")
 # to squares: the figure cannot be compared with published ones. Beside it, a new softmax layer on the same features,
 # which is what fine-tuning the head alone comes to.
 z = {split: features(name, split, full)[cut].numpy() for split in splits}
+n = len(z["test"])
 head = make_pipeline(Normalizer(), LogisticRegression(C=100, max_iter=500)).fit(z["train"], labels["train"])
 for what, classifier in (("support vector machine", best), ("softmax layer", head)):
     right = int((classifier.predict(z["test"]) == labels["test"]).sum())
-    low, high = binomtest(right, len(z["test"])).proportion_ci(method="wilson")
-    n = len(z["test"])
+    low, high = binomtest(right, n).proportion_ci(method="wilson")
     print(f"{what}: {right} of {n} right, {right / n:.3f} (95 % interval {low:.3f} to {high:.3f})")
 classes = splits["test"].classes
-figure, axes = plt.subplots(figsize=(7, 7))
-ConfusionMatrixDisplay.from_predictions(
-    labels["test"], best.predict(z["test"]), ax=axes, display_labels=classes, xticks_rotation="vertical", colorbar=False
-)
-figure.tight_layout()
+figure, axes = plt.subplots(figsize=(7, 7), layout="tight")
+shown = {"ax": axes, "display_labels": classes, "xticks_rotation": "vertical", "colorbar": False}
+ConfusionMatrixDisplay.from_predictions(labels["test"], best.predict(z["test"]), **shown)
 plt.show()
 
 # %%
