@@ -223,7 +223,7 @@ def other_places(region: Tensor, grid: tuple[int, ...], least: int = PLACEMENTS)
     found: dict[bytes, npt.NDArray[np.bool_]] = {}
     for axes in itertools.permutations(range(len(grid))):
         for mirrored in itertools.product((False, True), repeat=len(grid)):
-            turned = np.flip(shape.transpose(axes), [k for k, one in enumerate(mirrored) if one])
+            turned = np.flip(shape.transpose(axes), tuple(k for k, one in enumerate(mirrored) if one))
             steps = [range(size - own + 1) for size, own in zip(grid, turned.shape, strict=True)]
             for corner in itertools.product(*steps):
                 place = np.zeros(grid, dtype=bool)
