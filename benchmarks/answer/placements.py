@@ -151,9 +151,10 @@ def main() -> None:
     text = [
         f"### The interval of the answer ({options.network})",
         "",
-        f"{len(found)} photographs x {options.runs} runs of {PLACEMENTS} places, out of {min(places)} to {max(places)} that were",
-        f"run (mean over {len(FILLS)} fills). Coverage of the 95 % interval of their mean, with an interval over photographs.",
-        f"Bar: {100 * LOW:.0f} to {100 * HIGH:.0f} %. Shown: the region takes more than 24 other places at a level of 5 %.",
+        f"{len(found)} photographs x {options.runs} runs of {PLACEMENTS} places, out of {min(places)} to {max(places)}",
+        f"that were run (mean over {len(FILLS)} fills). Coverage of the 95 % interval of their mean, with an interval",
+        f"over photographs. Bar: {100 * LOW:.0f} to {100 * HIGH:.0f} %. Shown: the region takes more than 24 other places",
+        "at a level of 5 %.",
         "",
         "| P(class), nothing covered | photographs | coverage, % | bar met | shown |",
         "|---|---|---|---|---|",

@@ -291,9 +291,7 @@ class ExplainOptions(NetworkOptions):
 
     images: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="IMAGE", help="Picture files (JPEG, PNG, WebP ...), folders, or patterns like 'in/*.jpg'."
-        ),
+        typer.Argument(metavar="IMAGE", help="Picture files (JPEG, PNG ...), folders, or patterns like 'in/*.jpg'."),
     ]
     target: Target = None
     layer: Layer = None
@@ -1006,7 +1004,7 @@ Config = Annotated[
     typer.Option(
         "--config",
         metavar="FILE",
-        help=f"TOML file of options, as a run leaves it in its folder ({CONFIG}); what is on the command line counts more.",
+        help=f"TOML file of options, as a run leaves it in its folder ({CONFIG}). The command line counts more.",
         is_eager=True,
         callback=_read_config,
         rich_help_panel="The run",

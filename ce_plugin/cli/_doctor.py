@@ -46,7 +46,7 @@ def examined() -> str:
         how = f"pip install 'ce-plugin[{extra}]'" if extra else f"pip install {name}"
         lines.append(f"  {_mark(version)} {name} {version or f'is missing ({how})'}: {purpose}")
     lines += ["", "Devices", *(f"  ok {line}" for line in _devices())]
-    if _version("torch") and torch.version.cuda and not torch.cuda.is_available():
+    if torch.version.cuda and not torch.cuda.is_available():
         lines.append("  -- this PyTorch is built for CUDA, and no GPU is found: the wheels for the CPU are far smaller")
         lines.append("     (pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu)")
     lines += ["", "Folders"]

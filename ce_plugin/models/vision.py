@@ -251,7 +251,7 @@ class VisionModel:
 
 
 def load_model(name: str, weights: Weights = "DEFAULT") -> VisionModel:
-    """Load a network by name: ``"torchvision:resnet50"``, ``"timm:NAME"``, ``"hf:NAME"`` or ``"folder/file.py:factory"``.
+    """Load a network by name: ``"torchvision:resnet50"``, ``"timm:NAME"``, ``"hf:NAME"``, ``"folder/file.py:factory"``.
 
     Args:
         name: ``torchvision:NAME``, any classifier of ``torchvision.models``; ``timm:NAME``, of ``timm.list_models()``;
