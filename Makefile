@@ -21,7 +21,7 @@ demo test test-slow test-oldest test-python docs gallery: export MALLOC_MMAP_MAX
 demo test test-slow test-oldest test-python docs gallery: export MALLOC_TRIM_THRESHOLD_ = 20000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-oldest test-python check format docs gallery benchmark clean distclean
+.PHONY: help build demo test test-slow test-oldest test-python check format docs gallery benchmark clean distclean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -93,6 +93,15 @@ else
 	@for script in $(SCRIPTS); do name=$${script#benchmarks/}; \
 	  printf '  %-24s %s\n' "$$(echo $${name%.py} | tr / .)" "$$(sed -n '1s/^"""//;1s/"""$$//;1p' $$script)"; done
 endif
+
+build: $(VENV)/.created  ## wheel and source archive in dist/, checked in a fresh environment
+	rm -rf build dist .venv-build
+	$(PIP) install --quiet build
+	$(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv .venv-build
+	.venv-build/bin/python -m pip --disable-pip-version-check install --quiet dist/*.whl
+	cd dist && ../.venv-build/bin/ce-plugin --version && ../.venv-build/bin/ce-plugin doctor
+	rm -rf .venv-build
 
 clean:  ## remove what was built (not .venv, not a report)
 	rm -rf build dist docs/_build docs/gallery docs/sg_execution_times.rst .gallery-cache examples/gallery/.gallery-cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -8,14 +8,15 @@ network = efficientnet_lite0()  # its weights come with the extra `demo`
 x = network.inputs([sample_photographs()["flower.jpg"]])  # (1, 3, 224, 224)
 
 # A map as every Captum attribution gives it: positive patches support the predicted class.
-explainer = CausalEffect(network.model, outcome="log_odds", normalization=network.normalization)
+explainer = CausalEffect(
+    network.model, outcome="log_odds", normalization=network.normalization, class_names=network.class_names
+)
 contribution = explainer.attribute(x)  # (1, 3, 224, 224)
 
-# All patches x all classes from the same trials, each patch by itself, with standard errors.
-estimate = explainer.estimate(x)
-answer = int(estimate.predicted[0])
-significant = estimate.significant(fdr=0.05)[0, :, answer]
-print(f"{network.class_name(answer)}: {int(significant.sum())} of {len(significant)} patches matter by themselves")
+# All patches x all classes from the same trials, each patch by itself, with standard errors; and one region of them
+# that is covered and compared with random places.
+estimate = explainer.estimate(x, answer=True)
+print(estimate.summary())
 
-# The same as a picture, significant patches outlined.
-estimate.plot(network.pictures(x)[0]).savefig("quickstart.png")
+# The same as a picture, that region outlined. In a notebook `estimate` alone shows picture, sentence and numbers.
+estimate.plot().savefig("quickstart.png")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import importlib
+import json
 import os
 import re
 import sys
@@ -217,7 +218,10 @@ class NetworkOptions:
     model: Annotated[
         str,
         _network(
-            "NAME", "torchvision:NAME, or MODULE:FACTORY or FILE.py:FACTORY for your own.", shown="EfficientNet-lite0"
+            "NAME",
+            "torchvision:NAME, timm:NAME or hf:NAME (with their own preparation of pictures), or MODULE:FACTORY or "
+            "FILE.py:FACTORY for your own.",
+            shown="EfficientNet-lite0",
         ),
     ] = "ce_plugin.models:efficientnet_lite0"
     weights: Annotated[
@@ -272,6 +276,8 @@ class ExplainOptions(NetworkOptions):
     examples:
       ce-plugin explain cat.jpg
       ce-plugin explain cat.jpg --model torchvision:resnet50 --target tabby
+      ce-plugin explain photographs --model timm:convnext_tiny
+      ce-plugin explain --config ce-plugin-report/run.toml --out again
       ce-plugin explain leaf.png --model my_networks:leaves --weights leaves.pt \
           --class-names leaves.txt --size 128 --normalization 0.5/0.25
       ce-plugin explain *.jpg --attack fgsm --attack pgd --eps 0.3 --out paper
@@ -283,7 +289,10 @@ class ExplainOptions(NetworkOptions):
     (2019) was meant for small pictures and spoils a photograph for the eye too.
     """
 
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Picture files (JPEG, PNG, WebP ...).")]
+    images: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGE", help="Picture files (JPEG, PNG ...), folders, or patterns like 'in/*.jpg'."),
+    ]
     target: Target = None
     layer: Layer = None
     attack: Annotated[
@@ -926,7 +935,7 @@ def _command(group: typer.Typer, name: str, options: type[Any], runner: str) -> 
 
     module, _, function = runner.partition(":")
 
-    def call(context: typer.Context, **values: Any) -> None:
+    def call(context: typer.Context, config: Path | None = None, **values: Any) -> None:
         given = options(**values)
         _keep_freed_memory()
         try:
@@ -943,6 +952,8 @@ def _command(group: typer.Typer, name: str, options: type[Any], runner: str) -> 
                 )
                 with place:
                     unreadable = run(given, context.obj)
+                    if not only_shows and hints["out"] is not OutFile:
+                        _write_config(given, context.command_path)
         except CEPluginError as error:
             sys.stderr.write(f"ce-plugin: error: {error}\n")
             raise typer.Exit(1) from None
@@ -963,9 +974,75 @@ def _command(group: typer.Typer, name: str, options: type[Any], runner: str) -> 
     for one in fields(options):
         default = Parameter.empty if one.default is MISSING else one.default
         parameters.append(Parameter(one.name, Parameter.KEYWORD_ONLY, default=default, annotation=hints[one.name]))
+    parameters.append(Parameter("config", Parameter.KEYWORD_ONLY, default=None, annotation=Config))
     call.__signature__ = Signature(parameters)  # type: ignore[attr-defined] # typer reads it
     text, epilog = _help_and_epilog(options)
     group.command(name, cls=_SeveralValues if group is _detect else None, help=text, epilog=epilog)(call)
+
+
+CONFIG = "run.toml"
+"""Name of the file that a run leaves beside its results, for ``--config``."""
+
+
+def _read_config(context: typer.Context, file: Path | None) -> Path | None:
+    """Options from a TOML file; those on the command line come before them."""
+    if file is None:
+        return None
+    # Imported here, as is typer's rule for what only some commands need.
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{file} cannot be read as TOML ({error})") from None
+    known = {parameter.name for parameter in context.command.params} - {"config"}
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise typer.BadParameter(f"{file}: {unknown[0]!r} is no option of {context.command_path}")
+    context.default_map = values
+    return file
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help=f"TOML file of options, as a run leaves it in its folder ({CONFIG}). The command line counts more.",
+        is_eager=True,
+        callback=_read_config,
+        rich_help_panel="The run",
+    ),
+]
+
+
+def _write_config(given: Any, command: str) -> None:
+    """Leave the options of a run in its folder, from which ``--config`` runs it again."""
+    lines = [f"# {command} --config {CONFIG} --out ANOTHER_FOLDER"]
+    for one in fields(given):
+        value = getattr(given, one.name)
+        if value is None or one.name in ("out", "force") or value == one.default:
+            continue
+        lines.append(f"{one.name} = {_toml(value)}")
+    path = Path(given.out) / CONFIG
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _toml(value: object) -> str:
+    """A value as TOML, in the form in which the command line takes it."""
+    if isinstance(value, MeanStd):
+        return json.dumps("/".join(",".join(map(repr, part)) for part in value))
+    if isinstance(value, ValueRange):
+        return json.dumps(f"{value.low!r},{value.high!r}")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, tuple):
+        return json.dumps(",".join(map(str, value)))
+    return repr(value) if isinstance(value, (int, float)) else json.dumps(str(value), ensure_ascii=False)
 
 
 def _is_about_memory(error: Exception) -> bool:
@@ -1001,6 +1078,7 @@ def _root(
       ce-plugin expected photographs --layer _bn1 --given clean,fgsm
       ce-plugin expected show ce-plugin-expected
       ce-plugin experiment table3 --data data
+      ce-plugin doctor              what this machine and environment can do
       ce-plugin explain --help      all options of a command
 
     exit codes:
@@ -1032,6 +1110,16 @@ _command(_detect, "score", ScoreOptions, "_detect:score")
 _command(_detect, "evaluate", EvaluateOptions, "_detect:evaluate")
 _command(_expected, "run", ExpectedOptions, "_expected:run")
 _command(_expected, "show", ExpectedShowOptions, "_expected:show")
+
+
+@app.command("doctor")
+def _doctor() -> None:
+    """Say what this machine and environment can do: versions, devices, memory, optional packages, data."""
+    from ce_plugin.cli._doctor import examined
+
+    typer.echo(examined())
+
+
 app.add_typer(_expected, name="expected")
 app.add_typer(_concepts, name="concepts")
 app.add_typer(_detect, name="detect")

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ce_plugin.cli._commands import DemoOptions, ExplainOptions
-from ce_plugin.cli._session import Pictures, manifest, network, progress, say
+from ce_plugin.cli._session import Pictures, manifest, network, progress, say, with_patterns
 from ce_plugin.datasets import read_image, sample_photographs
 from ce_plugin.designs import Design, LeaveOneIn, OneAtATime, RandomMask, RandomRegions
 from ce_plugin.errors import ArgumentError, expected
@@ -54,14 +54,14 @@ def demo(options: DemoOptions, argv: Sequence[str]) -> None:
 
 def explain(options: ExplainOptions, argv: Sequence[str]) -> dict[str, str]:
     """Explain the user's photographs; returns those that could not be read, and why."""
-    for file in options.images:
-        if os.path.isdir(file):
-            read_image(file)  # which says how its files are named
-        existing_file(file, "IMAGE")  # before the network is loaded
+    paths = with_patterns(options.images)
+    for file in paths:
+        if not os.path.isdir(file):
+            existing_file(file, "IMAGE")  # before the network is loaded
     net = network(options)
-    pictures = Pictures(options.images, net, name="IMAGE", quiet=options.quiet)
+    pictures = Pictures(paths, net, name="IMAGE", quiet=options.quiet)
     # Two files may have the same name.
-    short = len({file.name for file in options.images}) == len(options.images)
+    short = len({file.name for file in pictures.files}) == len(pictures.files)
     files = {printable(file.name if short else file): file for file in pictures.files}
     hashes: dict[str, Any] = {}
     inputs = {}

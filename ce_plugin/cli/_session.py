@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -128,6 +129,15 @@ def layer_name(net: VisionModel, inputs: Tensor, wanted: str | None) -> str:
         hint = "Name one of its layers with --layer."
         raise ModelError(expected("layer", "given for a network without a late convolution", None, hint))
     return found[0]
+
+
+def with_patterns(paths: Sequence[Path]) -> list[Path]:
+    """Paths, and in place of a pattern (``in/*.jpg``, for shells that leave it) the files that it names, in order."""
+    found: list[Path] = []
+    for path in paths:
+        named = [] if os.path.lexists(path) else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        found += named or [path]
+    return found
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from html import escape
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ce_plugin.detection.scorers import EffectDistance, Sample
 from ce_plugin.detection.signature import Signature, digests
 from ce_plugin.interventions import Patch
 from ce_plugin.interventions.base import Intervention
+from ce_plugin.visualization import overlay
 
 _SHOWN = 5
 # Windows of a seventh of the side, half overlapping.
@@ -74,6 +76,16 @@ class Alarm:
         lines = [f"{self.intervention} leaves class {self.turned_to}"]
         lines += [f"{name}: {value:+.1f}" for name, value in list(self.deviations.items())[:3]]
         return "; ".join([*lines, *map(str, self.effects[:2])])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: where the answer depends on what is removed, and which effects are unusual."""
+        rows = "".join(f"<li>{escape(str(one))}</li>" for one in self.effects)
+        said = f"<p>{escape(self.intervention)} leaves class {self.turned_to} as the answer. Unusual effects:</p>"
+        if self.regions is None:
+            return f"<div>{said}<ul>{rows}</ul></div>"
+        plane = self.regions.detach().cpu()
+        figure = overlay(plane, torch.full((1, *plane.shape), 0.5), width=240, title="where the answer depends on it")
+        return f'<div>{said}<div style="display:flex;gap:1em">{figure._repr_html_()}<ul>{rows}</ul></div></div>'
 
 
 def explained(

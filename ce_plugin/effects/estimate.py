@@ -403,7 +403,7 @@ class Estimate:
         own = self.contribution[example, : int(self.n_units[example]), column]
         if not len(own):
             return "There is nothing that could be set."
-        unit = int(own.nan_to_num(-math.inf).argmax())
+        unit = int(self.smoothed_contribution[example, : len(own), column].nan_to_num(-math.inf).argmax())
         value, known = float(own[unit]), name.startswith("class ")
         said = name if known else f"“{name}”"
         if value <= 0:
@@ -455,7 +455,7 @@ class Estimate:
         return f"“{self.labels_of(example)[unit]}”"
 
     def strongest(self, example: int = 0, target: int | str | None = None, top: int = 5) -> pd.DataFrame:
-        """The units that support a class most, the strongest first.
+        """The units that support a class most, the strongest first: on the smoothed map, where there is one.
 
         Args:
             example: index of the example.
@@ -479,7 +479,8 @@ class Estimate:
         check_integer("top", top, "at least 1", least=1)
         column, _ = column_of(self, example, target)
         own = self.contribution[example, : int(self.n_units[example]), column].detach().cpu()
-        order = own.argsort(descending=True, stable=True)[:top]
+        drawn = self.smoothed_contribution[example, : len(own), column].detach().cpu()
+        order = drawn.argsort(descending=True, stable=True)[:top]
         labels = self.labels_of(example)
         data: dict[str, Any] = {"unit": order.tolist(), "label": [labels[u] for u in order.tolist()]}
         data["contribution"] = own[order].numpy()

@@ -153,7 +153,7 @@ def plot_estimate(
         if value is not None and value not in allowed:
             raise unknown_name(name, value, allowed)
     names = estimate.class_names if class_names is None else tuple(class_names)
-    every = target if isinstance(target, (list, tuple)) else [target]
+    every = [target] if target is None or isinstance(target, (int, str)) else list(target)
     columns = [column_of(estimate, example, one, names) for one in every]
     if ax is not None and len(columns) != 1:
         raise ArgumentError(expected("target", "one class for one `ax`", f"{len(columns)} classes"))
@@ -286,8 +286,9 @@ def column_of(
         check_integer("target", target, "None, a class index or a name", error=TargetError)
 
     def called(index: object) -> str:
-        known = names is not None and isinstance(index, int) and 0 <= index < len(names)
-        return names[index] if names is not None and known else f"class {index}"
+        if names is not None and isinstance(index, int) and 0 <= index < len(names):
+            return names[index]
+        return f"class {index}"
 
     classes = estimate.effect.shape[2]
     if estimate.target is not None or classes == 1:
@@ -387,10 +388,9 @@ def _table(estimate: Drawn, example: int) -> str:
     column, name = column_of(estimate, example, None)
     frame = estimate.strongest(example, column if estimate.target is None else None, top=_STRONGEST)
     rows = []
-    for unit in frame.itertuples():
-        sure = "" if estimate.std_error is None else f"<td>{unit.ci_low:+.3g} to {unit.ci_high:+.3g}</td>"
-        place = escape(estimate.place_of(example, int(unit.unit)))
-        rows.append(f"<tr><td>{place}</td><td>{unit.contribution:+.3g}</td>{sure}</tr>")
+    for unit, size, *ends in frame.drop(columns="label").to_numpy().tolist():
+        sure = "<td>{:+.3g} to {:+.3g}</td>".format(*ends) if ends else ""
+        rows.append(f"<tr><td>{escape(estimate.place_of(example, int(unit)))}</td><td>{size:+.3g}</td>{sure}</tr>")
     interval = "" if estimate.std_error is None else "<th>95 % interval</th>"
     head = f"<tr><th>strongest for {escape(_quoted(name))}</th><th>{escape(_measured(estimate))}</th>{interval}</tr>"
     return f"<table>{head}{''.join(rows)}</table>"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import pickle
 import struct
@@ -16,7 +17,7 @@ import traceback
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -251,26 +252,28 @@ class VisionModel:
 
 
 def load_model(name: str, weights: Weights = "DEFAULT") -> VisionModel:
-    """Load a network by name: ``"torchvision:resnet50"``, ``"package.module:factory"`` or ``"folder/file.py:factory"``.
+    """Load a network by name: ``"torchvision:resnet50"``, ``"timm:NAME"``, ``"hf:NAME"``, ``"folder/file.py:factory"``.
 
     Args:
-        name: ``torchvision:NAME``, any classifier of ``torchvision.models``; or ``MODULE:FACTORY``, a function
-            without arguments that returns a :class:`VisionModel` or a ``torch.nn.Module``. Modules are also found
-            in the current folder; a path that ends in ``.py`` names a file. A function with one argument is given
-            ``weights``, such as ``ce_plugin.models:load_mobilenet``.
-        weights: ``"DEFAULT"``: torchvision's best weights (downloaded once), or the factory's own; a file written by
+        name: ``torchvision:NAME``, any classifier of ``torchvision.models``; ``timm:NAME``, of ``timm.list_models()``;
+            ``hf:NAME``, an image classifier on the Hugging Face hub, or a folder of ``save_pretrained``; or
+            ``MODULE:FACTORY``, a function without arguments that returns a :class:`VisionModel` or a
+            ``torch.nn.Module``. Modules are also found in the current folder; a path that ends in ``.py`` names a file.
+            A function with one argument is given ``weights``, such as ``ce_plugin.models:load_mobilenet``.
+        weights: ``"DEFAULT"``: the library's best weights (downloaded once), or the factory's own; a file written by
             ``torch.save(model.state_dict(), FILE)``, also of torchvision's network with another number of classes; what
-            a factory with one argument reads; None: torchvision's network, untrained.
+            a factory with one argument reads; None: the library's network, untrained.
 
     Returns:
-        The network in eval mode, with torchvision's input size, normalisation and class names. A plain module
-        gets 224 x 224, no normalisation and no class names.
+        The network in eval mode, with the library's input size, normalisation and class names. A processor of
+        transformers that squeezes a picture into a square is replaced by a crop of the same size, which keeps shapes. A
+        plain module gets 224 x 224, no normalisation and no class names.
 
     Raises:
         ArgumentError: the name has no ``:``.
         UnknownNameError: there is no such network, module or factory; the message suggests the closest name.
-        ModelError: the module cannot be imported, the factory needs arguments, raises, or does not return a network,
-            or the weights do not fit.
+        ModelError: the library or module cannot be imported, the factory needs arguments, raises, or does not return a
+            network, or the weights do not fit.
         FileError: there is no such file, or the weights cannot be read or downloaded.
 
     Example:
@@ -279,13 +282,19 @@ def load_model(name: str, weights: Weights = "DEFAULT") -> VisionModel:
     """
     prefix, colon, rest = name.rpartition(":")
     if not (prefix and colon and rest):
-        hint = "For example: torchvision:resnet50, my_module:my_factory, or folder/my_file.py:my_factory."
+        hint = (
+            "For example: torchvision:resnet50, timm:resnet18, hf:google/vit-base-patch16-224, my_module:my_factory, "
+        )
+        hint += "or folder/my_file.py:my_factory."
         raise ArgumentError(expected("model", "torchvision:NAME or MODULE:FACTORY", repr(name), hint))
     given = None if str(weights) == "DEFAULT" else weights
     if given is not None and not Path(given).is_dir():
         existing_file(given, "weights", "DEFAULT or an existing file")
-    if prefix == "torchvision":
-        loaded, filled = _from_torchvision(rest, weights), False
+    libraries = {"torchvision": _from_torchvision, "timm": _from_timm, "hf": _from_transformers}
+    # Names on the hub may hold a colon; those of libraries come first.
+    library, _, own = name.partition(":")
+    if library in libraries:
+        loaded, filled = libraries[library](own, weights), False
     else:
         loaded, filled = _from_factory(prefix, rest, given)
     if given is not None and not filled:
@@ -321,6 +330,100 @@ def _from_torchvision(name: str, weights: Weights) -> VisionModel:
         normalization=Normalization(transform.mean, transform.std),
         class_names=names,
     )
+
+
+def _from_timm(name: str, weights: Weights) -> VisionModel:
+    timm = _library("timm")
+    if not timm.is_model(name):
+        raise unknown_name("model", name, timm.list_models())
+    try:
+        model = timm.create_model(name, pretrained=str(weights) == "DEFAULT")
+    except (OSError, RuntimeError) as error:
+        raise _no_download(f"timm:{name}", error) from error
+    config = timm.data.resolve_model_data_config(model)
+    channels, size = config["input_size"][0], config["input_size"][-1]
+    interpolation = config["interpolation"] if config["interpolation"] in _INTERPOLATIONS else "bilinear"
+    names = None
+    with suppress(KeyError, ValueError, AttributeError):
+        info = timm.data.ImageNetInfo(timm.data.infer_imagenet_subset(model) or "imagenet-1k")
+        described = [text.partition(",")[0] for text in info.label_descriptions()]
+        names = tuple(described) if len(described) == model.num_classes else None
+    return VisionModel(
+        model,
+        name=name if weights is not None else f"{name} (untrained)",
+        framing=Framing(size, max(size, math.floor(size / config["crop_pct"])), interpolation),
+        normalization=Normalization(config["mean"], config["std"]),
+        class_names=names,
+        grayscale=channels == 1,
+    )
+
+
+class _Logits(nn.Module):
+    """A classifier of transformers that returns its logits alone."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits, (N, C)."""
+        logits: Tensor = self.network(pixel_values=x).logits
+        return logits
+
+
+def _from_transformers(name: str, weights: Weights) -> VisionModel:
+    transformers = _library("transformers")
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(name)
+        kind = transformers.AutoModelForImageClassification
+        if str(weights) == "DEFAULT":
+            network = kind.from_pretrained(name)
+        else:
+            network = kind.from_config(transformers.AutoConfig.from_pretrained(name))
+    except (OSError, ValueError) as error:
+        raise _no_download(f"hf:{name}", error) from error
+    told = processor.to_dict()
+    crop, resize = (_sides(told.get(key)) for key in ("crop_size", "size"))
+    size = crop if told.get("do_center_crop") and crop else resize or Framing().size
+    labels = network.config.id2label
+    normal = told.get("do_normalize", True)
+    mean, std = (told["image_mean"], told["image_std"]) if normal else (0.0, 1.0)
+    interpolation = {0: "nearest", 2: "bilinear", 3: "bicubic"}.get(int(told.get("resample") or 2), "bilinear")
+    return VisionModel(
+        _Logits(network),
+        name=Path(name).name if weights is not None else f"{Path(name).name} (untrained)",
+        framing=Framing(size, max(size, resize or size), interpolation),
+        normalization=Normalization(mean, std),
+        class_names=tuple(str(labels[i]).partition(",")[0] for i in range(len(labels))),
+    )
+
+
+def _sides(size: Any) -> int | None:
+    """The side of a square that a processor of transformers names in one of its ways."""
+    if isinstance(size, int):
+        return size
+    found = [] if not size else [size[key] for key in ("shortest_edge", "height", "width") if size.get(key)]
+    return int(min(found)) if found else None
+
+
+def _library(name: str) -> Any:
+    """A library of networks.
+
+    Raises:
+        ModelError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        hint = 'Install it: pip install "ce-plugin[networks]"'
+        raise ModelError(expected("model", f"a network of {name}", f"{error}", hint)) from error
+
+
+def _no_download(name: str, error: Exception) -> FileError:
+    """That a network of a library could not be had."""
+    said = " ".join(str(error).split())[:300]
+    hint = "Check the name; without internet access, pass weights=FILE, or for hf: a folder of save_pretrained."
+    return FileError(expected("model", "a network that can be downloaded or read", f"{name!r} ({said})", hint))
 
 
 def _from_factory(module_name: str, factory_name: str, weights: Weights) -> tuple[VisionModel, bool]:

@@ -193,7 +193,8 @@ def _effects(
                 best = explainer.forward.forward_func(batch).argmax(1).cpu()
             rows = torch.arange(len(best))
             own.append(contribution[rows, :, best])
-            insertion.append(double(found.insertion_effect)[rows, best])
+            if found.insertion_effect is not None:  # concepts have one
+                insertion.append(double(found.insertion_effect)[rows, best])
             answers += best.tolist()
             bar.update(len(batch))
     mean = torch.zeros(0, 0) if total is None else total / len(images)

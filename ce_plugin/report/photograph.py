@@ -24,12 +24,21 @@ from ce_plugin.models import VisionModel
 from ce_plugin.networks.forward import double
 from ce_plugin.networks.guard import state_guard, turn
 from ce_plugin.networks.layers import in_this_thread
-from ce_plugin.report.sections import Section, cell
+from ce_plugin.report.answer import Told, told
+from ce_plugin.report.sections import Section, cell, rendered
 from ce_plugin.sites import InputSite, patch_grid
 from ce_plugin.visualization import magnify, overlay
 
 ATTACKS = ("fgsm", "bim", "pgd", "jsma")
 """Names of the attacks that a report can hold as evidence, in the order in which it shows them."""
+
+ATTACK_NAMES = {
+    "fgsm": "fast gradient sign method",
+    "bim": "basic iterative method",
+    "pgd": "projected gradient descent",
+    "jsma": "Jacobian saliency map attack",
+}
+"""What the attacks are called, spelled out."""
 
 OUTCOMES = {"log_odds": "log-odds", "probability": "probability", "logit": "logit", "margin": "margin"}
 """Outcomes that a report can show, one number per class, and what it calls them."""
@@ -189,6 +198,7 @@ class Case:
         trials: number of trials of the design.
         passes: forward passes by what they were for.
         seconds: wall-clock time by what it was for.
+        told: the answer in a sentence, and the numbers of all patches.
     """
 
     name: str
@@ -205,6 +215,7 @@ class Case:
     trials: int
     passes: Mapping[str, int]
     seconds: Mapping[str, float]
+    told: Told | None = None
 
 
 @dataclass(frozen=True)
@@ -290,12 +301,16 @@ class PhotographSection(Section[tuple[Case, ...]]):
                 "explained": asdict(case.explained),
                 "answer_changed": case.success,
                 "outlined": {maps.answer.name: [maps.n_outlined, maps.n_units] for maps in case.maps},
+                "answer_tested": None if case.told is None else case.told.record(),
             }
         return record
 
     def render(self, found: tuple[Case, ...]) -> dict[str, Any]:
-        """A table of the answers, and the maps."""
+        """The answer, a table of the answers under attack, and the maps."""
+        first, outcome = found[0].told, OUTCOMES[self.plan.outcome]
         return {
+            "head": "" if first is None else rendered("answer.html.j2", first.render(outcome)),
+            "attacks": {name: ATTACK_NAMES[name] for name in self.plan.attacks},
             "explained": found[0].explained.name,
             "outlines": found[0].outlines,
             "cases": [{"case": case, "cells": _cells(case, OUTCOMES[self.plan.outcome])} for case in found],
@@ -319,7 +334,8 @@ def _case(study: Study, evidence: str) -> Case:
     answers = [Answer(i, net.class_name(i), probability, odds) for i, (probability, odds) in enumerate(values)]
     top = sorted(answers, key=attrgetter("probability"), reverse=True)[:3]
     success = top[0].index != clean_answer if attacked else None
-    maps, estimate = _maps(study, inputs, [answers[study.target], *([top[0]] if success else [])], meter)
+    shown = [answers[study.target], *([top[0]] if success else [])]
+    maps, estimate, head = _maps(study, inputs, shown, [one.index for one in top], meter)
     span = net.value_range[1] - net.value_range[0]
     change = net.normalization.to_image(inputs) - net.normalization.to_image(study.inputs)
     return Case(
@@ -337,6 +353,7 @@ def _case(study: Study, evidence: str) -> Case:
         trials=int(estimate.n_trials),
         passes=meter.passes,
         seconds=meter.seconds,
+        told=head,
     )
 
 
@@ -347,19 +364,24 @@ def _outlines(estimate: Estimate) -> str:
     return "not zero" if estimate.smoothed is None else ""
 
 
-def _maps(study: Study, inputs: Tensor, answers: list[Answer], meter: Meter) -> tuple[tuple[ClassMaps, ...], Estimate]:
-    """The maps of each answer, and the estimate that they show."""
+def _maps(
+    study: Study, inputs: Tensor, answers: list[Answer], top: list[int], meter: Meter
+) -> tuple[tuple[ClassMaps, ...], Estimate, Told | None]:
+    """The maps of each answer, the estimate that they show, and what is told first."""
     net, plan = study.net, study.plan
     explainer = CausalEffect(
-        net.model, plan.intervention, plan.design, outcome=plan.outcome, normalization=net.normalization, seed=plan.seed
-    )
+        net.model, plan.intervention, plan.design, outcome=plan.outcome, normalization=net.normalization,
+        seed=plan.seed, class_names=net.class_names,
+    )  # fmt: skip
+    # Designs over a grid know the default one only.
+    mask = None if plan.cells == 14 else patch_grid(inputs.shape[2], inputs.shape[3], plan.cells)
     with meter("causal effects"):
         estimate = explainer.estimate(
             inputs,
             ids=[study.example_id],
-            # Designs over a grid know the default one only.
-            feature_mask=None if plan.cells == 14 else patch_grid(inputs.shape[2], inputs.shape[3], plan.cells),
+            feature_mask=mask,
             perturbations_per_eval=plan.perturbations_per_eval,
+            answer=True,
         )
     what = _outlines(estimate)
     if what == "significant":
@@ -369,6 +391,12 @@ def _maps(study: Study, inputs: Tensor, answers: list[Answer], meter: Meter) -> 
     else:
         outlined = torch.zeros_like(estimate.effect, dtype=torch.bool)
     units = InputSite(cells=plan.cells).units_of((inputs,))
+    rows, columns = units.grid or (1, units.width)
+    with meter("strongest patches alone"):
+        head = told(
+            net, explainer, inputs, estimate, classes=[*(one.index for one in answers), *top], grid=(rows, columns),
+            mask=mask, example_id=study.example_id,
+        )  # fmt: skip
 
     def plane(values: Tensor) -> Tensor:
         """One value per unit, (1, U), at its pixels, (H, W)."""
@@ -395,7 +423,7 @@ def _maps(study: Study, inputs: Tensor, answers: list[Answer], meter: Meter) -> 
                 grad_cam=cam,
             )
         )
-    return tuple(maps), estimate
+    return tuple(maps), estimate, head
 
 
 def _float_noise(model: nn.Module, outcome: str, inputs: Tensor) -> float:

@@ -210,8 +210,8 @@ def test_the_sentence_says_what_was_found() -> None:
     }  # fmt: skip
     said = RegionTest(**options).sentence(0, names)
     assert said == (
-        "Covering the outlined top left takes “cat” from 32 % to 4 %; covering as much at 24 other places leaves 30 % "
-        "on average (30 to 30)."
+        "Covering the outlined part at the top left takes “cat” from 32 % to 4 %; covering as much at 24 other places "
+        "leaves 30 % on average (30 to 30)."
     )
     doubtful = RegionTest(**{**options, "covered": torch.tensor([0.3])}).sentence(0, names)
     assert "is not shown (p = 0.52)" in doubtful

@@ -1,0 +1,1 @@
+"""Does the sentence that an explanation begins with keep its promise?"""

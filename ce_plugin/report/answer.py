@@ -1,0 +1,173 @@
+"""The head of a photograph: the answer in a sentence, the picture to explore, and its strongest patches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ce_plugin.attribution import CausalEffect
+from ce_plugin.designs import Joint
+from ce_plugin.effects import Estimate, RegionTest
+from ce_plugin.models import VisionModel
+from ce_plugin.visualization import data_uri, outlines
+
+_STRONGEST = 5
+# The picture is drawn in a square of so many units.
+_SIDE = 1000
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One of the strongest patches.
+
+    Attributes:
+        place: row and column.
+        contribution: to the outcome of the class, averaged over what happens to the other patches.
+        low, high: its 95 % interval; None where no errors are known.
+        points: what covering this patch alone takes from the probability, in per cent points, the mean over the fills.
+    """
+
+    place: str
+    contribution: float
+    low: float | None
+    high: float | None
+    points: float
+
+
+@dataclass(frozen=True)
+class Told:
+    """What is told first of one photograph.
+
+    Attributes:
+        sentence: what was found, in words.
+        test: the region that was covered, and the random places.
+        name: of the class that the sentence is about.
+        patches: the strongest ones for this class.
+        classes: for each of the most probable classes its name, the contributions of all patches to draw, the effects
+            themselves and half of their intervals (empty where no errors are known).
+        grid: rows and columns of patches.
+        picture: what the network saw, (C, H, W), in [0, 1].
+    """
+
+    sentence: str
+    test: RegionTest
+    name: str
+    patches: tuple[Patch, ...]
+    classes: tuple[dict[str, Any], ...] = field(repr=False)
+    grid: tuple[int, int]
+    picture: Tensor = field(repr=False)
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest keeps."""
+        test = self.test
+        return {
+            "sentence": self.sentence,
+            "class": self.name,
+            "clean": float(test.clean[0]),
+            "covered": float(test.covered[0]),
+            "placed": test.placed[0].tolist(),
+            "p_value": float(test.p_values()[0]),
+            "patches_covered": test.region[0].nonzero()[:, 0].tolist(),
+        }
+
+    def render(self, outcome: str) -> dict[str, Any]:
+        """The names that the template ``answer.html.j2`` uses.
+
+        Args:
+            outcome: its name, for the reader.
+        """
+        rows, columns = self.grid
+        width, height = _SIDE / columns, _SIDE / rows
+        cells = [
+            {"x": c * width, "y": r * height, "place": f"row {r + 1}, column {c + 1}"}
+            for r in range(rows)
+            for c in range(columns)
+        ]
+        lines = outlines(self.test.region[0].reshape(rows, columns)) + 0.5
+        scale = torch.tensor([width, height], dtype=torch.float64).numpy()
+        return {
+            "sentence": self.sentence,
+            "name": self.name,
+            "gray": data_uri(0.3 + 0.65 * self.picture.mean(0, keepdim=True)),
+            "colours": data_uri(self.picture),
+            "cells": cells,
+            "cell_width": width,
+            "cell_height": height,
+            "side": _SIDE,
+            "lines": (lines * scale).reshape(-1, 4).tolist(),
+            "patches": self.patches,
+            "data": json.dumps(self.classes).replace("<", "\\u003c"),
+            "names": [one["name"] for one in self.classes],
+            "outcome": outcome,
+        }
+
+
+def told(
+    net: VisionModel,
+    explainer: CausalEffect,
+    inputs: Tensor,
+    estimate: Estimate,
+    *,
+    classes: Sequence[int],
+    grid: tuple[int, int],
+    mask: Tensor | None,
+    example_id: int,
+) -> Told | None:
+    """What is told first of one photograph; None where nothing was tested.
+
+    Args:
+        net: the network.
+        explainer: that made the estimate.
+        inputs: the photograph as the network saw it, (1, C, H, W).
+        estimate: of all classes, with its answer.
+        classes: that the reader may choose from.
+        grid: rows and columns of patches.
+        mask: the patches, where they are not the default ones.
+        example_id: names the random numbers.
+    """
+    test = estimate.answer
+    if test is None:
+        return None
+    target = int(test.target[0])
+    strongest = estimate.strongest(0, target, top=_STRONGEST)
+    units = [int(unit) for unit in strongest["unit"]]
+    alone = CausalEffect(
+        net.model,
+        explainer.intervention,
+        Joint([(unit,) for unit in units]),
+        normalization=net.normalization,
+        seed=explainer.seed,
+    ).estimate(inputs, target=target, feature_mask=mask, ids=[example_id])
+    patches = []
+    for k, unit in enumerate(units):
+        row, column = divmod(unit, grid[1])
+        ends = (None, None)
+        if estimate.std_error is not None:
+            ends = (float(strongest["ci_low"][k]), float(strongest["ci_high"][k]))
+        points = 100 * float(alone.contribution[0, k, 0])
+        size = float(strongest["contribution"][k])
+        patches.append(Patch(f"row {row + 1}, column {column + 1}", size, *ends, points))
+    columns = list(dict.fromkeys([target, *classes]))
+    drawn = tuple(_column(estimate, one, net.class_name) for one in columns)
+    picture = net.pictures(inputs)[0]
+    return Told(estimate.summary(0), test, net.class_name(target), tuple(patches), drawn, grid, picture)
+
+
+def _column(estimate: Estimate, index: int, name: Callable[[int], str]) -> dict[str, Any]:
+    """One class's numbers for the page, rounded to four digits."""
+
+    def short(values: Tensor) -> list[float]:
+        return [float(f"{value:.4g}") for value in values.tolist()]
+
+    half = [] if estimate.std_error is None else short(estimate.half_width()[0, :, index])
+    return {
+        "name": name(index),
+        "drawn": short(estimate.smoothed_contribution[0, :, index]),
+        "effect": short(estimate.contribution[0, :, index]),
+        "half": half,
+    }
