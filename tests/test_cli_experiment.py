@@ -196,6 +196,8 @@ def test_goes_on_where_it_was(place: Path) -> None:
         ('layer = "1"\nnodes = [2, 4]', 'layer = "conv"\nnodes = [2, 4]', "layer"),
         ("concepts = 3", "concepts = 6", "codes below the layer's channels"),
         ('[data]\nsource = "pets"', '[data]\nsource = "pats"', "does not exist"),
+        ('[data]\nsource = "pets"', '[data]\nsource = "pets"\nmatched = true', "classes of this data set"),
+        ('[data]\nsource = "pets"', '[data]\nsource = "pets"\nimages = 3', "4 or more, for two halves, but got 3"),
         ("clean = {}\n", "", "clean"),
         ("[data]", "[data", "a TOML file"),
     ],

@@ -41,8 +41,8 @@ def main() -> None:
     seconds, cpu_seconds = (round(sum(column)) for column in zip(*took, strict=True))
     record = json.loads((out / "experiment.json").read_text())
     del record["configurations"]
-    # The plots stay with the page, in the cache.
-    text = re.sub(r"(!\[.*\n)+\n?", "", (out / "experiment.md").read_text())
+    # The plots stay with the page, in the cache, and so does the section that is nothing else.
+    text = re.sub(r"#### At a glance\n\n.*\n\n|(!\[.*\n)+\n?", "", (out / "experiment.md").read_text())
     said = f"From the empty folder to the page {seconds:,} s, {cpu_seconds:,} s of one processor"
     said += f" (other work ran beside it), in {len(took)} call{'s' if len(took) > 1 else ''}."
     took_all = {"seconds": seconds, "cpu_seconds": cpu_seconds, "calls": took}

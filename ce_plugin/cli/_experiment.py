@@ -46,7 +46,7 @@ from ce_plugin.networks import state_guard
 from ce_plugin.networks.layers import find_layer
 from ce_plugin.randomness import derived_seed, generator
 from ce_plugin.report import Plan, build_manifest, planned_attack
-from ce_plugin.report.experiment import ExperimentStudy, save_experiment
+from ce_plugin.report.experiment import LEAST_OF_HALVES, ExperimentStudy, save_experiment
 from ce_plugin.sites import Evidence
 
 _RECIPE, _NETWORK = "recipe.json", "network.pt"
@@ -99,8 +99,11 @@ class Experiment:
         code_source = source_of(named, self.options.data) if named else train_source
         net = _network(recipe, self.options.data)
         self._check_sites(net)
-        self._claim()
         data = self._prepared(net, source, matched=recipe.data.matched)
+        if recipe.questions.largest and (n := len(self._ids(data))) < LEAST_OF_HALVES:
+            hint = "Take more, or leave out questions.largest."
+            raise ArgumentError(expected("images", f"{LEAST_OF_HALVES} or more, for two halves", n, hint))
+        self._claim()
         facts: dict[str, str] = {}
         if training is not None and train_source is not None:
             self._train(net, train_source, training)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Draws of a bootstrap over images.
 _DRAWS = 1000
+LEAST_OF_HALVES = 4
+"""Images that the question for the largest node takes: two halves with a spread each."""
 # Folder of the plots.
 _PLOTS = "plots"
 _COLUMNS = ("site", "reading", "outcome", "what", "evidence", "effect", "low", "high", "p_value", "significant")
@@ -177,8 +179,8 @@ def largest_rows(study: ExperimentStudy) -> pd.DataFrame:
     import pandas as pd
 
     ids = np.unique(np.concatenate([table.ids for table in study.tables.values()]))
-    if len(ids) < 4:
-        raise InputError(expected("data", "four images or more, for two halves", f"{len(ids)}"))
+    if len(ids) < LEAST_OF_HALVES:
+        raise InputError(expected("data", f"{LEAST_OF_HALVES} images or more, for two halves", f"{len(ids)}"))
     halves = np.array_split(numpy_generator(study.seed, "experiment halves", 0).permutation(ids), 2)
     rows: list[dict[str, Any]] = []
     for outcome in study.outcomes:

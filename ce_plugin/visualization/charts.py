@@ -135,14 +135,14 @@ def plot_ranked(
     lengths = {len(one) for parts in read.values() for one in parts}
     if not labels or lengths != {len(labels)}:
         raise ArgumentError(expected("panels", f"one or more, with {len(labels)} numbers each", sorted(lengths)))
-    named = len(labels) <= _NAMED
+    named, few = len(labels) <= _NAMED, len(labels) <= 4 * _NAMED
     figure = Figure(figsize=(9.0, 0.9 + 1.5 * len(read)), dpi=100, layout="constrained")
     axes = figure.subplots(len(read), 1, sharex=True, squeeze=False)[:, 0]
     order = np.argsort(next(iter(read.values()))[0], kind="stable")
     places, size = np.arange(len(labels)), 5.0 if named else 2.0
     for axis, (name, parts) in zip(axes, read.items(), strict=True):
         effect, low, high, found = (one[order] for one in parts)
-        axis.vlines(places, low, high, color=_LIGHT_GRAY, alpha=1 if named else 0.4, linewidth=1.4 if named else 0.6)
+        axis.vlines(places, low, high, color=_LIGHT_GRAY, alpha=1 if few else 0.4, linewidth=1.2 if few else 0.6)
         colors = np.where(effect <= 0, POSITIVE, NEGATIVE)  # a negative effect supports the class
         for filled in (True, False):
             own = (found > 0) == filled
