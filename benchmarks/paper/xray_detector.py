@@ -152,9 +152,8 @@ def main() -> None:
     clean, ids = scored(net, detectors, indices, x), np.arange(len(x))
     rows: list[dict[str, Any]] = []
     alarms = {name: {"clean": float((clean[name] > one.threshold).mean())} for name, one in detectors.items()}
-    sets = {name: attacked(preset(net, name), x) for name in ATTACKS} | {
-        name: noisy(x, eps) for name, eps in NOISE.items()
-    }
+    sets = {name: attacked(preset(net, name), net, x) for name in ATTACKS}
+    sets |= {name: noisy(x, eps) for name, eps in NOISE.items()}
     for name, changed in sets.items():
         same = logits(net, changed).argmax(1) == y
         kept = (same if name in NOISE else ~same).numpy()
