@@ -213,13 +213,15 @@ def draw(net: VisionModel, pictures: Pictures, changed: dict[str, Tensor], maps:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--networks", nargs="+", default=list(LAYERS), choices=list(LAYERS))
     parser.add_argument("--images", type=int, default=100, help="of children's X-rays with pneumonia, at most")
     parser.add_argument("--dense", type=int, default=20, help="the same for the DenseNet, whose attacks take longer")
     parser.add_argument("--out", type=Path, help="a folder for figure3.csv and the pictures")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     success: dict[str, dict[str, float]] = {}
-    for name, layers in LAYERS.items():
+    for name in options.networks:
+        layers = LAYERS[name]
         net, pictures = network(name), pictures_of(name, options.dense if name == "one sigmoid" else options.images)
         changed = {attack: attacked(preset(net, attack), net.model, pictures.x, pictures.target) for attack in ATTACKS}
         success[name] = {attack: fooled(net, pictures, x) for attack, x in changed.items()}

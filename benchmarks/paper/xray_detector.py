@@ -152,9 +152,8 @@ def main() -> None:
     clean, ids = scored(net, detectors, indices, x), np.arange(len(x))
     rows: list[dict[str, Any]] = []
     alarms = {name: {"clean": float((clean[name] > one.threshold).mean())} for name, one in detectors.items()}
-    sets = {name: attacked(preset(net, name), x) for name in ATTACKS} | {
-        name: noisy(x, eps) for name, eps in NOISE.items()
-    }
+    sets = {name: attacked(preset(net, name), net, x) for name in ATTACKS}
+    sets |= {name: noisy(x, eps) for name, eps in NOISE.items()}
     for name, changed in sets.items():
         same = logits(net, changed).argmax(1) == y
         kept = (same if name in NOISE else ~same).numpy()
@@ -184,6 +183,7 @@ def main() -> None:
 
 def text(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """The tables."""
+    steps = about["denoiser_steps"] or "no"
     lines = [
         "### Detecting attacked chest X-rays",
         "",
@@ -192,7 +192,7 @@ def text(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         " image and its successful attack. AUROC, 95 % intervals of a bootstrap over images, both forms together. The"
         " index is small in size for attacked images, as the paper's tables have it. With two classes the largest"
         f" softmax and |p|² order images alike. Our detectors were fitted on {about['fit_images']} clean training"
-        f" images, on which the network was trained, too. Denoiser: {about['denoiser_steps'] or 'no'} steps (800 by default)."
+        f" images, on which the network was trained, too. Denoiser: {steps} steps (800 by default)."
         f" Autoencoder at `{LAYER}`: {about['autoencoder']}.",
         "",
     ]
