@@ -23,7 +23,8 @@ version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_gallery.gen_gallery"]
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
-myst_heading_anchors = 3
+# Headings of included results, which are two levels down, are linked to as well.
+myst_heading_anchors = 5
 # Each benchmark result is a page of its own; included in another page, its headings start one level too deep.
 # Two classes may have an attribute of the same name, so that a bare name in a signature is ambiguous.
 suppress_warnings = ["myst.header", "ref.python"]
