@@ -146,7 +146,7 @@ def told(
     patches = []
     for k, unit in enumerate(units):
         row, column = divmod(unit, grid[1])
-        ends = (None, None)
+        ends: tuple[float | None, float | None] = (None, None)
         if estimate.std_error is not None:
             ends = (float(strongest["ci_low"][k]), float(strongest["ci_high"][k]))
         points = 100 * float(alone.contribution[0, k, 0])
