@@ -130,8 +130,9 @@ def test_eps_is_a_share_of_the_range_in_any_units(photograph: Tensor) -> None:
 
 def test_passes_are_counted_by_purpose(net: VisionModel, photograph: Tensor) -> None:
     clean, attacked = study(net, photograph, "p", _plan(attacks=("fgsm",), eps=0.3)).cases
-    assert set(clean.passes) == {"causal effects", "Grad-CAM and saliency"}
-    assert 5 <= clean.passes["causal effects"] <= 30  # a reference and four trials, and the runner's probes
+    assert set(clean.passes) == {"causal effects", "strongest patches alone", "Grad-CAM and saliency"}
+    # A reference and four trials, the runner's probes, and a region with 24 places.
+    assert 5 + 25 <= clean.passes["causal effects"] <= 60
     assert clean.passes["Grad-CAM and saliency"] == 2
     assert attacked.passes["attack"] >= 1
     assert set(attacked.seconds) == set(attacked.passes)
@@ -269,13 +270,13 @@ def test_the_page_stands_alone_and_says_what_was_found(net: VisionModel, photogr
     assert parsed.open == []
     assert all(source.startswith(("data:image/", "#photo-")) for source in parsed.sources)
     assert "http" not in re.sub(r"data:image/[^\"]+", "", page)
-    # Each photograph: 4 pictures clean; 8 for each attack that changed the answer. Of the layer 3 for each evidence,
-    # and one for each attack.
+    # Each photograph: one at its head and 4 pictures clean; 8 for each attack that changed the answer. Of the layer 3
+    # for each evidence, and one for each attack.
     changed = sum(bool(case.success) for one in studies for case in one.cases)
     failed = sum(case.success is False for one in studies for case in one.cases)
     assert changed > 0
     layer = 2 * (3 * 3 + 2)
-    assert len(parsed.images) == 2 * 4 + 8 * changed + 5 * failed + layer
+    assert len(parsed.images) == 2 * 5 + 8 * changed + 5 * failed + layer
     assert all(image["alt"] for image in parsed.images)
     text = " ".join(parsed.text)
     # Names are text, whatever signs they hold.

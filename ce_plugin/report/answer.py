@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from ce_plugin.attribution import CausalEffect
 from ce_plugin.designs import Joint
 from ce_plugin.effects import Estimate, RegionTest
+from ce_plugin.errors import NoChangeWarning
 from ce_plugin.models import VisionModel
 from ce_plugin.visualization import data_uri, outlines
 
@@ -136,17 +138,17 @@ def told(
     target = int(test.target[0])
     strongest = estimate.strongest(0, target, top=_STRONGEST)
     units = [int(unit) for unit in strongest["unit"]]
-    alone = CausalEffect(
-        net.model,
-        explainer.intervention,
-        Joint([(unit,) for unit in units]),
-        normalization=net.normalization,
-        seed=explainer.seed,
-    ).estimate(inputs, target=target, feature_mask=mask, ids=[example_id])
+    each = Joint([(unit,) for unit in units])
+    one_by_one = CausalEffect(
+        net.model, explainer.intervention, each, normalization=net.normalization, seed=explainer.seed
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoChangeWarning)  # the estimate has said it
+        alone = one_by_one.estimate(inputs, target=target, feature_mask=mask, ids=[example_id])
     patches = []
     for k, unit in enumerate(units):
         row, column = divmod(unit, grid[1])
-        ends = (None, None)
+        ends: tuple[float | None, float | None] = (None, None)
         if estimate.std_error is not None:
             ends = (float(strongest["ci_low"][k]), float(strongest["ci_high"][k]))
         points = 100 * float(alone.contribution[0, k, 0])
