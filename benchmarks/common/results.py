@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def write(name: str, text: str, data: dict[str, Any], *packages: str) -> None:
     """``results/NAME.md`` for people and ``results/NAME.json`` for programs, with machine, date and command."""
     script = Path(sys.argv[0]).resolve()
     parts = script.relative_to(ROOT.parent).with_suffix("").parts if script.is_relative_to(ROOT) else (script.stem,)
-    command = " ".join(["python -m", ".".join(parts), *sys.argv[1:]])
+    command = shlex.join(["python", "-m", ".".join(parts), *sys.argv[1:]])
     record = {"machine": machine(*packages), "date": datetime.date.today().isoformat(), "command": command, **data}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
