@@ -202,6 +202,7 @@ def table(files: list[Path], options: argparse.Namespace) -> tuple[str, dict[str
         if len(scores) < 2:
             continue
         kinds, base, peer = kinds_of(scores), labels.index(other), labels.index(PEER)
+        data[f"{name}: scores"] = {label: scores[:, m].round(4).tolist() for m, label in enumerate(labels)}
         for m, label in enumerate(labels):
             figures: dict[str, Any] = {"images": len(scores), "passes": float(np.median(passes[:, m]))}
             figures["seconds"] = float(np.median(seconds[:, m]))
@@ -276,6 +277,7 @@ def main() -> None:
     parser.add_argument("photographs", choices=("choosing", "reported"))
     parser.add_argument("study", choices=ENTRIES)
     parser.add_argument("--images", type=int, default=100, help="how many (default: %(default)s)")
+    parser.add_argument("--skip", type=int, default=0, help="leave out so many first ones, for a table of others")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no photograph after this time")
     parser.add_argument("--cache", type=Path, default=home, help="folder of results by photograph")
     parser.add_argument("--engine", choices=ENGINES, default="torch", help="arithmetic of passes without gradients")
@@ -283,7 +285,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     files = images(multiple_of_ten=options.photographs == "reported")
-    files = files[LEARNING:] if options.photographs == "choosing" else files
+    files = (files[LEARNING:] if options.photographs == "choosing" else files)[options.skip :]
     until = time.time() + 60 * options.minutes
     for k in range(min(options.images, len(files))):
         for name in options.networks:
@@ -291,7 +293,8 @@ def main() -> None:
                 study(files, k, name, options)
     text, data = table(files[: options.images], options)
     print(text)
-    write(f"faithfulness_{options.study}_{options.photographs}", text, data, "openvino")
+    others = f"_after_{options.skip}" if options.skip else ""
+    write(f"faithfulness_{options.study}_{options.photographs}{others}", text, data, "openvino")
 
 
 if __name__ == "__main__":

@@ -270,14 +270,12 @@ def _blur(image: Tensor, sigma: float | None) -> Tensor:
     # The kernel extends to 3 sigma, but reflection padding must be smaller than the image.
     kernel = [2 * min(max(1, round(3 * spread)), size - 1) + 1 for size in sizes]
     blurred: Tensor = image
-    # The filter is for two dimensions: of the three of a volume the last two go together.
-    if len(sizes) == 3:
-        planes = gaussian_blur(image.flatten(1, 2), kernel[:0:-1], [spread, spread])
-        blurred, kernel = planes.unflatten(1, image.shape[1:3]).flatten(3), [kernel[0], 1]
-    elif len(sizes) == 1:
-        blurred, kernel = image[..., None], [kernel[0], 1]
-    blurred = gaussian_blur(blurred, kernel[::-1], [spread, spread])
-    return blurred.reshape(image.shape)
+    # One dimension after the other, as lines of one picture: the same filter, for a k-th of the operations.
+    for dim, taps in enumerate(kernel, start=2):
+        lines = blurred.movedim(dim, -1)
+        smooth = gaussian_blur(lines.flatten(1, -2)[:, None], [taps, 1], [spread, spread])
+        blurred = smooth.reshape(lines.shape).movedim(-1, dim)
+    return blurred.contiguous()
 
 
 def _spread(sizes: Sequence[int]) -> float:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captum.robust import AttackComparator, MinParamPerturbation
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -78,7 +78,7 @@ def linear(weight, bias=None):
 
 
 @given(seed=st.integers(0, 1000), eps=st.floats(0.01, 0.5))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None)
 def test_fgsm_of_a_linear_network_in_closed_form(seed, eps):
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(3, 4, generator=draw)
