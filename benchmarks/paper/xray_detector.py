@@ -206,7 +206,8 @@ def text(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     for name in names:
         own = {row["attack"]: row for row in rows if row["detector"] == name}
         cells = [f"{one['auroc']:.3f} ({one['auroc_low']:.3f} to {one['auroc_high']:.3f})" for one in own.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        shown = name.replace("|", "\\|")
+        lines.append(f"| {shown} | {' | '.join(cells)} |")
     lines += [
         "",
         "In brackets behind an attack: pairs. Noise moves every pixel by the size of the attack, up or down at random,"
