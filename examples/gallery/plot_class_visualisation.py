@@ -78,11 +78,10 @@ gentle = {"l2": 0.0, "blur_every": 0, "jitter": 4, "lr": 1.0}
 row, made = [("the photograph", networks[0].pictures(networks[0].inputs([photograph]))[0])], {}
 for k, network in enumerate(networks[: 2 if full else 1]):
     made[k] = make(k, "input", **gentle)(network.inputs([photograph]))
-    picture, told = network.pictures(made[k])[0], ", ".join(f"{p:.2f}" for p in seen(network.pictures(made[k])[0]))
+    picture = network.pictures(made[k])[0]
+    told = ", ".join(f"{p:.2f}" for p in seen(picture))
     change = 255 * (picture - network.pictures(network.inputs([photograph]))[0]).square().mean().sqrt()
-    print(
-        f"made for {network.name}: a flamingo to the two networks with {told}; changed by {change:.1f} grey levels (rms)"
-    )
+    print(f"made for {network.name}: a flamingo to the two with {told}; changed by {change:.1f} grey levels (rms)")
     row.append((f"for {network.name[:18]}: {told}", picture))
 sheet([row], width=260)
 
