@@ -54,9 +54,9 @@ sheet([[(names[0], before), (f"perturbation x {factor:.0f}", magnified), (names[
 # Six attacks on two networks
 # ---------------------------
 # FGSM, BIM and PGD change every value by at most 4 of 255; JSMA takes few values and changes them by much;
-# the one-pixel attack (full mode only) searches by differential evolution, without gradients; the patch is PGD
-# that may do what it wants in 8 x 8 pixels, and nothing elsewhere. Only pictures that a network gets right
-# are attacked.
+# the one-pixel attack (full mode only) searches by differential evolution, without gradients; the patch is
+# PGD that may do what it wants in 8 x 8 pixels, and nothing elsewhere. Only pictures that a network gets
+# right are attacked.
 corner = torch.zeros(1, 32, 32)
 corner[:, :8, :8] = 1
 
@@ -105,11 +105,12 @@ found[robust.name, "sheet"]
 # The question
 # ------------
 # PGD changes all 1024 pixels. *How many of them does the attack need?* Each pixel of the picture is set to
-# the attacked one by itself; its effect is that on the logit of the right answer minus that of the answer under
-# attack. (The margin over the runner-up would not do: an attack need not end at the class that came second.)
-# Then the pixels are set together, some more each time, in the order of their effects, the most harmful first,
-# until the answer flips; and for comparison in the order of the size of a pixel's change, and at random.
-# ``CausalMediation`` then asks inside: how many channels of a layer carry half of the attack's effect on the margin?
+# the attacked one by itself; its effect is that on the logit of the right answer minus that of the answer
+# under attack. (The margin over the runner-up would not do: an attack need not end at the class that came
+# second.) Then the pixels are set together, some more each time, in the order of their effects, the most
+# harmful first, until the answer flips; and for comparison in the order of the size of a pixel's change,
+# and at random. ``CausalMediation`` then asks inside: how many channels of a layer carry half of the
+# attack's effect on the margin?
 for net, layer in ((plain, "layer3"), (robust, "2")):
     x, result = found[net.name, "x"], found[net.name, "PGD"]
     needed = {"effect": [], "size of the change": [], "random": []}
@@ -134,6 +135,11 @@ for net, layer in ((plain, "layer3"), (robust, "2")):
     mediation = CausalMediation(net.model, layer, attack, outcome="margin")
     every = found[net.name, "all"]
     print(f"{net.name}, {layer}: {mediation.carriers(every[::2], every[1::2])}")
+
+# %%
+# In the small mode (two pictures of ResNet-20, one of the robust network) about 116 of 1024 pixels were
+# enough in the order of their effects, two to four times as many in the order of their size, and four to
+# five times as many at random.
 
 # %%
 # References

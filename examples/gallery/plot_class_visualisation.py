@@ -72,17 +72,17 @@ sheet([row], width=220)
 # %%
 # From a photograph, for two networks
 # -----------------------------------
-# The same ascent from a photograph of something else, in steps of one grey level and with nothing but jitter to
-# hold it back. What the network asks for is little beside what the photograph shows, and not a flamingo to the eye.
+# The same ascent from a photograph of something else, in steps of one grey level and with nothing but
+# jitter to hold it back. What the network asks for is little beside what the photograph shows, and not a
+# flamingo to the eye.
 gentle = {"l2": 0.0, "blur_every": 0, "jitter": 4, "lr": 1.0}
 row, made = [("the photograph", networks[0].pictures(networks[0].inputs([photograph]))[0])], {}
 for k, network in enumerate(networks[: 2 if full else 1]):
     made[k] = make(k, "input", **gentle)(network.inputs([photograph]))
-    picture, told = network.pictures(made[k])[0], ", ".join(f"{p:.2f}" for p in seen(network.pictures(made[k])[0]))
+    picture = network.pictures(made[k])[0]
+    told = ", ".join(f"{p:.2f}" for p in seen(picture))
     change = 255 * (picture - network.pictures(network.inputs([photograph]))[0]).square().mean().sqrt()
-    print(
-        f"made for {network.name}: a flamingo to the two networks with {told}; changed by {change:.1f} grey levels (rms)"
-    )
+    print(f"made for {network.name}: a flamingo to the two with {told}; changed by {change:.1f} grey levels (rms)")
     row.append((f"for {network.name[:18]}: {told}", picture))
 sheet([row], width=260)
 
@@ -114,6 +114,11 @@ for count in (1, 3, 5, 10, 20, 49):
     print(f"the {count} most effective patches: {network.name} {own:.3f}, {networks[1].name} {other:.3f}")
 effects = effect.reshape(1, 7, 7).repeat_interleave(32, 1).repeat_interleave(32, 2)
 overlay(effects, network.pictures(x)[0], title="effect of each patch of do(class = flamingo)")
+
+# %%
+# In the small mode 20 of the 49 patches were enough for a probability of 0.94, half as many for 0.01: the
+# network adds up many small hints. MobileNet v2 stayed at 0.00 throughout, so that what convinces is the
+# one network's, not the class's.
 
 # %%
 # References

@@ -37,8 +37,8 @@ samples = photographs.subset(range(9, len(photographs), len(photographs) // look
 # %%
 # Photographs that a network gets right and wrong
 # -----------------------------------------------
-# Of every so-manyth photograph of the data set, the first ones that each network names rightly and wrongly. What
-# is explained is the network's own answer, whether it is right or not.
+# Of every so-manyth photograph of the data set, the first ones that each network names rightly and wrongly.
+# What is explained is the network's own answer, whether it is right or not.
 scenes = []
 for network in networks:
     x = network.inputs([picture for picture, _ in samples])
@@ -53,8 +53,9 @@ for network in networks:
 # %%
 # Five maps of each
 # -----------------
-# CE sets regions to black, the mean colour and a blur in turn; CEM sets each channel of the last layer to zero.
-# The number in a title is the map's rank correlation with CE over the 14 x 14 patches: +1 is the same order.
+# CE sets regions to black, the mean colour and a blur in turn; CEM sets each channel of the last layer to
+# zero. The number in a title is the map's rank correlation with CE over the 14 x 14 patches: +1 is the same
+# order.
 methods = {"gradient": "saliency", "Grad-CAM": "grad-cam", "CEM": "causal-effect-map", "CE": "causal-effect"}
 if full:
     methods = {"SmoothGrad": "smoothgrad", **methods}  # which takes 150 passes
@@ -82,8 +83,8 @@ sheet(rows, width=200)
 
 # %%
 # Rows are in the order of how well the gradient agrees with the effects: the consistent cases first, the
-# inconsistent ones last. A low number does not say which of the two is wrong about the network. The question at
-# the end does.
+# inconsistent ones last. A low number does not say which of the two is wrong about the network. The
+# question at the end does.
 for name in methods:
     values = torch.tensor([result[-1][name] for result in results])
     print(f"{name} with CE: mean {values.mean():+.2f}, from {values.min():+.2f} to {values.max():+.2f}")
@@ -91,8 +92,9 @@ for name in methods:
 # %%
 # A gradient of exactly zero
 # --------------------------
-# ReLU6 lets nothing above 6 through. Where a unit is above, its gradient is exactly zero: a little more or less
-# changes nothing. Setting it to zero does. All units of the first layer that are above 6 are set at once here.
+# ReLU6 lets nothing above 6 through. Where a unit is above, its gradient is exactly zero: a little more or
+# less changes nothing. Setting it to zero does. All units of the first layer that are above 6 are set at
+# once here.
 network, scene = scenes[0][:2]
 layer = network.model.get_submodule("_bn0")
 value = LayerActivation(network.model, layer).attribute(scene.x)
@@ -106,10 +108,11 @@ print(f"effect of setting them to zero: {effect.effect[0, 1, 0]:+.3f} on a proba
 # %%
 # The question
 # ------------
-# What would have become of the answer *without the tenth of the photograph that a map calls most important*? Each
-# map names its 20 patches; they are set to a blur, together, and the probability of the answer is measured. The
-# map that found what the network depends on loses most. All maps are asked in the same way, also CE, which was made
-# with trials of other regions, and the random map, which shows what any tenth is worth.
+# What would have become of the answer *without the tenth of the photograph that a map calls most
+# important*? Each map names its 20 patches; they are set to a blur, together, and the probability of the
+# answer is measured. The map that found what the network depends on loses most. All maps are asked in the
+# same way, also CE, which was made with trials of other regions, and the random map, which shows what any
+# tenth is worth.
 lost = {name: [] for name in [*methods, "random"]}
 for _, network, scene, _, maps, _ in results:
     explainer = CausalEffect(network.model, PixelMask("blur", normalization=network.normalization))
@@ -121,6 +124,11 @@ for _, network, scene, _, maps, _ in results:
         lost[name].append(float(effect[0, 1, 0]))
 for name, values in lost.items():
     print(f"without what {name} calls important: {100 * sum(values) / len(values):+.0f} points on average")
+
+# %%
+# On the two photographs of the small mode CE's patches were worth 39 points, those of the gradient 35, of
+# Grad-CAM and CEM 26, any tenth 12: two photographs are an anecdote. ``ce-plugin compare`` asks the same of
+# hundreds, with intervals.
 
 # %%
 # References

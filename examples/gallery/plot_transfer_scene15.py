@@ -101,9 +101,9 @@ print(f"chosen: {name}, part {cut}, {step}")
 # %%
 # The test photographs, once
 # --------------------------
-# The split is that of the source of these files, not the course's or Lazebnik's, and the photographs were stretched
-# to squares: the figure cannot be compared with published ones. Beside it, a new softmax layer on the same features,
-# which is what fine-tuning the head alone comes to.
+# The split is that of the source of these files, not the course's or Lazebnik's, and the photographs were
+# stretched to squares: the figure cannot be compared with published ones. Beside it, a new softmax layer on
+# the same features, which is what fine-tuning the head alone comes to.
 z = {split: features(name, split, full)[cut].numpy() for split in splits}
 n = len(z["test"])
 head = make_pipeline(Normalizer(), LogisticRegression(C=100, max_iter=500)).fit(z["train"], labels["train"])
@@ -120,8 +120,8 @@ plt.show()
 # %%
 # The question
 # ------------
-# The decision is made by a network *and* a support vector machine that never saw a photograph. Which regions of the
-# photograph cause the decision "kitchen"? ``SklearnHead`` makes one model of the two.
+# The decision is made by a network *and* a support vector machine that never saw a photograph. Which
+# regions of the photograph cause the decision "kitchen"? ``SklearnHead`` makes one model of the two.
 network, trunk = trunks[name]
 model = nn.Sequential(*trunk[:cut], nn.AdaptiveAvgPool2d(1), nn.Flatten(), SklearnHead(best)).eval()
 kitchen = next(k for k, scene in enumerate(classes) if scene.lower() == "kitchen")
@@ -134,8 +134,9 @@ pictures = [overlay(one, picture) for one, picture in zip(maps, network.pictures
 sheet([list(zip(titles, pictures, strict=True))])
 
 # %%
-# And which channels carry each class? The channels of the last layer are set to zero, one by one, for one photograph
-# of each class (the first of the test photographs), and the effect on the class's own decision value is kept.
+# And which channels carry each class? The channels of the last layer are set to zero, one by one, for one
+# photograph of each class (the first of the test photographs), and the effect on the class's own decision
+# value is kept.
 first = [int((splits["test"].labels == c).nonzero()[0]) for c in range(len(classes))][:: 1 if full else 5]
 x = network.inputs([splits["test"][k][0] for k in first])
 target = splits["test"].labels[first]
@@ -148,7 +149,9 @@ for scene, value, own in zip(target, estimate.reference[:, 0], estimate.contribu
 # %%
 # References
 # ----------
-# * Oliva and Torralba 2001; Fei-Fei and Perona 2005; Lazebnik, Schmid, Ponce 2006: the data set 15-Scene, read here by
-#   ``ce_plugin.datasets.class_folders`` from a folder a class; the whole of it goes to ``scene15/train`` and ``test``.
+# * Oliva and Torralba 2001; Fei-Fei and Perona 2005; Lazebnik, Schmid, Ponce 2006: the data set 15-Scene,
+#   read here by ``ce_plugin.datasets.class_folders`` from a folder a class; the whole of it goes to
+#   ``scene15/train`` and ``test``.
 # * Sharif Razavian et al. 2014: CNN features off-the-shelf (arXiv 1403.6382).
-# * Pedregosa et al. 2011: Scikit-learn. Tan and Le 2019 (arXiv 1905.11946); Sandler et al. 2018 (arXiv 1801.04381).
+# * Pedregosa et al. 2011: Scikit-learn. Tan and Le 2019 (arXiv 1905.11946); Sandler et al. 2018 (arXiv
+#   1801.04381).
