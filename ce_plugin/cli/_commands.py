@@ -994,7 +994,7 @@ def _read_config(context: typer.Context, file: Path | None) -> Path | None:
     else:
         import tomli as tomllib
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
+        values = tomllib.loads(file.read_text(encoding="utf-8", errors="surrogateescape"))
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"{file} cannot be read as TOML ({error})") from None
     known = {parameter.name for parameter in context.command.params} - {"config"}
@@ -1027,7 +1027,8 @@ def _write_config(given: Any, command: str) -> None:
             continue
         lines.append(f"{one.name} = {_toml(value)}")
     path = Path(given.out) / CONFIG
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    # Names of files may be bytes that are no text; they come back as they were.
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
 
 
 def _toml(value: object) -> str:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -61,7 +62,8 @@ def explain(options: ExplainOptions, argv: Sequence[str]) -> dict[str, str]:
     net = network(options)
     pictures = Pictures(paths, net, name="IMAGE", quiet=options.quiet)
     # Two files may have the same name.
-    short = len({file.name for file in pictures.files}) == len(pictures.files)
+    every = [*pictures.files, *map(Path, pictures.unreadable)]
+    short = len({file.name for file in every}) == len(every)
     files = {printable(file.name if short else file): file for file in pictures.files}
     hashes: dict[str, Any] = {}
     inputs = {}
