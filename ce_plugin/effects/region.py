@@ -101,7 +101,9 @@ class RegionTest:
         mean, (low, high) = float(self.placed[i].double().mean()), self.interval()[i].tolist()
         k = self.placed.shape[1]
         moved = f"{verb} {self.place(i)} takes {said} from {show(clean)} to {show(covered)}"
-        if covered > clean:
+        if show(clean) == show(covered):
+            moved = f"{verb} {self.place(i)} leaves {said} at {show(covered)}"
+        elif covered > clean:
             moved = f"{verb} {self.place(i)} raises {said} from {show(clean)} to {show(covered)}"
         others = f"at {k} other places leaves {show(mean)} on average"
         if self.is_saturated(i):
@@ -111,6 +113,8 @@ class RegionTest:
             others += f" ({_range(low, high, show)})"
         if self.is_shown(i):
             return f"{self._before(i, name)}{moved}; covering as much {others}."
+        if covered > clean:
+            return f"{self._before(i, name)}{moved}; as much {others}: this part does not support {said}."
         p = float(self.p_values()[i])
         doubt = f"As much {others}: that it is this part which matters is not shown (p = {p:.2g})."
         return f"{self._before(i, name)}{moved}. {doubt}"

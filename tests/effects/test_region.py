@@ -220,7 +220,10 @@ def test_the_sentence_says_what_was_found() -> None:
     wrong = RegionTest(**{**options, "answers": torch.tensor([[1, 0, 2]])}).sentence(0, names)
     assert wrong.startswith("The network answers “dog” (62 %), not “cat” (32 %). ")
     raised = RegionTest(**{**options, "covered": torch.tensor([0.5])}).sentence(0, names)
-    assert "raises “cat” from 32 % to 50 %" in raised
+    assert "raises “cat” from 32 % to 50 %; as much at 24 other places" in raised
+    assert raised.endswith("this part does not support “cat”.")
+    same = RegionTest(**{**options, "covered": torch.tensor([0.318]), "placed": torch.full((1, 24), 0.319)})
+    assert "leaves “cat” at 32 %; covering as much at 24 other places leaves 32 %" in same.sentence(0, names)
 
 
 def test_a_map_that_looks_strong_without_anything_significant_says_why() -> None:
