@@ -33,7 +33,7 @@ def network(outputs: int = 2) -> nn.Module:
 def test_findings_that_may_be_true_together_are_learned() -> None:
     x, y = bars()
     net = network()
-    losses = train_classifier(net, x[:64], y[:64], epochs=30, rate=1e-2, batch_size=16)
+    losses = train_classifier(net, x[:64], y[:64], epochs=30, lr=1e-2, batch_size=16)
     assert len(losses) == 30
     assert losses[-1] < 0.2 < losses[0]
     assert bool(((net(x[64:]) > 0) == y[64:]).all())
@@ -43,10 +43,10 @@ def test_findings_that_may_be_true_together_are_learned() -> None:
 def test_one_output_and_classes_are_learned_too() -> None:
     x, y = bars()
     one, four = network(1), network(4)
-    train_classifier(one, x, y[:, 0].long(), epochs=30, rate=1e-2)
+    train_classifier(one, x, y[:, 0].long(), epochs=30, lr=1e-2)
     assert bool(((one(x)[:, 0] > 0) == y[:, 0]).all())
     classes = 2 * y[:, 0].long() + y[:, 1].long()
-    train_classifier(four, x, classes, epochs=40, rate=1e-2)
+    train_classifier(four, x, classes, epochs=40, lr=1e-2)
     assert torch.equal(four(x).argmax(1), classes)
 
 
@@ -71,7 +71,7 @@ def test_the_first_step_is_adams() -> None:
     before = net[1].weight.detach().clone()
     loss = F.binary_cross_entropy_with_logits(net(x), y.float())
     (gradient,) = torch.autograd.grad(loss, [net[1].weight])
-    (mean,) = train_classifier(net, x, y, epochs=1, rate=1e-3, batch_size=10)
+    (mean,) = train_classifier(net, x, y, epochs=1, lr=1e-3, batch_size=10)
     assert mean == pytest.approx(float(loss.detach()))
     torch.testing.assert_close(net[1].weight.detach() - before, -1e-3 * gradient.sign(), atol=1e-6, rtol=1e-3)
 
@@ -83,8 +83,8 @@ def test_mirrored_images_are_what_it_says() -> None:
     side = torch.where(y[:, 1, None, None, None], x, x.flip(-1))
     side[:, :, :, :2] = y[:, 1, None, None, None].float()
     side[:, :, :, -2:] = 1 - y[:, 1, None, None, None].float()
-    learned = train_classifier(plain, side, y[:, 1].long(), epochs=40, rate=1e-2)[-1]
-    guessed = train_classifier(turned, side, y[:, 1].long(), epochs=40, rate=1e-2, mirror=True)[-1]
+    learned = train_classifier(plain, side, y[:, 1].long(), epochs=40, lr=1e-2)[-1]
+    guessed = train_classifier(turned, side, y[:, 1].long(), epochs=40, lr=1e-2, mirror=True)[-1]
     assert learned < 0.2
     assert guessed > 0.5
 
@@ -116,5 +116,5 @@ def test_what_cannot_be_is_refused() -> None:
         train_classifier(network(1), x, torch.full((8,), 2), epochs=1)
     with pytest.raises(ArgumentError, match="argument `epochs`"):
         train_classifier(network(), x, y, epochs=0)
-    with pytest.raises(ArgumentError, match="argument `rate`"):
-        train_classifier(network(), x, y, epochs=1, rate=0.0)
+    with pytest.raises(ArgumentError, match="argument `lr`"):
+        train_classifier(network(), x, y, epochs=1, lr=0.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from scipy.stats import beta
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ce_plugin.attribution import ConceptCausalEffect, LayerCausalEffect
 from ce_plugin.cli._commands import ExperimentOptions
@@ -41,7 +38,7 @@ from ce_plugin.expected import run as run_over
 from ce_plugin.expected.table import differences
 from ce_plugin.files import write_files, written_whole
 from ce_plugin.interventions import PixelMask
-from ce_plugin.models import Framing, VisionModel, load_model, load_weights
+from ce_plugin.models import Framing, VisionModel, load_model, load_weights, train_classifier
 from ce_plugin.networks import state_guard
 from ce_plugin.networks.layers import find_layer
 from ce_plugin.randomness import derived_seed, generator
@@ -200,8 +197,19 @@ class Experiment:
         """Train the network, or read it where that was done."""
         file = self.options.out / _NETWORK
         if not file.exists():
-            data = self._prepared(net, source)
-            _train(net.model, *_stacked(data, training.images), training, self.recipe.seed, self.options.quiet)
+            images, labels = _stacked(self._prepared(net, source), training.images)
+            if labels is None:
+                raise ArgumentError(expected("network.training.source", "images with labels", "some without"))
+            train_classifier(
+                net.model.requires_grad_(True),
+                images,
+                labels,
+                epochs=training.epochs,
+                lr=training.rate,
+                batch_size=training.batch_size,
+                seed=self.recipe.seed,
+                show_progress=not self.options.quiet,
+            )
             with written_whole(file) as stream:
                 torch.save(net.model.state_dict(), stream)
         load_weights(net.model, file)
@@ -438,29 +446,3 @@ def _stacked(data: Prepared, images: int) -> tuple[Tensor, Tensor | None]:
     samples = [sample for i in range(n) if (sample := _readable(data, i)) is not None]
     labels = [sample.label for sample in samples]
     return torch.stack([s.image for s in samples]), None if None in labels else torch.tensor(labels)
-
-
-def _train(model: nn.Module, x: Tensor, y: Tensor | None, training: Training, seed: int, quiet: bool) -> None:
-    """Adam, the rate falling to zero by a cosine; deterministic for a seed."""
-    if y is None:
-        raise ArgumentError(expected("network.training.source", "images with labels", "some without"))
-    model.train().requires_grad_(True)
-    draw = generator(seed, "experiment training")
-    optimizer = torch.optim.Adam(model.parameters(), lr=training.rate)
-    steps, step = training.epochs * math.ceil(len(x) / training.batch_size), 0
-    with torch.random.fork_rng(), tqdm(total=steps, desc="training", disable=quiet) as bar:
-        torch.manual_seed(derived_seed(seed, "experiment dropout"))
-        for _ in range(training.epochs):
-            for chosen in torch.split(torch.randperm(len(x), generator=draw), training.batch_size):
-                optimizer.param_groups[0]["lr"] = training.rate * (1 + math.cos(math.pi * step / steps)) / 2
-                output = model(x[chosen])
-                if output.shape[1] > 1:
-                    loss = F.cross_entropy(output, y[chosen])
-                else:
-                    loss = F.binary_cross_entropy_with_logits(output[:, 0], y[chosen].float())
-                optimizer.zero_grad()
-                torch.autograd.backward(loss)
-                optimizer.step()
-                step += 1
-                bar.update()
-    model.eval()

@@ -19,7 +19,7 @@ def train_classifier(
     labels: Tensor,
     *,
     epochs: int,
-    rate: float = 1e-3,
+    lr: float = 1e-3,
     batch_size: int = 32,
     mirror: bool = False,
     seed: int = 0,
@@ -38,7 +38,7 @@ def train_classifier(
         labels: findings that may be true together, (N, K), bool; or classes, (N,), integers, which of a network with
             one output are 0 and 1.
         epochs: passes over the images, at least 1.
-        rate: Adam's rate at the start, above 0.
+        lr: Adam's learning rate at the start, above 0.
         batch_size: images of a step, at least 1; two at least where there is batch normalisation. A last step of one
             image is left out.
         mirror: each image is turned left to right in each epoch with probability 1/2, as CheXNet's were.
@@ -55,7 +55,7 @@ def train_classifier(
     Example:
         >>> x = torch.tensor([[0.0], [1.0]]).repeat(32, 1)
         >>> net = nn.Linear(1, 1)
-        >>> losses = train_classifier(net, x, x[:, 0].long(), epochs=200, rate=0.1)
+        >>> losses = train_classifier(net, x, x[:, 0].long(), epochs=200, lr=0.1)
         >>> losses[-1] < 0.1, (net(x)[:2, 0] > 0).tolist()
         (True, [False, True])
 
@@ -63,11 +63,11 @@ def train_classifier(
     """
     check_integer("epochs", epochs, least=1)
     check_integer("batch_size", batch_size, least=1)
-    check_number("rate", rate, "above zero", above=0)
+    check_number("lr", lr, "above zero", above=0)
     if not len(inputs) or len(labels) != len(inputs) or labels.dim() not in (1, 2):
         wanted = f"labels ({len(inputs)},) or ({len(inputs)}, K) of one image or more"
         raise InputError(expected("labels", wanted, f"shape {tuple(labels.shape)}"))
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate, betas=(0.9, 0.999))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.999))
     draw = generator(seed, "training")
     steps, step, losses = epochs * math.ceil(len(inputs) / batch_size), 0, []
     model.train()
@@ -77,7 +77,7 @@ def train_classifier(
             for _ in range(epochs):
                 total, seen = 0.0, 0
                 for chosen in torch.split(torch.randperm(len(inputs), generator=draw), batch_size):
-                    optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+                    optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
                     step += 1
                     bar.update()
                     if len(chosen) == 1 and batch_size > 1:
