@@ -20,6 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe")
     parser.add_argument("--images", type=int)
+    parser.add_argument("--workers", type=int, default=1, help="processes of Ray, one thread each (default: none)")
     options = parser.parse_args()
     out = (
         Path(os.environ.get("CE_PLUGIN_CACHE") or Path.home() / ".cache" / "ce-plugin") / "experiments" / options.recipe
@@ -29,6 +30,8 @@ def main() -> None:
         raise SystemExit("Set CE_PLUGIN_DATA to the folder of the data sets.")
     start, cpu = time.time(), time.process_time()
     words = ["experiment", options.recipe, "--out", str(out), "--resume"]
+    if options.workers > 1:
+        words += ["--engine", "ray", "--workers", str(options.workers)]
     code = ce_plugin([*words, *([] if options.images is None else ["--images", str(options.images)])])
     if code:
         raise SystemExit(code)
@@ -43,9 +46,11 @@ def main() -> None:
     del record["configurations"]
     # The plots stay with the page, in the cache, and so does the section that is nothing else.
     text = re.sub(r"#### At a glance\n\n.*\n\n|(!\[.*\n)+\n?", "", (out / "experiment.md").read_text())
-    said = f"From the empty folder to the page {seconds:,} s, {cpu_seconds:,} s of one processor"
+    said = f"From the empty folder to the page {seconds:,} s"
+    # What Ray's workers take is not this process's.
+    said += f", {cpu_seconds:,} s of one processor" if options.workers == 1 else f" with {options.workers} workers"
     said += f" (other work ran beside it), in {len(took)} call{'s' if len(took) > 1 else ''}."
-    took_all = {"seconds": seconds, "cpu_seconds": cpu_seconds, "calls": took}
+    took_all = {"seconds": seconds, "cpu_seconds": cpu_seconds, "calls": took, "workers": options.workers}
     write(f"experiment_{options.recipe}", f"{text}\n{said}\n", {**took_all, **record}, "pyarrow")
 
 
