@@ -153,7 +153,8 @@ def plot_estimate(
         if value is not None and value not in allowed:
             raise unknown_name(name, value, allowed)
     names = estimate.class_names if class_names is None else tuple(class_names)
-    every = [target] if target is None or isinstance(target, (int, str)) else list(target)
+    # What is no class is refused where the class is looked up.
+    every = list(target) if isinstance(target, Sequence) and not isinstance(target, str) else [target]
     columns = [column_of(estimate, example, one, names) for one in every]
     if ax is not None and len(columns) != 1:
         raise ArgumentError(expected("target", "one class for one `ax`", f"{len(columns)} classes"))
@@ -279,8 +280,13 @@ def column_of(
     """
     names = estimate.class_names if names is None else names
     if isinstance(target, str):
-        if names is None or target not in names:
-            raise unknown_name("target", target, names or ())
+        if names is None:
+            hint = "Pass `class_names=` to use names."
+            raise TargetError(
+                expected("target", "None or a class index, where names are not known", repr(target), hint)
+            )
+        if target not in names:
+            raise unknown_name("target", target, names)
         target = names.index(target)
     elif target is not None:
         check_integer("target", target, "None, a class index or a name", error=TargetError)
