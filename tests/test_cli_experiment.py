@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from ce_plugin.cli import main
+from ce_plugin.cli._experiment import source_of
 from ce_plugin.cli._recipe import packaged, read_recipe
 from ce_plugin.expected import EffectTable
 
@@ -315,3 +317,12 @@ def test_workers_of_ray_write_the_same_table(place: Path) -> None:
     assert call("./mine.toml", "--data", ".", "--out", "ray", "--engine", "ray", "--workers", "2") == 0
     one, other = (pd.read_csv(f"{folder}/nodes.csv") for folder in ("run", "ray"))
     np.testing.assert_allclose(one["effect"], other["effect"], atol=1e-6)
+
+
+def test_images_go_to_workers_once(data_folder: Path) -> None:
+    """Not each with the memory of all, of which it is a view."""
+    source = source_of("fashion-mnist:test", data_folder)
+    image, label = source.item(3)
+    assert image.shape == (1, 28, 28)
+    assert isinstance(label, int)
+    assert len(pickle.dumps(source)) < 2 * 4 * len(source) * 28 * 28  # float32

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from scipy.stats import beta
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from ce_plugin.attribution import ConceptCausalEffect, LayerCausalEffect
 from ce_plugin.cli._commands import ExperimentOptions
@@ -356,7 +357,8 @@ def _fashion(root: Path, split: str) -> ImageSource:
     places = [root / "fashion-mnist", root / "FashionMNIST" / "raw"]
     there = next((place for place in places if place.is_dir()), places[0])
     images, labels = fashion_mnist(there, split or "test")
-    found = DatasetImages(list(zip(images, labels.tolist(), strict=True)), f"fashion-mnist:{split or 'test'}")
+    # Not a list of images: each would be sent to a worker with the memory of all, of which it is a view.
+    found = DatasetImages(TensorDataset(images, labels), f"fashion-mnist:{split or 'test'}")
     found.class_names = FASHION_CLASSES
     found.labels = labels.tolist()
     return found
