@@ -260,7 +260,9 @@ class _Job:
         found = {type(part).__module__ for network in self.maker.networks() for part in network.modules()}
         found.add(type(self.reader.data).__module__)
         tops = {name: name.partition(".")[0] for name in found}
-        strange = [name for name, top in tops.items() if top != "__main__" and PathFinder.find_spec(top) is None]
+        # Built-in modules are on no path, and everywhere.
+        here = {"__main__", *sys.builtin_module_names}
+        strange = [name for name, top in tops.items() if top not in here and PathFinder.find_spec(top) is None]
         return {sys.modules[name] for name in strange if name in sys.modules}
 
     def _batches(self, shard: list[int]) -> list[list[int]]:
