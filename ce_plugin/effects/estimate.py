@@ -314,7 +314,7 @@ class Estimate:
         try:
             import xarray as xr
         except ImportError as error:
-            hint = "Install it: pip install xarray"
+            hint = 'Install it: pip install "ce-plugin[data]"'
             raise ModelError(expected("xarray", "installed, for `to_xarray`", "an error at import", hint)) from error
         axes = ("example", "unit", "class")
         values: dict[str, Any] = {"reference": (("example", "class"), self.reference.detach().cpu().numpy())}
@@ -403,15 +403,18 @@ class Estimate:
         own = self.contribution[example, : int(self.n_units[example]), column]
         if not len(own):
             return "There is nothing that could be set."
-        unit = int(self.smoothed_contribution[example, : len(own), column].nan_to_num(-math.inf).argmax())
-        value, known = float(own[unit]), name.startswith("class ")
-        said = name if known else f"“{name}”"
-        if value <= 0:
+        drawn = self.smoothed_contribution[example, : len(own), column].nan_to_num(-math.inf)
+        unit = int(drawn.argmax())
+        said = name if name.startswith("class ") else f"“{name}”"
+        if float(drawn[unit]) <= 0:
             return f"None of {len(own)} {self._units_word} supports {said}."
+        which = f"Of {len(own)} {self._units_word} the one at {self.place_of(example, unit)}"
+        if self.smoothed is not None:  # what a patch does alone is not what the map says of it
+            return f"{which} supports {said} most on the map."
+        value = float(own[unit])
         points = self.outcome in ("probability", "sigmoid")
         size = f"{100 * value:.3g} per cent points" if points else f"{value:.3g}"
         what = (self.outcome or "outcome").replace("_", "-")
-        which = f"Of {len(own)} {self._units_word} the one at {self.place_of(example, unit)}"
         return f"{which} supports {said} most: without it the {what} is lower by {size}."
 
     def _tested_alone(self, example: int, column: int, fdr: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -234,3 +235,14 @@ def test_a_map_that_looks_strong_without_anything_significant_says_why() -> None
     )  # fmt: skip
     assert "None of 16 patches is significant by itself" in estimate.summary()
     assert "known to about ±2 only" in estimate.summary()
+
+
+def test_what_a_patch_does_alone_is_not_what_the_map_says_of_it() -> None:
+    """The map's strongest patch may have an effect of the other sign by itself, or none that is known."""
+    estimate = Estimate(
+        effect=torch.tensor([[[0.2], [-0.5]]]), std_error=torch.ones(1, 2, 1), reference=torch.ones(1, 1),
+        smoothed=torch.tensor([[[-0.4], [-0.1]]]), class_shape=(1,), outcome="log_odds",
+    )  # fmt: skip
+    assert estimate.summary().startswith("Of 2 units the one at “0” supports class 0 most on the map.")
+    opposed = replace(estimate, smoothed=-estimate.smoothed)
+    assert opposed.summary().startswith("None of 2 units supports class 0.")
