@@ -34,6 +34,7 @@ from ce_plugin.report import (
     planned_attack,
 )
 from ce_plugin.visualization import overlay, plot_nodes, sheet
+from ce_plugin.visualization.figure import png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -242,13 +243,7 @@ def _plot(options: NodesOptions, resolved: Resolved, found: _Channels) -> bytes:
         xlabel=f"contribution to the {OUTCOMES[options.outcome]} of {resolved.target_name}",
         title=f"{printable(options.image.name)}, layer {resolved.layer}",
     )
-    return _png(figure)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    return png(figure, dpi=150)
 
 
 def _top_channels(resolved: Resolved, found: _Channels) -> list[dict[str, Any]]:
@@ -391,4 +386,4 @@ def _picture(options: MapOptions, resolved: Resolved, arrays: dict[str, Tensor],
         title = printable(options.image.name) if name == "clean" else f"under {name.upper()}"
         rows.append([(title, picture), (f"causal effect map: {explained}", effect), ("Grad-CAM", shown)])
     note = f"layer {resolved.layer}; orange supports, blue opposes; full colour is ±{scale:.2g} "
-    return _png(sheet(rows, note=note + OUTCOMES[options.outcome]))
+    return png(sheet(rows, note=note + OUTCOMES[options.outcome]), dpi=150)

@@ -200,21 +200,12 @@ def _maps(
     from matplotlib.colors import Normalize
     from matplotlib.ticker import FuncFormatter
 
-    from ce_plugin.visualization.figure import NotebookFigure
-
     pixels = as_picture(shown).permute(1, 2, 0).numpy()
     values = [plane.mean(0).cpu().double().numpy() for plane in planes]
     scale = max(float(abs(one).max()) for one in values) or None
-    if ax is None:
-        inches, high = width / _DPI, width / _DPI * pixels.shape[0] / pixels.shape[1]
-        size = (len(values) * inches + (0.9 if label else 0.0), high + 0.35)
-        figure: Figure = NotebookFigure(figsize=size, dpi=_DPI, layout="constrained")
-        every = list(figure.subplots(1, len(values), squeeze=False)[0])
-    else:
-        every, found = [ax], ax.get_figure(root=True)
-        if found is None:
-            raise ArgumentError(expected("ax", "axes of a figure", "removed ones"))
-        figure = found
+    inches, high = width / _DPI, width / _DPI * pixels.shape[0] / pixels.shape[1]
+    size = (len(values) * inches + (0.9 if label else 0.0), high + 0.35)
+    figure, every = _side_by_side(ax, len(values), size)
     for axes, plane, region, title in zip(every, values, regions, titles, strict=True):
         colors = draw_map(axes, plane, pixels, scale=scale, significant=region, cmap=cmap)
         axes.set_title(title, fontsize=10)
@@ -225,6 +216,19 @@ def _maps(
         if label.endswith("per cent points"):
             ruler.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:+.3g}"))
     return figure
+
+
+def _side_by_side(ax: Axes | None, count: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """A new figure, in inches, with so many axes; or the user's axes and their figure."""
+    from ce_plugin.visualization.figure import NotebookFigure
+
+    if ax is None:
+        made = NotebookFigure(figsize=size, dpi=_DPI, layout="constrained")
+        return made, list(made.subplots(1, count, squeeze=False)[0])
+    figure = ax.get_figure(root=True)
+    if figure is None:
+        raise ArgumentError(expected("ax", "axes of a figure", "removed ones"))
+    return figure, [ax]
 
 
 def _planes(
@@ -325,21 +329,11 @@ def _bars(
     ax: Axes | None,
 ) -> Figure:
     """Bars of the largest contributions to each class, side by side."""
-    from ce_plugin.visualization.figure import NotebookFigure
-
     n_units = int(estimate.n_units[example])
     if not n_units:
         raise InputError(expected("estimate", "with at least one unit", "none"))
     shown = min(top, n_units)
-    if ax is None:
-        size = (len(columns) * width / _DPI, 0.9 + 0.24 * shown)
-        figure: Figure = NotebookFigure(figsize=size, dpi=_DPI, layout="constrained")
-        every = list(figure.subplots(1, len(columns), squeeze=False)[0])
-    else:
-        every, found = [ax], ax.get_figure(root=True)
-        if found is None:
-            raise ArgumentError(expected("ax", "axes of a figure", "removed ones"))
-        figure = found
+    figure, every = _side_by_side(ax, len(columns), (len(columns) * width / _DPI, 0.9 + 0.24 * shown))
     for axes, (column, _), title in zip(every, columns, titles, strict=True):
         _bars_of(axes, estimate, example, column, shown, fdr, level)
         axes.set_title(title, fontsize=10)

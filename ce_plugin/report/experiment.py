@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ LEAST_OF_HALVES = 4
 """Images that the question for the largest node takes: two halves with a spread each."""
 # Folder of the plots.
 _PLOTS = "plots"
+_DPI = 110
 _COLUMNS = ("site", "reading", "outcome", "what", "evidence", "effect", "low", "high", "p_value", "significant")
 
 
@@ -289,7 +289,9 @@ class ExperimentSection(Section[ExperimentStudy]):
         self.shown, self.every, self.counts = experiment_rows(found)
         self.detector = detector_rows(found) if found.plain else None
         self.largest = largest_rows(found) if found.largest else None
-        self.plots = {name: _png(figure) for name, figure in self._figures(found).items()}
+        from ce_plugin.visualization.figure import png
+
+        self.plots = {name: png(figure, _DPI) for name, figure in self._figures(found).items()}
 
     def tables(self) -> dict[str, str]:
         """Name of a file -> CSV."""
@@ -433,12 +435,6 @@ def _part(
 def _plot_name(site: str, reading: str, outcome: str) -> str:
     plain = re.sub(r"[^\w.]+", "-", site)
     return f"nodes-{plain}-{outcome}-{reading}.png"
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
 
 
 def _cell(row: Any) -> Cell:

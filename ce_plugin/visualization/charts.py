@@ -129,14 +129,14 @@ def plot_ranked(
         >>> [label.get_text() for label in figure.axes[-1].get_xticklabels()]
         ['b', 'a']
     """
-    from matplotlib.figure import Figure
+    from ce_plugin.visualization.figure import NotebookFigure
 
     read = {name: [np.asarray(one, dtype=np.float64) for one in parts] for name, parts in panels.items()}
     lengths = {len(one) for parts in read.values() for one in parts}
     if not labels or lengths != {len(labels)}:
         raise ArgumentError(expected("panels", f"one or more, with {len(labels)} numbers each", sorted(lengths)))
     named, few = len(labels) <= _NAMED, len(labels) <= 4 * _NAMED
-    figure = Figure(figsize=(9.0, 0.9 + 1.5 * len(read)), dpi=100, layout="constrained")
+    figure = NotebookFigure(figsize=(9.0, 0.9 + 1.5 * len(read)), dpi=100, layout="constrained")
     axes = figure.subplots(len(read), 1, sharex=True, squeeze=False)[:, 0]
     order = np.argsort(next(iter(read.values()))[0], kind="stable")
     places, size = np.arange(len(labels)), 5.0 if named else 2.0
@@ -185,14 +185,14 @@ def plot_intervals(
         >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
         ['node 3']
     """
-    from matplotlib.figure import Figure
+    from ce_plugin.visualization.figure import NotebookFigure
 
     rows = list(dict.fromkeys(row for some in panels.values() for row in some))
     every = dict.fromkeys(name for some in panels.values() for own in some.values() for name in own)
     if not rows or not every:
         raise ArgumentError(expected("panels", "numbers to draw", "none"))
     deep = 0.22 * len(every) + 0.16  # of a row, in inches
-    figure = Figure(figsize=(9.0, 1.3 + deep * len(rows)), dpi=100, layout="constrained")
+    figure = NotebookFigure(figsize=(9.0, 1.3 + deep * len(rows)), dpi=100, layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (name, some) in zip(axes, panels.items(), strict=True):
         axis.axvline(at, color=_GRAY, linewidth=0.8)

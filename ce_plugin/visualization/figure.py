@@ -18,9 +18,19 @@ class NotebookFigure(Figure):
 
     def _repr_html_(self) -> str:
         """The figure as an image, at twice the resolution of its size on the page."""
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=2 * self.dpi)
         width = round(self.get_figwidth() * self.dpi)
         said = "; ".join(axes.get_title() for axes in self.axes if axes.get_title()).replace('"', "&quot;")
-        uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+        uri = f"data:image/png;base64,{base64.b64encode(png(self, 2 * self.dpi)).decode('ascii')}"
         return f'<img width="{width}" alt="{said}" src="{uri}">'
+
+
+def png(figure: Figure, dpi: float) -> bytes:
+    """The content of a PNG file.
+
+    Example:
+        >>> png(Figure(figsize=(1, 1)), dpi=50)[1:4]
+        b'PNG'
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()

@@ -352,9 +352,9 @@ def _drawn(figure: Figure, dpi: int) -> Any:
     """The figure as a Pillow image."""
     from PIL import Image
 
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return Image.open(buffer).convert("RGB")
+    from ce_plugin.visualization.figure import png
+
+    return Image.open(io.BytesIO(png(figure, dpi))).convert("RGB")
 
 
 def _encoded(image: Any, kind: str) -> str:
