@@ -1020,15 +1020,17 @@ Config = Annotated[
 
 def _write_config(given: Any, command: str) -> None:
     """Leave the options of a run in its folder, from which ``--config`` runs it again."""
+    from ce_plugin.files import written_whole
+
     lines = [f"# {command} --config {CONFIG} --out ANOTHER_FOLDER"]
     for one in fields(given):
         value = getattr(given, one.name)
         if value is None or one.name in ("out", "force") or value == one.default:
             continue
         lines.append(f"{one.name} = {_toml(value)}")
-    path = Path(given.out) / CONFIG
     # Names of files may be bytes that are no text; they come back as they were.
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
+    with written_whole(Path(given.out) / CONFIG) as stream:
+        stream.write(("\n".join(lines) + "\n").encode("utf-8", errors="surrogateescape"))
 
 
 def _toml(value: object) -> str:

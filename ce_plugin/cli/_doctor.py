@@ -24,7 +24,7 @@ _OPTIONAL = {
     "ray": ("many processes or machines", "cluster"),
     "grad-cam": ("ce-plugin compare", "compare"),
     "quantus": ("Quantus' metrics", "compare"),
-    "xarray": ("Estimate.to_xarray", ""),
+    "xarray": ("Estimate.to_xarray", "data"),
 }
 _NEEDED = ("torch", "torchvision", "captum", "adversarial-robustness-toolbox", "numpy", "matplotlib")
 
@@ -43,16 +43,19 @@ def examined() -> str:
     lines += ["", "Optional"]
     for name, (purpose, extra) in _OPTIONAL.items():
         version = _version(name)
-        how = f"pip install 'ce-plugin[{extra}]'" if extra else f"pip install {name}"
-        lines.append(f"  {_mark(version)} {name} {version or f'is missing ({how})'}: {purpose}")
+        how = f"is missing (pip install 'ce-plugin[{extra}]')"
+        lines.append(f"  {_mark(version)} {name} {version or how}: {purpose}")
     lines += ["", "Devices", *(f"  ok {line}" for line in _devices())]
     if torch.version.cuda and not torch.cuda.is_available():
         lines.append("  -- this PyTorch is built for CUDA, and no GPU is found: the wheels for the CPU are far smaller")
         lines.append("     (pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu)")
     lines += ["", "Folders"]
-    data = os.environ.get("CE_PLUGIN_DATA")
-    there = "is not set: only tests and benchmarks on data sets need it"
-    lines.append(f"  {_mark(data)} CE_PLUGIN_DATA {'is set' if data and os.path.isdir(data) else there}")
+    data = os.environ.get("CE_PLUGIN_DATA", "")
+    found = os.path.isdir(data)
+    said = "is set"
+    if not found:
+        said = f"{'names no folder' if data else 'is not set'}: tests, benchmarks and the gallery need it"
+    lines.append(f"  {_mark(found)} CE_PLUGIN_DATA {said}")
     lines.append(f"  ok {shutil.disk_usage(os.curdir).free / 2**30:.0f} GiB are free here")
     return "\n".join(lines)
 
