@@ -17,6 +17,7 @@ from ce_plugin.cli import main
 from ce_plugin.cli._experiment import source_of
 from ce_plugin.cli._recipe import packaged, read_recipe
 from ce_plugin.expected import EffectTable
+from ce_plugin.randomness import numpy_generator
 
 _NETWORK = """
 from torch import nn
@@ -156,11 +157,11 @@ def _check_largest(table: EffectTable) -> None:
     own = rows[(rows["site"] == "1") & (rows["evidence"] == "clean")].set_index("images")
     assert own["n_images"].tolist() == [12, 12]
     node = int(own["node"].iloc[0])
-    # Both halves together are all images, and no node is larger on the half that chose.
-    both = float(own["effect"].mean())
-    assert both == pytest.approx(float(effects[:, node].mean()), abs=1e-6)
-    others = 2 * effects.mean(0) - float(own.loc["other", "effect"])
-    assert abs(float(others[node])) == pytest.approx(abs(own.loc["chosen", "effect"]), abs=1e-6)
+    order = numpy_generator(0, "experiment halves", 0).permutation(len(ids))
+    chose, other = (effects[torch.from_numpy(half)].mean(0) for half in np.array_split(order, 2))
+    assert node == int(chose.abs().argmax())
+    assert own.loc["chosen", "effect"] == pytest.approx(float(chose[node]), abs=1e-6)
+    assert own.loc["other", "effect"] == pytest.approx(float(other[node]), abs=1e-6)
     # The largest of all sites is the larger of the two.
     first = rows[rows["first"]]
     chosen = rows[(rows["images"] == "chosen") & (rows["evidence"] == "clean")].set_index("site")["effect"].abs()

@@ -19,7 +19,8 @@ from torch import nn
 
 from ce_plugin import CausalEffect, LayerCausalEffect
 from ce_plugin.errors import ArgumentError, CEPluginError, FileError, InputError, ModelError
-from ce_plugin.expected import EffectTable, RayCluster, Sample, run
+from ce_plugin.expected import EffectTable, RayCluster, Sample, engine, run
+from ce_plugin.expected.rows import RowMaker
 
 HERE = Path(__file__).parent
 
@@ -149,6 +150,13 @@ def test_files_hold_fewer_images_where_rows_are_large(tmp_path: Path, monkeypatc
     found = run(explainer(), inputs(20), tmp_path / "run", classes="all")
     assert len(list((found.folder / "rows").glob("*.parquet"))) > 3
     assert len(found) == 20
+
+
+def test_what_python_brings_is_not_sent_to_workers(tmp_path: Path) -> None:
+    """A list of images is of a built-in class, which every process has."""
+    maker = RowMaker(explainer=explainer(), given=None, outcomes=None, classes="explained", keep_images=True)
+    job = engine._Job(maker, engine._Reader([inputs(2)[0]], False), tmp_path, {}, 1)
+    assert not {module.__name__ for module in job._unimportable()} & set(sys.builtin_module_names)
 
 
 def test_random_state_and_mode_are_left_alone(tmp_path: Path) -> None:
