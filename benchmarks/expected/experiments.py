@@ -41,6 +41,7 @@ def main() -> None:
         [time.time() - start, time.process_time() - cpu],
     ]
     calls.write_text(json.dumps(took))
+    load = os.getloadavg()[1]  # over five minutes: on a calm machine about the number of workers
     seconds, cpu_seconds = (round(sum(column)) for column in zip(*took, strict=True))
     record = json.loads((out / "experiment.json").read_text())
     del record["configurations"]
@@ -49,7 +50,7 @@ def main() -> None:
     said = f"From the empty folder to the page {seconds:,} s"
     # What Ray's workers take is not this process's.
     said += f", {cpu_seconds:,} s of one processor" if options.workers == 1 else f" with {options.workers} workers"
-    said += f" (other work ran beside it), in {len(took)} call{'s' if len(took) > 1 else ''}."
+    said += f", in {len(took)} call{'s' if len(took) > 1 else ''}; the machine's load at the end was {load:.1f}."
     took_all = {"seconds": seconds, "cpu_seconds": cpu_seconds, "calls": took, "workers": options.workers}
     write(f"experiment_{options.recipe}", f"{text}\n{said}\n", {**took_all, **record}, "pyarrow")
 
