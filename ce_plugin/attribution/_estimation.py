@@ -306,7 +306,9 @@ class OutcomeMeasure:
         measured = {}
         for name, head in heads.items():
             if self.outputs_finite is not None:  # no look at values, which would make every batch wait
-                self.outputs_finite = torch.isfinite(head).all() & self.outputs_finite.to(head.device)
+                # Any NaN makes both NaN; several times faster than isfinite of every value.
+                low, high = head.aminmax()
+                self.outputs_finite = low.isfinite() & high.isfinite() & self.outputs_finite.to(head.device)
             measured[name] = self._kept(name, self.outcome(head, self._outputs[name][examples]), examples)
         return measured
 
