@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.paper import conditions as paper
 from benchmarks.paper import figure3, xray_detector
+from benchmarks.paper._page import ends, flat, save_page
 from benchmarks.paper._xrays import (
     GrayTwoClasses,
     Images,
@@ -25,6 +26,7 @@ from benchmarks.paper._xrays import (
 from ce_plugin.datasets import FINDINGS, Box, ImageFiles, XRays
 from ce_plugin.interventions import Normalization
 from ce_plugin.models import VisionModel
+from ce_plugin.visualization import plot_intervals
 
 
 class Corner(nn.Module):
@@ -220,3 +222,26 @@ def test_noise_is_as_large_as_the_attack_and_belongs_to_the_image() -> None:
     torch.testing.assert_close(noise.abs(), torch.full_like(noise, 0.03))
     assert torch.equal(xray_detector.noisy(x[:2], 0.03) - x[:2], noise[:2])
     assert not torch.equal(noise[0], noise[1])
+
+
+def test_a_page_holds_its_tables_and_plots(tmp_path: Path) -> None:
+    rows = [{"finding": "=nodule", "masked": {"mean": -1.0, "low": -2.0, "high": 0.0, "n": 5, "needed": None}}]
+    figure = plot_intervals({"nodule": {"masked": {"effect": ends(rows[0]["masked"])}}})
+    save_page(
+        tmp_path, "page", "### A title\n\n| a | b |\n|---|---|\n| 1 | <2 |", {"rows": flat(rows)}, {"plot": figure}
+    )
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["page.html", "page.md", "plot.png", "rows.csv"]
+    html = (tmp_path / "page.html").read_text()
+    assert "<td>&lt;2</td>" in html
+    assert 'src="data:image/' in html
+    assert (tmp_path / "page.md").read_text().endswith("![plot](plot.png)\n")
+    assert (tmp_path / "rows.csv").read_text().splitlines() == [
+        "finding,masked_mean,masked_low,masked_high,masked_n,masked_needed",
+        "'=nodule,-1.0,-2.0,0.0,5,",
+    ]
+
+
+def test_without_a_folder_no_page_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_page(None, "page", "text", {"rows": [{"a": 1}]}, {})
+    assert not list(tmp_path.iterdir())

@@ -93,6 +93,12 @@ def test_intervals_of_all_conditions_are_drawn() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["clean", "FGSM"]
 
 
+def test_each_of_many_conditions_looks_different() -> None:
+    figure = plot_intervals({"": {"row": {f"condition {k}": (k, k - 1, k + 1) for k in range(9)}}})
+    marks = [one.lines[0] for one in figure.axes[0].containers]
+    assert len({(mark.get_color(), mark.get_marker()) for mark in marks}) == 9
+
+
 def test_nothing_to_rank_or_compare_is_told() -> None:
     with pytest.raises(ArgumentError, match="`panels`"):
         plot_ranked([], {})

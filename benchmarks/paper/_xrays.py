@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.detection._classifiers import kept
 from ce_plugin.datasets import FINDINGS, ImageFiles, XRays, chest_xray14, pneumonia_xrays
 from ce_plugin.evaluation import Figures, figures
-from ce_plugin.files import csv_text, written_whole
+from ce_plugin.files import written_whole
 from ce_plugin.interventions import Adversarial
 from ce_plugin.models import Framing, VisionModel, chexnet, load_state, pneumonia_cnn, train_classifier
 
@@ -246,14 +246,6 @@ def reading(z: Tensor, images: Images, names: Sequence[str]) -> list[Figures]:
 def informative(found: Sequence[Figures]) -> list[int]:
     """The findings that the network reads: those whose AUROC's interval lies above .5."""
     return [k for k, one in enumerate(found) if one.auroc is not None and one.auroc.low > 0.5]
-
-
-def save_csv(out: Path | None, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The rows as NAME.csv, if a folder is given."""
-    if out is not None and rows:
-        out.mkdir(parents=True, exist_ok=True)
-        names = list(dict.fromkeys(key for row in rows for key in row))
-        (out / f"{name}.csv").write_text(csv_text(names, [[row.get(key) for key in names] for row in rows]))
 
 
 @dataclass(frozen=True)

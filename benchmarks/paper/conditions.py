@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from benchmarks.common.results import write
+from benchmarks.paper._page import Interval, ends, flat, save_page
 from benchmarks.paper._xrays import (
     LEVEL,
     Images,
@@ -34,7 +36,6 @@ from benchmarks.paper._xrays import (
     pneumonia_parts,
     prepared,
     reading,
-    save_csv,
 )
 from ce_plugin import CausalEffect, LayerCausalEffect
 from ce_plugin.datasets import FINDINGS, XRays
@@ -43,6 +44,7 @@ from ce_plugin.expected.answer import answered
 from ce_plugin.expected.moments import moments_of
 from ce_plugin.interventions import Normalization, PixelMask
 from ce_plugin.randomness import generator, numpy_generator
+from ce_plugin.visualization import plot_intervals
 
 FILLS = ("zero", "mean", "blur")
 LAYERS = {"pneumonia CNN": "relu3", "one sigmoid": "features.norm5", "fourteen sigmoids": "features.norm5"}
@@ -352,7 +354,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=400, help="at most, of conditions I and III")
     parser.add_argument("--draws", type=int, default=DRAWS, help="random boxes for each box of condition II")
-    parser.add_argument("--out", type=Path, help="a folder for condition1.csv, condition2.csv")
+    parser.add_argument("--out", type=Path, help="a folder for the page, its tables and plots")
     options = parser.parse_args()
     first = list(itertools.chain.from_iterable(first_condition(name, options.images) for name in LAYERS))
     net, (_, test) = network("fourteen sigmoids"), nih_parts()
@@ -368,7 +370,6 @@ def main() -> None:
         some = images.first(options.images)
         found = common_cause(net.model, LAYERS["fourteen sigmoids"], some.x, (one, two), some.data.groups)
         third = {"outputs": [FINDINGS[one], FINDINGS[two]], "images": len(some), **asdict(found)}
-    save_csv(options.out, "condition1", [{k: str(v) for k, v in row.items()} for row in first])
     boxes = [
         {
             "image": one.image, "patient": one.patient, "box": FINDINGS[one.finding], "output": FINDINGS[k],
@@ -377,11 +378,35 @@ def main() -> None:
         for one in tests
         for k in range(len(FINDINGS))
     ]  # fmt: skip
-    save_csv(options.out, "condition2", boxes)
     record = {"first": first, "second": second, "third": third, "boxes": boxes, "auroc": [r.to_dict() for r in read]}
     boxed = {box.finding for i in range(len(test)) for box in test.boxes_of(i)}
     left = [FINDINGS[k] for k in sorted(boxed - set(known))]
-    write("paper_conditions", text(first, second, third, options.draws, left), record)
+    page = text(first, second, third, options.draws, left)
+    tables: dict[str, Sequence[dict[str, Any]]] = {"condition1": flat(first), "condition2": boxes}
+    figures = {"condition1": first_plot(first), "condition2": second_plot(second)}
+    save_page(options.out, "conditions", page, tables, figures)
+    write("paper_conditions", page, record)
+
+
+def first_plot(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Condition I: what a tenth of the pixels, and one node, do to each output."""
+    panels: dict[str, dict[str, dict[str, Interval]]] = {"pixels masked": {}, "the largest node": {}}
+    for row in rows:
+        name = f"{row['network']}: {row['finding']}"
+        for panel, key in (("pixels masked", "masked"), ("the largest node", "confirmed")):
+            panels[panel][name] = {"effect": ends(row[key])}
+    return plot_intervals(panels, xlabel="effect on the logit")
+
+
+def second_plot(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Condition II: what masking a finding's box does to its output, and beyond random boxes, and to the others."""
+    names = {"masked": "box masked", "beyond": "beyond random boxes", "others": "other outputs, likewise"}
+    found = {
+        f"{row['finding']} ({row['boxes']} boxes)": {shown: ends(row[key]) for key, shown in names.items()}
+        for row in rows
+        if row["boxes"] > 2  # two boxes have an interval that hides all others
+    }
+    return plot_intervals({"findings of three boxes or more": found}, xlabel="effect on the logit")
 
 
 def text(

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from captum.attr import LayerGradCam
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from benchmarks.common.results import write
+from benchmarks.paper._page import Interval, ends, flat, save_page
 from benchmarks.paper._xrays import (
     Mean,
     attacked,
@@ -32,14 +34,13 @@ from benchmarks.paper._xrays import (
     pneumonia_parts,
     prepared,
     reading,
-    save_csv,
 )
 from ce_plugin import CausalEffectMap
 from ce_plugin.datasets import FINDINGS, XRays, box_mask
 from ce_plugin.evaluation import box_share, rank_correlation
 from ce_plugin.interventions import Adversarial
 from ce_plugin.models import VisionModel
-from ce_plugin.visualization import overlay, sheet
+from ce_plugin.visualization import overlay, plot_intervals, sheet
 
 MapOf = Callable[[Tensor, Tensor], Tensor]
 LAYERS = {
@@ -216,10 +217,11 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(LAYERS), choices=list(LAYERS))
     parser.add_argument("--images", type=int, default=100, help="of children's X-rays with pneumonia, at most")
     parser.add_argument("--dense", type=int, default=20, help="the same for the DenseNet, whose attacks take longer")
-    parser.add_argument("--out", type=Path, help="a folder for figure3.csv and the pictures")
+    parser.add_argument("--out", type=Path, help="a folder for the page, its table and pictures")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     success: dict[str, dict[str, float]] = {}
+    figures: dict[str, Figure] = {}
     for name in options.networks:
         layers = LAYERS[name]
         net, pictures = network(name), pictures_of(name, options.dense if name == "one sigmoid" else options.images)
@@ -232,12 +234,23 @@ def main() -> None:
             rows += compared(pictures, changed, maps, about)
             print(name, layer, flush=True)
         if options.out is not None:
-            options.out.mkdir(parents=True, exist_ok=True)
-            figure = draw(net, pictures, changed, maps_of(net, layers[0]), 0)
-            figure.savefig(options.out / f"figure3-{name.replace(' ', '-')}.png", dpi=110)
-    save_csv(options.out, "figure3", [{k: str(v) for k, v in row.items()} for row in rows])
+            figures[f"figure3-{name.replace(' ', '-')}"] = draw(net, pictures, changed, maps_of(net, layers[0]), 0)
+    page = text(rows, success)
+    if options.out is not None:
+        figures["figure3-correlation"] = plot(rows)
+    save_page(options.out, "figure3", page, {"figure3": flat(rows)}, figures)
     record = {"rows": rows, "success": success, "attacks": ATTACKS, "findings": FINDINGS}
-    write("paper_figure3", text(rows, success), record)
+    write("paper_figure3", page, record)
+
+
+def plot(rows: list[dict[str, Any]]) -> Figure:
+    """How much of each map's order is kept under each attack."""
+    panels: dict[str, dict[str, dict[str, Interval]]] = {}
+    for row in rows:
+        if row.get("correlation") is not None:
+            own = panels.setdefault(f"{row['network']}, {row['layer']}", {})
+            own.setdefault(row["attack"], {})[row["map"]] = ends(row["correlation"])
+    return plot_intervals(panels, xlabel="correlation with the clean map")
 
 
 def text(rows: list[dict[str, Any]], success: dict[str, dict[str, float]]) -> str:

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from benchmarks.common.results import write
+from benchmarks.paper._page import Interval, save_page
 from benchmarks.paper._xrays import (
     LEVEL,
     GrayTwoClasses,
@@ -28,7 +30,6 @@ from benchmarks.paper._xrays import (
     network,
     pneumonia_parts,
     prepared,
-    save_csv,
 )
 from ce_plugin import ConceptCausalEffect, LayerCausalEffect
 from ce_plugin.concepts import ConceptAutoencoder, train_autoencoder
@@ -36,6 +37,7 @@ from ce_plugin.detection import CausalEffectDetector, Denoising, Signature
 from ce_plugin.evaluation import figures
 from ce_plugin.interventions import Adversarial
 from ce_plugin.randomness import generator
+from ce_plugin.visualization import plot_intervals
 
 LAYER, CONCEPTS, FIDELITY = "network.relu3", 16, 0.8
 ATTACKS: dict[str, dict[str, Any]] = {
@@ -177,8 +179,17 @@ def main() -> None:
         "alarms": alarms,
         "fpr": FPR,
     }
-    save_csv(options.out, "detector", rows)
-    write("paper_xray_detector", text(rows, about), {**about, "rows": rows, "attacks": ATTACKS})
+    page = text(rows, about)
+    save_page(options.out, "xray_detector", page, {"detector": rows}, {"detector": plot(rows)})
+    write("paper_xray_detector", page, {**about, "rows": rows, "attacks": ATTACKS})
+
+
+def plot(rows: list[dict[str, Any]]) -> Figure:
+    """How well each score tells attacked images, and images with noise, from clean ones."""
+    areas: dict[str, dict[str, Interval]] = {}
+    for row in rows:
+        areas.setdefault(row["attack"], {})[row["detector"]] = (row["auroc"], row["auroc_low"], row["auroc_high"])
+    return plot_intervals({"attacks and noise": areas}, at=0.5, xlabel="AUROC")
 
 
 def text(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:

@@ -12,7 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from benchmarks.common.results import write
+from benchmarks.paper._page import save_page
 from benchmarks.paper._xrays import (
     NEEDED,
     SIZE,
@@ -23,15 +26,15 @@ from benchmarks.paper._xrays import (
     pneumonia_parts,
     prepared,
     reading,
-    save_csv,
 )
+from ce_plugin.visualization import plot_intervals
 
 NETWORKS = ("pneumonia CNN", "one sigmoid", "fourteen sigmoids")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="a folder for networks.csv")
+    parser.add_argument("--out", type=Path, help="a folder for the page, its table and plot")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     about: dict[str, Any] = {}
@@ -51,8 +54,19 @@ def main() -> None:
             **({"epochs": TRAINING[name].epochs, **took} if name in TRAINING else {}),
         }
         print(name, about[name], *found, sep="\n  ", flush=True)
-    save_csv(options.out, "networks", rows)
-    write("xray_networks", text(rows, about), {"networks": about, "size": SIZE, "findings": rows})
+    page = text(rows, about)
+    save_page(options.out, "xray_networks", page, {"networks": rows}, {"networks": plot(rows)})
+    write("xray_networks", page, {"networks": about, "size": SIZE, "findings": rows})
+
+
+def plot(rows: list[dict[str, Any]]) -> Figure:
+    """How well each finding is told."""
+    areas = {
+        f"{row['network']}: {row['attack']}": {"AUROC": (row["auroc"], row["auroc_low"], row["auroc_high"])}
+        for row in rows
+        if row["evaluated"]
+    }
+    return plot_intervals({"findings": areas}, at=0.5, xlabel="AUROC")
 
 
 def text(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:

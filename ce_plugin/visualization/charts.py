@@ -202,7 +202,8 @@ def plot_intervals(
             found = [(k + shift, *some[row][condition]) for k, row in enumerate(rows) if condition in some.get(row, {})]
             place, value, low, high = np.array(found, dtype=np.float64).reshape(-1, 4).T
             ends = np.stack([value - low, high - value])
-            axis.errorbar(value, place, xerr=ends, fmt="o", ms=4, lw=1.6, color=_COLORS[number % 6], label=condition)
+            look = {"fmt": _MARKERS[number // 6 % 3], "color": _COLORS[number % 6]}
+            axis.errorbar(value, place, xerr=ends, ms=4, lw=1.6, label=condition, **look)
         axis.set_title(name, fontsize=9, loc="left")
         axis.set_xlabel(xlabel, fontsize=9)
         _open(axis)
@@ -210,13 +211,14 @@ def plot_intervals(
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     if len(every) > 1:
         handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper right", ncols=len(names), fontsize=8, frameon=False)
+        figure.legend(handles, names, loc="outside upper right", ncols=min(len(names), 4), fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure
 
 
-# Colours that colour-blind readers can tell apart, then the same with other dashes.
+# Colours that colour-blind readers can tell apart, then the same with other dashes, or markers.
 _COLORS = ("#e8590c", "#1c6fd1", "#2b8a3e", "#9c36b5", "#b08900", "#0b7285")
+_MARKERS = ("o", "s", "^")
 _DASHES = ("-", "--", ":", "-.")
 _LIGHT_GRAY = "#9aa1ab"
 _BINS = 40
