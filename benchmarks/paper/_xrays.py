@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,16 @@ from ce_plugin.models import Framing, VisionModel, chexnet, load_state, pneumoni
 SIZE = 64
 NEEDED = 20
 """Positive and negative test images below which no AUROC is given."""
+ATTACKS: dict[str, dict[str, Any]] = {
+    "FGSM": {"name": "fgsm", "eps": 0.3},
+    "BIM": {"name": "bim", "eps": 0.3},
+    "JSMA": {"name": "jsma", "eps": 0.3},
+    "PGD": {"name": "pgd", "eps": 0.3},
+    "FGSM .03": {"name": "fgsm", "eps": 0.03},
+    "BIM .03": {"name": "bim", "eps": 0.03},
+    "PGD .03": {"name": "pgd", "eps": 0.03},
+}
+"""The paper's size, in L-inf, ten steps; and a tenth of it. JSMA: 25 steps of .3."""
 LEVEL = 0.95
 _BATCH = 50
 # Attacked images that are written together.

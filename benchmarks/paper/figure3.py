@@ -24,6 +24,7 @@ from torch.nn.functional import interpolate
 from benchmarks.common.results import write
 from benchmarks.paper._page import Interval, ends, flat, save_page
 from benchmarks.paper._xrays import (
+    ATTACKS,
     Mean,
     attacked,
     by_patient,
@@ -48,16 +49,6 @@ LAYERS = {
     "one sigmoid": ("features.transition3.relu", "features.norm5"),
     "fourteen sigmoids": ("features.transition3.relu", "features.norm5"),
 }
-ATTACKS: dict[str, dict[str, Any]] = {
-    "FGSM": {"name": "fgsm", "eps": 0.3},
-    "BIM": {"name": "bim", "eps": 0.3},
-    "JSMA": {"name": "jsma", "eps": 0.3},
-    "PGD": {"name": "pgd", "eps": 0.3},
-    "FGSM .03": {"name": "fgsm", "eps": 0.03},
-    "BIM .03": {"name": "bim", "eps": 0.03},
-    "PGD .03": {"name": "pgd", "eps": 0.03},
-}
-"""The paper's size, in L-inf, ten steps; and a tenth of it. JSMA: 25 steps of .3."""
 SHOWN = ("FGSM", "BIM", "JSMA", "PGD")
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from benchmarks.common.results import write
 from benchmarks.paper._page import Interval, save_page
 from benchmarks.paper._xrays import (
+    ATTACKS,
     LEVEL,
     GrayTwoClasses,
     attacked,
@@ -40,16 +41,7 @@ from ce_plugin.randomness import generator
 from ce_plugin.visualization import plot_intervals
 
 LAYER, CONCEPTS, FIDELITY = "network.relu3", 16, 0.8
-ATTACKS: dict[str, dict[str, Any]] = {
-    "FGSM, .3": {"name": "fgsm", "eps": 0.3},
-    "BIM, .3": {"name": "bim", "eps": 0.3},
-    "JSMA, .3": {"name": "jsma", "eps": 0.3},
-    "PGD, .3": {"name": "pgd", "eps": 0.3},
-    "FGSM, .03": {"name": "fgsm", "eps": 0.03},
-    "BIM, .03": {"name": "bim", "eps": 0.03},
-    "PGD, .03": {"name": "pgd", "eps": 0.03},
-}
-NOISE = {"noise of equal size, .3": 0.3, "noise of equal size, .03": 0.03}
+NOISE = {"noise of equal size": 0.3, "noise of equal size .03": 0.03}
 FPR = 0.05
 _BATCH = 50
 Scores = dict[str, "np.ndarray[Any, np.dtype[np.float64]]"]
