@@ -236,6 +236,10 @@ def test_the_real_pictures(data_folder: Path) -> None:
     ]
     images, labels = usps(data_folder / "usps")
     assert images.shape == (11_000, 1, 16, 16)
+    framed, _ = usps(data_folder / "usps", as_mnist=True)
+    assert framed.shape == (11_000, 1, 28, 28)
+    assert not framed[..., :4, :].any()
+    assert not framed[..., -4:].any()
     assert labels.bincount().tolist() == [1_100] * 10
     images, labels = mnist(data_folder / "mnist", "test")
     assert images.shape == (10_000, 1, 28, 28)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ce_plugin.errors import FileError, expected, unknown_name
@@ -43,11 +44,15 @@ def mnist(folder: str | PathLike[str], split: str = "train") -> tuple[Tensor, Te
     return read_idx(folder, split)
 
 
-def usps(folder: str | PathLike[str]) -> tuple[Tensor, Tensor]:
+def usps(folder: str | PathLike[str], *, as_mnist: bool = False) -> tuple[Tensor, Tensor]:
     """Read the 11,000 digits of USPS, 1,100 of each, white on black, from ``usps.npz``; they have no official split.
 
+    Args:
+        folder: holds the file.
+        as_mnist: framed as MNIST's digits are: enlarged bilinearly to 20 x 20, in the middle of 28 x 28 pixels.
+
     Returns:
-        Pictures (11000, 1, 16, 16), float32 in [0, 1], and labels (11000,), int64.
+        Pictures (11000, 1, 16, 16), or (11000, 1, 28, 28), float32 in [0, 1], and labels (11000,), int64.
 
     Raises:
         FileError: the file is missing, damaged or holds something else.
@@ -71,7 +76,10 @@ def usps(folder: str | PathLike[str]) -> tuple[Tensor, Tensor]:
     if images.dtype != np.uint8 or images.shape[1:] != (16, 16) or labels.shape != images.shape[:1]:
         came = f"images {images.shape} {images.dtype}, labels {labels.shape}"
         raise FileError(expected("folder", "one where usps.npz holds (N, 16, 16) bytes with N labels", came))
-    return torch.from_numpy(images)[:, None].float() / 255.0, torch.from_numpy(labels).long()
+    pictures = torch.from_numpy(images)[:, None].float() / 255.0
+    if as_mnist:
+        pictures = F.pad(F.interpolate(pictures, size=(20, 20), mode="bilinear", align_corners=False), (4, 4, 4, 4))
+    return pictures, torch.from_numpy(labels).long()
 
 
 def read_idx(folder: str | PathLike[str], split: str) -> tuple[Tensor, Tensor]:

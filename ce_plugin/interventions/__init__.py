@@ -2,6 +2,7 @@
 
 from ce_plugin.interventions.adversarial import Adversarial
 from ce_plugin.interventions.base import Context, Intervention, Normalization
+from ce_plugin.interventions.blending import Blend
 from ce_plugin.interventions.crafting import AttackResult
 from ce_plugin.interventions.masking import PixelMask
 from ce_plugin.interventions.nodes import MeanOut, Patch, Resample, ZeroOut
@@ -11,6 +12,7 @@ from ce_plugin.interventions.synthesis import ClassVisualization
 __all__ = [
     "Adversarial",
     "AttackResult",
+    "Blend",
     "ClassVisualization",
     "Context",
     "Denoise",

@@ -1,5 +1,6 @@
 """Networks to explain, each with its input size, normalisation and class names."""
 
+from ce_plugin.models.adaptation import Adaptation, DannCNN, GradientReversal, pseudo_labels, train_adapted
 from ce_plugin.models.cifar import CifarResNet, PlainResNet, cifar_resnet, load_robust, small_cnn
 from ce_plugin.models.digits import DigitsCNN
 from ce_plugin.models.fashion import FashionCNN
@@ -18,10 +19,13 @@ from ce_plugin.models.vision import (
 from ce_plugin.models.xrays import PneumoniaCNN, chexnet, pneumonia_cnn
 
 __all__ = [
+    "Adaptation",
     "CifarResNet",
+    "DannCNN",
     "DigitsCNN",
     "FashionCNN",
     "Framing",
+    "GradientReversal",
     "MobileNet",
     "PlainResNet",
     "PneumoniaCNN",
@@ -38,7 +42,9 @@ __all__ = [
     "load_state",
     "load_weights",
     "pneumonia_cnn",
+    "pseudo_labels",
     "read_weights",
     "small_cnn",
+    "train_adapted",
     "train_classifier",
 ]
