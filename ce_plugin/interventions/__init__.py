@@ -3,6 +3,7 @@
 from ce_plugin.interventions.adversarial import Adversarial
 from ce_plugin.interventions.base import Context, Intervention, Normalization
 from ce_plugin.interventions.crafting import AttackResult
+from ce_plugin.interventions.generation import ClassCounterfactual, ClassInfill, infer_latents
 from ce_plugin.interventions.masking import PixelMask
 from ce_plugin.interventions.nodes import MeanOut, Patch, Resample, ZeroOut
 from ce_plugin.interventions.smoothing import Denoise, Smooth
@@ -11,6 +12,8 @@ from ce_plugin.interventions.synthesis import ClassVisualization
 __all__ = [
     "Adversarial",
     "AttackResult",
+    "ClassCounterfactual",
+    "ClassInfill",
     "ClassVisualization",
     "Context",
     "Denoise",
@@ -22,4 +25,5 @@ __all__ = [
     "Resample",
     "Smooth",
     "ZeroOut",
+    "infer_latents",
 ]

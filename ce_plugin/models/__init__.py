@@ -3,6 +3,7 @@
 from ce_plugin.models.cifar import CifarResNet, PlainResNet, cifar_resnet, load_robust, small_cnn
 from ce_plugin.models.digits import DigitsCNN
 from ce_plugin.models.fashion import FashionCNN
+from ce_plugin.models.gan import GAN, Discriminator, Generator, train_gan
 from ce_plugin.models.imagenet import efficientnet_lite0, imagenet_classes
 from ce_plugin.models.mobilenet import MobileNet, load_bird_mobilenet, load_mobilenet
 from ce_plugin.models.training import train_classifier
@@ -18,10 +19,13 @@ from ce_plugin.models.vision import (
 from ce_plugin.models.xrays import PneumoniaCNN, chexnet, pneumonia_cnn
 
 __all__ = [
+    "GAN",
     "CifarResNet",
     "DigitsCNN",
+    "Discriminator",
     "FashionCNN",
     "Framing",
+    "Generator",
     "MobileNet",
     "PlainResNet",
     "PneumoniaCNN",
@@ -41,4 +45,5 @@ __all__ = [
     "read_weights",
     "small_cnn",
     "train_classifier",
+    "train_gan",
 ]
