@@ -404,9 +404,8 @@ class _Training:
         asked = asdict(self.settings)
         other = [name for name in asked if found["settings"].get(name) != asked[name]]
         if other:
-            here, came = (
-                ", ".join(f"{name}={one.get(name)!r}" for name in other) for one in (asked, found["settings"])
-            )
+            both = (asked, found["settings"])
+            here, came = (", ".join(f"{name}={one.get(name)!r}" for name in other) for one in both)
             raise ArgumentError(expected("checkpoint", f"one with {here}", f"one with {came}", _HINT))
         for name, network in self.networks.items():
             network.load_state_dict(found[name])

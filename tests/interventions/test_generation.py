@@ -164,7 +164,7 @@ def test_nothing_random_is_touched_and_text_says_what_it_is() -> None:
 
 def test_errors() -> None:
     make, x = Linear(), pictures()
-    with pytest.raises(ModelError, match="`generator`.*without latent and classes"):
+    with pytest.raises(ModelError, match=r"`generator`.*without latent and classes"):
         ClassInfill(nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(TargetError, match="`target_class` to be a class in 0 to 3, but got 4"):
         ClassCounterfactual(make, 4)
