@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from scipy.stats import binomtest
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.common.results import write
 from ce_plugin.datasets import data_folder, fashion_mnist, mnist
 from ce_plugin.files import load, save
-from ce_plugin.models import FashionCNN, load_weights, train_classifier, train_gan
+from ce_plugin.models import FashionCNN, Framing, VisionModel, mnist_cnn, train_classifier, train_gan
 from ce_plugin.networks import state_guard
 
 TRAINING = 20_000
@@ -46,27 +46,10 @@ READERS: dict[str, tuple[str, Callable[..., tuple[Tensor, Tensor]]]] = {
 }
 
 
-class DigitJudge(nn.Module):
-    """The network whose weights are in digit-nets/mnist_cnn.npz; its normalisation is inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        conv = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-        self.features = nn.Sequential(*conv, nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
-        self.classifier = nn.Sequential(nn.Linear(3136, 128), nn.ReLU(), nn.Linear(128, 10))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Pictures (N, 1, 28, 28), values in [0, 1], to logits (N, 10)."""
-        logits: Tensor = self.classifier(self.features((images - 0.1307) / 0.3081).flatten(1))
-        return logits
-
-
-def judge_of(name: str, images: Tensor, labels: Tensor, cache: Path) -> nn.Module:
+def judge_of(name: str, images: Tensor, labels: Tensor, cache: Path) -> VisionModel:
     """An independent network for a data set; trained once where there is none."""
     if name == "MNIST":
-        network: nn.Module = DigitJudge()
-        load_weights(network, data_folder("digit-nets") / "mnist_cnn.npz")
-        return network.eval()
+        return mnist_cnn(data_folder("digit-nets") / "mnist_cnn.npz")
     with state_guard(seed=0):
         network = FashionCNN()
     file = cache / "fashion-judge.pt"
@@ -75,13 +58,14 @@ def judge_of(name: str, images: Tensor, labels: Tensor, cache: Path) -> nn.Modul
         train_classifier(network, images[others], labels[others], epochs=5, lr=2e-3, batch_size=64, mirror=True)
         save(file, "judge", 1, {"weights": network.state_dict()})
     network.load_state_dict(load(file, "judge", 1)["weights"])
-    return network.eval()
+    return VisionModel(network.eval(), name="FashionCNN", framing=Framing(28), grayscale=True)
 
 
-def agreement(network: nn.Module, pictures: Tensor, classes: Tensor) -> list[float]:
+def agreement(network: VisionModel, pictures: Tensor, classes: Tensor) -> list[float]:
     """Share of pictures that the network takes as their class, and its 95 % interval (Wilson)."""
+    inputs = network.normalization.to_model(pictures)
     with torch.no_grad():
-        answers = torch.cat([network(part).argmax(1) for part in pictures.split(500)])
+        answers = torch.cat([network.model(part).argmax(1) for part in inputs.split(500)])
     right = int((answers == classes).sum())
     interval = binomtest(right, len(classes)).proportion_ci(method="wilson")
     return [right / len(classes), float(interval.low), float(interval.high)]

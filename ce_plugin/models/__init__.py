@@ -1,7 +1,7 @@
 """Networks to explain, each with its input size, normalisation and class names."""
 
 from ce_plugin.models.cifar import CifarResNet, PlainResNet, cifar_resnet, load_robust, small_cnn
-from ce_plugin.models.digits import DigitsCNN
+from ce_plugin.models.digits import DigitsCNN, MnistCNN, mnist_cnn
 from ce_plugin.models.fashion import FashionCNN
 from ce_plugin.models.gan import GAN, Discriminator, Generator, train_gan
 from ce_plugin.models.imagenet import efficientnet_lite0, imagenet_classes
@@ -26,6 +26,7 @@ __all__ = [
     "FashionCNN",
     "Framing",
     "Generator",
+    "MnistCNN",
     "MobileNet",
     "PlainResNet",
     "PneumoniaCNN",
@@ -41,6 +42,7 @@ __all__ = [
     "load_robust",
     "load_state",
     "load_weights",
+    "mnist_cnn",
     "pneumonia_cnn",
     "read_weights",
     "small_cnn",

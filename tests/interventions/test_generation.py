@@ -13,7 +13,7 @@ from ce_plugin.interventions import ClassCounterfactual, ClassInfill, PixelMask,
 
 SHAPE = (1, 4, 4)
 # Far enough for a linear generator, in milliseconds.
-EXACT = {"steps": 500, "starts": 1, "lr": 0.05}
+EXACT = {"steps": 250, "starts": 1, "lr": 0.1}
 
 
 class Linear(nn.Module):
