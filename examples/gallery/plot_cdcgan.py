@@ -17,7 +17,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from scipy.stats import t
+from torchvision.utils import make_grid
 
 import ce_plugin
 from ce_plugin import CausalEffect
@@ -43,8 +43,8 @@ def train(images, labels=None, share=1, **settings):
 
 
 def montage(grid: torch.Tensor) -> torch.Tensor:
-    """A grid (rows, columns, 1, 28, 28) as one picture."""
-    return grid.permute(2, 0, 3, 1, 4).reshape(1, 28 * grid.shape[0], 28 * grid.shape[1])
+    """A grid of pictures (rows, columns, 1, 28, 28) as one."""
+    return make_grid(grid.flatten(0, 1), nrow=grid.shape[1], padding=0)
 
 
 # %%
@@ -65,24 +65,23 @@ gans = {
 for name, gan in gans.items():
     judged, made_up = gan.losses[-20:].mean(0).tolist()
     print(f"{name}, {len(gan.losses)} steps: last losses of D and G {judged:.2f}, {made_up:.2f}")
-grown = zip(range(1, 5), gans["conditional, MNIST"].frames, strict=True)
-sheet([[(f"MNIST, step {k * steps // 4}", montage(frame)) for k, frame in grown]], width=230)
+sheet(
+    [[(f"MNIST, {k} of 4", montage(frame)) for k, frame in enumerate(gans["conditional, MNIST"].frames, 1)]], width=230
+)
 
 # %%
-# Clothes, and what comes of it if the discriminator does not see the class: a picture then has to look real,
-# and need not be of its row. (The noise is the same in all rows, and so are the pictures.) Without any class
-# there is one row.
-names = ("conditional, Fashion-MNIST", "no y in the discriminator", "original loss")
-sheet([[(name, montage(gans[name].frames[-1])) for name in names]], width=300)
-
-# %%
-sheet([[("DCGAN, MNIST", montage(gans["DCGAN"].frames[-1]))]], width=600)
+# Clothes; what the original loss gives in a fifth of the steps; what comes of it if the discriminator does
+# not see the class: a picture then has to look real, and need not be of its row, so that the rows hardly
+# differ. Beside them a DCGAN, which knows no classes.
+shown = [(name, montage(gan.frames[-1])) for name, gan in list(gans.items())[2:]]
+shown.append(("DCGAN", montage(gans["DCGAN"].generator.grid(80).unflatten(1, (10, 8))[0])))
+sheet([shown], width=230)
 
 # %%
 # The losses. The original game has the generator minimise log(1 - D), which is flat where D is sure that a
 # picture was made; the non-saturating -log D is steep there. Losses are no measure of the pictures: those of
 # a good pair go on swaying, since each is measured by the other.
-figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="tight", sharex=False)
+figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="tight")
 for one, name in zip(axes, ("conditional, MNIST", "no y in the discriminator", "original loss"), strict=True):
     window = max(1, len(gans[name].losses) // 100)
     smooth = gans[name].losses.unfold(0, window, window).mean(2)
@@ -113,22 +112,22 @@ for row in json.loads(measured.read_text())["rows"] if measured.is_file() else [
 make, network = gans["conditional, MNIST"].generator, mnist_cnn(data_folder("digit-nets") / "mnist_cnn.npz")
 unit, classes = network.normalization, range(10) if full else (3, 8)
 z = make.latents(range(500, 540 if full else 504))
-whole = torch.zeros(1, 1, 28, 28, dtype=torch.long)
-matrix, widest = torch.zeros(len(classes), len(classes)), 0.0
-for i, source in enumerate(classes):
+whole = torch.zeros(1, 1, 28, 28, dtype=torch.long)  # all pixels are one unit
+effects = torch.zeros(len(classes), len(classes), len(z))
+for row, source in enumerate(classes):
     x = unit.to_model(make(z, torch.full((len(z),), source)).detach())
-    for j, c in enumerate(classes):
-        do = ClassCounterfactual(make, c, latents=z, normalization=unit)
-        explainer = CausalEffect(network.model, do, OneAtATime(), outcome="log_odds")
-        effect = explainer.estimate(x, target=c, feature_mask=whole).effect[:, 0, 0] if i != j else torch.zeros(2)
-        matrix[i, j] = effect.mean()
-        widest = max(widest, float(t.ppf(0.975, len(effect) - 1) * effect.std() / len(effect) ** 0.5))
-print(f"mean effect on the log-odds {matrix[matrix != 0].mean():.1f}; intervals of cells at most +- {widest:.1f}")
+    for column, c in enumerate(classes):
+        if c != source:
+            do = ClassCounterfactual(make, c, latents=z, normalization=unit)
+            explainer = CausalEffect(network.model, do, OneAtATime(), outcome="log_odds")
+            effects[row, column] = explainer.estimate(x, target=c, feature_mask=whole).effect[:, 0, 0]
+matrix, half = effects.mean(2), 1.96 * effects.std(2) / len(z) ** 0.5
+least, most = matrix[matrix != 0].min(), matrix.max()
+print(f"effects of {least:.1f} to {most:.1f} on the log-odds; 95 % intervals are at most +- {half.max():.1f}")
 figure, axes = plt.subplots(figsize=(5, 4), layout="tight")
-shown = axes.imshow(matrix, cmap="viridis")
+figure.colorbar(axes.imshow(matrix))
 axes.set(xlabel="do(class = ...)", ylabel="made as", title="effect on the log-odds of the class that is set")
 axes.set(xticks=range(len(classes)), xticklabels=classes, yticks=range(len(classes)), yticklabels=classes)
-figure.colorbar(shown)
 plt.show()
 
 # %%
@@ -137,9 +136,8 @@ plt.show()
 real = [part[3000:] for part in mnist(data_folder("mnist"), "test")]
 three = unit.to_model(real[0][(real[1] == 3).nonzero()[:1, 0]])
 search = {"normalization": unit, "source": 3, "steps": 150 if full else 10}
-others = [("a real three", three)]
-others += [(f"do(class = {c})", ClassCounterfactual(make, c, **search)(three)) for c in (3, 8, 5, 2, 9)]
-sheet([[(name, network.pictures(picture)[0]) for name, picture in others]], width=130)
+row = [(f"do(class = {c})", ClassCounterfactual(make, c, **search)(three)) for c in (3, 8, 5, 2, 9)]
+sheet([[(name, network.pictures(x)[0]) for name, x in [("a real three", three), *row]]], width=130)
 
 # %%
 # What is behind a mask?
@@ -149,13 +147,12 @@ sheet([[(name, network.pictures(picture)[0]) for name, picture in others]], widt
 box = (0, 0, 12, 28)
 quick = {"steps": 60 if full else 5, "starts": 2 if full else 1}
 fills = {"zero": "zero", "blur": "blur", **{f"as {c}": ClassInfill(make, c, **quick) for c in (3, 8)}}
-row = [("a real three", three)]
-row += [(name, PixelMask(fill, region=box, normalization=unit)(three)) for name, fill in fills.items()]
-answers = [network.model(x).softmax(1)[0].max(0) for _, x in row]
-titles = [
-    f"{name}: {int(answer.indices)} ({answer.values:.2f})" for (name, _), answer in zip(row, answers, strict=True)
-]
-sheet([[(title, network.pictures(x)[0]) for title, (_, x) in zip(titles, row, strict=True)]], width=150)
+row = []
+for name, fill in fills.items():
+    x = PixelMask(fill, region=box, normalization=unit)(three)
+    share, answer = network.model(x).softmax(1)[0].max(0)
+    row.append((f"{name}: {answer} ({share:.2f})", network.pictures(x)[0]))
+sheet([row], width=200)
 
 # %%
 # The question
@@ -164,14 +161,13 @@ sheet([[(title, network.pictures(x)[0]) for title, (_, x) in zip(titles, row, st
 # itself, under each fill, and the effect on the log-odds of an eight against all others is kept. Zero cannot
 # change what is black already: its effects there are 0 by construction, however much the classifier looks at
 # the gap. The generator can close it.
-maps = []
+maps, windows = [], {"sliding_window_shapes": (1, 4, 4), "strides": (1, 4, 4)}
 for name, fill in fills.items():
     explainer = CausalEffect(network.model, PixelMask(fill, normalization=unit), OneAtATime(), outcome="log_odds")
-    windows = {"sliding_window_shapes": (1, 4, 4), "strides": (1, 4, 4)}
-    effect = explainer.estimate(three, target=8, **windows).effect[0, :, 0]
-    dead, top = int((effect.abs() < 1e-4).sum()), effect.max()
-    print(f"{name}: {dead} of 49 patches without any effect on an eight; the largest is {top:+.2f}")
-    image = effect.reshape(7, 7).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    effect = explainer.estimate(three, target=8, **windows).effect.reshape(7, 7)
+    dead = int((effect.abs() < 1e-4).sum())
+    print(f"{name}: {dead} of 49 patches without any effect on an eight; the largest is {effect.max():+.2f}")
+    image = effect.repeat_interleave(4, 0).repeat_interleave(4, 1)
     maps.append((name, overlay(image, network.pictures(three)[0])))
 sheet([maps], width=200)
 
