@@ -113,7 +113,7 @@ def infer_latents(
         known = torch.ones_like(pictures, dtype=torch.bool)
     known, found = known.expand_as(pictures), []
     with _frozen(generator):
-        for rows in torch.arange(count).split(max(1, _ROWS // starts)):
+        for rows in torch.split(torch.arange(count), max(1, _ROWS // starts)):
             draws = [
                 torch.randn(starts, generator.latent, generator=random_generator(seed, names[i], "latents"))
                 for i in rows.tolist()

@@ -116,7 +116,7 @@ class Generator(nn.Module):
         classes = torch.arange(rows).repeat_interleave(columns)
         with torch.no_grad(), state_guard(self):
             pictures: Tensor = self(z.repeat(rows, 1), classes)
-        return pictures.unflatten(0, (rows, columns))
+        return pictures.reshape(rows, columns, *pictures.shape[1:])
 
 
 class Discriminator(nn.Module):
