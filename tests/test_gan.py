@@ -30,21 +30,26 @@ def weights(gan: GAN) -> Tensor:
     return torch.cat([p.detach().flatten() for p in (*gan.generator.parameters(), *gan.discriminator.parameters())])
 
 
-@pytest.mark.parametrize("loss", ["non-saturating", "saturating"])
-def test_the_losses_of_the_first_step_are_those_of_the_definition(loss: str) -> None:
+@pytest.mark.parametrize(
+    ("loss", "mismatched"), [("non-saturating", False), ("saturating", False), ("saturating", True)]
+)
+def test_the_losses_of_the_first_step_are_those_of_the_definition(loss: str, mismatched: bool) -> None:
     """-log s(D) and its kin, written with probabilities in float64, on the pictures and noise of the first step."""
     x, y = halves()
-    gan = train_gan(x, y, steps=1, loss=loss, seed=5, **SMALL)  # type: ignore[arg-type]
-    settings = module._Settings(
-        steps=1, classes=2, lr=2e-4, discriminator_updates=1, loss=loss, labels_for="both", frames=0, seed=5,
-        images="", **SMALL,
-    )  # type: ignore[arg-type]  # fmt: skip
+    gan = train_gan(x, y, steps=1, loss=loss, mismatched=mismatched, seed=5, **SMALL)  # type: ignore[arg-type]
+    asked = {"steps": 1, "classes": 2, "lr": 2e-4, "discriminator_updates": 1, "loss": loss, "labels_for": "both"}
+    asked |= {"mismatched": mismatched, "frames": 0, "seed": 5, "images": "", **SMALL}
+    settings = module._Settings(**asked)  # type: ignore[arg-type]
     start = module._Training(settings, x, y)
     draw = generator(5, 0, "GAN")
     rows = torch.randint(len(x), (4,), generator=draw)
     made = start.generator(torch.randn(4, 3, generator=draw), y[rows])
     real, fake = start.discriminator(x[rows], y[rows]), start.discriminator(made, y[rows])
-    by_hand = -(real.double().sigmoid().log() + (1 - fake.double().sigmoid()).log()).mean()
+    not_real = (1 - fake.double().sigmoid()).log().mean()
+    if mismatched:  # of two classes the wrong one is the other
+        mistaken = start.discriminator(x[rows], 1 - y[rows]).double()
+        not_real = (not_real + (1 - mistaken.sigmoid()).log().mean()) / 2
+    by_hand = -real.double().sigmoid().log().mean() - not_real
     torch.testing.assert_close(gan.losses[0, 0].double(), by_hand.detach(), atol=1e-6, rtol=0)
     # The generator is judged by the discriminator after its update, whose running averages do not matter here.
     moved = gan.discriminator.train()(made, y[rows]).double().sigmoid()
@@ -153,10 +158,10 @@ def test_planes_of_the_class_are_what_the_discriminator_sees() -> None:
     x = torch.rand(1, 1, 28, 28, generator=torch.Generator().manual_seed(1))
     x, classes = x.expand(2, -1, -1, -1), torch.tensor([0, 1])
     first, second = judge(x, classes).tolist()
-    assert first != second
+    assert abs(first - second) > 1e-4
     torch.nn.init.zeros_(judge.layers[0].weight[:, 1:])  # type: ignore[index, arg-type]
     first, second = judge(x, classes).tolist()
-    assert first == second
+    assert first == pytest.approx(second, abs=1e-6)
 
 
 def test_errors() -> None:
@@ -168,6 +173,9 @@ def test_errors() -> None:
         train_gan(x, y, steps=1, loss="saturatin")
     with pytest.raises(UnknownNameError, match="`labels_for`"):
         train_gan(x, y, steps=1, labels_for="nobody")
+    for settings in ({"labels_for": "generator"}, {"labels": None}):
+        with pytest.raises(ArgumentError, match="`mismatched` to be False where the discriminator sees no class"):
+            train_gan(x, **{"labels": y, "steps": 1, "mismatched": True, **settings})  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"`images` to be float pictures \(N, 1, 28, 28\)"):
         train_gan(x[..., :27], y, steps=1)
     with pytest.raises(InputError, match=r"`images` to be of values in \[0, 1\]"):

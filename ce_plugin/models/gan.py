@@ -32,7 +32,7 @@ _LOSSES = ("non-saturating", "saturating")
 _WANTED, _VERSION = "a checkpoint of train_gan", 1
 _HINT = "Choose another file, or delete this one to begin again."
 # Steps between two writings of a checkpoint, and columns of the grids that are kept.
-_SAVED, _COLUMNS = 100, 8
+_SAVED, _COLUMNS = 50, 8
 
 
 def _one_hot(classes: Tensor | None, count: int, n: int, like: Tensor) -> Tensor:
@@ -200,6 +200,7 @@ class _Settings:
     discriminator_updates: int
     loss: str
     labels_for: str
+    mismatched: bool
     frames: int
     seed: int
     images: str
@@ -213,6 +214,9 @@ class _Settings:
             raise unknown_name("loss", self.loss, _LOSSES)
         if self.labels_for not in ("both", "generator"):
             raise unknown_name("labels_for", self.labels_for, ("both", "generator"))
+        if self.mismatched and (self.classes < 2 or self.labels_for != "both"):
+            wanted = "False where the discriminator sees no class, or one alone"
+            raise ArgumentError(expected("mismatched", wanted, self.mismatched))
 
 
 def train_gan(
@@ -227,6 +231,7 @@ def train_gan(
     discriminator_updates: int = 1,
     loss: str = "non-saturating",
     labels_for: str = "both",
+    mismatched: bool = False,
     frames: int = 0,
     checkpoint: str | PathLike[str] | None = None,
     seed: int = 0,
@@ -251,8 +256,10 @@ def train_gan(
         loss: ``"non-saturating"`` or ``"saturating"``.
         labels_for: ``"both"``, or ``"generator"``: the discriminator does not see the class, so that nothing makes the
             generator heed it.
+        mismatched: real pictures under a wrong class are shown to the discriminator too, and count as made ones (half
+            of these), so that it learns early that the class matters (Reed et al. 2016).
         frames: how many grids to keep, at steps at equal distances.
-        checkpoint: a file, written every 100 steps, from which an interrupted training goes on as if it had not been
+        checkpoint: a file, written every 50 steps, from which an interrupted training goes on as if it had not been
             interrupted; a finished one is read and returned. All settings and the pictures must be the same.
         seed: any integer.
         show_progress: a bar of the steps.
@@ -273,7 +280,7 @@ def train_gan(
         (torch.Size([2, 2]), torch.Size([2, 2, 8, 1, 28, 28]))
 
     Source: Goodfellow et al. 2014 (arXiv 1406.2661), both losses; Radford et al. 2016 (arXiv 1511.06434); Mirza,
-    Osindero 2014 (arXiv 1411.1784).
+    Osindero 2014 (arXiv 1411.1784); Reed et al. 2016 (arXiv 1605.05396), algorithm 1, the mismatched pairs.
     """
     _check_images(images, labels)
     settings = _Settings(
@@ -286,6 +293,7 @@ def train_gan(
         discriminator_updates=discriminator_updates,
         loss=loss,
         labels_for=labels_for,
+        mismatched=mismatched,
         frames=frames,
         seed=seed,
         images=_digest(images, labels),
@@ -361,7 +369,11 @@ class _Training:
             made = self.generator(torch.randn(s.batch_size, s.latent, generator=draw), classes)
             seen = classes if s.labels_for == "both" else None
             real, fake = self.discriminator(self.images[rows], seen), self.discriminator(made.detach(), seen)
-            judged = F.softplus(-real).mean() + F.softplus(fake).mean()
+            not_real = F.softplus(fake).mean()
+            if classes is not None and s.mismatched:
+                wrong = (classes + torch.randint(1, s.classes, (s.batch_size,), generator=draw)) % s.classes
+                not_real = (not_real + F.softplus(self.discriminator(self.images[rows], wrong)).mean()) / 2
+            judged = F.softplus(-real).mean() + not_real
             self._update("discriminator", judged)
         # Its own parameters need no gradient here.
         self.discriminator.requires_grad_(False)
