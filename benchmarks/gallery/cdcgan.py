@@ -118,9 +118,9 @@ def measured(asked: dict[str, Any], cache: Path) -> dict[str, Any]:
     images, labels = read(data_folder(folder))
     settings = {key: value for key, value in asked.items() if key not in ("data", "samples")}
     name = "-".join(str(value) for value in asked.values())
-    gan = train_gan(
-        images[:TRAINING], labels[:TRAINING], checkpoint=cache / f"{name}.gan", show_progress=True, **settings
-    )
+    file = cache / f"{name}.gan"
+    part = images[:TRAINING], labels[:TRAINING]
+    gan = train_gan(*part, frames=4, checkpoint=file, show_progress=True, **settings)
     each, classes = asked["samples"], torch.arange(10)
     z = gan.generator.latents(range(1000, 1000 + each), asked["seed"])
     with torch.no_grad():
