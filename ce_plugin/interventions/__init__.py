@@ -4,6 +4,7 @@ from ce_plugin.interventions.adversarial import Adversarial
 from ce_plugin.interventions.base import Context, Intervention, Normalization
 from ce_plugin.interventions.blending import Blend
 from ce_plugin.interventions.crafting import AttackResult
+from ce_plugin.interventions.generation import ClassCounterfactual, ClassInfill, infer_latents
 from ce_plugin.interventions.masking import PixelMask
 from ce_plugin.interventions.nodes import MeanOut, Patch, Resample, ZeroOut
 from ce_plugin.interventions.smoothing import Denoise, Smooth
@@ -13,6 +14,8 @@ __all__ = [
     "Adversarial",
     "AttackResult",
     "Blend",
+    "ClassCounterfactual",
+    "ClassInfill",
     "ClassVisualization",
     "Context",
     "Denoise",
@@ -24,4 +27,5 @@ __all__ = [
     "Resample",
     "Smooth",
     "ZeroOut",
+    "infer_latents",
 ]

@@ -134,9 +134,9 @@ class PixelMask(Intervention):
         """
         fill = self.fills[context.variant]
         inside = None if self.region is None else self._inside(self.region, clean, context)
-        if inside is not None and context.mask is not None:
-            # Pixels outside the region are never filled.
-            context = replace(context, mask=context.mask & inside)
+        if inside is not None:
+            # Pixels outside the region are never filled, so that an in-painter sees them.
+            context = replace(context, mask=inside if context.mask is None else context.mask & inside)
         with torch.no_grad():
             image = self._back(self.normalization.to_image(self._first(clean)))
             filled = self._fill(fill, image, context)
