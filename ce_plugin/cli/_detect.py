@@ -185,7 +185,9 @@ def score(options: ScoreOptions, argv: Sequence[str]) -> dict[str, str]:
         )  # fmt: skip
     found = replace(found, unreadable=pictures.unreadable)
     record = manifest(options, argv, net, _inputs(options, pictures))
-    page = save_screening(found, options.out, net=net, detector=options.detector.name, manifest=record)
+    page = save_screening(
+        found, options.out, net=net, detector=options.detector.name, manifest=record, tables=options.tables
+    )
     say(_flagged(found, net), quiet=options.quiet)
     say(f"Alarms: {page.absolute()}")
     return pictures.unreadable
@@ -208,7 +210,9 @@ def evaluate(options: EvaluateOptions, argv: Sequence[str]) -> dict[str, str]:
             seed=options.seed, progress=step, checkpoint=checkpoint,
         )  # fmt: skip
     record = manifest(options, argv, net, _inputs(options, pictures))
-    page = save_evaluation(trial, options.out, net=net, detector=options.detector.name, manifest=record)
+    page = save_evaluation(
+        trial, options.out, net=net, detector=options.detector.name, manifest=record, tables=options.tables
+    )
     discard(checkpoint)
     say(_tried(trial), quiet=options.quiet)
     say(f"Evaluation: {page.absolute()}")

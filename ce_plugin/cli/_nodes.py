@@ -17,7 +17,7 @@ from ce_plugin.cli._session import Pictures, layer_name, manifest, network, say,
 from ce_plugin.datasets import read_image
 from ce_plugin.errors import ArgumentError, TargetError, expected
 from ce_plugin.evaluation import rank_correlation
-from ce_plugin.files import csv_text, printable, write_files
+from ce_plugin.files import data_frame, printable, table_files, write_files
 from ce_plugin.interventions import Intervention, MeanOut, Resample, ZeroOut
 from ce_plugin.models import VisionModel
 from ce_plugin.networks.forward import double
@@ -37,6 +37,7 @@ from ce_plugin.visualization import overlay, plot_nodes, sheet
 from ce_plugin.visualization.figure import png
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 # Of --reference, at most so many pictures are read, and so many of them give a channel its value in turn.
@@ -174,15 +175,13 @@ def nodes(options: NodesOptions, argv: Sequence[str]) -> dict[str, str]:
     """Rank the channels of a layer, and those that carry an attack; returns what could not be read, and why."""
     resolved = _resolve(options)
     found, cost = _channels(options, resolved)
-    files: dict[str, str | bytes] = {
-        "nodes.csv": _nodes_csv(options, resolved, found),
-        "nodes.png": _plot(options, resolved, found),
-    }
+    tables = {"nodes": _nodes_table(options, resolved, found)}
     findings: dict[str, Any] = {"cost": str(cost), "attack": resolved.attack, "explained": resolved.explained}
     findings["channels"] = _top_channels(resolved, found)
     if found.carried is not None:
-        files["carriers.csv"] = _carriers_csv(found.carried)
+        tables["carriers"] = _carriers_table(found.carried)
         findings["carried"] = carried_record(found.carried, top=options.top)
+    files = {**table_files(tables, options.tables), "nodes.png": _plot(options, resolved, found)}
     _write(options, argv, resolved, files, findings)
     say(_nodes_summary(options, resolved, found), quiet=options.quiet)
     say(f"Results: {options.out.absolute()}")
@@ -209,7 +208,7 @@ def _channels(options: NodesOptions, resolved: Resolved) -> tuple[_Channels, obj
     return _Channels(estimates["clean"].labels_of(0), contributions, ranked[: options.top], carried), cost
 
 
-def _nodes_csv(options: NodesOptions, resolved: Resolved, found: _Channels) -> str:
+def _nodes_table(options: NodesOptions, resolved: Resolved, found: _Channels) -> pd.DataFrame:
     """A row for each channel and class."""
     classes = [resolved.target]
     if options.target is None:
@@ -223,12 +222,12 @@ def _nodes_csv(options: NodesOptions, resolved: Resolved, found: _Channels) -> s
         for unit, label in enumerate(found.labels)
         for index in classes
     )
-    return csv_text(header, rows)
+    return data_frame(header, rows)
 
 
-def _carriers_csv(carried: Carried) -> str:
+def _carriers_table(carried: Carried) -> pd.DataFrame:
     rows = ((carried.labels[unit], float(carried.indirect[unit]), carried.share(unit)) for unit in carried.order)
-    return csv_text(["channel", "natural_indirect_effect", "share_of_total_effect"], rows)
+    return data_frame(["channel", "natural_indirect_effect", "share_of_total_effect"], rows)
 
 
 def _plot(options: NodesOptions, resolved: Resolved, found: _Channels) -> bytes:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ce_plugin.files import csv_text
+from ce_plugin.files import data_frame, table_files
 from ce_plugin.models import VisionModel
 from ce_plugin.report.sections import Section, cell, save_page
 from ce_plugin.visualization import data_uri, magnify, overlay, plot_scores
@@ -270,7 +270,13 @@ def deviation_text(name: str) -> str:
 
 
 def save_screening(
-    found: Screening, out: str | Path, *, net: VisionModel, detector: str, manifest: Mapping[str, Any]
+    found: Screening,
+    out: str | Path,
+    *,
+    net: VisionModel,
+    detector: str,
+    manifest: Mapping[str, Any],
+    tables: str = "csv",
 ) -> Path:
     """Write ``alarms.html``, ``scores.csv`` and ``manifest.json``; each appears only when it is complete.
 
@@ -280,6 +286,7 @@ def save_screening(
         net: the network, for its name and its classes.
         detector: what the detector is called, such as its file's name.
         manifest: see :func:`~ce_plugin.report.build_manifest`; the findings are added to it.
+        tables: suffix of the table, see :func:`ce_plugin.files.table_files`.
 
     Returns:
         Path of the page.
@@ -303,10 +310,9 @@ def save_screening(
     rows: list[list[object]] = [
         [row.name, row.score, row.p_value, int(row.flagged), row.predicted, net.class_name(row.predicted)]
         + [row.deviations[name] for name in names]
-        + [""]
+        + [None]
         for row in found.rows
     ]
-    rows += [[name, *[""] * (5 + len(names)), why] for name, why in found.unreadable.items()]
-    tables = {"scores.csv": csv_text(header, rows)}
-    section = AlarmsSection(net.class_name)
-    return save_page(section, found, out, manifest, tables, model=net.name, detector=detector)
+    rows += [[name, *[None] * (5 + len(names)), why] for name, why in found.unreadable.items()]
+    section, files = AlarmsSection(net.class_name), table_files({"scores": data_frame(header, rows)}, tables)
+    return save_page(section, found, out, manifest, files, model=net.name, detector=detector)
