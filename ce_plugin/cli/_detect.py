@@ -188,7 +188,7 @@ def score(options: ScoreOptions, argv: Sequence[str]) -> dict[str, str]:
     page = save_screening(
         found, options.out, net=net, detector=options.detector.name, manifest=record, tables=options.tables
     )
-    say(_flagged(found, net), quiet=options.quiet)
+    say(_flagged(found, net, options.tables), quiet=options.quiet)
     say(f"Alarms: {page.absolute()}")
     return pictures.unreadable
 
@@ -262,7 +262,7 @@ def _inputs(options: ScoreOptions | EvaluateOptions, pictures: Pictures) -> dict
     }
 
 
-def _flagged(found: Screening, net: VisionModel) -> str:
+def _flagged(found: Screening, net: VisionModel, tables: str) -> str:
     flagged = sorted((row for row in found.rows if row.flagged), key=lambda row: -row.score)
     lines = [
         f"{len(flagged)} of {len(found.rows)} pictures flagged; of clean ones about {found.fpr * len(found.rows):.3g} "
@@ -272,7 +272,7 @@ def _flagged(found: Screening, net: VisionModel) -> str:
     if rows:
         lines += ["", table(["flagged", "answer", "score", "p"], rows)]
     if len(flagged) > len(rows):
-        lines.append(f"... and {len(flagged) - len(rows)} more, in scores.csv")
+        lines.append(f"... and {len(flagged) - len(rows)} more, in scores.{tables}")
     return "\n".join(lines)
 
 

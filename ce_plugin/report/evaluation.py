@@ -538,7 +538,9 @@ class TrialSection(Section[DetectorTrial]):
             "adaptive": any(one.attack.startswith("adaptive") for one in found.tried),
             "charts": charts,
             "alarms": [
-                alarm_shown(shown, self.class_name, one.attack.upper()) for one in found.tried for shown in one.shown
+                alarm_shown(shown, self.class_name, found.calibration, one.attack.upper())
+                for one in found.tried
+                for shown in one.shown
             ],
         }
 
