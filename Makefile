@@ -101,6 +101,8 @@ build: $(VENV)/.created  ## wheel and source archive in dist/, checked in a fres
 	$(PYTHON) -m venv .venv-build
 	.venv-build/bin/python -m pip --disable-pip-version-check install --quiet dist/*.whl
 	cd dist && ../.venv-build/bin/ce-plugin --version && ../.venv-build/bin/ce-plugin doctor
+	cd dist && ../.venv-build/bin/python -c "import torch, ce_plugin; \
+	  print(ce_plugin.CausalEffect(torch.nn.Linear(3, 2)).estimate(torch.ones(1, 3), answer=True).summary())"
 	rm -rf .venv-build
 
 clean:  ## remove what was built (not .venv, not a report)

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import secrets
@@ -16,17 +17,24 @@ import unicodedata
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ce_plugin.errors import ArgumentError, FileError, expected
+from ce_plugin.errors import ArgumentError, FileError, expected, unknown_name
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 if sys.platform != "win32":
     import fcntl
+
+TABLES = ("csv", "json", "parquet")
+"""Suffixes of the tables that can be written, see :func:`table_files`."""
 
 # A file is this line, the SHA-256 of the rest as hexadecimal digits, a line feed, and what torch.save wrote.
 _MAGIC = b"ce_plugin file 2\n"
@@ -360,6 +368,97 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         "file,score\\na.png,0.5\\n'=a.png,-0.5\\n"
     """
     return "".join(_csv_line(map(csv_cell, row)) for row in (header, *rows))
+
+
+def data_frame(header: Sequence[str], rows: Iterable[Sequence[object]]) -> pd.DataFrame:
+    """A table from its rows, in which None is what is missing; whole numbers stay whole beside it.
+
+    Example:
+        >>> data_frame(["file", "class"], [["a.png", 7], ["b.png", None]])
+            file  class
+        0  a.png      7
+        1  b.png   <NA>
+    """
+    import pandas as pd
+
+    frame = pd.DataFrame([*rows], columns=[*header], dtype=object)
+    whole = [name for name in frame if pd.api.types.infer_dtype(frame[name], skipna=True) == "integer"]
+    return frame.astype(dict.fromkeys(whole, "Int64")).infer_objects()
+
+
+def table_files(tables: Mapping[str, pd.DataFrame], suffix: str = "csv") -> dict[str, str | bytes]:
+    """Tables as the files of a folder, for :func:`write_files`.
+
+    Args:
+        tables: name of the file without its suffix -> the table.
+        suffix: ``"csv"`` (missing values are empty; safe in a spreadsheet, see :func:`csv_cell`), ``"json"`` (a list of
+            rows; missing values, and numbers that are not finite, are null) or ``"parquet"`` (columns of values of
+            several types are text).
+
+    Raises:
+        UnknownNameError: another suffix.
+        FileError: Parquet without pyarrow.
+
+    Example:
+        >>> found = data_frame(["file", "score"], [["=a.png", 0.5], ["b.png", None]])
+        >>> table_files({"scores": found})
+        {'scores.csv': "file,score\\n'=a.png,0.5\\nb.png,\\n"}
+        >>> table_files({"scores": found[:1]}, "json")
+        {'scores.json': '[\\n {"file": "=a.png", "score": 0.5}\\n]\\n'}
+    """
+    check_tables(suffix)
+    write = {"csv": _as_csv, "json": _as_json, "parquet": _as_parquet}[suffix]
+    return {f"{name}.{suffix}": write(frame) for name, frame in tables.items()}
+
+
+def check_tables(suffix: str) -> None:
+    """That tables can be written with this suffix; meant to be called before any work.
+
+    Raises:
+        UnknownNameError, FileError: see :func:`table_files`.
+
+    Example:
+        >>> check_tables("csv")
+    """
+    if suffix not in TABLES:
+        raise unknown_name("tables", suffix, TABLES)
+    if suffix == "parquet" and find_spec("pyarrow") is None:
+        hint = "Install it: pip install 'ce-plugin[data]'"
+        raise FileError(expected("tables", "csv or json where pyarrow is not installed", repr(suffix), hint))
+
+
+def _rows(frame: pd.DataFrame) -> list[tuple[object, ...]]:
+    """The rows as plain values, None where one is missing."""
+    return list(frame.astype(object).where(frame.notna(), None).itertuples(index=False, name=None))
+
+
+def _as_csv(frame: pd.DataFrame) -> str:
+    return csv_text(list(map(str, frame.columns)), _rows(frame))
+
+
+def _as_json(frame: pd.DataFrame) -> str:
+    def known(value: object) -> object:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    names = list(map(str, frame.columns))
+    rows = [json.dumps(dict(zip(names, map(known, row), strict=True)), default=str) for row in _rows(frame)]
+    return "[\n " + ",\n ".join(rows) + "\n]\n" if rows else "[]\n"
+
+
+def _as_parquet(frame: pd.DataFrame) -> bytes:
+    def text(value: object) -> str:
+        return str(value).encode("utf-8", "backslashreplace").decode()
+
+    mixed = {name: frame[name].map(text, na_action="ignore") for name in frame if not _of_one_type(frame[name])}
+    content: bytes = frame.assign(**mixed).to_parquet(index=False, engine="pyarrow")
+    return content
+
+
+def _of_one_type(column: pd.Series[Any]) -> bool:
+    """Whether a column holds numbers, or truth values, and nothing else."""
+    from pandas.api.types import is_bool_dtype, is_numeric_dtype
+
+    return is_numeric_dtype(column) or is_bool_dtype(column)
 
 
 def _csv_line(cells: Iterable[object]) -> str:

@@ -115,6 +115,18 @@ def test_reference_pictures(folder: Path, kind: str) -> None:
     assert (folder / "ce-plugin-nodes" / "nodes.csv").read_text() != text
 
 
+def test_tables_by_their_suffix(folder: Path) -> None:
+    words = ["nodes", "one.png", *FULL, "--given", "fgsm"]
+    assert main(words) == 0
+    assert main([*words, "--tables", "json", "--out", "again"]) == 0
+    assert not list((folder / "again").glob("*.csv"))
+    for name in ("nodes", "carriers"):
+        rows = json.loads((folder / "again" / f"{name}.json").read_text())
+        text = [{key: str(value) for key, value in row.items()} for row in rows]
+        assert text == _rows(folder / "ce-plugin-nodes" / f"{name}.csv")
+    assert 'tables = "json"' in (folder / "again" / "run.toml").read_text()
+
+
 def test_the_same_words_give_the_same_numbers(folder: Path) -> None:
     for out in ("a", "b"):
         assert main(["nodes", "one.png", *FULL, "--given", "pgd", "--seed", "3", "--out", out]) == 0

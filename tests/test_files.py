@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,8 +30,21 @@ from ce_plugin.concepts import ConceptAutoencoder, train_autoencoder
 from ce_plugin.designs import Joint, LeaveOneIn, OneAtATime, RandomMask
 from ce_plugin.detection import CausalEffectDetector, CounterAttack, Signature
 from ce_plugin.effects import Estimate
-from ce_plugin.errors import ArgumentError, FileError
-from ce_plugin.files import check_out, csv_text, load, printable, reserved, save, write_files, written_whole
+from ce_plugin.errors import ArgumentError, FileError, UnknownNameError
+from ce_plugin.files import (
+    TABLES,
+    check_out,
+    check_tables,
+    csv_text,
+    data_frame,
+    load,
+    printable,
+    reserved,
+    save,
+    table_files,
+    write_files,
+    written_whole,
+)
 from ce_plugin.interventions import PixelMask
 
 # --- the formats: all that the package writes and reads again
@@ -437,6 +451,62 @@ def test_no_cell_of_a_table_is_a_formula(rows: list[list[str]]) -> None:
 def test_a_formula_gets_an_apostrophe(start: str) -> None:
     (read,) = csv.reader(io.StringIO(csv_text([f"{start}cmd|' /C calc'!A0"], []), newline=""))
     assert read == [f"'{start}cmd|' /C calc'!A0"]
+
+
+@pytest.mark.parametrize("suffix", TABLES)
+def test_a_table_comes_back_from_every_suffix(tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("pyarrow")
+    table = data_frame(
+        ["file", "class", "score", "unit"], [["a.png", 7, -0.5, "x"], ["b.png", None, None, 3], ["c", 1, 1.0, None]]
+    )
+    write_files(tmp_path, table_files({"scores": table}, suffix))
+    file = tmp_path / f"scores.{suffix}"
+    read = {"csv": pd.read_csv, "json": pd.read_json, "parquet": pd.read_parquet}[suffix](file)
+    assert [file.name for file in tmp_path.iterdir()] == [f"scores.{suffix}"]
+    assert list(read) == ["file", "class", "score", "unit"]
+    assert read["file"].tolist() == ["a.png", "b.png", "c"]
+    assert read["class"].dropna().tolist() == [7, 1]
+    assert read["score"].dropna().tolist() == [-0.5, 1.0]
+    assert read["class"].isna().tolist() == read["score"].isna().tolist() == [False, True, False]
+    assert read["unit"].dropna().map(str).tolist() == ["x", "3"]
+
+
+def test_numbers_of_a_table_keep_all_their_digits() -> None:
+    values = [1 / 3, -1e-300, 2.0**60, 0.1 + 0.2]
+    table = pd.DataFrame({"number": values, "whole": [2**60, -1, 0, 7]})
+    text = table_files({"a": table})["a.csv"]
+    rows = list(csv.reader(io.StringIO(str(text))))[1:]
+    assert [float(row[0]) for row in rows] == values
+    assert [int(row[1]) for row in rows] == table["whole"].tolist()
+    assert [row["number"] for row in json.loads(table_files({"a": table}, "json")["a.json"])] == values
+
+
+def test_json_knows_no_infinity() -> None:
+    text = table_files({"a": pd.DataFrame({"low": [float("-inf"), float("nan"), 1.0]})}, "json")["a.json"]
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == [{"low": None}, {"low": None}, {"low": 1}]
+
+
+def test_only_text_gets_an_apostrophe() -> None:
+    table = pd.DataFrame({"=name": ["+a", "-1"], "number": [-1.0, -2.5], "mixed": pd.Series([-3, "@b"], dtype=object)})
+    assert table_files({"a": table})["a.csv"] == "'=name,number,mixed\n'+a,-1.0,-3\n-1,-2.5,'@b\n"
+    assert json.loads(table_files({"a": table}, "json")["a.json"])[0] == {"=name": "+a", "number": -1.0, "mixed": -3}
+
+
+def test_an_empty_table_has_its_columns() -> None:
+    table = data_frame(["picture", "reason"], [])
+    assert table_files({"a": table}) == {"a.csv": "picture,reason\n"}
+    assert table_files({"a": table}, "json") == {"a.json": "[]\n"}
+
+
+def test_a_suffix_that_no_table_has() -> None:
+    with pytest.raises(UnknownNameError, match=r"`tables` to be one of 'csv', 'json', 'parquet', but got 'xlsx'"):
+        check_tables("xlsx")
+
+
+def test_parquet_without_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ce_plugin.files.find_spec", lambda name: None)
+    with pytest.raises(FileError, match=r"where pyarrow is not installed, but got 'parquet'. Install it: pip install"):
+        table_files({"a": pd.DataFrame()}, "parquet")
 
 
 def test_a_name_that_is_no_text_is_written_as_an_escape(tmp_path: Path) -> None:

@@ -12,10 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ce_plugin import CausalEffect, CausalEffectMap, Estimate, LayerCausalEffect
+from ce_plugin import CausalEffect, CausalEffectMap, CausalMediation, Estimate, LayerCausalEffect
 from ce_plugin.designs import RandomRegions
 from ce_plugin.detection.explanation import Alarm, UnusualEffect
-from ce_plugin.errors import ArgumentError, TargetError, UnknownNameError
+from ce_plugin.effects import Mediation
+from ce_plugin.errors import ArgumentError, InputError, TargetError, UnknownNameError
+from ce_plugin.expected.answer import answered
+from ce_plugin.expected.moments import moments_of
 from ce_plugin.visualization import overlay
 from ce_plugin.visualization.pictures import as_bytes
 
@@ -151,6 +154,60 @@ def test_explainers_and_alarms_show_themselves() -> None:
     assert "&lt;b&gt; blur: -0.5" in shown
     assert "<img" in shown
     assert "<img" not in Alarm(**options, channels={}, regions=None)._repr_html_()
+
+
+def test_a_map_shows_itself_over_its_picture() -> None:
+    explainer = CausalEffectMap(network(), "1", class_names=NAMES)
+    assert "<caption>CausalEffectMap</caption>" in explainer._repr_html_()
+    assert "weighting=change" in repr(explainer)
+    found = explainer.attribute(pictures(2))
+    figure = CausalEffectMap.plot(found, pictures(2)[1], example=1, title="CEM")
+    drawn = figure.axes[0].images[-1]
+    assert drawn.get_array().shape[:2] == (28, 28)
+    assert figure._repr_html_().startswith('<img width="480" alt=""')  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=r"`found` to be maps of pictures, \(N, 1, h, w\), but got \(28, 28\)"):
+        CausalEffectMap.plot(torch.rand(28, 28), pictures()[0])
+    with pytest.raises(ArgumentError, match="`example` to be below 2"):
+        CausalEffectMap.plot(found, pictures()[0], example=2)
+
+
+def test_a_mediation_shows_who_carries_the_most() -> None:
+    x = pictures(5)
+    found = CausalMediation(network(), "1", x + 0.5, class_names=NAMES).estimate(x)
+    shown = found._repr_html_()
+    assert shown.count("<table>") == 3
+    assert "and 2 more examples" in shown
+    totals, indirect, _ = found.column()
+    unit = int((indirect[0] / totals[0]).argmax())
+    assert f"<td>{unit}</td><td>{float(indirect[0, unit]):+.3g}</td>" in shown
+    assert f"({float(totals[0]):+.3g})" in shown
+    assert f"“{NAMES[int(found.predicted[0])]}”" in shown  # type: ignore[index]
+    assert "by construction" in shown
+    assert found.class_names == NAMES
+
+
+def test_a_mediation_without_effect_or_class() -> None:
+    nothing = torch.zeros(1, 2, 1)
+    found = Mediation(total=torch.zeros(1, 1), indirect=nothing, direct=nothing, target=torch.tensor([3]))
+    assert "The intervention changes the outcome of class 3 by +0." in found._repr_html_()
+    assert "%" not in found._repr_html_()
+    wide = torch.zeros(1, 2, 4)
+    assert Mediation(total=wide[:, 0], indirect=wide, direct=wide)._repr_html_().startswith("<pre>Mediation")
+
+
+def test_expected_effects_show_themselves_under_each_evidence() -> None:
+    effects = torch.randn(9, 4, 3, 2, generator=torch.Generator().manual_seed(0)).double()
+    names = ["clean", "<pwm>", "fgsm", "pgd"]
+    found = answered(moments_of(effects, extras=0), names, [7, 8], outcome="log_odds", unit_labels=["a", "b", "c"])
+    shown = found._repr_html_()
+    assert shown.count("<img") == shown.count("<table>") == 3
+    assert "Mean of 9 images, evidence: &lt;pwm&gt;" in shown
+    assert "and 1 more evidence" in shown
+    unit, column = divmod(int(found.effect[0].abs().argmax()), 2)
+    first = f"<td>{'abc'[unit]}</td><td>class {7 + column}</td><td>{float(found.effect[0, unit, column]):+.3g}</td>"
+    assert first in shown
+    alone = answered(moments_of(effects[:1], extras=0), names, ["explained", 8])
+    assert "interval" not in alone._repr_html_()
 
 
 @pytest.mark.parametrize("kind", [CausalEffect, LayerCausalEffect, CausalEffectMap])

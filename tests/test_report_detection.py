@@ -313,7 +313,7 @@ def test_a_picture_that_is_not_flagged_has_no_reason() -> None:
     x, labels = many()
     attack = DetectorAttack("brighter 0.2", "", 0.2, brighter)
     trial = try_detector(Stub(), x, list(map(str, range(60))), [attack], labels=labels)  # type: ignore[arg-type]
-    shown = alarm_shown(trial.tried[0].shown[1], NAMES.__getitem__)
+    shown = alarm_shown(trial.tried[0].shown[1], NAMES.__getitem__, trial.calibration)
     assert not shown["row"].flagged
     assert (shown["turned"], shown["effects"]) == ("", [])
     assert [cell["title"] for cell in shown["cells"]] == ["Before", "After the attack", "What changed"]

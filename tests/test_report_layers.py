@@ -108,7 +108,7 @@ def test_the_page_shows_the_layer_and_says_what_one_image_is_worth(net: VisionMo
     plan = _plan(attacks=("fgsm", "bim"))
     text = " ".join(_page(study(net, photograph, "p", plan), net, plan).split())
     for words in (
-        "causal effect maps of layer <code>conv</code>",
+        "Inside the network: layer <code>conv</code>",
         "Nodes that carry the attack",
         "Rank correlation with the clean map",
         "channel 2",

@@ -25,6 +25,7 @@ from ce_plugin.attribution._estimation import (
     check_design,
     check_finite,
     check_target,
+    flat_target,
 )
 from ce_plugin.attribution._guide import PASSES, first_order, gradient_guide, has_map, is_guided
 from ce_plugin.designs import Design, EveryUnit, FirstOrder, Joint
@@ -103,6 +104,7 @@ class Call:
         passes: of each example, from which a random design's number of trials follows.
         on_update: is told what is known so far, and after how many passes of each example.
         answer: also run one region and random places of its shape, see :class:`~ce_plugin.effects.RegionTest`.
+        answer_target: the class that the answer is about, where the effects are on all classes.
         weighting: of a map: keep what it is made of, under each draw of the evidence and each alternative value that
             is run by itself. None: no map is made.
     """
@@ -126,6 +128,7 @@ class Call:
     passes: int | None = None
     on_update: Callable[[Any, float], object] | None = None
     answer: bool = False
+    answer_target: Target = None
     weighting: str | None = None
 
 
@@ -194,6 +197,10 @@ class Experiment:
         if isinstance(self.design, FirstOrder) and not masks_input:
             raise DesignError(expected("design", "one with trials, for anything but masks of the input", self.design))
         check_target(self.call.target, len(self.inputs[0]))
+        check_target(self.call.answer_target, len(self.inputs[0]))
+        if self.call.answer_target is not None and (not self.call.answer or self.call.target is not None):
+            wanted = "None without `answer=True`, or with a `target`, which the answer is about"
+            raise ArgumentError(expected("answer_target", wanted, repr(self.call.answer_target)))
         self.n = len(self.inputs[0])
         self.target = self.call.target
         self.context = Context(ids=self.ids, seed=self.seed)
@@ -257,10 +264,10 @@ class Experiment:
     def _regions(self, estimate: Estimate, spec: TrialSpec) -> tuple[Tensor, ...]:
         """For each example its region and then the random places, bool (1 + K, U)."""
         found, contribution = [], estimate.smoothed_contribution
+        chosen = flat_target(self.call.answer_target, (self.n, *estimate.class_shape))
+        chosen = estimate.predicted if chosen is None else chosen
         for i, own in enumerate(self.ids):
-            column = 0
-            if contribution.shape[2] > 1 and estimate.predicted is not None:
-                column = int(estimate.predicted[i])
+            column = 0 if contribution.shape[2] == 1 or chosen is None else int(chosen[i])
             region = grown_region(contribution[i, : int(spec.units.n_units[i]), column], spec.units.grid)
             draws = generator(self.seed, own, "placements")
             found.append(torch.cat([region[None], placements(region, spec.units.grid, PLACEMENTS, draws)]))
@@ -304,7 +311,8 @@ class Experiment:
         classes = all(head.dim() == 2 and head.shape[1] > 1 for head in heads.values())
         told = classes and self.outcome.name in _TOLD_AS_PROBABILITY
         outcome = OUTCOMES["probability"] if told else self.outcome
-        return OutcomeMeasure(heads, outcome, self.target, True, decided, warn=False)
+        target = self.target if self.call.answer_target is None else self.call.answer_target
+        return OutcomeMeasure(heads, outcome, target, True, decided, warn=False)
 
     def _estimated(self, draws: list[dict[str, Answer]]) -> dict[str, Estimate]:
         """What the draws so far give."""
@@ -359,9 +367,9 @@ class Experiment:
                 heads = self._first_outputs()
             captured_site = self._example or CapturedSite(self.forward, *self._first())
             try:
-                route, each, once, followed = self._route(captured_site)
+                route, each, several, once, followed = self._route(captured_site)
             except Untraceable as failure:
-                route, each, once, followed = self._route(self.router.uncut(captured_site, failure))
+                route, each, several, once, followed = self._route(self.router.uncut(captured_site, failure))
             grid = self.spec.units.grid
             guided = self._is_guided and grid is not None and has_map(seen, heads.values(), len(grid))
         # The outcome with all units set, which some designs compare with, is one more trial.
@@ -370,6 +378,8 @@ class Experiment:
         passes = self.trials * each + self.n_draws * self.n * once + (self.evidence_forwards > 0)
         # One clean row is run twice, and one trial.
         passes += 1 + each
+        if self.call.answer:  # the region and the places, and what they are compared with
+            passes += self.n * several * ((1 + PLACEMENTS) * self.intervention.n_variants + 1)
         if self._is_guided:
             passes += self.n_draws * (PASSES * self.n if guided else 1)
         if route == "full":
@@ -382,8 +392,9 @@ class Experiment:
         taken += self._estimate_bytes(outcomes)
         return Cost(self.trials, passes, route, size, taken, self.memory_budget)
 
-    def _route(self, captured_site: CapturedSite) -> tuple[str, float, float, int]:
-        """How trials will be run; what one costs, and what is run once for each example, in forward passes; bytes.
+    def _route(self, captured_site: CapturedSite) -> tuple[str, float, float, float, int]:
+        """How trials will be run; what one costs, also one of several units, and what is run once for each example, in
+        forward passes; bytes.
 
         The bytes are those that following differences takes beside a pass through the network.
         """
@@ -393,14 +404,14 @@ class Experiment:
             captured_site = self.router.followed(captured_site, spec)
         cut = captured_site.forward
         if not isinstance(cut, ForwardFromSite) or cut.suffix is None or cut.captured is None:
-            return "full", 1, 1, 0
+            return "full", 1, 1, 1, 0
         with traced():
             share = cut.suffix.share(cut.captured)
             # A clean pass, another for what by-passes the site, and the reference.
             once = 1 + (not cut.suffix.is_cut) + share
             each = share if captured_site.flips is None else captured_site.flips.cost(spec)
         followed = 0 if captured_site.flips is None else captured_site.flips.pass_bytes
-        return captured_site.taken, each, once, followed
+        return captured_site.taken, each, share, once, followed
 
     @property
     def trials(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from numbers import Real
@@ -111,8 +111,7 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in self._settings().items())})"
 
     def _repr_html_(self) -> str:
-        rows = (f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in self._settings().items())
-        return f"<table><caption>{type(self).__name__}</caption>{''.join(rows)}</table>"
+        return settings_html(self, self._settings())
 
     @property
     def multiplies_by_inputs(self) -> bool:
@@ -239,6 +238,12 @@ class Explainer(PerturbationAttribution):  # type: ignore[misc]
             return found if isinstance(call.inputs, tuple) else found[0]
 
         return maps(experiment.run(as_given))
+
+
+def settings_html(explainer: object, settings: Mapping[str, str]) -> str:
+    """What a notebook shows of an explainer."""
+    rows = (f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in settings.items())
+    return f"<table><caption>{type(explainer).__name__}</caption>{''.join(rows)}</table>"
 
 
 def _unnamed(estimates: dict[str, Estimate]) -> Estimate:

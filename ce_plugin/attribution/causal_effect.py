@@ -213,6 +213,7 @@ class CausalEffect(Explainer):
         passes: int | None = None,
         on_update: Callable[[Any, float], object] | None = None,
         answer: bool = False,
+        answer_target: Target = None,
     ) -> Estimate:
         """Effects of all units on all classes, with standard errors where the design is random.
 
@@ -228,6 +229,8 @@ class CausalEffect(Explainer):
             answer: also cover one region, chosen from the trials, and as much at 24 random places, each under every
                 fill: ``Estimate.answer`` (:class:`~ce_plugin.effects.RegionTest`), which ``summary()`` reads. This
                 takes 25 passes for each fill (75 by default), which ``cost`` includes.
+            answer_target: the class that the answer is about, in the form of a target; None means the target or, where
+                the effects are on all classes, the predicted class.
 
         Returns:
             An :class:`~ce_plugin.effects.Estimate`: effects (N, U, C) with the signs of Eq. 1 (removing a unit that
@@ -249,7 +252,7 @@ class CausalEffect(Explainer):
             mask=feature_mask, perturbations_per_eval=perturbations_per_eval, show_progress=show_progress,
             windows=sliding_window_shapes, strides=strides, given=given, ids=ids, until=until,
             keep_trials=keep_trials, guided=self.guide is not None, passes=passes, on_update=on_update,
-            answer=answer,
+            answer=answer, answer_target=answer_target,
         )  # fmt: skip
         return self._estimates(call)
 
@@ -263,6 +266,7 @@ class CausalEffect(Explainer):
         sliding_window_shapes: Windows = None,
         strides: Strides = None,
         given: Given = None,
+        answer: bool = False,
     ) -> Cost:
         """What :meth:`estimate` with these arguments would cost; only one example is passed through the model.
 
@@ -274,7 +278,7 @@ class CausalEffect(Explainer):
         """
         call = Call(
             inputs=inputs, target=target, additional_forward_args=additional_forward_args, mask=feature_mask,
-            windows=sliding_window_shapes, strides=strides, given=given, guided=self.guide is not None,
+            windows=sliding_window_shapes, strides=strides, given=given, guided=self.guide is not None, answer=answer,
         )  # fmt: skip
         return self._experiment(call).cost()
 

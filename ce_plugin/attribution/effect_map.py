@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from captum.attr import LayerAttribution
@@ -12,15 +12,20 @@ from typing_extensions import Unpack
 
 from ce_plugin.attribution._estimation import Target, check_target, flat_target
 from ce_plugin.attribution._experiment import Call, Experiment, Given, Ids, MapPart
-from ce_plugin.attribution._explainer import Options, as_inputs, false_discovery_rate, logged
+from ce_plugin.attribution._explainer import Options, as_inputs, false_discovery_rate, logged, settings_html
 from ce_plugin.attribution.layer_effect import ConceptCausalEffect, LastLayerCausalEffect, LayerCausalEffect
 from ce_plugin.designs import Design, Joint
 from ce_plugin.effects import Estimate, Outcome
 from ce_plugin.effects.outcomes import OutcomeFunction
-from ce_plugin.errors import ArgumentError, OutcomeError, TargetError, expected, unknown_name
+from ce_plugin.errors import ArgumentError, InputError, OutcomeError, TargetError, check_integer, expected, unknown_name
 from ce_plugin.interventions import Intervention
 from ce_plugin.networks.forward import widest
 from ce_plugin.sites import ConceptSite, InputSite, LayerSite, MaskUnits
+from ce_plugin.visualization.pictures import as_picture, overlay
+
+if TYPE_CHECKING:
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
 
 Contrast: TypeAlias = "int | Sequence[int] | Tensor | Literal['others'] | None"
 _WEIGHTINGS = ("change", "activation")
@@ -108,6 +113,51 @@ class CausalEffectMap(LayerAttribution):  # type: ignore[misc]
         if not self.effects.outcome.per_class:
             hint = "Take 'logit', 'log_odds' or 'probability'."
             raise OutcomeError(expected("outcome", "one with a value for each class", f"{outcome!r}", hint))
+
+    def __repr__(self) -> str:
+        settings = {**self.effects._settings(), "weighting": self.weighting}
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in settings.items())})"
+
+    def _repr_html_(self) -> str:
+        return settings_html(self, {**self.effects._settings(), "weighting": self.weighting})
+
+    @staticmethod
+    def plot(
+        found: Tensor,
+        image: Tensor,
+        *,
+        example: int = 0,
+        scale: float | None = None,
+        width: int = 480,
+        title: str | None = None,
+        cmap: str | Colormap | None = None,
+    ) -> Figure:
+        """A map over its picture, enlarged to it; a figure, which shows itself in a notebook.
+
+        Args:
+            found: what :meth:`attribute` returned, (N, 1, h, w).
+            image: the example's picture, (C, H, W), values in [0, 1] or bytes (uint8).
+            example: index of the example.
+            scale, width, title, cmap: see :func:`ce_plugin.visualization.overlay`.
+
+        Raises:
+            InputError: no such maps, or no picture.
+            ArgumentError: no such example.
+
+        Example:
+            >>> import torch
+            >>> found, image = torch.rand(2, 1, 3, 3), torch.rand(3, 12, 12)
+            >>> CausalEffectMap.plot(found, image, example=1).get_size_inches().tolist()
+            [4.8, 4.8]
+        """
+        if found.dim() != 4 or found.shape[1] != 1:
+            raise InputError(expected("found", "maps of pictures, (N, 1, h, w)", tuple(found.shape)))
+        check_integer("example", example)
+        if not -len(found) <= example < len(found):
+            raise ArgumentError(expected("example", f"below {len(found)}, the number of maps", example))
+        size = tuple(as_picture(image).shape[1:])
+        large = LayerAttribution.interpolate(found.detach()[example][None].cpu(), size, "bilinear")
+        return overlay(large[0, 0], image, scale=scale, width=width, title=title, cmap=cmap)
 
     @logged
     def attribute(

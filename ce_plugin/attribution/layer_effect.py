@@ -145,6 +145,7 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
         until: float | None = None,
         keep_trials: bool = False,
         answer: bool = False,
+        answer_target: Target = None,
     ) -> Estimate:
         """Effects of all units on all classes, (N, U, C), with standard errors where the design is random.
 
@@ -163,7 +164,7 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
             inputs=inputs, baselines=layer_baselines, target=target, additional_forward_args=additional_forward_args,
             mask=layer_mask, at_input=attribute_to_layer_input, perturbations_per_eval=perturbations_per_eval,
             show_progress=show_progress, given=given, ids=ids, until=until, keep_trials=keep_trials,
-            answer=answer,
+            answer=answer, answer_target=answer_target,
         )  # fmt: skip
         return self._estimates(call)
 
@@ -176,6 +177,7 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
         attribute_to_layer_input: bool = False,
         *,
         given: Given = None,
+        answer: bool = False,
     ) -> Cost:
         """What :meth:`estimate` with these arguments would cost, and by which route; one example is passed through.
 
@@ -187,7 +189,7 @@ class LayerCausalEffect(Explainer, LayerAttribution):  # type: ignore[misc]
         """
         call = Call(
             inputs=inputs, target=target, additional_forward_args=additional_forward_args, mask=layer_mask,
-            at_input=attribute_to_layer_input, given=given,
+            at_input=attribute_to_layer_input, given=given, answer=answer,
         )  # fmt: skip
         return self._experiment(call).cost()
 

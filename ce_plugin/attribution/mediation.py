@@ -133,6 +133,7 @@ class CausalMediation:
             cut=through.settings["cut"],
             whole=tuple(k for k, group in enumerate(groups) if len(group) == every),
             settings={"seed": self.seed, "route": through.settings["route"]},
+            class_names=through.class_names,
         )
 
     def carriers(

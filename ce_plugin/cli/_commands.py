@@ -205,6 +205,10 @@ Seed = Annotated[int, _run("N", "Seed of everything random.")]
 Out = Annotated[Path, _run("DIR", "Folder of the results.")]
 OutFile = Annotated[Path, _run("FILE", "File of the result.")]
 Force = Annotated[bool, _run("", "Replace results that exist.", "--force")]
+Tables = Annotated[
+    Literal["csv", "json", "parquet"],
+    _run("SUFFIX", "Tables as .csv (for spreadsheets and pandas), .json, or .parquet (needs pyarrow)."),
+]
 Quiet = Annotated[bool, _run("", "No progress and no summary, only where the results are.", "--quiet")]
 
 
@@ -392,6 +396,7 @@ class NodesOptions(LayerOptions):
         ),
     ] = None
     top: Annotated[int, _experiment("N", "Channels in the table and in the plot.", parser=count)] = 20
+    tables: Tables = "csv"
     out: Out = Path("ce-plugin-nodes")
 
     def __post_init__(self) -> None:
@@ -496,6 +501,7 @@ class ShowOptions(NetworkOptions):
         float, _experiment("SHARE", "Least share of held-out answers that it keeps.", parser=weight)
     ] = 0.9
     outcome: Outcome = "log_odds"
+    tables: Tables = "csv"
     out: Out = Path("ce-plugin-concepts")
     force: Force = False
     quiet: Quiet = False
@@ -593,6 +599,7 @@ class ScoreOptions(NetworkOptions):
     fpr: Flagged = None
     explain: Annotated[int, _experiment("N", "Alarms that the page explains.", parser=count)] = 12
     layer: AlarmLayer = None
+    tables: Tables = "csv"
     out: Out = Path("ce-plugin-alarms")
     force: Force = False
     quiet: Quiet = False
@@ -647,6 +654,7 @@ class EvaluateOptions(NetworkOptions):
     layer: AlarmLayer = None
     resume: Annotated[bool, _run("", "Go on with an evaluation that was interrupted.", "--resume")] = False
     seed: Seed = 0
+    tables: Tables = "csv"
     out: Out = Path("ce-plugin-evaluation")
     force: Force = False
     quiet: Quiet = False
@@ -733,6 +741,7 @@ class ExpectedOptions(NetworkOptions):
     resume: Annotated[bool, _run("", "Go on with a run of the same options.", "--resume")] = False
     trials: Annotated[int, _run("N", "Trials per picture, with --input.", parser=count)] = 400
     seed: Seed = 0
+    tables: Tables = "csv"
     out: Out = Path("ce-plugin-expected")
     force: Force = False
     quiet: Quiet = False
@@ -775,6 +784,7 @@ class ExpectedShowOptions:
     level: Annotated[float, _experiment("SHARE", "Of the intervals.", parser=open_share)] = 0.95
     fdr: Annotated[float, _experiment("RATE", "False discovery rate over the units.", parser=open_share)] = 0.05
     top: Annotated[int, _experiment("N", "Units in the tables and plots.", parser=count)] = 20
+    tables: Tables = "csv"
     out: Annotated[Path, _run("DIR", "Folder of the page.")] = Path("ce-plugin-expected-report")
     force: Force = False
     quiet: Quiet = False
@@ -819,6 +829,7 @@ class ExperimentOptions:
     )
     workers: Annotated[int, _run("N", "Workers of Ray.", parser=count)] = 2
     resume: Annotated[bool, _run("", "Go on with a run of the same recipe.", "--resume")] = False
+    tables: Tables = "csv"
     out: Out = Path("ce-plugin-experiment")
     force: Force = False
     quiet: Quiet = False
@@ -883,6 +894,7 @@ class CompareOptions(NetworkOptions):
     strict: Annotated[bool, _run("", "Stop at the first picture that cannot be read.", "--strict")] = False
     resume: Annotated[bool, _run("", "Go on with a run of the same options.", "--resume")] = False
     seed: Seed = 0
+    tables: Tables = "csv"
     out: Out = Path("ce-plugin-compare")
     force: Force = False
     quiet: Quiet = False
@@ -942,13 +954,14 @@ def _command(group: typer.Typer, name: str, options: type[Any], runner: str) -> 
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 run = getattr(importlib.import_module(f"ce_plugin.cli.{module}"), function)
-                reserved = importlib.import_module("ce_plugin.files").reserved
+                files = importlib.import_module("ce_plugin.files")
+                files.check_tables(getattr(given, "tables", "csv"))
                 replaced = given.force or (getattr(given, "resume", False) is True and options in _GO_ON)
                 only_shows = options is ExperimentOptions and (given.list or given.print or given.recipe is None)
                 place = (
                     nullcontext()
                     if only_shows
-                    else reserved(given.out, folder=hints["out"] is not OutFile, force=replaced)
+                    else files.reserved(given.out, folder=hints["out"] is not OutFile, force=replaced)
                 )
                 with place:
                     unreadable = run(given, context.obj)

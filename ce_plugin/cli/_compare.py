@@ -58,7 +58,7 @@ def run(options: CompareOptions, argv: Sequence[str]) -> dict[str, str]:
         )  # fmt: skip
     inputs = {**made_with, "unreadable": pictures.unreadable}
     study = ComparisonStudy(found, net.name, source.fingerprint, options.passes, tuple(measures))
-    page = save_comparison(study, options.out, manifest=manifest(options, argv, net, inputs))
+    page = save_comparison(study, options.out, manifest=manifest(options, argv, net, inputs), tables=options.tables)
     say(_shown(found), quiet=options.quiet)
     say(f"Comparison: {page.absolute()}")
     return pictures.unreadable

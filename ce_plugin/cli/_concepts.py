@@ -94,7 +94,9 @@ def show(options: ShowOptions, argv: Sequence[str]) -> dict[str, str]:
     inputs = {"folder": str(options.images), "pictures": images.names(), "unreadable": images.unreadable}
     inputs |= {"file": str(options.file)}
     record = manifest(options, argv, net, inputs)
-    page = save_concepts(found, options.out, model=net.name, outcome=options.outcome, manifest=record)
+    page = save_concepts(
+        found, options.out, model=net.name, outcome=options.outcome, manifest=record, tables=options.tables
+    )
     say(f"{found.fidelity}\n{found.report}", quiet=options.quiet)
     say(f"Concepts: {page.absolute()}")
     return images.unreadable

@@ -185,8 +185,10 @@ def score(options: ScoreOptions, argv: Sequence[str]) -> dict[str, str]:
         )  # fmt: skip
     found = replace(found, unreadable=pictures.unreadable)
     record = manifest(options, argv, net, _inputs(options, pictures))
-    page = save_screening(found, options.out, net=net, detector=options.detector.name, manifest=record)
-    say(_flagged(found, net), quiet=options.quiet)
+    page = save_screening(
+        found, options.out, net=net, detector=options.detector.name, manifest=record, tables=options.tables
+    )
+    say(_flagged(found, net, options.tables), quiet=options.quiet)
     say(f"Alarms: {page.absolute()}")
     return pictures.unreadable
 
@@ -208,7 +210,9 @@ def evaluate(options: EvaluateOptions, argv: Sequence[str]) -> dict[str, str]:
             seed=options.seed, progress=step, checkpoint=checkpoint,
         )  # fmt: skip
     record = manifest(options, argv, net, _inputs(options, pictures))
-    page = save_evaluation(trial, options.out, net=net, detector=options.detector.name, manifest=record)
+    page = save_evaluation(
+        trial, options.out, net=net, detector=options.detector.name, manifest=record, tables=options.tables
+    )
     discard(checkpoint)
     say(_tried(trial), quiet=options.quiet)
     say(f"Evaluation: {page.absolute()}")
@@ -258,7 +262,7 @@ def _inputs(options: ScoreOptions | EvaluateOptions, pictures: Pictures) -> dict
     }
 
 
-def _flagged(found: Screening, net: VisionModel) -> str:
+def _flagged(found: Screening, net: VisionModel, tables: str) -> str:
     flagged = sorted((row for row in found.rows if row.flagged), key=lambda row: -row.score)
     lines = [
         f"{len(flagged)} of {len(found.rows)} pictures flagged; of clean ones about {found.fpr * len(found.rows):.3g} "
@@ -268,7 +272,7 @@ def _flagged(found: Screening, net: VisionModel) -> str:
     if rows:
         lines += ["", table(["flagged", "answer", "score", "p"], rows)]
     if len(flagged) > len(rows):
-        lines.append(f"... and {len(flagged) - len(rows)} more, in scores.csv")
+        lines.append(f"... and {len(flagged) - len(rows)} more, in scores.{tables}")
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from ce_plugin.designs import RandomMask, RandomRegions
 from ce_plugin.errors import TargetError, expected, unknown_name
 from ce_plugin.expected import EffectTable, ExpectedEstimate, RayCluster, Sample, Subset
 from ce_plugin.expected import run as run_over
-from ce_plugin.files import csv_text, write_files
+from ce_plugin.files import data_frame, table_files, write_files
 from ce_plugin.interventions import PixelMask
 from ce_plugin.models import VisionModel
 from ce_plugin.report import ExpectedStudy, Plan, planned_attack, save_expected
@@ -29,7 +29,7 @@ _OF_CLASSES = ("log_odds", "probability", "prediction_weighted")
 _OF_ONE = ("sigmoid", "logit")
 # Random masks of each picture.
 _DRAWS = 2
-# Of unreadable pictures, so many are named at the terminal; all are in skipped.csv.
+# Of unreadable pictures, so many are named at the terminal; all are in the table of those skipped.
 _NAMED = 10
 
 
@@ -115,7 +115,8 @@ def run(options: ExpectedOptions, argv: Sequence[str]) -> dict[str, str]:
     skipped = {source.paths[i]: why for i, why in found.skipped.items()}
     for name, why in [*skipped.items()][:_NAMED]:
         sys.stderr.write(f"ce-plugin: warning: left out: {name}: {why}\n")
-    write_files(options.out, {"skipped.csv": csv_text(["picture", "reason"], list(skipped.items()))})
+    left_out = data_frame(["picture", "reason"], list(skipped.items()))
+    write_files(options.out, table_files({"skipped": left_out}, options.tables))
     say(f"{found}\nTable: {options.out.absolute()} (ce-plugin expected show {options.out})", quiet=options.quiet)
     return skipped
 
@@ -166,7 +167,7 @@ def show(options: ExpectedShowOptions, argv: Sequence[str]) -> None:
         asked: Any = target if per_class else "explained"
         answers[name] = found.expected(name, target=asked, subset=subset, reading=options.reading)
     study = ExpectedStudy(answers, found.configuration, options.reading, options.level, options.fdr, options.top)
-    page = save_expected(study, options.out, command=["ce-plugin", *argv])
+    page = save_expected(study, options.out, command=["ce-plugin", *argv], tables=options.tables)
     for name, answer in answers.items():
         say(_summary(name, answer, options), quiet=options.quiet)
     say(f"Page: {page.absolute()}")

@@ -330,7 +330,7 @@ class Experiment:
             inputs={recipe.data.source: source.fingerprint, "unreadable": skipped},
             model=net.model,
         )
-        return save_experiment(study, self.options.out, manifest=manifest)
+        return save_experiment(study, self.options.out, manifest=manifest, tables=self.options.tables)
 
 
 def source_of(name: str, root: Path) -> ImageSource:

@@ -15,9 +15,10 @@ from ce_plugin.attribution import CausalEffectMap, CausalMediation, LayerCausalE
 from ce_plugin.cli._commands import LayerOptions, MapOptions, NodesOptions
 from ce_plugin.cli._session import Pictures, layer_name, manifest, network, say, table
 from ce_plugin.datasets import read_image
+from ce_plugin.effects import RegionTest
 from ce_plugin.errors import ArgumentError, TargetError, expected
 from ce_plugin.evaluation import rank_correlation
-from ce_plugin.files import csv_text, printable, write_files
+from ce_plugin.files import data_frame, printable, table_files, write_files
 from ce_plugin.interventions import Intervention, MeanOut, Resample, ZeroOut
 from ce_plugin.models import VisionModel
 from ce_plugin.networks.forward import double
@@ -37,6 +38,7 @@ from ce_plugin.visualization import overlay, plot_nodes, sheet
 from ce_plugin.visualization.figure import png
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 # Of --reference, at most so many pictures are read, and so many of them give a channel its value in turn.
@@ -161,12 +163,14 @@ class _Channels:
         labels: of the channels.
         contributions: evidence -> (channels, classes); minus the effect of Eq. 1: positive supports the class.
         ranked: the channels of the largest contributions to the target on the clean picture, equal ones in their order.
+        answers: evidence -> what setting the strongest channels together does, in a sentence.
         carried: which channels carry the attack; None without one.
     """
 
     labels: list[str]
     contributions: dict[str, Tensor]
     ranked: list[int]
+    answers: dict[str, str]
     carried: Carried | None
 
 
@@ -174,15 +178,13 @@ def nodes(options: NodesOptions, argv: Sequence[str]) -> dict[str, str]:
     """Rank the channels of a layer, and those that carry an attack; returns what could not be read, and why."""
     resolved = _resolve(options)
     found, cost = _channels(options, resolved)
-    files: dict[str, str | bytes] = {
-        "nodes.csv": _nodes_csv(options, resolved, found),
-        "nodes.png": _plot(options, resolved, found),
-    }
+    tables = {"nodes": _nodes_table(options, resolved, found)}
     findings: dict[str, Any] = {"cost": str(cost), "attack": resolved.attack, "explained": resolved.explained}
-    findings["channels"] = _top_channels(resolved, found)
+    findings |= {"answers": found.answers, "channels": _top_channels(resolved, found)}
     if found.carried is not None:
-        files["carriers.csv"] = _carriers_csv(found.carried)
+        tables["carriers"] = _carriers_table(found.carried)
         findings["carried"] = carried_record(found.carried, top=options.top)
+    files = {**table_files(tables, options.tables), "nodes.png": _plot(options, resolved, found)}
     _write(options, argv, resolved, files, findings)
     say(_nodes_summary(options, resolved, found), quiet=options.quiet)
     say(f"Results: {options.out.absolute()}")
@@ -195,9 +197,12 @@ def _channels(options: NodesOptions, resolved: Resolved) -> tuple[_Channels, obj
     explainer = LayerCausalEffect(
         model, resolved.layer, resolved.intervention, outcome=options.outcome, seed=options.seed
     )
-    cost = explainer.estimate_cost(resolved.images["clean"])
+    cost = explainer.estimate_cost(resolved.images["clean"], answer=True)
     _say_cost(resolved, cost, quiet=quiet)
-    estimates = {name: explainer.estimate(image, show_progress=not quiet) for name, image in resolved.images.items()}
+    estimates = {
+        name: explainer.estimate(image, show_progress=not quiet, answer=True, answer_target=resolved.target)
+        for name, image in resolved.images.items()
+    }
     contributions = {name: double(estimate.contribution[0]) for name, estimate in estimates.items()}
     ranked = contributions["clean"][:, resolved.target].abs().argsort(descending=True, stable=True).tolist()
     carried = None
@@ -206,10 +211,17 @@ def _channels(options: NodesOptions, resolved: Resolved) -> tuple[_Channels, obj
         attacked = resolved.images[options.given]
         mediation = CausalMediation(model, resolved.layer, attacked, outcome=options.outcome, seed=options.seed)
         carried = carried_by(mediation, resolved.images["clean"], resolved.target)
-    return _Channels(estimates["clean"].labels_of(0), contributions, ranked[: options.top], carried), cost
+    answers = {name: _answer(resolved, estimate.answer) for name, estimate in estimates.items()}
+    return _Channels(estimates["clean"].labels_of(0), contributions, ranked[: options.top], answers, carried), cost
 
 
-def _nodes_csv(options: NodesOptions, resolved: Resolved, found: _Channels) -> str:
+def _answer(resolved: Resolved, test: RegionTest | None) -> str:
+    """What setting the strongest channels together does, beside as many at random."""
+    verb = "Setting {} to zero" if isinstance(resolved.intervention, ZeroOut) else "Intervening on"
+    return "" if test is None else test.sentence(0, resolved.net.class_name, verb, "channels")
+
+
+def _nodes_table(options: NodesOptions, resolved: Resolved, found: _Channels) -> pd.DataFrame:
     """A row for each channel and class."""
     classes = [resolved.target]
     if options.target is None:
@@ -223,12 +235,12 @@ def _nodes_csv(options: NodesOptions, resolved: Resolved, found: _Channels) -> s
         for unit, label in enumerate(found.labels)
         for index in classes
     )
-    return csv_text(header, rows)
+    return data_frame(header, rows)
 
 
-def _carriers_csv(carried: Carried) -> str:
+def _carriers_table(carried: Carried) -> pd.DataFrame:
     rows = ((carried.labels[unit], float(carried.indirect[unit]), carried.share(unit)) for unit in carried.order)
-    return csv_text(["channel", "natural_indirect_effect", "share_of_total_effect"], rows)
+    return data_frame(["channel", "natural_indirect_effect", "share_of_total_effect"], rows)
 
 
 def _plot(options: NodesOptions, resolved: Resolved, found: _Channels) -> bytes:
@@ -261,7 +273,8 @@ def _nodes_summary(options: NodesOptions, resolved: Resolved, found: _Channels) 
         [found.labels[unit], *(f"{float(v[unit, resolved.target]):+.4f}" for v in found.contributions.values())]
         for unit in found.ranked
     ]
-    lines = [*resolved.answers(), "", f"Contribution to the {measured} (positive supports it)"]
+    told = [text if name == "clean" else f"Under {name.upper()}: {text}" for name, text in found.answers.items()]
+    lines = [*resolved.answers(), *told, "", f"Contribution to the {measured} (positive supports it)"]
     lines.append(table(["channel", *found.contributions], rows))
     if found.carried is not None:
         lines += ["", *_carrier_lines(found.carried, str(options.given).upper(), measured, options.top)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -186,6 +187,18 @@ class CausalEffectDetector(EvasionDetector):  # type: ignore[misc]
         for name, value in kwargs.items():
             if name != "fpr" and value is not before[name] and not bool(value == before[name]):
                 self.state = None
+
+    def __sklearn_clone__(self) -> CausalEffectDetector:
+        """The same options and classifier, not fitted: what ``sklearn.base.clone`` (1.3 and later) returns.
+
+        Example:
+            >>> from sklearn.base import clone
+            >>> clone(CausalEffectDetector(torch.nn.Flatten(), fpr=0.01)).fpr
+            0.01
+        """
+        fresh = copy.copy(self)
+        fresh.state, fresh._version, fresh._fitter = None, (), Fitter()
+        return fresh
 
     @property
     def passes(self) -> float:

@@ -390,13 +390,21 @@ class Estimate:
         """
         if example is None:
             return "\n".join(self.summary(i, fdr) for i in range(len(self)))
-        column, name = column_of(self, example, None)
+        about = None if self.answer is None or self.target is not None else int(self.answer.target[example])
+        column, name = column_of(self, example, about)
         if self.answer is None:
             found = self._strongest_unit(example, column, name)
         else:
-            verb = "Covering" if self.intervention.startswith(("PixelMask", "baselines")) else "Intervening on"
-            found = self.answer.sentence(example, self.class_name, verb)
-        return found + self._tested_alone(example, column, fdr)
+            found = self.answer.sentence(example, self.class_name, self._verb)
+        other = about is not None and self.predicted is not None and about != int(self.predicted[example])
+        return found + self._tested_alone(example, column, fdr, f" for “{name}”" if other else "")
+
+    @property
+    def _verb(self) -> str:
+        """What was done, as :meth:`RegionTest.sentence` takes it."""
+        if self.intervention.startswith("ZeroOut"):
+            return "Setting {} to zero"
+        return "Covering" if self.intervention.startswith(("PixelMask", "baselines")) else "Intervening on"
 
     def _strongest_unit(self, example: int, column: int, name: str) -> str:
         """Which unit supports the class most."""
@@ -417,7 +425,7 @@ class Estimate:
         what = (self.outcome or "outcome").replace("_", "-")
         return f"{which} supports {said} most: without it the {what} is lower by {size}."
 
-    def _tested_alone(self, example: int, column: int, fdr: float) -> str:
+    def _tested_alone(self, example: int, column: int, fdr: float, of: str) -> str:
         """How many units are significant by themselves, and why a map may look strong where none is."""
         if self.std_error is None:
             return ""
@@ -426,8 +434,8 @@ class Estimate:
             found = int(self.significant(fdr)[example, :, column].sum())
         units, what = int(self.n_units[example]), self._units_word
         if found:
-            return f" {found} of {units} {what} matter{'s' * (found == 1)} by themselves."
-        none = f" None of {units} {what} is significant by itself (false discovery rate {100 * fdr:.3g} %)"
+            return f" {found} of {units} {what} matter{'s' * (found == 1)}{of} by themselves."
+        none = f" None of {units} {what} is significant{of} by itself (false discovery rate {100 * fdr:.3g} %)"
         if self.answer is not None and self.answer.is_shown(example):
             return f"{none}: it takes several together."
         error = float(self.std_error[example, :units, column].median())

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from html import escape
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ce_plugin.effects.estimate import chosen_examples
+from ce_plugin.effects.plots import html_table
 from ce_plugin.errors import (
     ArgumentError,
     InferenceError,
@@ -283,6 +285,8 @@ def _extremes(off: Tensor, errors: Tensor, level: float) -> tuple[Tensor, Tensor
     return ordered[tail], ordered[-1 - tail]
 
 
+# Of a mediation in a notebook: units in its table, and examples.
+_STRONGEST, _SHOWN = 5, 3
 # One row per example; the rest belongs to all examples.
 _BY_EXAMPLE = ("total", "indirect", "direct", "reference", "target", "predicted")
 
@@ -364,6 +368,7 @@ class Mediation:
             construction; only the shares of proper subsets are informative.
         whole: the rows of ``indirect`` that stand for the whole layer.
         settings: what else reproduces the run, JSON-able.
+        class_names: of the classes of the output, where they are known.
 
     Example:
         >>> import torch
@@ -390,6 +395,7 @@ class Mediation:
     cut: bool = False
     whole: tuple[int, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         n, units, classes = self.indirect.shape if self.indirect.dim() == 3 else (-1, -1, -1)
@@ -518,6 +524,41 @@ class Mediation:
         chosen = chosen_examples(examples, len(self), "a mediation")
         some: dict[str, Any] = {k: v[chosen] for k, v in vars(self).items() if k in _BY_EXAMPLE and torch.is_tensor(v)}
         return replace(self, **some)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: of the first examples what is changed, and the units that carry the most of it."""
+        if self.target is None and self.predicted is None and self.total.shape[1] > 1:
+            return f"<pre>{escape(repr(self))}</pre>"  # no single class to speak of
+        totals, indirect, _ = self.column()
+        parts = []
+        for i in range(min(len(self), _SHOWN)):
+            total, own = float(totals[i]), indirect[i].detach().cpu()
+            best = (own if total >= 0 else -own).argsort(descending=True, stable=True)[:_STRONGEST].tolist()
+            rows = [
+                [self.unit_labels[u], f"{float(own[u]):+.3g}", f"{float(own[u]) / total:.1%}" if total else ""]
+                for u in best
+            ]
+            table = html_table(["carries most", "indirect effect", "share of the total"], rows)
+            parts.append(f"<p>{escape(self._changed(i, total))}</p>{table}")
+        rest = len(self) - len(parts)
+        parts += [f"<p>... and {rest} more example{'s' * (rest > 1)}.</p>"] * (rest > 0)
+        note = f"Through {self.site or 'a site'}, each unit by itself, on one image."
+        if self.cut:
+            note += " Everything passes through this layer: all of it together carries everything by construction."
+        return f"<div>{''.join(parts)}<p><small>{escape(note)}</small></p></div>"
+
+    def _changed(self, example: int, total: float) -> str:
+        """What the intervention does to the outcome of one example's class."""
+        column = 0 if self.total.shape[1] == 1 else int(cast(Tensor, self.predicted)[example])
+        target = column if self.target is None else self.target[example].tolist()
+        known = self.class_names is not None and isinstance(target, int) and target < len(self.class_names)
+        name = f"“{cast(tuple[str, ...], self.class_names)[target]}”" if known else f"class {target}"
+        of = f"the {(self.outcome or 'outcome').replace('_', '-')} of {name}"
+        subject = self.intervention or "The intervention"
+        if self.reference is None:
+            return f"{subject} changes {of} by {total:+.3g}."
+        clean = float(self.reference[example, column])
+        return f"{subject} takes {of} from {clean:.3g} to {clean + total:.3g} ({total:+.3g})."
 
     def __repr__(self) -> str:
         n, units, classes = self.indirect.shape

@@ -373,9 +373,8 @@ def estimate_html(estimate: Drawn) -> str:
             if estimate.predicted is None and estimate.target is None and estimate.effect.shape[2] > 1:
                 return f"<pre>{escape(repr(estimate))}</pre>"  # no single class to speak of
             figure = plot_estimate(estimate, example=i, width=360, top=10)
-            picture = figure._repr_html_()
-            beside = f'<div style="{_BESIDE}">{picture}{_table(estimate, i)}</div>'
-            parts.append(f"<p>{escape(estimate.summary(i))}</p>{beside}")
+            shown = beside(figure._repr_html_(), _table(estimate, i))
+            parts.append(f"<p>{escape(estimate.summary(i))}</p>{shown}")
     rest = len(estimate) - len(parts)
     if rest:
         parts.append(f"<p>... and {rest} more example{'s' * (rest > 1)}.</p>")
@@ -389,11 +388,27 @@ def _table(estimate: Drawn, example: int) -> str:
     frame = estimate.strongest(example, column if estimate.target is None else None, top=_STRONGEST)
     rows = []
     for unit, size, *ends in frame.drop(columns="label").to_numpy().tolist():
-        sure = "<td>{:+.3g} to {:+.3g}</td>".format(*ends) if ends else ""
-        rows.append(f"<tr><td>{escape(estimate.place_of(example, int(unit)))}</td><td>{size:+.3g}</td>{sure}</tr>")
-    interval = "" if estimate.std_error is None else "<th>95 % interval</th>"
-    head = f"<tr><th>strongest for {escape(_quoted(name))}</th><th>{escape(_measured(estimate))}</th>{interval}</tr>"
-    return f"<table>{head}{''.join(rows)}</table>"
+        sure = ["{:+.3g} to {:+.3g}".format(*ends)] if ends else []
+        rows.append([estimate.place_of(example, int(unit)), f"{size:+.3g}", *sure])
+    interval = [] if estimate.std_error is None else ["95 % interval"]
+    return html_table([f"strongest for {_quoted(name)}", _measured(estimate), *interval], rows)
+
+
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Text in a table of HTML.
+
+    Example:
+        >>> html_table(["unit", "effect"], [["<7>", "+0.2"]])
+        '<table><tr><th>unit</th><th>effect</th></tr><tr><td>&lt;7&gt;</td><td>+0.2</td></tr></table>'
+    """
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{lines}</table>"
+
+
+def beside(*parts: str) -> str:
+    """Parts of a notebook's output side by side, where there is room."""
+    return f'<div style="{_BESIDE}">{"".join(parts)}</div>'
 
 
 def _measured(estimate: Drawn) -> str:

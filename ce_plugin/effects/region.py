@@ -87,36 +87,52 @@ class RegionTest:
         half = inference.half_width(error, torch.full_like(error, k - 1), level)
         return torch.stack([placed.mean(1) - half, placed.mean(1) + half], 1)
 
-    def sentence(self, example: int, name: Callable[[int], str], verb: str = "Covering") -> str:
+    def sentence(self, example: int, name: Callable[[int], str], verb: str = "Covering", units: str = "units") -> str:
         """What was found on one example, for a reader who knows nothing of the method.
 
         Args:
             example: which one.
             name: from a class to its name.
-            verb: what is done to the region.
+            verb: what is done to the region: a word before it, or words round it, ``"Setting {} to zero"``.
+            units: what the units are, where they are no cells of a picture's grid.
+
+        Example:
+            >>> test = RegionTest(
+            ...     region=torch.tensor([[True, False]]), target=torch.tensor([0]), measured="probability",
+            ...     clean=torch.tensor([0.32]), covered=torch.tensor([0.04]), placed=torch.tensor([[0.3, 0.28, 0.32]]),
+            ... )
+            >>> print(test.sentence(0, ["cat", "dog"].__getitem__, "Setting {} to zero", "channels"))
+            Setting the strongest of 2 channels to zero takes “cat” from 32 % to 4 %. Setting as many to zero at
+            random, 3 times, leaves 30 % on average (25 to 35): that it is this part which matters is not shown
+            (p = 0.25).
         """
         i = example
         said, show = f"“{name(int(self.target[i]))}”", _percent if self.measured == "probability" else _plain
         clean, covered = float(self.clean[i]), float(self.covered[i])
         mean, (low, high) = float(self.placed[i].double().mean()), self.interval()[i].tolist()
         k = self.placed.shape[1]
-        moved = f"{verb} {self.place(i)} takes {said} from {show(clean)} to {show(covered)}"
+        form = verb if "{}" in verb else f"{verb} {{}}"
+        done = form.format(self.place(i, units))
+        moved = f"{done} takes {said} from {show(clean)} to {show(covered)}"
         if show(clean) == show(covered):
-            moved = f"{verb} {self.place(i)} leaves {said} at {show(covered)}"
+            moved = f"{done} leaves {said} at {show(covered)}"
         elif covered > clean:
-            moved = f"{verb} {self.place(i)} raises {said} from {show(clean)} to {show(covered)}"
-        others = f"at {k} other places leaves {show(mean)} on average"
+            moved = f"{done} raises {said} from {show(clean)} to {show(covered)}"
+        # Of units without places as many are drawn.
+        again = form.format("as much at {} other places" if len(self.grid) == 2 else "as many")
+        again = again.format(k) if len(self.grid) == 2 else f"{again} at random, {k} times,"
+        then, others = f"{again[0].lower()}{again[1:]}", f"leaves {show(mean)} on average"
         if self.is_saturated(i):
             least, most = self.placed[i].aminmax()
             others += f" (single places {_range(float(least), float(most), show)})"
         elif not math.isnan(low):
             others += f" ({_range(low, high, show)})"
         if self.is_shown(i):
-            return f"{self._before(i, name)}{moved}; covering as much {others}."
+            return f"{self._before(i, name)}{moved}; {then} {others}."
         if covered > clean:
-            return f"{self._before(i, name)}{moved}; as much {others}: this part does not support {said}."
+            return f"{self._before(i, name)}{moved}; {then} {others}: this part does not support {said}."
         p = float(self.p_values()[i])
-        doubt = f"As much {others}: that it is this part which matters is not shown (p = {p:.2g})."
+        doubt = f"{again} {others}: that it is this part which matters is not shown (p = {p:.2g})."
         return f"{self._before(i, name)}{moved}. {doubt}"
 
     def is_shown(self, example: int) -> bool:
@@ -134,12 +150,13 @@ class RegionTest:
         clean = float(self.clean[example])
         return self.measured in ("probability", "sigmoid") and not _LOW <= clean <= 1 - _LOW
 
-    def place(self, example: int) -> str:
-        """Where the region is, in words."""
-        units = self.region[example].nonzero()[:, 0]
+    def place(self, example: int, units: str = "units") -> str:
+        """Where the region is, in words; ``units`` are what is no cell of a picture's grid."""
+        chosen = self.region[example].nonzero()[:, 0]
         if len(self.grid) != 2:
-            return f"the {len(units)} strongest units" if len(units) > 1 else "the strongest unit"
-        rows, columns = units // self.grid[1], units % self.grid[1]
+            some = f"{len(chosen)} " if len(chosen) > 1 else ""
+            return f"the {some}strongest of {self.region.shape[1]} {units}"
+        rows, columns = chosen // self.grid[1], chosen % self.grid[1]
         middle = (float(rows.float().mean()) + 0.5) / self.grid[0], (float(columns.float().mean()) + 0.5) / self.grid[1]
         words = [part[min(int(3 * at), 2)] for part, at in zip((_ROWS, _COLUMNS), middle, strict=True)]
         where = " ".join(filter(None, words))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from ce_plugin.effects import Estimate, plot_estimate
+from ce_plugin.effects.plots import beside, html_table
 from ce_plugin.errors import InferenceError, InputError, NoChangeWarning, TargetError, expected, unknown_name
 from ce_plugin.expected.moments import Moments
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+# Of an estimate in a notebook: evidences, and effects in the table of each.
+_SHOWN, _LARGEST = 3, 5
 EXPLAINED = "explained"
 """The class that is explained in each image, where it differs between them."""
 
@@ -156,6 +160,35 @@ class ExpectedEstimate(Estimate):
         over = f"{self.n_images:,.0f} image{'s' * (self.n_images != 1)}"
         kwargs.setdefault("title", f"{self.outcome}, {_class_text(self.classes[column])}: mean of {over}")
         return plot_estimate(one, **kwargs)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: under each of the first evidences the largest mean effects, as bars and in a table."""
+        over = f"Mean of {self.n_images:,.0f} image{'s' * (self.n_images != 1)}"
+        measured, parts = (self.outcome or "outcome").replace("_", "-"), []
+        interval = [] if self.std_error is None else ["95 % interval"]
+        for i, name in enumerate(self.evidences[:_SHOWN]):
+            table = html_table(["unit", "class", f"mean effect on the {measured}", *interval], self._largest(i))
+            figure = self.plot(name, width=360, top=10)
+            parts.append(f"<p>{over}, evidence: {escape(name)}</p>{beside(figure._repr_html_(), table)}")
+        rest = len(self.evidences) - len(parts)
+        parts += [f"<p>... and {rest} more evidence{'s' * (rest > 1)}.</p>"] * (rest > 0)
+        said = f"{self.intervention}, {self.design}, {self.site}"
+        return f"<div>{''.join(parts)}<p><small>{escape(said)}</small></p></div>"
+
+    def _largest(self, row: int) -> list[list[str]]:
+        """Unit, class, mean effect and its interval, of the largest effects under one evidence."""
+        order = self.effect[row].abs().nan_to_num(-1.0).flatten().argsort(descending=True, stable=True)
+        ends = None if self.std_error is None else self.confidence_interval()
+        rows = []
+        for unit, column in (divmod(place, self.effect.shape[2]) for place in order[:_LARGEST].tolist()):
+            named = self.classes[column]
+            cells = [self.labels_of(row)[unit], self.class_name(named) if isinstance(named, int) else named]
+            cells.append(f"{float(self.effect[row, unit, column]):+.3g}")
+            if ends is not None:
+                low, high = (float(end[row, unit, column]) for end in ends)
+                cells.append(f"{low:+.3g} to {high:+.3g}")
+            rows.append(cells)
+        return rows
 
     def __getitem__(self, examples: int | str | slice | Sequence[int]) -> ExpectedEstimate:
         """Some of the evidences, by name or number; E stays a dimension."""

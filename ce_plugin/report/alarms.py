@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ce_plugin.files import csv_text
+from ce_plugin.files import data_frame, table_files
 from ce_plugin.models import VisionModel
 from ce_plugin.report.sections import Section, cell, save_page
 from ce_plugin.visualization import data_uri, magnify, overlay, plot_scores
@@ -119,6 +119,7 @@ def screen(
         >>> import torch
         >>> from ce_plugin.detection import CausalEffectDetector, CounterAttack, Signature
         >>> images = torch.rand(300, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> _ = torch.manual_seed(0)
         >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
         >>> detector = CausalEffectDetector(network, Signature([CounterAttack()]))
         >>> detector.fit(images[:250])
@@ -209,23 +210,21 @@ class AlarmsSection(Section[Screening]):
             "n_pictures": len(found.rows),
             "n_flagged": len(found.flagged),
             "histogram": data_uri(histogram),
-            "alarms": [alarm_shown(one, self.class_name) for one in found.shown],
+            "alarms": [alarm_shown(one, self.class_name, found.calibration) for one in found.shown],
             "rows": found.flagged[:_ROWS],
             "class_name": self.class_name,
         }
 
 
-def alarm_shown(shown: AlarmShown, class_name: Callable[[int], str], attack: str = "") -> dict[str, Any]:
+def alarm_shown(
+    shown: AlarmShown, class_name: Callable[[int], str], calibration: Calibration, attack: str = ""
+) -> dict[str, Any]:
     """One picture for the template: what it is taken for, and why it raised the alarm."""
     row, alarm = shown.screened, shown.alarm
     said = f"answers “{class_name(row.predicted)}”"
     if shown.truth is not None:
         said = f"“{class_name(shown.truth)}” before, now {said}"
-    turned = ""
-    if alarm is not None and alarm.turned_to == row.predicted:
-        turned = f"No intervention changes the answer; {alarm.intervention} leaves the least of it."
-    elif alarm is not None:
-        turned = f"Under {alarm.intervention} the network answers “{class_name(alarm.turned_to)}”."
+    turned = "" if alarm is None else _turned(alarm, row, class_name, calibration)
     most = sorted(row.deviations.items(), key=lambda one: -one[1])[:_DEVIATIONS]
     return {
         "attack": attack,
@@ -237,6 +236,18 @@ def alarm_shown(shown: AlarmShown, class_name: Callable[[int], str], attack: str
         "effects": [] if alarm is None else [one for one in alarm.effects if math.isfinite(one.deviations)][:_EFFECTS],
         "channels": {} if alarm is None else alarm.channels,
     }
+
+
+def _turned(alarm: Alarm, row: Screened, class_name: Callable[[int], str], calibration: Calibration) -> str:
+    """The alarm in a sentence: what was done, what it does to the answer, and how clean pictures compare."""
+    before, after = f"“{class_name(row.predicted)}”", f"“{class_name(alarm.turned_to)}”"
+    said = f"{alarm.intervention} turns the answer from {before} to {after}."
+    if alarm.turned_to == row.predicted:
+        said = f"No intervention changes the answer {before}; {alarm.intervention} leaves the least of it."
+    # The p-value counts this picture as well.
+    as_high = round(row.p_value * (calibration.n + 1)) - 1
+    counted = f"{as_high or 'none'} score{'s' * (as_high == 1)} as high"
+    return f"{said} Of {calibration.n:,} clean pictures {counted} (p = {row.p_value:.2g})."
 
 
 def _cells(shown: AlarmShown) -> list[dict[str, Any]]:
@@ -270,7 +281,13 @@ def deviation_text(name: str) -> str:
 
 
 def save_screening(
-    found: Screening, out: str | Path, *, net: VisionModel, detector: str, manifest: Mapping[str, Any]
+    found: Screening,
+    out: str | Path,
+    *,
+    net: VisionModel,
+    detector: str,
+    manifest: Mapping[str, Any],
+    tables: str = "csv",
 ) -> Path:
     """Write ``alarms.html``, ``scores.csv`` and ``manifest.json``; each appears only when it is complete.
 
@@ -280,6 +297,7 @@ def save_screening(
         net: the network, for its name and its classes.
         detector: what the detector is called, such as its file's name.
         manifest: see :func:`~ce_plugin.report.build_manifest`; the findings are added to it.
+        tables: suffix of the table, see :func:`ce_plugin.files.table_files`.
 
     Returns:
         Path of the page.
@@ -303,10 +321,9 @@ def save_screening(
     rows: list[list[object]] = [
         [row.name, row.score, row.p_value, int(row.flagged), row.predicted, net.class_name(row.predicted)]
         + [row.deviations[name] for name in names]
-        + [""]
+        + [None]
         for row in found.rows
     ]
-    rows += [[name, *[""] * (5 + len(names)), why] for name, why in found.unreadable.items()]
-    tables = {"scores.csv": csv_text(header, rows)}
-    section = AlarmsSection(net.class_name)
-    return save_page(section, found, out, manifest, tables, model=net.name, detector=detector)
+    rows += [[name, *[None] * (5 + len(names)), why] for name, why in found.unreadable.items()]
+    section, files = AlarmsSection(net.class_name), table_files({"scores": data_frame(header, rows)}, tables)
+    return save_page(section, found, out, manifest, files, model=net.name, detector=detector, table=next(iter(files)))

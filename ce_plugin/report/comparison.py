@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ce_plugin.evaluation.comparison import MEASURES, Comparison
+from ce_plugin.files import table_files
 from ce_plugin.report.sections import Section, digits, save_page
 
 
@@ -65,13 +66,16 @@ class ComparisonSection(Section[ComparisonStudy]):
         return {"study": found, "tables": tables, "first": next(iter(found.found.methods), "")}
 
 
-def save_comparison(study: ComparisonStudy, out: str | Path, *, manifest: Mapping[str, Any]) -> Path:
+def save_comparison(
+    study: ComparisonStudy, out: str | Path, *, manifest: Mapping[str, Any], tables: str = "csv"
+) -> Path:
     """Write ``compare.html``, ``compare.csv``, ``compare.json``, ``images.csv`` and ``manifest.json``.
 
     Args:
         study: what was found.
         out: the folder, which :func:`~ce_plugin.report.check_out` has allowed.
         manifest: see :func:`~ce_plugin.report.build_manifest`.
+        tables: suffix of the tables, see :func:`ce_plugin.files.table_files`.
 
     Returns:
         Path of the page.
@@ -88,12 +92,11 @@ def save_comparison(study: ComparisonStudy, out: str | Path, *, manifest: Mappin
     """
     table = study.found.table()
     rows = json.loads(table.to_json(orient="records"))
-    tables = {
-        "compare.csv": table.to_csv(index=False),
-        "images.csv": study.found.images().to_csv(index=False),
+    files = {
+        **table_files({"compare": table, "images": study.found.images()}, tables),
         "compare.json": json.dumps({"model": study.model, "passes": study.passes, "table": rows}, indent=1),
     }
-    return save_page(ComparisonSection(), study, out, manifest, tables)
+    return save_page(ComparisonSection(), study, out, manifest, files)
 
 
 def _said(measure: str) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ce_plugin.attribution import ConceptCausalEffect
 from ce_plugin.concepts import ConceptAutoencoder, ConceptReport, Fidelity, examine, measure_fidelity
 from ce_plugin.errors import ModelError, expected
+from ce_plugin.files import table_files
 from ce_plugin.models import VisionModel
 from ce_plugin.networks.forward import double
 from ce_plugin.report.photograph import OUTCOMES
@@ -264,7 +265,13 @@ class ConceptsSection(Section[ConceptStudy]):
 
 
 def save_concepts(
-    study: ConceptStudy, out: str | Path, *, model: str, outcome: str, manifest: Mapping[str, Any]
+    study: ConceptStudy,
+    out: str | Path,
+    *,
+    model: str,
+    outcome: str,
+    manifest: Mapping[str, Any],
+    tables: str = "csv",
 ) -> Path:
     """Write ``concepts.html``, ``concepts.csv`` and ``manifest.json``; each appears only when it is complete.
 
@@ -274,6 +281,7 @@ def save_concepts(
         model: the network's name.
         outcome: what was measured.
         manifest: see :func:`~ce_plugin.report.build_manifest`; the findings are added to it.
+        tables: suffix of the table, see :func:`ce_plugin.files.table_files`.
 
     Returns:
         Path of the page.
@@ -291,5 +299,5 @@ def save_concepts(
         ...     save_concepts(study, folder, model="net", outcome="logit", manifest=manifest).name
         'concepts.html'
     """
-    tables = {"concepts.csv": study.report.to_dataframe().to_csv(index=False)}
-    return save_page(ConceptsSection(outcome), study, out, manifest, tables, model=model)
+    files = table_files({"concepts": study.report.to_dataframe()}, tables)
+    return save_page(ConceptsSection(outcome), study, out, manifest, files, model=model)

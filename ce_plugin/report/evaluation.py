@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ce_plugin.datasets import digits
 from ce_plugin.errors import InputError, expected, unknown_name
-from ce_plugin.files import csv_text
+from ce_plugin.files import data_frame, table_files
 from ce_plugin.interventions.adversarial import Adversarial
 from ce_plugin.models import DigitsCNN, VisionModel
 from ce_plugin.randomness import generator
@@ -538,7 +538,9 @@ class TrialSection(Section[DetectorTrial]):
             "adaptive": any(one.attack.startswith("adaptive") for one in found.tried),
             "charts": charts,
             "alarms": [
-                alarm_shown(shown, self.class_name, one.attack.upper()) for one in found.tried for shown in one.shown
+                alarm_shown(shown, self.class_name, found.calibration, one.attack.upper())
+                for one in found.tried
+                for shown in one.shown
             ],
         }
 
@@ -550,13 +552,19 @@ class EvaluationSection(TrialSection):
 
 
 def save_evaluation(
-    trial: DetectorTrial, out: str | Path, *, net: VisionModel, detector: str, manifest: Mapping[str, Any]
+    trial: DetectorTrial,
+    out: str | Path,
+    *,
+    net: VisionModel,
+    detector: str,
+    manifest: Mapping[str, Any],
+    tables: str = "csv",
 ) -> Path:
     """Write ``evaluation.html``, ``evaluation.csv`` and ``manifest.json``; each appears only when it is complete.
 
     Args:
         trial: what :func:`~ce_plugin.report.try_detector` returned.
-        out, net, detector, manifest: as for :func:`~ce_plugin.report.save_screening`.
+        out, net, detector, manifest, tables: as for :func:`~ce_plugin.report.save_screening`.
 
     Returns:
         Path of the page.
@@ -577,12 +585,10 @@ def save_evaluation(
     names = [f"{figure}{end}" for figure in ("auroc", "tpr_1", "tpr_5") for end in ("", "_low", "_high")]
     alarms = trial.false_alarms
     header = ["attack", "settings", "n_tried", "n_successful", *names, "flagged", "flagged_low", "flagged_high"]
-    rows = [["clean", "", alarms.n, "", *[""] * len(names), alarms.share, alarms.low, alarms.high]]
+    rows = [["clean", "", alarms.n, None, *[None] * len(names), alarms.share, alarms.low, alarms.high]]
     for one in trial.tried:
         known = one.figures.to_dict()
-        shares = ["", "", ""] if one.flagged is None else [one.flagged.share, one.flagged.low, one.flagged.high]
-        figures = ["" if known[name] is None else known[name] for name in names]
-        rows.append([one.attack, one.settings, one.n_tried, len(one.scores), *figures, *shares])
-    tables = {"evaluation.csv": csv_text(header, rows)}
-    section = EvaluationSection(net.class_name)
-    return save_page(section, trial, out, manifest, tables, model=net.name, detector=detector)
+        shares = [None] * 3 if one.flagged is None else [one.flagged.share, one.flagged.low, one.flagged.high]
+        rows.append([one.attack, one.settings, one.n_tried, len(one.scores), *(known[name] for name in names), *shares])
+    section, files = EvaluationSection(net.class_name), table_files({"evaluation": data_frame(header, rows)}, tables)
+    return save_page(section, trial, out, manifest, files, model=net.name, detector=detector)

@@ -11,6 +11,7 @@ from torch import nn
 
 from ce_plugin.effects import Estimate
 from ce_plugin.expected.answer import ExpectedEstimate
+from ce_plugin.files import table_files
 from ce_plugin.report.sections import Section, build_manifest, cell, digits, save_page
 
 # Columns of classes that are shown.
@@ -101,13 +102,14 @@ class ExpectedSection(Section[ExpectedStudy]):
         return rows
 
 
-def save_expected(study: ExpectedStudy, out: str | Path, *, command: Sequence[str]) -> Path:
+def save_expected(study: ExpectedStudy, out: str | Path, *, command: Sequence[str], tables: str = "csv") -> Path:
     """Write ``expected.html``, ``expected.csv`` and ``manifest.json``; each appears only when it is complete.
 
     Args:
         study: what was answered.
         out: the folder, which :func:`~ce_plugin.report.check_out` has allowed.
         command: the words that do it again.
+        tables: suffix of the table, see :func:`ce_plugin.files.table_files`.
 
     Returns:
         Path of the page.
@@ -136,5 +138,5 @@ def save_expected(study: ExpectedStudy, out: str | Path, *, command: Sequence[st
     # The network is not here any more; its fingerprint is in the configuration.
     manifest = build_manifest(arguments=arguments, command=command, seed=seed, inputs={}, model=nn.Identity())
     del manifest["model"]
-    tables = {"expected.csv": pd.concat(frames).to_csv(index=False)}
-    return save_page(ExpectedSection(), study, out, manifest, tables)
+    files = table_files({"expected": pd.concat(frames)}, tables)
+    return save_page(ExpectedSection(), study, out, manifest, files)

@@ -17,6 +17,7 @@ from ce_plugin.effects import t_interval
 from ce_plugin.errors import InputError, expected
 from ce_plugin.evaluation.detectors import auroc
 from ce_plugin.expected import EffectTable, ExpectedEstimate, Subset
+from ce_plugin.files import table_files
 from ce_plugin.randomness import numpy_generator
 from ce_plugin.report.sections import Section, digits, save_page
 from ce_plugin.visualization import plot_intervals, plot_ranked
@@ -293,16 +294,16 @@ class ExperimentSection(Section[ExperimentStudy]):
 
         self.plots = {name: png(figure, _DPI) for name, figure in self._figures(found).items()}
 
-    def tables(self) -> dict[str, str]:
-        """Name of a file -> CSV."""
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Name of a table -> the table."""
         frames = {
-            "experiment.csv": self.shown,
-            "nodes.csv": self.every,
-            "counts.csv": self.counts,
-            "detector.csv": self.detector,
-            "largest.csv": self.largest,
+            "experiment": self.shown,
+            "nodes": self.every,
+            "counts": self.counts,
+            "detector": self.detector,
+            "largest": self.largest,
         }
-        return {name: frame.to_csv(index=False) for name, frame in frames.items() if frame is not None}
+        return {name: frame for name, frame in frames.items() if frame is not None}
 
     def record(self, found: ExperimentStudy) -> dict[str, Any]:
         """All that the page shows."""
@@ -447,7 +448,9 @@ def _detected(row: Any) -> Cell:
     return Cell(f"{row.auroc:.3f}", f"[{row.low:.3f}, {row.high:.3f}]")
 
 
-def save_experiment(study: ExperimentStudy, out: str | Path, *, manifest: Mapping[str, Any]) -> Path:
+def save_experiment(
+    study: ExperimentStudy, out: str | Path, *, manifest: Mapping[str, Any], tables: str = "csv"
+) -> Path:
     """Write the page ``experiment.html``, its tables and plots, and ``manifest.json``.
 
     ``experiment.md``, ``.csv`` and ``.json`` hold the numbers that were asked for, ``nodes.csv`` every node,
@@ -458,15 +461,16 @@ def save_experiment(study: ExperimentStudy, out: str | Path, *, manifest: Mappin
         study: what was run.
         out: the folder, which :func:`~ce_plugin.report.check_out` has allowed.
         manifest: see :func:`~ce_plugin.report.build_manifest`.
+        tables: suffix of the tables, see :func:`ce_plugin.files.table_files`.
 
     Returns:
         Path of the page.
     """
     section = ExperimentSection(study)
     files: dict[str, str | bytes] = {
+        **table_files(section.tables(), tables),
         "experiment.md": markdown(study, section),
         "experiment.json": json.dumps(section.record(study), indent=1),
-        **section.tables(),
     }
     (Path(out) / _PLOTS).mkdir(parents=True, exist_ok=True)
     files |= {f"{_PLOTS}/{name}": png for name, png in section.plots.items()}

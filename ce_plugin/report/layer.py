@@ -16,8 +16,9 @@ from ce_plugin.errors import CEPluginError
 from ce_plugin.evaluation import rank_correlation
 from ce_plugin.interventions import Patch
 from ce_plugin.networks.forward import double
+from ce_plugin.report.answer import told_channels
 from ce_plugin.report.photograph import OUTCOMES, Carried, Case, LayerCase, LayerStudy, Meter, Plan, Study
-from ce_plugin.report.sections import Section, cell, percent, signed
+from ce_plugin.report.sections import Section, cell, percent, rendered, signed
 from ce_plugin.visualization import overlay
 
 # Channels on the page, and in the manifest.
@@ -38,7 +39,7 @@ class LayerSection(Section[LayerStudy]):
         The report is about the photograph, and a layer that cannot be looked at does not take the rest of it away.
         """
         layer, model, clean = self.layer, study.net.model, study.inputs
-        meter, cases = Meter(model), list[LayerCase]()
+        meter, cases, head = Meter(model), list[LayerCase](), None
         options: dict[str, Any] = {"outcome": self.plan.outcome, "seed": self.plan.seed}
 
         def enlarged(small: Tensor) -> Tensor:
@@ -56,6 +57,10 @@ class LayerSection(Section[LayerStudy]):
                     found = enlarged(explainer.attribute(case.inputs, study.target))
                 if not cases:
                     cases.append(LayerCase(case, found))
+                    with meter("the strongest together, and random ones"):
+                        head = told_channels(
+                            study.net, layer, clean, study.target, [one.index for one in case.top], **options
+                        )
                     continue
                 with meter("what carries the attack"):
                     patched = CausalEffectMap(model, layer, Patch(case.inputs), **options)
@@ -65,7 +70,7 @@ class LayerSection(Section[LayerStudy]):
                 cases.append(LayerCase(case, found, _correlation(cases[0], case, found), carried, carried_map))
         except CEPluginError as error:
             return LayerStudy(layer, note=str(error), passes=meter.passes, seconds=meter.seconds)
-        return LayerStudy(layer, tuple(cases), passes=meter.passes, seconds=meter.seconds)
+        return LayerStudy(layer, tuple(cases), told=head, passes=meter.passes, seconds=meter.seconds)
 
     def record(self, found: LayerStudy) -> dict[str, Any]:
         """Rank correlations, and what the channels carry."""
@@ -78,7 +83,8 @@ class LayerSection(Section[LayerStudy]):
                 }
             if one.carried is not None:
                 evidence[one.case.name]["carried"] = carried_record(one.carried, top=_RECORDED)
-        return {"name": found.name, **({"note": found.note} if found.note else {}), "evidence": evidence}
+        answer = {} if found.told is None else {"answer": found.told.record()}
+        return {"name": found.name, **({"note": found.note} if found.note else {}), **answer, "evidence": evidence}
 
     def render(self, found: LayerStudy) -> dict[str, Any]:
         """A row of Figure 3 of the paper for each evidence, and the best carriers of each attack."""
@@ -90,6 +96,7 @@ class LayerSection(Section[LayerStudy]):
         ]
         return {
             "layer": found,
+            "channels_told": "" if found.told is None else rendered("channels.html.j2", found.told.render(outcome)),
             "outcome": outcome,
             "explained": found.cases[0].case.explained.name if found.cases else "",
             "rows": [{"found": one, "case": one.case, "cells": _cells(one)} for one in found.cases],

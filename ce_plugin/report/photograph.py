@@ -24,7 +24,7 @@ from ce_plugin.models import VisionModel
 from ce_plugin.networks.forward import double
 from ce_plugin.networks.guard import state_guard, turn
 from ce_plugin.networks.layers import in_this_thread
-from ce_plugin.report.answer import Told, told
+from ce_plugin.report.answer import Told, ToldChannels, told
 from ce_plugin.report.sections import Section, cell, rendered
 from ce_plugin.sites import InputSite, patch_grid
 from ce_plugin.visualization import magnify, overlay
@@ -270,6 +270,7 @@ class LayerStudy:
         name: of the layer.
         cases: the clean photograph first; empty where the layer cannot be looked at.
         note: why it cannot.
+        told: the answer of the clean photograph, and the contributions of the channels.
         passes: passes through the whole network, by what they were for.
         seconds: wall-clock time by what it was for.
     """
@@ -277,6 +278,7 @@ class LayerStudy:
     name: str
     cases: tuple[LayerCase, ...] = ()
     note: str = ""
+    told: ToldChannels | None = None
     passes: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -335,7 +337,9 @@ def _case(study: Study, evidence: str) -> Case:
     top = sorted(answers, key=attrgetter("probability"), reverse=True)[:3]
     success = top[0].index != clean_answer if attacked else None
     shown = [answers[study.target], *([top[0]] if success else [])]
-    maps, estimate, head = _maps(study, inputs, shown, [one.index for one in top], meter)
+    # Asked for by the user, or the answer under this evidence.
+    about = study.target if study.target != clean_answer else top[0].index
+    maps, estimate, head = _maps(study, inputs, shown, [one.index for one in top], about, meter)
     span = net.value_range[1] - net.value_range[0]
     change = net.normalization.to_image(inputs) - net.normalization.to_image(study.inputs)
     return Case(
@@ -365,9 +369,9 @@ def _outlines(estimate: Estimate) -> str:
 
 
 def _maps(
-    study: Study, inputs: Tensor, answers: list[Answer], top: list[int], meter: Meter
+    study: Study, inputs: Tensor, answers: list[Answer], top: list[int], about: int, meter: Meter
 ) -> tuple[tuple[ClassMaps, ...], Estimate, Told | None]:
-    """The maps of each answer, the estimate that they show, and what is told first."""
+    """The maps of each answer, the estimate that they show, and what is told first, about one class."""
     net, plan = study.net, study.plan
     explainer = CausalEffect(
         net.model, plan.intervention, plan.design, outcome=plan.outcome, normalization=net.normalization,
@@ -382,6 +386,7 @@ def _maps(
             feature_mask=mask,
             perturbations_per_eval=plan.perturbations_per_eval,
             answer=True,
+            answer_target=about,
         )
     what = _outlines(estimate)
     if what == "significant":

@@ -286,3 +286,18 @@ def test_wrong_arguments_of_the_adaptive_attack(
     classifier = build_classifier(network, (1, 8, 8), 3, (0.0, 1.0), torch.device("cpu"))
     with pytest.raises(CEPluginError, match=f"argument `{name}` to be"):
         AdaptiveEvasion(classifier, fitted, **options)
+
+
+def test_scikit_learn_clones_a_detector_unfitted(network: Counted) -> None:
+    from sklearn.base import clone
+
+    fitted = CausalEffectDetector(network, QUICK, fpr=0.1, holdout=0.4, seed=np.int64(7))
+    fitted.fit(images())
+    fresh = clone(fitted)
+    assert fresh.state is None
+    assert fresh.get_params() == fitted.get_params()
+    assert fresh.classifier is fitted.classifier
+    fresh.fit(images())
+    assert fresh.threshold == fitted.threshold
+    fresh.set_params(fpr=0.2)
+    assert fitted.fpr == 0.1

@@ -93,6 +93,47 @@ def test_the_passes_are_counted_and_without_an_answer_nothing_more_is_run() -> N
     assert torch.equal(told.effect, plain.effect)
 
 
+@pytest.mark.parametrize("engine", ["full", "auto"])
+def test_the_cost_of_an_answer_is_known_before(engine: Any) -> None:
+    x = pictures(2)
+    explainer = CausalEffect(network(), design=RandomRegions(n_trials=60), engine=engine)
+    plain, told = explainer.estimate_cost(x), explainer.estimate_cost(x, answer=True)
+    assert told.forward_passes - plain.forward_passes == 2 * (25 * 3 + 1)
+    layer = LayerCausalEffect(network(), "1", engine=engine)
+    more = layer.estimate_cost(x, answer=True).forward_passes - layer.estimate_cost(x).forward_passes
+    # A trial of a layer is the part of the network behind it.
+    assert more == 2 * (25 + 1) if engine == "full" else 0 < more < 2 * (25 + 1)
+
+
+def test_an_answer_may_be_about_another_class_than_the_predicted_one() -> None:
+    net, x = network(), pictures()
+    explainer = CausalEffect(net, design=RandomRegions(n_trials=60), class_names=["ant", "bee", "cat"])
+    every = explainer.estimate(x, answer=True)
+    other = [int(index) for index in (every.predicted + 1) % 3]  # type: ignore[operator]
+    asked = explainer.estimate(x, answer=True, answer_target=other)
+    assert torch.equal(asked.effect, every.effect)
+    assert asked.answer is not None
+    assert asked.answer.target.tolist() == other
+    for i, index in enumerate(other):
+        assert torch.equal(asked.answer.region[i], grown_region(asked.smoothed_contribution[i, :, index], (14, 14)))
+        wanted = by_hand(net, x[i], asked.answer.region[i], index)
+        assert float(asked.answer.covered[i]) == pytest.approx(wanted, abs=1e-5)
+    name = asked.class_name(other[0])
+    assert f"not “{name}” (" in asked.summary(0)
+    assert f"“{name}” from" in asked.summary(0) or f"leaves “{name}” at" in asked.summary(0)
+    assert f"for “{name}” by" in asked.summary(0)
+    for wrong in ({"answer_target": 1}, {"answer": True, "target": 0, "answer_target": 1}):
+        with pytest.raises(ArgumentError, match="`answer_target` to be None without"):
+            explainer.estimate(x, **wrong)  # type: ignore[arg-type]
+
+
+def test_what_is_done_to_units_of_a_layer_is_said() -> None:
+    said = LayerCausalEffect(network(), "1").estimate(pictures(1), answer=True).summary()
+    assert "Setting the strongest of 4 units to zero " in said
+    assert "etting as many to zero at random, 24 times, leaves" in said
+    assert "other places" not in said
+
+
 def test_answers_do_not_depend_on_the_batch_and_repeat() -> None:
     explainer = CausalEffect(network(), design=RandomRegions(n_trials=60))
     x = pictures(3)
@@ -221,7 +262,7 @@ def test_the_sentence_says_what_was_found() -> None:
     wrong = RegionTest(**{**options, "answers": torch.tensor([[1, 0, 2]])}).sentence(0, names)
     assert wrong.startswith("The network answers “dog” (62 %), not “cat” (32 %). ")
     raised = RegionTest(**{**options, "covered": torch.tensor([0.5])}).sentence(0, names)
-    assert "raises “cat” from 32 % to 50 %; as much at 24 other places" in raised
+    assert "raises “cat” from 32 % to 50 %; covering as much at 24 other places" in raised
     assert raised.endswith("this part does not support “cat”.")
     same = RegionTest(**{**options, "covered": torch.tensor([0.318]), "placed": torch.full((1, 24), 0.319)})
     assert "leaves “cat” at 32 %; covering as much at 24 other places leaves 32 %" in same.sentence(0, names)
