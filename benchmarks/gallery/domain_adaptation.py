@@ -38,7 +38,7 @@ WEIGHTS = (0.3, 1.0, 3.0)
 RATES = (1e-3, 3e-3)
 CONFIDENCES = (0.5, 0.9, 0.99)
 PHOTOGRAPHS, DIGITS = 200, 20_000
-FIFTH = 5
+FIFTH, BATCH = 5, 32
 Labelled = tuple[Tensor, Tensor]
 
 
@@ -92,7 +92,8 @@ def trained(run: Run) -> DannCNN:
     data = domains(run.pair)
     (x, y), target = (part[: run.digits] for part in data.source), data.target[: run.digits]
     net = DannCNN.seeded(run.seed, widths=run.widths)
-    options: dict[str, Any] = {"steps": run.steps, "lr": run.lr, "seed": run.seed, "show_progress": sys.stderr.isatty()}
+    options: dict[str, Any] = {"steps": run.steps, "lr": run.lr, "seed": run.seed, "batch_size": BATCH}
+    options["show_progress"] = sys.stderr.isatty()
     if run.method == "pseudo-labels":
         options["steps"] = run.steps // 2
         train_adapted(net, x, y, **options)
@@ -167,7 +168,7 @@ def report(base: Run, lines: list[dict[str, Any]], sweep: list[dict[str, Any]]) 
             "# Domain adaptation of digits",
             "",
             "Right answers on the 10,000 test digits of MNIST (source), and on the target's test pictures: 10,000 of "
-            f"MNIST-M, 4,000 of USPS. Training: {base.steps} steps of 64 pictures of each domain, of {DIGITS} of MNIST "
+            f"MNIST-M, 4,000 of USPS. Training: {base.steps} steps of {BATCH} pictures of each domain, of {DIGITS} of MNIST "
             f"and as many of MNIST-M (7,000 of USPS) without labels; Adam at {base.lr:g}, weight of the reversal "
             f"{base.weight:g}, convolutions of {base.widths[0]} and {base.widths[1]} channels. Pseudo-labels: the "
             f"answers of probability {base.confidence:g} or more after half of the steps. Seeds "

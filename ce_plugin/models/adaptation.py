@@ -65,13 +65,17 @@ class GradientReversal(nn.Module):
 class DannCNN(nn.Module):
     """DANN's network for digits: two convolutions with pooling, and a head with one hidden layer.
 
+    Beside the paper's it has batch normalisation, and dropout of whole channels, with which adaptation takes far fewer
+    steps; the head has one hidden layer instead of two.
+
     Args:
         widths: channels of the two convolutions; the paper's are 32 and 48.
         hidden: units of the head's hidden layer.
 
     Attributes:
-        features: conv, ReLU, max pooling, conv, ReLU, max pooling, flattening: (N, 16 * widths[1]).
-        head: linear, ReLU, linear: logits of the classes. The paper's has a second hidden layer.
+        features: conv, batch norm, ReLU, max pooling (3), conv, batch norm, dropout, ReLU, max pooling (8), flattening:
+            (N, 16 * widths[1]).
+        head: linear, ReLU, linear: logits of the classes.
 
     Raises:
         ArgumentError: a width below 1.
@@ -90,9 +94,12 @@ class DannCNN(nn.Module):
         check_integer("hidden", hidden, least=1)
         self.features = nn.Sequential(
             nn.Conv2d(3, first, 5),
+            nn.BatchNorm2d(first),
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Conv2d(first, second, 5),
+            nn.BatchNorm2d(second),
+            nn.Dropout2d(),
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Flatten(),

@@ -67,7 +67,8 @@ sheet(rows, width=90, note="MNIST, the same digits in MNIST-M, and USPS")
 def trained(method: str, size: int, steps: int) -> DannCNN:
     """A network without adaptation, or with it."""
     net = DannCNN.seeded(0, widths=(16, 32))
-    train_adapted(net, source, labels[:size], target if method == "DANN" else None, steps=steps, show_progress=full)
+    options = {"steps": steps, "batch_size": 32, "show_progress": full}
+    train_adapted(net, source, labels[:size], target if method == "DANN" else None, **options)
     return net
 
 
@@ -120,7 +121,7 @@ strokes = (x[second, :1] > 0.5).long()
 for method, net in nets.items():
     explainer = CausalEffect(net, do_m_test, OneAtATime(), outcome="margin")
     estimate = explainer.estimate(x[second], target=y[second], feature_mask=strokes, ids=ids[second])
-    for layer in ("features.3", "features.7", "head.1"):
+    for layer in ("features.3", "features.8", "head.1"):
         mediation = CausalMediation(net, layer, do_m_test, outcome="margin")
         pairs = {"targets": (y[first], y[second]), "ids": (ids[first], ids[second])}
         found = mediation.carriers(x[first], x[second], **pairs)
