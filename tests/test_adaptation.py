@@ -120,7 +120,7 @@ def test_batches_take_each_image_once_before_any_again() -> None:
 
 def test_the_network_of_the_paper() -> None:
     net = DannCNN()
-    assert sum(p.numel() for p in net.features.parameters()) == 32 * (3 * 25 + 1) + 48 * (32 * 25 + 1)
+    assert sum(p.numel() for p in net.features.parameters()) == 32 * (3 * 25 + 1 + 2) + 48 * (32 * 25 + 1 + 2)
     assert sum(p.numel() for p in net.head.parameters()) == 100 * 769 + 10 * 101
     assert not torch.equal(DannCNN.seeded(1).head[0].weight, DannCNN.seeded(2).head[0].weight)
     with pytest.raises(ArgumentError, match="`widths` to be two whole numbers"):

@@ -56,7 +56,7 @@ class GradientReversal(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Any tensor, as it is."""
-        return cast(Tensor, _Reverse.apply(features, self.weight))  # type: ignore[no-untyped-call]
+        return cast(Tensor, _Reverse.apply(features, self.weight))
 
     def extra_repr(self) -> str:
         return f"weight={self.weight:g}"
@@ -65,13 +65,17 @@ class GradientReversal(nn.Module):
 class DannCNN(nn.Module):
     """DANN's network for digits: two convolutions with pooling, and a head with one hidden layer.
 
+    Beside the paper's it has batch normalisation, and dropout of whole channels, with which adaptation takes far fewer
+    steps; the head has one hidden layer instead of two.
+
     Args:
         widths: channels of the two convolutions; the paper's are 32 and 48.
         hidden: units of the head's hidden layer.
 
     Attributes:
-        features: conv, ReLU, max pooling, conv, ReLU, max pooling, flattening: (N, 16 * widths[1]).
-        head: linear, ReLU, linear: logits of the classes. The paper's has a second hidden layer.
+        features: conv, batch norm, ReLU, max pooling (3), conv, batch norm, dropout, ReLU, max pooling (8), flattening:
+            (N, 16 * widths[1]).
+        head: linear, ReLU, linear: logits of the classes.
 
     Raises:
         ArgumentError: a width below 1.
@@ -90,9 +94,12 @@ class DannCNN(nn.Module):
         check_integer("hidden", hidden, least=1)
         self.features = nn.Sequential(
             nn.Conv2d(3, first, 5),
+            nn.BatchNorm2d(first),
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Conv2d(first, second, 5),
+            nn.BatchNorm2d(second),
+            nn.Dropout2d(),
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Flatten(),
@@ -192,7 +199,7 @@ def train_adapted(
         raise ArgumentError(expected("weight", "a finite number, 0 or more", weight))
     features, head = _parts(model)
     _check_images(source, labels, target)
-    critic = None if target is None else _critic(features, source, seed)
+    critic, reversal = None if target is None else _critic(features, source, seed), GradientReversal()
     trained = nn.ModuleList([features, head, *([] if critic is None else [critic])])
     optimizer = torch.optim.Adam([p for p in trained.parameters() if p.requires_grad], lr=lr)
     own = _batches(len(source), batch_size, generator(seed, "source"))
@@ -210,16 +217,16 @@ def train_adapted(
                 z = features(x.contiguous(memory_format=torch.channels_last))
                 class_loss, domain_loss = F.cross_entropy(head(z[: len(chosen)]), labels[chosen]), z.new_zeros(())
                 if critic is not None:
-                    critic[0].weight = (1 if reverse else -1) * weight * _schedule(step / steps)
+                    reversal.weight = (1 if reverse else -1) * weight * _schedule(step / steps)
                     domain = (torch.arange(len(x), device=x.device) >= len(chosen)).to(z)
-                    domain_loss = F.binary_cross_entropy_with_logits(critic(z)[:, 0], domain)
+                    domain_loss = F.binary_cross_entropy_with_logits(critic(reversal(z))[:, 0], domain)
                 optimizer.zero_grad()
                 torch.autograd.backward(class_loss + domain_loss)
                 optimizer.step()
                 losses[:, step] = torch.stack([class_loss, domain_loss]).detach()
     finally:
         model.eval()
-    return Adaptation(losses[0], losses[1, : 0 if critic is None else steps], critic and critic[1:].eval())
+    return Adaptation(losses[0], losses[1, : 0 if critic is None else steps], critic and critic.eval())
 
 
 def pseudo_labels(
@@ -253,7 +260,7 @@ def pseudo_labels(
     if not 0 <= check_number("confidence", confidence, "in [0, 1]") <= 1:
         raise ArgumentError(expected("confidence", "in [0, 1]", confidence))
     with state_guard(model), torch.no_grad():
-        likely = torch.cat([model(x).softmax(1) for x in images.split(batch_size)])
+        likely = torch.cat([model(x).softmax(1) for x in torch.split(images, batch_size)])
     sure, answer = likely.max(1)
     chosen = (sure >= confidence).nonzero().flatten()
     return chosen, answer[chosen]
@@ -281,14 +288,14 @@ def _check_images(source: Tensor, labels: Tensor, target: Tensor | None) -> None
 
 
 def _critic(features: nn.Module, source: Tensor, seed: int) -> nn.Sequential:
-    """The reversal and the domain classifier behind these features."""
+    """The domain classifier for these features."""
     with state_guard(features, seed=derived_seed(seed, "critic")):
         found = features(source[:2])
         if found.dim() != 2:
             hint = "End `features` with nn.Flatten()."
             raise ModelError(expected("model", "one whose features are (N, D)", tuple(found.shape), hint))
-        layers = (nn.Linear(found.shape[1], _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, 1))
-    return nn.Sequential(GradientReversal(), *layers).to(source)
+        critic = nn.Sequential(nn.Linear(found.shape[1], _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, 1))
+    return critic.to(source)
 
 
 def _batches(n: int, size: int, draw: torch.Generator) -> Iterator[Tensor]:
