@@ -39,6 +39,11 @@ def run(options: CompareOptions, argv: Sequence[str]) -> dict[str, str]:
     net = network(options)
     boxes = {} if options.boxes is None else _boxes(options.boxes)
     pictures = _Pictures(source, net, options, boxes, max(MEASURES[name].needs for name in measures))
+    if options.measures is None and pictures.answers(pictures.needs + 1) <= pictures.needs:
+        few = f"fewer than {pictures.needs + 1} different answers"
+        sys.stderr.write(f"ce-plugin: note: the pictures have {few}: the measure pointing is left out\n")
+        measures.remove("pointing")
+        pictures.needs = max(MEASURES[name].needs for name in measures)
     kept = options.out / RECORDS
     if options.force and not options.resume:
         kept.unlink(missing_ok=True)
@@ -121,6 +126,17 @@ class _Pictures:
             yield Case(scene, self.source.paths[index], self._others(place, answer), self._mask(index), net.value_range)
             self._seen.pop(index)  # earlier ones are not needed again, except at the end of the order
             made += 1
+
+    def answers(self, most: int) -> int:
+        """How many different answers the pictures have, counted up to so many."""
+        found: set[int] = set()
+        for index in self.order:
+            seen = self._read(index)
+            if seen is not None:
+                found.add(seen[1])
+            if len(found) == most:
+                break
+        return len(found)
 
     def _read(self, index: int) -> tuple[Tensor, int] | None:
         """A picture as the network takes it, with its answer; None if it cannot be read."""
