@@ -170,7 +170,7 @@ class _Pictures:
                 answers.add(seen[1])
                 if len(found) == self.needs:
                     return torch.stack(found)
-        hint = "Name more pictures, or leave out the measure pointing."
+        hint = "Name more pictures" + (", or leave out the measure pointing." if self.needs > 1 else ".")
         wanted = f"pictures of {self.needs + 1} different answers" if self.needs > 1 else "two pictures or more"
         raise ArgumentError(expected("data", wanted, f"{len(found) + 1}", hint))
 
