@@ -15,7 +15,7 @@ import stat
 import sys
 import unicodedata
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -383,7 +383,8 @@ def data_frame(header: Sequence[str], rows: Iterable[Sequence[object]]) -> pd.Da
 
     frame = pd.DataFrame([*rows], columns=[*header], dtype=object)
     whole = [name for name in frame if pd.api.types.infer_dtype(frame[name], skipna=True) == "integer"]
-    return frame.astype(dict.fromkeys(whole, "Int64")).infer_objects()
+    found: pd.DataFrame = frame.astype(dict.fromkeys(whole, "Int64")).infer_objects()
+    return found
 
 
 def table_files(tables: Mapping[str, pd.DataFrame], suffix: str = "csv") -> dict[str, str | bytes]:
@@ -407,7 +408,8 @@ def table_files(tables: Mapping[str, pd.DataFrame], suffix: str = "csv") -> dict
         {'scores.json': '[\\n {"file": "=a.png", "score": 0.5}\\n]\\n'}
     """
     check_tables(suffix)
-    write = {"csv": _as_csv, "json": _as_json, "parquet": _as_parquet}[suffix]
+    ways: dict[str, Callable[[pd.DataFrame], str | bytes]] = {"csv": _as_csv, "json": _as_json, "parquet": _as_parquet}
+    write = ways[suffix]
     return {f"{name}.{suffix}": write(frame) for name, frame in tables.items()}
 
 
@@ -449,7 +451,9 @@ def _as_parquet(frame: pd.DataFrame) -> bytes:
     def text(value: object) -> str:
         return str(value).encode("utf-8", "backslashreplace").decode()
 
-    mixed = {name: frame[name].map(text, na_action="ignore") for name in frame if not _of_one_type(frame[name])}
+    names = [str(name) for name in frame]
+    frame = frame.set_axis(names, axis=1)
+    mixed = {name: frame[name].map(text, na_action="ignore") for name in names if not _of_one_type(frame[name])}
     content: bytes = frame.assign(**mixed).to_parquet(index=False, engine="pyarrow")
     return content
 

@@ -99,6 +99,22 @@ def test_two_pictures_end_to_end_and_more_later(folder: Path, capsys: pytest.Cap
     assert len(rows(folder / "run" / "images.csv")) == 3 * 2
 
 
+def test_few_pictures_are_compared_without_mosaics(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for k in range(2, 8):
+        (folder / "photos" / f"{k}.png").unlink()
+    words = ("--methods", "grad-cam", "--planted", "0", "--passes", "12")
+    assert run(*words) == 0
+    assert "fewer than 4 different answers: the measure pointing is left out" in capsys.readouterr().err
+    measures = {row["measure"] for row in rows(folder / "ce-plugin-compare" / "compare.csv")}
+    assert "insertion - deletion, shared" in measures
+    assert "grid pointing" not in measures
+    assert run(*words, "--measures", "pointing", "--out", "again") == 1  # who asks for it is told
+    assert "pictures of 4 different answers" in capsys.readouterr().err
+    (folder / "photos" / "1.png").unlink()
+    assert run(*words, "--out", "alone") == 1
+    assert "two pictures or more, but got 1. Name more pictures." in capsys.readouterr().err
+
+
 def test_pictures_that_cannot_be_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = (folder / "photos" / "3.png").read_bytes()
     (folder / "photos" / "3.png").write_bytes(whole[: len(whole) // 2])

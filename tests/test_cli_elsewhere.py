@@ -112,6 +112,17 @@ def test_folders_and_patterns_are_pictures(folder: Path) -> None:
         assert sorted(inputs) == ["a.png", "b.png"]
 
 
+def test_doctor_says_where_torchvision_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ce_plugin.cli import _doctor
+
+    def fails(name: str) -> None:
+        raise RuntimeError("operator torchvision::nms\n does not exist")
+
+    assert not _doctor._misfits()
+    monkeypatch.setattr(_doctor.importlib, "import_module", fails)
+    assert "(operator torchvision::nms does not exist): it and torch must come" in _doctor._misfits()[0]
+
+
 def test_doctor_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out

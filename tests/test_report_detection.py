@@ -274,8 +274,9 @@ def test_the_page_of_alarms(net: VisionModel, tmp_path: Path) -> None:
     assert "about 0.75 would be flagged by chance" in words
     assert "share of 4 clean calibration pictures" in words
     assert "a<b>.png" in words  # escaped in the source, as it is to the reader
-    assert "Under Smooth.gauss(1.0) the network answers “dark & <low>”." in words  # of c.png, which is bright
-    assert "No intervention changes the answer; Smooth.gauss(1.0) leaves the least of it." in words
+    turned = "Smooth.gauss(1.0) turns the answer from “bright” to “dark & <low>”."  # of c.png, which is bright
+    assert f"{turned} Of 4 clean pictures none score as high (p = 0.2)." in words
+    assert "No intervention changes the answer “dark & <low>”; Smooth.gauss(1.0) leaves the least of it." in words
     assert "Smooth.gauss(1.0) on the logit of class 1: −2 , usual +0.5 (−7.0 scales)" in words
     assert "Channels that smoothing takes most from: 7 (+0.50)" in words
     with (tmp_path / "scores.csv").open() as file:

@@ -39,6 +39,11 @@ def run(options: CompareOptions, argv: Sequence[str]) -> dict[str, str]:
     net = network(options)
     boxes = {} if options.boxes is None else _boxes(options.boxes)
     pictures = _Pictures(source, net, options, boxes, max(MEASURES[name].needs for name in measures))
+    if options.measures is None and pictures.answers(pictures.needs + 1) <= pictures.needs:
+        few = f"fewer than {pictures.needs + 1} different answers"
+        sys.stderr.write(f"ce-plugin: note: the pictures have {few}: the measure pointing is left out\n")
+        measures.remove("pointing")
+        pictures.needs = max(MEASURES[name].needs for name in measures)
     kept = options.out / RECORDS
     if options.force and not options.resume:
         kept.unlink(missing_ok=True)
@@ -122,6 +127,17 @@ class _Pictures:
             self._seen.pop(index)  # earlier ones are not needed again, except at the end of the order
             made += 1
 
+    def answers(self, most: int) -> int:
+        """How many different answers the pictures have, counted up to so many."""
+        found: set[int] = set()
+        for index in self.order:
+            seen = self._read(index)
+            if seen is not None:
+                found.add(seen[1])
+            if len(found) == most:
+                break
+        return len(found)
+
     def _read(self, index: int) -> tuple[Tensor, int] | None:
         """A picture as the network takes it, with its answer; None if it cannot be read."""
         if index not in self._seen:
@@ -154,7 +170,7 @@ class _Pictures:
                 answers.add(seen[1])
                 if len(found) == self.needs:
                     return torch.stack(found)
-        hint = "Name more pictures, or leave out the measure pointing."
+        hint = "Name more pictures" + (", or leave out the measure pointing." if self.needs > 1 else ".")
         wanted = f"pictures of {self.needs + 1} different answers" if self.needs > 1 else "two pictures or more"
         raise ArgumentError(expected("data", wanted, f"{len(found) + 1}", hint))
 

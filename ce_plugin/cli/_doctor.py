@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -40,6 +41,7 @@ def examined() -> str:
     lines += [
         f"  {_mark(version)} {name} {version or 'is missing'}" for name in _NEEDED for version in [_version(name)]
     ]
+    lines += _misfits()
     lines += ["", "Optional"]
     for name, (purpose, extra) in _OPTIONAL.items():
         version = _version(name)
@@ -58,6 +60,16 @@ def examined() -> str:
     lines.append(f"  {_mark(found)} CE_PLUGIN_DATA {said}")
     lines.append(f"  ok {shutil.disk_usage(os.curdir).free / 2**30:.0f} GiB are free here")
     return "\n".join(lines)
+
+
+def _misfits() -> list[str]:
+    """That torchvision does not go with torch, as where one is built for the CPU and the other one for CUDA."""
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError) as error:
+        lines = [f"  -- torchvision cannot be imported ({' '.join(str(error).split())[:100]}): it and torch must come"]
+        return [*lines, "     from one index (pip install --force-reinstall torch torchvision --index-url ...)"]
+    return []
 
 
 def _devices() -> list[str]:

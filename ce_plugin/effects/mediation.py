@@ -551,8 +551,9 @@ class Mediation:
         """What the intervention does to the outcome of one example's class."""
         column = 0 if self.total.shape[1] == 1 else int(cast(Tensor, self.predicted)[example])
         target = column if self.target is None else self.target[example].tolist()
-        known = self.class_names is not None and isinstance(target, int) and target < len(self.class_names)
-        name = f"“{cast(tuple[str, ...], self.class_names)[target]}”" if known else f"class {target}"
+        names = self.class_names or ()
+        known = isinstance(target, int) and target < len(names)
+        name = f"“{names[cast(int, target)]}”" if known else f"class {target}"
         of = f"the {(self.outcome or 'outcome').replace('_', '-')} of {name}"
         subject = self.intervention or "The intervention"
         if self.reference is None:

@@ -373,7 +373,7 @@ def estimate_html(estimate: Drawn) -> str:
             if estimate.predicted is None and estimate.target is None and estimate.effect.shape[2] > 1:
                 return f"<pre>{escape(repr(estimate))}</pre>"  # no single class to speak of
             figure = plot_estimate(estimate, example=i, width=360, top=10)
-            shown = beside(figure._repr_html_(), _table(estimate, i))
+            shown = beside(figure, _table(estimate, i))
             parts.append(f"<p>{escape(estimate.summary(i))}</p>{shown}")
     rest = len(estimate) - len(parts)
     if rest:
@@ -406,9 +406,9 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><tr>{head}</tr>{lines}</table>"
 
 
-def beside(*parts: str) -> str:
-    """Parts of a notebook's output side by side, where there is room."""
-    return f'<div style="{_BESIDE}">{"".join(parts)}</div>'
+def beside(figure: Figure, table: str) -> str:
+    """A figure and a table side by side in a notebook, where there is room."""
+    return f'<div style="{_BESIDE}">{figure._repr_html_() or ""}{table}</div>'
 
 
 def _measured(estimate: Drawn) -> str:

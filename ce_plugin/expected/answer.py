@@ -168,8 +168,8 @@ class ExpectedEstimate(Estimate):
         interval = [] if self.std_error is None else ["95 % interval"]
         for i, name in enumerate(self.evidences[:_SHOWN]):
             table = html_table(["unit", "class", f"mean effect on the {measured}", *interval], self._largest(i))
-            figure = self.plot(name, width=360, top=10)
-            parts.append(f"<p>{over}, evidence: {escape(name)}</p>{beside(figure._repr_html_(), table)}")
+            shown = beside(self.plot(name, width=360, top=10), table)
+            parts.append(f"<p>{over}, evidence: {escape(name)}</p>{shown}")
         rest = len(self.evidences) - len(parts)
         parts += [f"<p>... and {rest} more evidence{'s' * (rest > 1)}.</p>"] * (rest > 0)
         said = f"{self.intervention}, {self.design}, {self.site}"
