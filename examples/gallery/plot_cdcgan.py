@@ -122,7 +122,7 @@ matrix, half = effects.mean(2), 1.96 * effects.std(2) / len(z) ** 0.5
 mean = matrix.sum() / (len(classes) ** 2 - len(classes))
 print(f"mean effect on the log-odds {mean:+.1f}; 95 % intervals of the cells are at most +- {half.max():.1f}")
 figure, axes = plt.subplots(figsize=(5, 4), layout="tight")
-figure.colorbar(axes.imshow(matrix))
+figure.colorbar(axes.imshow(matrix.masked_fill(matrix == 0, torch.nan)))
 axes.set(xlabel="do(class = ...)", ylabel="made as", title="effect on the log-odds of the class that is set")
 axes.set(xticks=range(len(classes)), xticklabels=classes, yticks=range(len(classes)), yticklabels=classes)
 plt.show()
@@ -173,8 +173,10 @@ for name, fill in fills.items():
 sheet([maps], width=200)
 
 # %%
-# Such an answer is the generator's as much as the classifier's: an effect says what the classifier makes of
-# pictures that *this* generator takes for likely. Where it was trained for 40 steps, it says little.
+# In full mode (one three, a generator of 2000 steps) 8 patches as an eight has them made it an eight; zero, a
+# blur and patches as a three has them never did. What kept it a three was the gap on its left, which only a
+# fill that can draw shows. Such an answer is the generator's as much as the classifier's: an effect says
+# what the classifier makes of pictures that *this* generator takes for likely. After 40 steps it says little.
 
 # %%
 # References
