@@ -258,7 +258,7 @@ def train_gan(
             generator heed it.
         mismatched: real pictures under a wrong class are shown to the discriminator too, and count as made ones (half
             of these), so that it learns early that the class matters (Reed et al. 2016).
-        frames: how many grids to keep, at steps at equal distances.
+        frames: how many grids to keep, at steps at equal distances; no more than there are steps.
         checkpoint: a file, written every 50 steps, from which an interrupted training goes on as if it had not been
             interrupted; a finished one is read and returned. All settings and the pictures must be the same.
         seed: any integer.

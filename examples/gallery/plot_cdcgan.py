@@ -24,7 +24,7 @@ from ce_plugin import CausalEffect
 from ce_plugin.datasets import data_folder, fashion_mnist, mnist
 from ce_plugin.designs import OneAtATime
 from ce_plugin.interventions import ClassCounterfactual, ClassInfill, PixelMask
-from ce_plugin.models import mnist_cnn, train_gan
+from ce_plugin.models import GAN, mnist_cnn, train_gan
 from ce_plugin.visualization import overlay, sheet
 
 full = os.environ.get("CE_PLUGIN_GALLERY") == "full"
@@ -35,7 +35,7 @@ digits = [part[:count] for part in mnist(data_folder("mnist"), split)]
 clothes = [part[:count] for part in fashion_mnist(data_folder("fashion-mnist"), split)]
 
 
-def train(images, labels=None, share=1, **settings):
+def train(images: torch.Tensor, labels: torch.Tensor | None = None, share: int = 1, **settings: object) -> GAN:
     """A training of all steps, or of a share of them; long ones are kept in the cache and can be interrupted."""
     options = {"steps": steps // share, "lr": 5e-4, "width": 32 if full else 8, "frames": 4, **settings}
     name = "-".join(str(value) for value in options.values()) + f"-{labels is None}-{float(images.mean()):.4f}"
@@ -62,17 +62,13 @@ gans = {
     "no y in the discriminator": train(*digits, share=5, labels_for="generator"),
     "original loss": train(*digits, share=5, mismatched=True, loss="saturating"),
 }
-for name, gan in gans.items():
-    judged, made_up = gan.losses[-20:].mean(0).tolist()
-    print(f"{name}, {len(gan.losses)} steps: last losses of D and G {judged:.2f}, {made_up:.2f}")
-sheet(
-    [[(f"MNIST, {k} of 4", montage(frame)) for k, frame in enumerate(gans["conditional, MNIST"].frames, 1)]], width=230
-)
+grown = gans["conditional, MNIST"].frames
+sheet([[(f"step {k * steps // 4}", montage(frame)) for k, frame in enumerate(grown, 1)]], width=230)
 
 # %%
-# Clothes; what the original loss gives in a fifth of the steps; what comes of it if the discriminator does
-# not see the class: a picture then has to look real, and need not be of its row, so that the rows hardly
-# differ. Beside them a DCGAN, which knows no classes.
+# Clothes; what comes of it if the discriminator does not see the class: a picture then has to look real, and
+# need not be of its row, so that rows of digits hardly differ; the original loss; and a DCGAN, which knows no
+# classes. The last three are made in a fifth of the steps.
 shown = [(name, montage(gan.frames[-1])) for name, gan in list(gans.items())[2:]]
 shown.append(("DCGAN", montage(gans["DCGAN"].generator.grid(80).unflatten(1, (10, 8))[0])))
 sheet([shown], width=230)
@@ -96,9 +92,11 @@ plt.show()
 # ``benchmarks/gallery/cdcgan.py`` asks networks that have nothing to do with the pair, and compares the mean
 # distance of two pictures of a class with that of two real ones. This is what it measured:
 measured = Path(ce_plugin.__file__).parents[1] / "benchmarks" / "results" / "gallery_cdcgan.json"
-for row in json.loads(measured.read_text())["rows"] if measured.is_file() else []:
+rows = json.loads(measured.read_text())["rows"] if measured.is_file() else []
+print(f"{len(rows)} trainings; samples taken as their class (95 % interval), and their variety:")
+for row in rows:
     (share, low, high), (ratio, *_) = row["agreement"], row["variety"]
-    told = f"{share:.1%} of their class ({low:.1%} to {high:.1%}), variety {ratio:.2f} of real"
+    told = f"{share:.1%} ({low:.1%} to {high:.1%}), {ratio:.2f} of real"
     print(f"{row['asked']['data']}, {row['title']}, {row['asked']['steps']} steps: {told}")
 
 # %%
@@ -111,8 +109,7 @@ for row in json.loads(measured.read_text())["rows"] if measured.is_file() else [
 # for pictures that were made as the row's class.
 make, network = gans["conditional, MNIST"].generator, mnist_cnn(data_folder("digit-nets") / "mnist_cnn.npz")
 unit, classes = network.normalization, range(10) if full else (3, 8)
-z = make.latents(range(500, 540 if full else 504))
-whole = torch.zeros(1, 1, 28, 28, dtype=torch.long)  # all pixels are one unit
+z, one_unit = make.latents(range(500, 540 if full else 504)), torch.zeros(1, 1, 28, 28, dtype=torch.long)
 effects = torch.zeros(len(classes), len(classes), len(z))
 for row, source in enumerate(classes):
     x = unit.to_model(make(z, torch.full((len(z),), source)).detach())
@@ -120,12 +117,12 @@ for row, source in enumerate(classes):
         if c != source:
             do = ClassCounterfactual(make, c, latents=z, normalization=unit)
             explainer = CausalEffect(network.model, do, OneAtATime(), outcome="log_odds")
-            effects[row, column] = explainer.estimate(x, target=c, feature_mask=whole).effect[:, 0, 0]
+            effects[row, column] = explainer.estimate(x, target=c, feature_mask=one_unit).effect[:, 0, 0]
 matrix, half = effects.mean(2), 1.96 * effects.std(2) / len(z) ** 0.5
-least, most = matrix[matrix != 0].min(), matrix.max()
-print(f"effects of {least:.1f} to {most:.1f} on the log-odds; 95 % intervals are at most +- {half.max():.1f}")
+mean = matrix.sum() / (len(classes) ** 2 - len(classes))
+print(f"mean effect on the log-odds {mean:+.1f}; 95 % intervals of the cells are at most +- {half.max():.1f}")
 figure, axes = plt.subplots(figsize=(5, 4), layout="tight")
-figure.colorbar(axes.imshow(matrix))
+figure.colorbar(axes.imshow(matrix.masked_fill(matrix == 0, torch.nan)))
 axes.set(xlabel="do(class = ...)", ylabel="made as", title="effect on the log-odds of the class that is set")
 axes.set(xticks=range(len(classes)), xticklabels=classes, yticks=range(len(classes)), yticklabels=classes)
 plt.show()
@@ -144,12 +141,11 @@ sheet([[(name, network.pictures(x)[0]) for name, x in [("a real three", three), 
 # ----------------------
 # The left half of that three is masked: by zero, by a blur, and by what the generator has there for a class,
 # given the right half. The titles say the classifier's answer.
-box = (0, 0, 12, 28)
 quick = {"steps": 60 if full else 5, "starts": 2 if full else 1}
 fills = {"zero": "zero", "blur": "blur", **{f"as {c}": ClassInfill(make, c, **quick) for c in (3, 8)}}
 row = []
 for name, fill in fills.items():
-    x = PixelMask(fill, region=box, normalization=unit)(three)
+    x = PixelMask(fill, region=(0, 0, 12, 28), normalization=unit)(three)
     share, answer = network.model(x).softmax(1)[0].max(0)
     row.append((f"{name}: {answer} ({share:.2f})", network.pictures(x)[0]))
 sheet([row], width=200)
@@ -160,21 +156,28 @@ sheet([row], width=200)
 # *What makes this three no eight?* In part the strokes that it does not have. Each of 7 x 7 patches is set by
 # itself, under each fill, and the effect on the logit of eight minus that of three is kept. Zero cannot change
 # what is black already: its effects there are 0 by construction, however much the classifier looks at the
-# gap. The generator can close it. Orange patches make the three more of an eight, blue ones less.
+# gap. The generator can close it. Orange patches make the three more of an eight, blue ones less. Then they
+# are set together, the most effective first, one more each time, until the answer is eight.
 maps, windows = [], {"sliding_window_shapes": (1, 4, 4), "strides": (1, 4, 4)}
 for name, fill in fills.items():
     explainer = CausalEffect(network.model, PixelMask(fill, normalization=unit), OneAtATime(), outcome="logit")
     logits = explainer.estimate(three, **windows).effect[0]
     effect = (logits[:, 8] - logits[:, 3]).reshape(7, 7)
-    dead = int((effect.abs() < 1e-4).sum())
-    print(f"{name}: {dead} of 49 patches without any effect; the largest towards eight is {effect.max():+.2f}")
     image = effect.repeat_interleave(4, 0).repeat_interleave(4, 1)
+    regions = [image >= least for least in effect.flatten().sort(descending=True).values]
+    changed = [PixelMask(fill, region=region, normalization=unit)(three) for region in regions]
+    needed = [k for k, x in enumerate(changed, 1) if int(network.model(x).argmax()) == 8]
+    dead, told = int((effect.abs() < 1e-4).sum()), f"{needed[0]} together make an eight" if needed else "never an eight"
+    print(f"{name}: {dead} of 49 patches without any effect, the largest {effect.max():+.1f}; {told}")
     maps.append((name, overlay(image, network.pictures(three)[0])))
 sheet([maps], width=200)
 
 # %%
-# Such an answer is the generator's as much as the classifier's: an effect says what the classifier makes of
-# pictures that *this* generator takes for likely. Where it was trained for 40 steps, it says little.
+# In full mode (one three, a generator of 2000 steps) 8 patches as an eight has them made it an eight; zero, a
+# blur and patches as a three has them never did, and 28 of the 49 patches had no effect under zero: what can
+# only erase says nothing of strokes that are missing. Such an answer is the generator's as much as the
+# classifier's: it says what the classifier makes of pictures that *this* generator takes for likely. After 40
+# steps that is little.
 
 # %%
 # References
