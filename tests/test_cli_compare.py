@@ -163,7 +163,7 @@ def test_all_measures_of_a_network_with_one_output(folder: Path) -> None:
     [
         (["--methods", "sailency"], "saliency"),
         (["--measures", "faithfullness"], "faithfulness"),
-        (["--model", "nets.py:one", "--outcome", "sigmoid"], "pictures of 4 different answers"),
+        (["--model", "nets.py:one", "--outcome", "sigmoid", "--measures", "pointing"], "of 4 different answers"),
         (["--measures", "faithfulness", "--boxes", "boxes.csv"], "boxes"),
     ],
 )
