@@ -240,8 +240,8 @@ def train_gan(
     """Train a DCGAN, or with labels a conditional one, with Adam (betas 0.5 and 0.999).
 
         D: min  -log s(D(x, y)) - log(1 - s(D(G(z, y), y)))
-        G: min  -log s(D(G(z, y), y))        non-saturating
-           min   log(1 - s(D(G(z, y), y)))   saturating, the original game: no gradient where D is sure
+        G: min  -log s(D(G(z, y), y)), non-saturating; or
+        G: min  log(1 - s(D(G(z, y), y))), saturating: the original game, without a gradient where D is sure
 
     Weights, pictures and noise of each step depend on ``seed`` alone; the global random state is as before afterwards.
 
