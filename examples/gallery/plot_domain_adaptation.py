@@ -145,9 +145,9 @@ for method, net in nets.items():
     print(f"{method}: domain read {read:.1%} of the time, answers changed by it {changed:.1%}")
 
 # %%
-# In the small mode neither network has learned much, and 50 steps adapt nothing: its figures show how one asks.
-# The full mode answers. Compare the two networks: where the reversal works, the effect of the domain and the
-# share of changed answers fall, whether or not a linear classifier can still read the domain.
+# In the small mode neither network has learned much, and 50 steps adapt nothing: its figures show how one asks,
+# the full mode answers. What to compare: does adaptation make the domain's effect smaller, or only harder to
+# read? Reading it is an association; a network can carry the domain along without using it.
 
 # %%
 # References
