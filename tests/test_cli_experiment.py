@@ -125,7 +125,7 @@ def test_from_a_recipe_to_the_page(place: Path) -> None:
 
     detector = pd.read_csv("run/detector.csv")
     assert set(detector["attack"]) == {"FGSM"}
-    assert {"1 - max softmax", "- |p|²", "index, 1, node 2", "index, 1, code of 3, node 1"} <= set(detector["score"])
+    assert {"1 - max softmax", "1 - |p|²", "index, 1, node 2", "index, 1, code of 3, node 1"} <= set(detector["score"])
     frame = table.images().pivot(index="id", columns="evidence", values="predicted")
     labels = table.images().groupby("id")["label"].first()
     fooled = np.array((frame["clean"] == labels) & (frame["FGSM"] != labels))

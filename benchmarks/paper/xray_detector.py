@@ -117,7 +117,7 @@ def scored(net: nn.Module, detectors: Mapping[str, CausalEffectDetector], indice
         **{name: detector.score(x.numpy()) for name, detector in detectors.items()},
         **indices(x),
         "1 - max softmax": -p.amax(1).numpy(),
-        "- |p|²": -p.square().sum(1).numpy(),
+        "1 - |p|²": 1 - p.square().sum(1).numpy(),
     }
 
 

@@ -231,7 +231,7 @@ def detector_rows(study: ExperimentStudy) -> pd.DataFrame:
         attacked = frame[frame["evidence"] == attack].set_index("id").sort_index()
         fooled = ((clean["label"] == clean["predicted"]) & (attacked["predicted"] != attacked["label"])).to_numpy()
         scores = {"1 - max softmax": [-one.max(1) for one in (p["clean"], p[attack])]}
-        scores["- |p|²"] = [-np.square(one).sum(1) for one in (p["clean"], p[attack])]
+        scores["1 - |p|²"] = [1 - np.square(one).sum(1) for one in (p["clean"], p[attack])]
         for site, table in study.tables.items():
             ids, values = table.values(outcome="prediction_weighted")
             values = values[torch.from_numpy(ids.argsort())]
