@@ -173,11 +173,10 @@ for name, fill in fills.items():
 sheet([maps], width=200)
 
 # %%
-# In full mode (one three, a generator of 2000 steps) 8 patches as an eight has them made it an eight; zero, a
-# blur and patches as a three has them never did, and 28 of the 49 patches had no effect under zero: what can
-# only erase says nothing of strokes that are missing. Such an answer is the generator's as much as the
-# classifier's: it says what the classifier makes of pictures that *this* generator takes for likely. After 40
-# steps that is little.
+# What can only erase says nothing of strokes that are missing: compare how many patches have no effect under
+# zero, and which fills ever reach an eight. Such an answer is the generator's as much as the classifier's: it
+# says what the classifier makes of pictures that *this* generator takes for likely. After the 40 steps of the
+# small mode that is little.
 
 # %%
 # References
