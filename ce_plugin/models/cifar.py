@@ -10,7 +10,7 @@ from torch.nn.functional import pad, relu
 
 from ce_plugin.errors import ArgumentError, FileError, expected, unknown_name
 from ce_plugin.interventions.base import Normalization
-from ce_plugin.models.vision import Framing, VisionModel, load_state, load_weights, read_weights
+from ce_plugin.models.vision import Framing, VisionModel, load_state, read_weights, with_weights
 from ce_plugin.networks.guard import state_guard
 
 _CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -114,12 +114,8 @@ def cifar_resnet(depth: int = 20, weights: str | PathLike[str] | None = None) ->
         >>> cifar_resnet(20).normalization.mean
         (0.485, 0.456, 0.406)
     """
-    with state_guard(seed=0):
-        model = CifarResNet(depth)
-    if weights is not None:
-        load_weights(model, weights)
     return VisionModel(
-        model.eval(),
+        with_weights(lambda: CifarResNet(depth), weights),
         name=f"ResNet-{depth}{'' if weights is not None else ' (untrained)'}",
         framing=Framing(32),
         normalization=_IMAGENET,

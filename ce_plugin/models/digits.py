@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ce_plugin.errors import ArgumentError, InputError, expected
 from ce_plugin.interventions.base import Normalization
-from ce_plugin.models.vision import Framing, VisionModel, load_weights
+from ce_plugin.models.vision import Framing, VisionModel, with_weights
 from ce_plugin.networks.guard import state_guard
 from ce_plugin.randomness import derived_seed, generator
 
@@ -121,12 +121,8 @@ def mnist_cnn(weights: str | PathLike[str] | None = None) -> VisionModel:
         >>> network.model(network.normalization.to_model(torch.rand(2, 1, 28, 28))).shape
         torch.Size([2, 10])
     """
-    with state_guard(seed=0):
-        model = MnistCNN()
-    if weights is not None:
-        load_weights(model, weights)
     return VisionModel(
-        model.eval(),
+        with_weights(MnistCNN, weights),
         name=f"MNIST CNN{'' if weights is not None else ' (untrained)'}",
         framing=Framing(28),
         normalization=Normalization(0.1307, 0.3081),

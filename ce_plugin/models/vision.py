@@ -16,12 +16,12 @@ import sys
 import traceback
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, TypeVar, Union
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from ce_plugin.errors import (
 )
 from ce_plugin.files import existing_file
 from ce_plugin.interventions.base import Normalization
+from ce_plugin.networks.guard import state_guard
 
 Weights = Union[str, "PathLike[str]", None]
 
@@ -538,6 +539,24 @@ def _told(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}{': ' if said else ''}{said}{place}"
+
+
+_Network = TypeVar("_Network", bound=nn.Module)
+
+
+def with_weights(make: Callable[[], _Network], file: str | PathLike[str] | None) -> _Network:
+    """A network of the weights in a file, or without one untrained, by a fixed seed; in eval mode.
+
+    Example:
+        >>> one, two = (with_weights(lambda: nn.Linear(2, 3), None) for _ in range(2))
+        >>> torch.equal(one.weight, two.weight)
+        True
+    """
+    with state_guard(seed=0):
+        model = make()
+    if file is not None:
+        load_weights(model, file)
+    return model.eval()
 
 
 def load_weights(model: nn.Module, file: str | PathLike[str]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ce_plugin.errors import ArgumentError, expected
 from ce_plugin.interventions.base import Normalization
-from ce_plugin.models.vision import Framing, VisionModel, load_state, load_weights, read_weights
+from ce_plugin.models.vision import Framing, VisionModel, load_state, read_weights, with_weights
 from ce_plugin.networks.guard import state_guard
 
 _FINDINGS = (
@@ -56,12 +56,8 @@ def pneumonia_cnn(weights: str | PathLike[str] | None = None) -> VisionModel:
         >>> pneumonia_cnn().class_names
         ('pneumonia',)
     """
-    with state_guard(seed=0):
-        model = PneumoniaCNN()
-    if weights is not None:
-        load_weights(model, weights)
     return VisionModel(
-        model.eval(),
+        with_weights(PneumoniaCNN, weights),
         name=f"pneumonia CNN{'' if weights is not None else ' (untrained)'}",
         framing=Framing(64, interpolation="bicubic"),
         class_names=("pneumonia",),
